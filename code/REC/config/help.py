@@ -1,0 +1,90 @@
+"""Help text and the README's key table, both generated from the schema."""
+
+from __future__ import annotations
+
+import types
+from typing import Any, Literal, Union, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel
+
+from REC.config.schema import Config
+
+
+def describe_type(annotation: Any) -> str:
+    """Say a field's type in words a user of YAML understands."""
+    origin = get_origin(annotation)
+    if origin is Literal:
+        return " | ".join(str(value) for value in get_args(annotation))
+    if origin is list:
+        return f"list of {describe_type(get_args(annotation)[0])}"
+    if origin in (Union, types.UnionType):
+        kinds = [describe_type(part) for part in get_args(annotation)]
+        return " | ".join("null" if kind == "NoneType" else kind for kind in kinds)
+    if hasattr(annotation, "__metadata__"):
+        return describe_type(get_args(annotation)[0])
+    names = {str: "text", int: "integer", float: "number", bool: "True | False"}
+    return names.get(annotation, getattr(annotation, "__name__", str(annotation)))
+
+
+def _rows() -> dict[str, list[tuple[str, str, str, str]]]:
+    groups: dict[str, list[tuple[str, str, str, str]]] = {}
+    for name, info in Config.model_fields.items():
+        group = info.json_schema_extra["group"]  # type: ignore[index,call-overload]
+        rows = groups.setdefault(str(group), [])
+        annotation = info.annotation
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            for inner, inner_info in annotation.model_fields.items():
+                rows.append(_row(f"{name}.{inner}", inner_info))
+        else:
+            rows.append(_row(name, info))
+    return groups
+
+
+def _row(name: str, info: Any) -> tuple[str, str, str, str]:
+    default = info.get_default(call_default_factory=True)
+    shown = yaml.safe_dump(default, default_flow_style=True).replace("\n...", "").strip()
+    return name, describe_type(info.annotation), shown, info.description or ""
+
+
+def help_text(program: str, summary: str, examples: list[str], extra: dict[str, str]) -> str:
+    """Return the `--help` text of a program that takes configuration keys.
+
+    Args:
+        program: the command, for example `python code/main.py`.
+        summary: one sentence on what it does.
+        examples: whole command lines.
+        extra: the program's own flags, name -> description.
+    """
+    lines = [summary, "", f"usage: {program} [--config_file FILE.yaml ...] [--key value ...]", ""]
+    lines += ["examples:", *(f"  {example}" for example in examples), ""]
+    lines += ["flags:"]
+    flags = {
+        "config_file": "YAML files, later ones win",
+        **extra,
+        "print_config": "True: print the merged configuration and stop",
+        "help": "show this text",
+    }
+    lines += [f"  --{name:<14} {text}" for name, text in flags.items()]
+    for group, rows in _rows().items():
+        lines += ["", f"{group} keys:"]
+        for name, kind, default, description in rows:
+            lines.append(f"  --{name}  ({kind}; default {default})")
+            lines.append(f"      {description}")
+    return "\n".join(lines) + "\n"
+
+
+def key_table() -> str:
+    """Return the Markdown table of all keys, as it stands in the README."""
+    lines = ["| key | type | default | meaning |", "| --- | --- | --- | --- |"]
+    for group, rows in _rows().items():
+        lines.append(f"| **{group}** | | | |")
+        for cells in rows:
+            name, kind, default, description = (cell.replace("|", "\\|") for cell in cells)
+            lines.append(f"| `{name}` | {kind} | `{default}` | {description} |")
+    return "\n".join(lines) + "\n"
+
+
+def dump_config(config: Config) -> str:
+    """Return the configuration as YAML text that `--config_file` reads back."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

@@ -1,0 +1,392 @@
+"""Every configuration key with its type, range, unit and default. Help and README are made from it.
+
+Keys that HLLM's YAML files know keep their names and meaning (arXiv 2409.12740's public code).
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StrictBool,
+    StrictInt,
+    model_validator,
+)
+
+METRIC_NAMES = ("Recall", "NDCG", "MRR", "HitRate", "Coverage")
+METRIC_PATTERN = re.compile(rf"^({'|'.join(METRIC_NAMES)})@([1-9][0-9]*)$")
+
+
+def _number(value: Any) -> Any:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError("must be a number")
+    return float(value)
+
+
+def _text(value: Any) -> Any:
+    # Text keys such as `dataset: 2024` arrive from YAML as numbers.
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return str(value)
+    return value
+
+
+def _not_repeated(value: list[Any]) -> list[Any]:
+    if len(set(value)) != len(value):
+        raise ValueError("has a repeated entry")
+    return value
+
+
+Number = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
+Text = Annotated[str, BeforeValidator(_text)]
+Bool = StrictBool
+Int = StrictInt
+PositiveInt = Annotated[StrictInt, Field(ge=1)]
+UniqueTexts = Annotated[list[Text], Field(min_length=1), AfterValidator(_not_repeated)]
+
+DType = Literal["float16", "bfloat16", "float32"]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", validate_default=False, frozen=True)
+
+
+class OptimArgs(_Section):
+    """AdamW's settings."""
+
+    learning_rate: Number = Field(1e-4, gt=0, le=10, description="peak learning rate of AdamW")
+    weight_decay: Number = Field(0.01, ge=0, le=10, description="decoupled weight decay of AdamW")
+
+
+class SchedulerArgs(_Section):
+    """Learning-rate schedule, advanced once per optimizer step."""
+
+    type: Literal["cosine", "linear", "constant"] = Field(
+        "cosine", description="decay after the warm-up"
+    )
+    warmup: Number = Field(
+        0.1, ge=0, le=1, description="share of all optimizer steps spent in linear warm-up"
+    )
+
+
+class SasrecArgs(_Section):
+    """Shape of the SASRec baseline (`model: sasrec`)."""
+
+    hidden_size: PositiveInt = Field(64, description="width of item embeddings and layers")
+    layers: PositiveInt = Field(2, description="number of self-attention layers")
+    heads: PositiveInt = Field(2, description="attention heads; must divide hidden_size")
+    dropout: Number = Field(0.5, ge=0, lt=1, description="dropout probability")
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> SasrecArgs:
+        if self.hidden_size % self.heads:
+            raise ValueError(
+                f"sasrec.heads ({self.heads}) must divide sasrec.hidden_size ({self.hidden_size})"
+            )
+        return self
+
+
+def _key(default: Any, group: str, description: str, **limits: Any) -> Any:
+    if isinstance(default, list | BaseModel):
+        return Field(
+            default_factory=lambda: default.copy() if isinstance(default, list) else default,
+            description=description,
+            json_schema_extra={"group": group},
+            **limits,
+        )
+    return Field(default, description=description, json_schema_extra={"group": group}, **limits)
+
+
+class Config(_Section):
+    """The merged configuration of one run. Frozen: nothing changes it after loading.
+
+    Relative paths are relative to the folder the program is started in.
+    """
+
+    # --- run
+    model: Literal["HLLM", "pop", "random", "item_knn", "sasrec"] = _key(
+        "HLLM",
+        "run",
+        "what ranks the items: HLLM's UserLLM, or a reference model on the same split",
+    )
+    val_only: Bool = _key(False, "run", "evaluate only, without training")
+    seed: Int = _key(2020, "run", "seed of every random choice", ge=0, le=2**31 - 1)
+    checkpoint_dir: Text = _key("saved", "run", "folder that holds one folder per run")
+    run_name: Text | None = _key(
+        None,
+        "run",
+        "the run's folder inside checkpoint_dir; default: dataset and kind of run, "
+        "with a number when that exists",
+    )
+    overwrite: Bool = _key(False, "run", "replace an existing run folder named by run_name")
+    auto_resume: Bool = _key(
+        False, "run", "continue the newest unfinished run of this name and configuration"
+    )
+    keep_last: PositiveInt = _key(2, "run", "number of resumable checkpoints kept")
+    save_steps: Int | None = _key(
+        None,
+        "run",
+        "optimizer steps between resumable checkpoints; default: the end of each epoch",
+        ge=1,
+    )
+    device: Literal["auto", "cpu", "cuda"] = _key("auto", "run", "where the model runs")
+    num_threads: Int | None = _key(
+        None, "run", "CPU threads of torch; default: torch's own choice", ge=1, le=1024
+    )
+    show_progress: Bool = _key(True, "run", "show live progress with rate and ETA")
+    log_wandb: Bool = _key(False, "run", "also log to Weights & Biases, when it is installed")
+    wandb_project: Text = _key("HSFT", "run", "Weights & Biases project name")
+    trust_remote_code: Bool = _key(
+        False, "run", "let transformers run Python code found in a model folder"
+    )
+
+    # --- data
+    data_path: Text = _key("dataset", "data", "folder of the interaction files <dataset>.csv")
+    dataset: Text | None = _key(None, "data", "name of the dataset, for example Pixel200K")
+    text_path: Text = _key(
+        "information",
+        "data",
+        "item information: a folder of <dataset>.csv files, or one CSV file",
+    )
+    text_keys: UniqueTexts = _key(
+        ["title", "tag", "description"], "data", "columns of the item text, in order"
+    )
+    MAX_ITEM_LIST_LENGTH: PositiveInt = _key(
+        50, "data", "longest history that the UserLLM reads, in items", le=100_000
+    )
+    MAX_TEXT_LENGTH: PositiveInt = _key(
+        64, "data", "longest item text, in tokens, prompt included", le=100_000
+    )
+    missing_items: Literal["error", "drop"] = _key(
+        "error", "data", "what to do with interactions whose item is not in the cache"
+    )
+    num_workers: Int = _key(
+        0, "data", "processes that prepare batches; 0 prepares them in the main one", ge=0, le=256
+    )
+
+    # --- item cache
+    use_item_cache: Bool = _key(
+        True, "item cache", "read item embeddings from item_cache_path; False encodes them now"
+    )
+    item_cache_path: Text | None = _key(
+        None,
+        "item cache",
+        "cache file; default: <data_path>/<dataset in lower case>_item_embeddings.safetensors",
+    )
+    item_pretrain_dir: Text | None = _key(None, "item cache", "model folder of the ItemLLM")
+    item_prompt: Text = _key(
+        "Compress the following sentence into embedding: ",
+        "item cache",
+        "text put before every item's text",
+    )
+    item_emb_token_n: Int = _key(
+        1,
+        "item cache",
+        "1: HLLM's learned emb token is the last position; 0: mean pooling. A model folder "
+        "without a trained emb token is mean-pooled, and the log says so",
+        ge=0,
+        le=1,
+    )
+    item_cache_dtype: DType = _key("float16", "item cache", "number type stored in the cache")
+    item_batch_tokens: PositiveInt = _key(
+        8192, "item cache", "tokens encoded at a time, padding included", le=10_000_000
+    )
+    item_compile: Bool = _key(False, "item cache", "encode items with torch.compile")
+    item_embedding_transform: Literal["none", "standardize", "whiten"] = _key(
+        "none",
+        "item cache",
+        "fixed map applied to the cached embeddings at load: none as HLLM, per-dimension "
+        "standardisation, or PCA whitening; for ItemLLMs that were not trained to embed",
+    )
+    item_adapter: Literal["none", "linear", "lowrank"] = _key(
+        "none", "item cache", "trainable map on cached embeddings, of inputs and targets alike"
+    )
+    item_adapter_rank: PositiveInt = _key(64, "item cache", "rank of item_adapter: lowrank")
+
+    # --- UserLLM
+    user_pretrain_dir: Text | None = _key(None, "UserLLM", "model folder of the UserLLM")
+    user_llm_layers: Int | None = _key(
+        None, "UserLLM", "keep the first N decoder layers; default: all of them", ge=1
+    )
+    attn_implementation: Literal["auto", "sdpa", "flash_attention_2", "eager"] = _key(
+        "auto",
+        "UserLLM",
+        "attention kernel; auto takes flash_attention_2 where it is installed and can run, "
+        "else sdpa",
+    )
+    use_ft_flash_attn: Bool = _key(
+        True, "UserLLM", "HLLM's switch: False keeps attn_implementation auto from flash-attn"
+    )
+    gradient_checkpointing: Bool = _key(
+        False, "UserLLM", "recompute activations in the backward pass to save memory"
+    )
+    use_qlora: Bool = _key(
+        False, "UserLLM", "train a LoRA adapter on a quantised UserLLM; False trains all weights"
+    )
+    qlora_r: PositiveInt = _key(8, "UserLLM", "LoRA rank", le=4096)
+    qlora_alpha: PositiveInt = _key(16, "UserLLM", "LoRA alpha; the update is scaled by alpha/r")
+    qlora_dropout: Number = _key(0.05, "UserLLM", "dropout on LoRA's input", ge=0, lt=1)
+    qlora_target_modules: UniqueTexts = _key(
+        ["q_proj", "v_proj"],
+        "UserLLM",
+        "names of the linear layers that get LoRA, or [all-linear]",
+    )
+    qlora_quant_type: Literal["nf4", "fp4", "int8", "none"] = _key(
+        "nf4", "UserLLM", "quantisation of the frozen weights; none is plain LoRA"
+    )
+    qlora_compute_dtype: Literal["auto", "float16", "bfloat16", "float32"] = _key(
+        "auto", "UserLLM", "number type of the quantised layers' products; auto follows precision"
+    )
+    qlora_double_quant: Bool = _key(
+        True, "UserLLM", "quantise the quantisation constants too (nf4 and fp4)"
+    )
+
+    # --- training
+    loss: Literal["bce", "nce"] = _key(
+        "nce",
+        "training",
+        "bce: binary cross-entropy on dot products; nce: HLLM's InfoNCE on scaled cosines",
+    )
+    negatives: Literal["in_batch", "sampled", "catalogue"] = _key(
+        "in_batch",
+        "training",
+        "what the positive is contrasted with: the batch's other targets, num_negatives items "
+        "drawn from the catalogue, or every item (nce only: a full softmax)",
+    )
+    num_negatives: Int | None = _key(
+        None,
+        "training",
+        "drawn negatives per optimizer step over all processes, each row's excluding its user's "
+        "own items; setting it implies negatives: sampled",
+        ge=1,
+        le=10_000_000,
+    )
+    nce_thres: Number = _key(
+        0.99,
+        "training",
+        "negatives with a cosine to the positive above this are masked",
+        gt=0,
+        le=1.01,
+    )
+    train_positions: Literal["all", "random_split"] = _key(
+        "all",
+        "training",
+        "all: every position predicts its next item; random_split: one random split point per "
+        "sequence and epoch, as the published HSFT",
+    )
+    logits_budget_mb: PositiveInt = _key(
+        256, "training", "largest block of logits held at once, in MiB"
+    )
+    epochs: PositiveInt = _key(10, "training", "passes over the training sequences", le=100_000)
+    train_batch_size: PositiveInt = _key(
+        8, "training", "sequences per process and forward pass", le=1_000_000
+    )
+    gradient_accumulation_steps: PositiveInt = _key(
+        1, "training", "forward passes per optimizer step", le=100_000
+    )
+    clip_grad_norm: Number = _key(
+        1.0, "training", "largest gradient norm; 0 turns clipping off", ge=0
+    )
+    optimizer: Literal["auto", "adamw", "adamw8bit", "paged_adamw8bit"] = _key(
+        "auto",
+        "training",
+        "auto: paged 8-bit AdamW for QLoRA on CUDA, else torch's AdamW",
+    )
+    optim_args: OptimArgs = _key(OptimArgs(), "training", "AdamW's settings")
+    scheduler_args: SchedulerArgs = _key(SchedulerArgs(), "training", "learning-rate schedule")
+    strategy: Literal["ddp", "deepspeed"] = _key(
+        "ddp", "training", "how several processes share the work"
+    )
+    stage: Literal[0, 1, 2, 3] = _key(2, "training", "ZeRO stage of strategy: deepspeed")
+    precision: Literal["bf16-mixed", "16-mixed", "32-true", "bf16-true"] = _key(
+        "bf16-mixed", "training", "Lightning Fabric's precision"
+    )
+    group_by_length: Bool = _key(
+        False, "training", "batch sequences of similar length, so that less is padding"
+    )
+
+    # --- evaluation
+    eval_batch_size: PositiveInt = _key(256, "evaluation", "users scored at a time", le=1_000_000)
+    topk: Annotated[list[PositiveInt], Field(min_length=1), AfterValidator(_not_repeated)] = _key(
+        [5, 10, 20], "evaluation", "cut-offs K of the metrics"
+    )
+    metrics: Annotated[
+        list[Literal["Recall", "NDCG", "MRR", "HitRate", "Coverage"]],
+        Field(min_length=1),
+        AfterValidator(_not_repeated),
+    ] = _key(["Recall", "NDCG"], "evaluation", "metrics reported at every K")
+    valid_metric: Text = _key(
+        "NDCG@10", "evaluation", "validation metric that picks the best epoch and stops early"
+    )
+    eval_step: PositiveInt = _key(1, "evaluation", "epochs between validations")
+    stopping_step: PositiveInt = _key(
+        5, "evaluation", "validations without improvement before training stops"
+    )
+    eval_protocol: Literal["full", "sampled"] = _key(
+        "full",
+        "evaluation",
+        "full: rank the whole catalogue with seen items masked; sampled: rank the target among "
+        "eval_neg_sample_num drawn items (the published HSFT protocol)",
+    )
+    eval_neg_sample_num: PositiveInt = _key(
+        99, "evaluation", "drawn candidates per user of eval_protocol: sampled", le=1_000_000
+    )
+    eval_baseline: Bool = _key(
+        True, "evaluation", "before fine-tuning, evaluate the untrained UserLLM for the table"
+    )
+
+    # --- reference models
+    sasrec: SasrecArgs = _key(SasrecArgs(), "reference models", "shape of model: sasrec")
+    knn_history: Literal["last", "mean"] = _key(
+        "last",
+        "reference models",
+        "model: item_knn ranks by cosine to the last item or to the mean of the history",
+    )
+
+    @model_validator(mode="after")
+    def _keys_agree(self) -> Config:
+        match = METRIC_PATTERN.match(self.valid_metric)
+        if not match or match.group(1) == "Coverage":
+            names = ", ".join(name for name in METRIC_NAMES if name != "Coverage")
+            raise ValueError(
+                f"valid_metric is {self.valid_metric!r}; write NAME@K with NAME one of {names}"
+            )
+        if self.negatives == "catalogue" and self.loss != "nce":
+            raise ValueError("negatives: catalogue is a full softmax and needs loss: nce")
+        if self.negatives == "catalogue" and self.num_negatives is not None:
+            raise ValueError("num_negatives has no meaning with negatives: catalogue; drop one")
+        if self.negatives == "sampled" and self.num_negatives is None:
+            raise ValueError("negatives: sampled needs num_negatives, for example 512")
+        if self.overwrite and self.auto_resume:
+            raise ValueError("overwrite and auto_resume exclude each other; set one of them False")
+        return self
+
+    @property
+    def effective_negatives(self) -> Literal["in_batch", "sampled", "catalogue"]:
+        """The kind of negatives in force: giving `num_negatives` alone means `sampled`, as in HLLM."""
+        return "sampled" if self.num_negatives is not None else self.negatives
+
+
+# Keys of HLLM's own YAML files that have nothing to act on here. They are accepted with a warning,
+# so that an HLLM configuration file can be used as it is.
+HLLM_KEYS_WITHOUT_EFFECT = frozenset(
+    {
+        "state",
+        "use_text",
+        "reproducibility",
+        "test_dataset",
+        "item_llm_init",
+        "user_llm_init",
+        "metric_decimal_place",
+        "use_modality",
+        "data_split",
+        "item_data",
+        "item_emb_pretrain",
+        "load_pretrain",
+    }
+)

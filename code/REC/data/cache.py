@@ -1,0 +1,231 @@
+"""Item caches: one matrix of embeddings and a list of ids, memory-mapped from disk.
+
+The native file is safetensors: tensor `embeddings` [n, D] (float16, bfloat16 or float32), tensor
+`item_ids` uint8 (the ids as a UTF-8 JSON list), and metadata saying how it was made. `.pt` files
+holding `{item_id: tensor}`, as the published HSFT writes them, are read too.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from REC.utils.errors import InputError
+from REC.utils.files import atomic_path
+
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+FORMAT = "hsft-item-cache-1"
+
+
+@dataclass(frozen=True)
+class ItemCache:
+    """Embeddings of items.
+
+    Attributes:
+        item_ids: str [n].
+        embeddings: [n, D] float16, bfloat16 or float32; row i belongs to `item_ids[i]`. A native
+            file's matrix is a view of the memory-mapped file, shared by all processes.
+        metadata: how the cache was made (model, text_keys, prompt, pooling, max_text_length,
+            fingerprint of the texts); empty for `.pt` files.
+        path: the file read, None for a cache made in memory.
+    """
+
+    item_ids: list[str]
+    embeddings: torch.Tensor
+    metadata: dict[str, str] = field(default_factory=dict)
+    path: Path | None = None
+
+    @property
+    def dim(self) -> int:
+        """Embedding dimension D."""
+        return self.embeddings.shape[1]
+
+    def __len__(self) -> int:
+        return len(self.item_ids)
+
+    def rows_of(self, item_ids: Sequence[str] | np.ndarray) -> np.ndarray:
+        """Return the row of each id, -1 where the cache has none: int64 [len(item_ids)]."""
+        return pd.Index(np.asarray(self.item_ids, dtype=object)).get_indexer(
+            pd.Index(np.asarray(item_ids, dtype=object))
+        )
+
+
+def default_cache_path(data_path: str, dataset: str | None) -> Path:
+    """Return `<data_path>/<dataset in lower case>_item_embeddings.safetensors`."""
+    if not dataset:
+        raise InputError("no dataset is named; give --dataset NAME, for example Pixel200K.")
+    return Path(data_path) / f"{dataset.lower()}_item_embeddings.safetensors"
+
+
+def find_cache(path: str | Path) -> Path:
+    """Return the cache file to read for `path`.
+
+    A `.pt` path that does not exist stands for the native file beside it, so that commands
+    written for the published HSFT's `.pt` caches find what item_caching.py wrote.
+
+    Raises:
+        InputError: neither is there.
+    """
+    path = Path(path)
+    if path.is_file():
+        return path
+    native = path.with_suffix(".safetensors")
+    if path.suffix == ".pt" and native.is_file():
+        return native
+    also = f" (nor {native})" if path.suffix == ".pt" else ""
+    raise InputError(
+        f"item cache {path} does not exist{also}; make it with item_caching.py "
+        f"or change --item_cache_path."
+    )
+
+
+def open_cache(path: str | Path) -> ItemCache:
+    """Open a cache file, native or `.pt`, told apart by content.
+
+    Raises:
+        InputError: the file is missing, damaged, of another kind, or holds NaN or infinity.
+    """
+    path = find_cache(path)
+    try:
+        with path.open("rb") as stream:
+            head = stream.read(16)
+    except OSError as error:
+        raise InputError(f"item cache {path} cannot be read: {error.strerror}.") from error
+    cache = _open_native(path) if _looks_native(head) else _open_pt(path)
+    _refuse_bad_values(cache, path)
+    return cache
+
+
+def save_cache(
+    path: str | Path,
+    item_ids: Sequence[str],
+    embeddings: torch.Tensor,
+    metadata: Mapping[str, str],
+) -> None:
+    """Write a native cache file atomically.
+
+    Args:
+        path: target; its name should end in `.safetensors`.
+        item_ids: n ids, none repeated.
+        embeddings: [n, D], float16, bfloat16 or float32, on the CPU.
+        metadata: text -> text; `format` and `dtype` are added.
+    """
+    tensors = {
+        "embeddings": embeddings.contiguous(),
+        "item_ids": encode_ids(item_ids),
+    }
+    full = {**metadata, "format": FORMAT, "dtype": _DTYPE_NAMES[embeddings.dtype]}
+    with atomic_path(path) as temporary:
+        save_file(tensors, temporary, metadata=full)
+
+
+def encode_ids(item_ids: Sequence[str]) -> torch.Tensor:
+    """Return the ids as the UTF-8 bytes of a JSON list: uint8 [bytes]."""
+    encoded = json.dumps(list(item_ids), ensure_ascii=False).encode("utf-8")
+    return torch.frombuffer(bytearray(encoded), dtype=torch.uint8)
+
+
+def _looks_native(head: bytes) -> bool:
+    # A safetensors file begins with the length of its JSON header and then the header's brace.
+    return len(head) >= 9 and head[8:9] == b"{" and struct.unpack("<Q", head[:8])[0] < 1 << 30
+
+
+def _open_native(path: Path) -> ItemCache:
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = set(file.keys())
+            metadata = dict(file.metadata() or {})
+            if not {"embeddings", "item_ids"} <= names:
+                raise InputError(
+                    f"{path} is a safetensors file but no item cache: it holds "
+                    f"{', '.join(sorted(names)[:5]) or 'nothing'}; name a file that "
+                    f"item_caching.py wrote."
+                )
+            embeddings = file.get_tensor("embeddings")
+            encoded = file.get_tensor("item_ids")
+        item_ids = json.loads(encoded.numpy().tobytes().decode("utf-8"))
+    except (SafetensorError, OSError) as error:
+        raise InputError(
+            f"item cache {path} is damaged ({error}); make it anew with item_caching.py."
+        ) from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(
+            f"item cache {path} has an unreadable id list; make it anew with item_caching.py."
+        ) from error
+    if not isinstance(item_ids, list) or not all(isinstance(item, str) for item in item_ids):
+        raise InputError(f"item cache {path}: its id list must be a list of texts.")
+    _check_shape(path, item_ids, embeddings)
+    return ItemCache(item_ids, embeddings, metadata, path)
+
+
+def _open_pt(path: Path) -> ItemCache:
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise InputError(
+            f"item cache {path} holds more than tensors and was not opened, since such a file can "
+            f"run code; make it anew with item_caching.py."
+        ) from error
+    except Exception as error:  # torch.load raises many kinds on damaged files
+        reason = " ".join(str(error).split())[:120]
+        raise InputError(
+            f"item cache {path} is damaged or no cache at all ({reason}); make it anew with "
+            f"item_caching.py."
+        ) from error
+    if not isinstance(content, dict) or not content:
+        raise InputError(f"item cache {path} must hold a dictionary of item id -> tensor.")
+    item_ids = [str(key) for key in content]
+    vectors = list(content.values())
+    for item, vector in zip(item_ids, vectors, strict=True):
+        if not isinstance(vector, torch.Tensor) or not vector.is_floating_point():
+            raise InputError(f"item cache {path}: item '{item}' is not a tensor of numbers.")
+        if vector.numel() != vectors[0].numel():
+            raise InputError(
+                f"item cache {path}: item '{item}' has {vector.numel()} dimensions, "
+                f"others have {vectors[0].numel()}; make it anew with item_caching.py."
+            )
+    matrix = torch.stack([vector.reshape(-1) for vector in vectors])
+    if matrix.dtype not in _DTYPE_NAMES:
+        matrix = matrix.float()
+    _check_shape(path, item_ids, matrix)
+    return ItemCache(item_ids, matrix, {}, path)
+
+
+def _check_shape(path: Path, item_ids: list[str], embeddings: torch.Tensor) -> None:
+    if embeddings.dtype not in _DTYPE_NAMES:
+        raise InputError(
+            f"item cache {path} holds {embeddings.dtype}; it must be float16, bfloat16 or float32."
+        )
+    if embeddings.ndim != 2 or embeddings.shape[0] != len(item_ids) or not embeddings.shape[1]:
+        raise InputError(
+            f"item cache {path} has {len(item_ids)} ids for a matrix of shape "
+            f"{tuple(embeddings.shape)}; make it anew with item_caching.py."
+        )
+    if not item_ids:
+        raise InputError(f"item cache {path} holds no items.")
+    if len(set(item_ids)) != len(item_ids):
+        raise InputError(f"item cache {path} names an item twice; make it anew.")
+
+
+def _refuse_bad_values(cache: ItemCache, path: Path, rows_at_a_time: int = 65536) -> None:
+    for start in range(0, len(cache), rows_at_a_time):
+        # A row's sum in float32 is finite unless an entry is not: one pass, no mask in memory.
+        sums = cache.embeddings[start : start + rows_at_a_time].sum(dim=1, dtype=torch.float32)
+        bad = (~sums.isfinite()).nonzero()
+        if len(bad):
+            item = cache.item_ids[start + int(bad[0])]
+            raise InputError(
+                f"item cache {path}: the embedding of item '{item}' holds NaN or infinity; make it "
+                f"anew with item_caching.py, with --item_cache_dtype float32 if it overflowed."
+            )

@@ -1,0 +1,170 @@
+"""Batches of item numbers for training and evaluation, gathered by index in one step each."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from REC.data.dataset.testset import CachedEmbeddingEvalDataset, ragged_positions
+from REC.data.dataset.trainset import CachedEmbeddingTrainDataset
+from REC.data.interactions import PAD
+from REC.data.negatives import NegativeSampler
+
+
+class TrainBatch(NamedTuple):
+    """Right-padded training sequences.
+
+    Attributes:
+        history: int64 [B, T], item numbers, 0 where padded; T <= L is the longest in the batch.
+        attention_mask: bool [B, T], True on real history items.
+        targets: int64 [B, T], the next item at each position, 0 where padded.
+        loss_mask: bool [B, T], positions that count in the loss.
+        negatives: int64 [B, n], drawn items, [B, 0] when negatives come from the batch.
+    """
+
+    history: torch.Tensor
+    attention_mask: torch.Tensor
+    targets: torch.Tensor
+    loss_mask: torch.Tensor
+    negatives: torch.Tensor
+
+
+class EvalBatch(NamedTuple):
+    """Evaluation users.
+
+    Attributes:
+        rows: int64 [B], numbers of the samples in the evaluation set.
+        users: int64 [B], user numbers.
+        history: int64 [B, T], the last T <= L items, right-padded with 0.
+        lengths: int64 [B], real items in each row of `history`, at least 1.
+        targets: int64 [B], the held-out item.
+        seen_rows: int64 [n], row in the batch of each seen item.
+        seen_items: int64 [n], all items of the whole history, beside `seen_rows`.
+        candidates: int64 [B, C], drawn items for sampled evaluation, [B, 0] for full ranking.
+    """
+
+    rows: torch.Tensor
+    users: torch.Tensor
+    history: torch.Tensor
+    lengths: torch.Tensor
+    targets: torch.Tensor
+    seen_rows: torch.Tensor
+    seen_items: torch.Tensor
+    candidates: torch.Tensor
+
+
+class TrainCollate:
+    """Turn sample numbers into a `TrainBatch`.
+
+    Everything random is drawn from a generator seeded by (seed, epoch, first sample of the batch,
+    batch size), so a batch is the same with any number of workers and after a resume.
+
+    Args:
+        dataset: the training sequences.
+        sampler: draws negatives; None leaves `negatives` empty.
+        num_negatives: drawn items per row.
+        random_split: count one random position per row in the loss, not all.
+        seed: base seed.
+    """
+
+    def __init__(
+        self,
+        dataset: CachedEmbeddingTrainDataset,
+        *,
+        sampler: NegativeSampler | None = None,
+        num_negatives: int = 0,
+        random_split: bool = False,
+        seed: int = 0,
+    ) -> None:
+        self.dataset = dataset
+        self.sampler = sampler
+        self.num_negatives = num_negatives
+        self.random_split = random_split
+        self.seed = seed
+        self.epoch = 0
+
+    def __call__(self, indices: np.ndarray) -> TrainBatch:
+        """Gather a batch.
+
+        Args:
+            indices: int64 [B], sample numbers.
+        """
+        segments = self.dataset.segments
+        starts, ends = segments.starts[indices], segments.ends[indices]
+        history, mask = gather_padded(self.dataset.interactions.items, starts, ends - 1)
+        targets, _ = gather_padded(self.dataset.interactions.items, starts + 1, ends)
+        loss_mask = mask
+        negatives = np.empty((len(indices), 0), dtype=np.int64)
+        if self.random_split or self.sampler:
+            rng = np.random.default_rng([self.seed, self.epoch, int(indices[0]), len(indices)])
+            if self.random_split:
+                chosen = rng.integers(0, ends - starts - 1)
+                loss_mask = np.arange(mask.shape[1]) == chosen[:, None]
+            if self.sampler:
+                negatives = self.sampler.draw(segments.users[indices], self.num_negatives, rng)
+        return TrainBatch(
+            history=torch.from_numpy(history),
+            attention_mask=torch.from_numpy(mask),
+            targets=torch.from_numpy(targets),
+            loss_mask=torch.from_numpy(loss_mask),
+            negatives=torch.from_numpy(negatives),
+        )
+
+
+class EvalCollate:
+    """Turn sample numbers into an `EvalBatch`.
+
+    Args:
+        dataset: the evaluation users.
+        candidates: int64 [E, C], drawn items of every user for sampled evaluation, else None.
+    """
+
+    def __init__(
+        self, dataset: CachedEmbeddingEvalDataset, candidates: np.ndarray | None = None
+    ) -> None:
+        self.dataset = dataset
+        self.candidates = candidates
+
+    def __call__(self, indices: np.ndarray) -> EvalBatch:
+        """Gather a batch.
+
+        Args:
+            indices: int64 [B], sample numbers.
+        """
+        segments = self.dataset.segments
+        items = self.dataset.interactions.items
+        starts, ends = segments.starts[indices], segments.ends[indices] - 1
+        recent = np.maximum(starts, ends - self.dataset.max_length)
+        history, _ = gather_padded(items, recent, ends)
+        drawn = (
+            np.empty((len(indices), 0), dtype=np.int64)
+            if self.candidates is None
+            else self.candidates[indices]
+        )
+        return EvalBatch(
+            rows=torch.from_numpy(indices),
+            users=torch.from_numpy(segments.users[indices]),
+            history=torch.from_numpy(history),
+            lengths=torch.from_numpy(ends - recent),
+            targets=torch.from_numpy(items[ends].astype(np.int64)),
+            seen_rows=torch.from_numpy(np.repeat(np.arange(len(indices)), ends - starts)),
+            seen_items=torch.from_numpy(items[ragged_positions(starts, ends)].astype(np.int64)),
+            candidates=torch.from_numpy(drawn),
+        )
+
+
+def gather_padded(
+    items: np.ndarray, starts: np.ndarray, ends: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Copy `items[starts[i]:ends[i]]` into row i, padded with 0 on the right.
+
+    Returns:
+        int64 [B, T] with T the longest range, and bool [B, T], True on real items.
+    """
+    lengths = ends - starts
+    steps = np.arange(lengths.max(initial=0))
+    mask = steps < lengths[:, None]
+    rows = np.where(mask, starts[:, None] + steps, 0)
+    return np.where(mask, items[rows], PAD).astype(np.int64), mask

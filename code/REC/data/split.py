@@ -1,0 +1,97 @@
+"""Leave-one-out split by time, and the training sequences cut from it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from REC.data.interactions import Interactions
+
+Phase = Literal["valid", "test"]
+
+
+@dataclass(frozen=True)
+class Segments:
+    """Ranges of `Interactions.items`, one row each.
+
+    Attributes:
+        users: int64 [R], user number of each range.
+        starts: int64 [R], first position of the range in `Interactions.items`.
+        ends: int64 [R], one past its last position.
+    """
+
+    users: np.ndarray
+    starts: np.ndarray
+    ends: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.users)
+
+
+@dataclass(frozen=True)
+class Split:
+    """Leave-one-out: the last item of a user is the test target, the one before validation's.
+
+    Attributes:
+        interactions: what was split.
+        too_short: phase (train, valid, test) -> users without enough items for it.
+    """
+
+    interactions: Interactions
+    too_short: dict[str, int]
+
+    def train_segments(self, max_length: int) -> Segments:
+        """Cut every user's training items into pieces of at most `max_length + 1`.
+
+        Cuts count from the end, as in HLLM: the pieces of a long history are full and what is
+        left over at its beginning is dropped. A piece of n items gives n - 1 transitions; pieces
+        of one item give none and are left out.
+        """
+        size = max_length + 1
+        begin = self.interactions.offsets[:-1]
+        end = np.maximum(self.interactions.offsets[1:] - 2, begin)
+        pieces = np.maximum((end - begin) // size, 1)
+        users = np.repeat(np.arange(len(begin)), pieces)
+        # The k-th piece of a user, counted from 0 at the oldest.
+        kth = np.arange(len(users)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
+        ends = end[users] - (pieces[users] - 1 - kth) * size
+        starts = np.maximum(ends - size, begin[users])
+        enough = ends - starts >= 2
+        return Segments(users[enough], starts[enough], ends[enough])
+
+    def eval_segments(self, phase: Phase) -> Segments:
+        """Return one range a user: the whole history, and the phase's target as its last item.
+
+        Users without a history before their target are left out (see `too_short`).
+        """
+        begin = self.interactions.offsets[:-1]
+        end = self.interactions.offsets[1:] - (1 if phase == "valid" else 0)
+        users = np.flatnonzero(end - begin >= 2)
+        return Segments(users, begin[users], end[users])
+
+
+def leave_one_out(interactions: Interactions) -> Split:
+    """Split by time: the last item for test, the second-last for validation, the rest to train.
+
+    A user needs two items for a test target with a history, three for validation and four for a
+    training transition; who has fewer is counted per phase, not dropped silently.
+    """
+    lengths = interactions.lengths
+    too_short = {
+        "train": int((lengths < 4).sum()),
+        "valid": int((lengths < 3).sum()),
+        "test": int((lengths < 2).sum()),
+    }
+    return Split(interactions, too_short)
+
+
+def train_item_counts(split: Split) -> np.ndarray:
+    """Count how often each item occurs among the training items: int64 [I + 1], entry 0 is 0."""
+    interactions = split.interactions
+    held_out = np.zeros(len(interactions), dtype=bool)
+    for back in (1, 2):
+        rows = interactions.offsets[1:] - back
+        held_out[rows[rows >= interactions.offsets[:-1]]] = True
+    return np.bincount(interactions.items[~held_out], minlength=interactions.num_items + 1)

@@ -1,0 +1,239 @@
+"""The evaluation loop: user vectors, ranks, metrics; the same for every model."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from REC.data.dataset import CachedEmbeddingEvalDataset, EvalBatch, EvalCollate
+from REC.data.interactions import PAD
+from REC.data.negatives import NegativeSampler
+from REC.evaluator import metrics, ranking
+from REC.utils.errors import InputError
+
+log = logging.getLogger(__name__)
+
+# Candidate lists get a stream of their own, so that they do not depend on what else was drawn.
+_CANDIDATE_STREAM = {"valid": 1, "test": 2}
+
+
+class Scorer(Protocol):
+    """What the evaluator needs of a model: vectors whose dot products are the scores."""
+
+    @property
+    def num_items(self) -> int:
+        """Number of items I."""
+
+    def user_vectors(self, history: Tensor, lengths: Tensor) -> Tensor:
+        """Int64 [B, T] and [B] -> float32 [B, D]."""
+
+    def item_slice(self, start: int, end: int) -> Tensor:
+        """Item numbers start..end-1 -> float32 [end - start, D]."""
+
+    def item_vectors(self, items: Tensor) -> Tensor:
+        """Int64 [...] -> float32 [..., D]."""
+
+
+@dataclass(frozen=True)
+class EvalProtocol:
+    """How users are scored: the same object serves every row of a table.
+
+    Attributes:
+        kind: `full` or `sampled`.
+        topk: cut-offs.
+        metrics: metric names.
+        candidates: drawn items per user of `sampled`.
+        seed: seed of the candidate lists.
+        budget_bytes: largest score matrix held at once.
+    """
+
+    kind: str
+    topk: tuple[int, ...]
+    metrics: tuple[str, ...]
+    candidates: int = 99
+    seed: int = 2020
+    budget_bytes: int = 1 << 28
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The outcome of one evaluation.
+
+    Attributes:
+        phase: `valid` or `test`.
+        users: int64 [E], user numbers, ascending.
+        ranks: int64 [E], rank of each user's target, 1 is best.
+        metrics: `NAME@K` -> value.
+        seconds: wall time.
+    """
+
+    phase: str
+    users: np.ndarray
+    ranks: np.ndarray
+    metrics: dict[str, float]
+    seconds: float = 0.0
+
+
+class Evaluator:
+    """Scores all users of one phase.
+
+    Args:
+        dataset: the users.
+        protocol: how they are scored.
+        batch_size: users encoded at a time.
+        num_workers: processes preparing batches.
+        rank, world_size: this process's share of the users: every world_size-th one, so that each
+            is scored exactly once.
+
+    Raises:
+        InputError: there are no users to score, or too few items for the candidate lists.
+    """
+
+    def __init__(
+        self,
+        dataset: CachedEmbeddingEvalDataset,
+        protocol: EvalProtocol,
+        *,
+        batch_size: int,
+        num_workers: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        if not len(dataset):
+            raise InputError(
+                f"no user has a history and a {dataset.phase} target; the interactions need users "
+                f"with at least {3 if dataset.phase == 'valid' else 2} items."
+            )
+        self.dataset = dataset
+        self.protocol = protocol
+        self.world_size = world_size
+        self._own = np.arange(rank, len(dataset), world_size)
+        candidates = draw_candidates(dataset, protocol) if protocol.kind == "sampled" else None
+        self._loader: DataLoader[Any] = DataLoader(
+            dataset,
+            batch_size=batch_size,
+            sampler=self._own.tolist(),
+            collate_fn=EvalCollate(dataset, candidates),
+            num_workers=num_workers,
+        )
+
+    @torch.inference_mode()
+    def run(
+        self,
+        scorer: Scorer,
+        device: torch.device,
+        *,
+        gather: Callable[[np.ndarray], np.ndarray] | None = None,
+        on_batch: Callable[[int], None] = lambda users: None,
+        autocast: Callable[[], Any] | None = None,
+    ) -> Evaluation:
+        """Rank every user's target and average the metrics.
+
+        Args:
+            scorer: the model, in evaluation mode.
+            device: where it is.
+            gather: adds up an int64 array over all processes; None in a single one.
+            on_batch: called with the number of users just scored.
+            autocast: context manager factory for the model's forward pass.
+        """
+        began = time.perf_counter()
+        ranks = np.zeros(len(self.dataset), dtype=np.int64)
+        covered = {k: np.zeros(scorer.num_items + 1, dtype=bool) for k in self._coverage_cuts()}
+        for batch in self._loader:
+            moved = EvalBatch(*(part.to(device, non_blocking=True) for part in batch))
+            if autocast is None:
+                users = scorer.user_vectors(moved.history, moved.lengths)
+            else:
+                with autocast():
+                    users = scorer.user_vectors(moved.history, moved.lengths)
+            found = self._rank(scorer, users.float(), moved, covered)
+            ranks[batch.rows.numpy()] = found.cpu().numpy()
+            on_batch(len(found))
+        if gather is not None:
+            ranks = gather(ranks)
+            covered = {k: gather(seen.astype(np.int64)) > 0 for k, seen in covered.items()}
+        values = metrics.compute(self.protocol.metrics, self.protocol.topk, ranks)
+        for k, seen in covered.items():
+            values[f"Coverage@{k}"] = float(seen[1:].mean())
+        return Evaluation(
+            phase=self.dataset.phase,
+            users=self.dataset.segments.users,
+            ranks=ranks,
+            metrics=values,
+            seconds=time.perf_counter() - began,
+        )
+
+    def _coverage_cuts(self) -> Sequence[int]:
+        wanted = "Coverage" in self.protocol.metrics and self.protocol.kind == "full"
+        return self.protocol.topk if wanted else ()
+
+    def _rank(
+        self, scorer: Scorer, users: Tensor, batch: EvalBatch, covered: dict[int, np.ndarray]
+    ) -> Tensor:
+        if self.protocol.kind == "sampled":
+            return self._rank_candidates(scorer, users, batch)
+        size = ranking.users_at_a_time(scorer.num_items, self.protocol.budget_bytes)
+        found = []
+        for start in range(0, len(users), size):
+            part = slice(start, start + size)
+            scores = ranking.full_scores(users[part], scorer.item_slice, scorer.num_items)
+            own = (batch.seen_rows >= start) & (batch.seen_rows < start + size)
+            found.append(
+                ranking.full_ranks(
+                    scores, batch.targets[part], batch.seen_rows[own] - start, batch.seen_items[own]
+                )
+            )
+            if covered:
+                self._cover(scores, covered)
+        return torch.cat(found)
+
+    @staticmethod
+    def _cover(scores: Tensor, covered: dict[int, np.ndarray]) -> None:
+        deepest = min(max(covered), scores.shape[1])
+        best = scores.topk(deepest, dim=1)
+        listed = torch.where(best.values > -torch.inf, best.indices, PAD)
+        for k, seen in covered.items():
+            seen[listed[:, :k].unique().cpu().numpy()] = True
+
+    def _rank_candidates(self, scorer: Scorer, users: Tensor, batch: EvalBatch) -> Tensor:
+        items = torch.cat([batch.targets.unsqueeze(1), batch.candidates], dim=1)
+        size = max(1, self.protocol.budget_bytes // (4 * items.shape[1] * users.shape[1]))
+        return torch.cat(
+            [
+                ranking.candidate_ranks(
+                    users[start : start + size], scorer.item_vectors(items[start : start + size])
+                )
+                for start in range(0, len(users), size)
+            ]
+        )
+
+
+def draw_candidates(dataset: CachedEmbeddingEvalDataset, protocol: EvalProtocol) -> np.ndarray:
+    """Draw every user's candidate list: distinct items the user never interacted with.
+
+    The lists depend on seed, phase and data alone, so every model is scored on the same ones.
+
+    Returns:
+        int64 [E, C].
+
+    Raises:
+        InputError: a user has fewer than C such items.
+    """
+    sampler = NegativeSampler(dataset.interactions)
+    users = dataset.segments.users
+    fewest = int(sampler.available[users].min())
+    if fewest < protocol.candidates:
+        raise InputError(
+            f"eval_neg_sample_num is {protocol.candidates}, but a user has only {fewest} items left "
+            f"to draw from in this catalogue; lower it to {fewest} or use eval_protocol: full."
+        )
+    rng = np.random.default_rng([protocol.seed, _CANDIDATE_STREAM[dataset.phase]])
+    return sampler.draw(users, protocol.candidates, rng, distinct=True)

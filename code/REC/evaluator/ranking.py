@@ -1,0 +1,78 @@
+"""Where the held-out item ranks, among the whole catalogue or among drawn candidates.
+
+Ties count against the model: an item that scores the same as the target is ranked above it, so a
+scorer that gives every item the same score gets no credit. Target and rivals are read from one
+score matrix, so that equal items get equal scores whatever the rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from REC.data.interactions import PAD
+
+ItemSlice = Callable[[int, int], Tensor]
+
+
+def full_scores(
+    users: Tensor, item_slice: ItemSlice, num_items: int, items_at_a_time: int = 65536
+) -> Tensor:
+    """Score every item for every user.
+
+    Args:
+        users: [b, D] float32.
+        item_slice: (start, end) -> float32 [end - start, D] vectors of those item numbers.
+        num_items: I.
+
+    Returns:
+        float32 [b, I + 1]; the padding item's column is -inf.
+    """
+    scores = users.new_empty((len(users), num_items + 1))
+    for start in range(0, num_items + 1, items_at_a_time):
+        end = min(start + items_at_a_time, num_items + 1)
+        torch.mm(users, item_slice(start, end).T, out=scores[:, start:end])
+    scores[:, PAD] = -torch.inf
+    return scores
+
+
+def full_ranks(scores: Tensor, targets: Tensor, seen_rows: Tensor, seen_items: Tensor) -> Tensor:
+    """Rank each user's target among all items that the user has not seen.
+
+    A target that the user has seen is masked like any seen item and ranks last.
+
+    Args:
+        scores: float32 [b, I + 1] from `full_scores`; seen entries are overwritten with -inf.
+        targets: int64 [b].
+        seen_rows, seen_items: int64 [n], entries to mask.
+
+    Returns:
+        int64 [b], 1 is best. NaN scores rank last.
+    """
+    rows = torch.arange(len(targets), device=scores.device)
+    scores[seen_rows, seen_items] = -torch.inf
+    target_scores = scores[rows, targets].unsqueeze(1)
+    # "not below" instead of "at least": a NaN on either side then counts against the model. The
+    # target itself is among them, which makes the best rank 1.
+    return scores.shape[1] - (scores < target_scores).sum(dim=1)
+
+
+def candidate_ranks(users: Tensor, candidates: Tensor) -> Tensor:
+    """Rank each user's target among drawn candidates.
+
+    Args:
+        users: [b, D] float32.
+        candidates: [b, 1 + C, D] float32 item vectors, the target first.
+
+    Returns:
+        int64 [b], 1 is best, 1 + C worst.
+    """
+    scores = torch.einsum("bd,bcd->bc", users, candidates)
+    return scores.shape[1] - (scores < scores[:, :1]).sum(dim=1)
+
+
+def users_at_a_time(num_items: int, budget_bytes: int) -> int:
+    """Return how many users' scores over I + 1 items fit in a budget: at least 1."""
+    return max(1, budget_bytes // (4 * (num_items + 1)))

@@ -1,0 +1,1 @@
+"""Models: item embeddings in, user vectors out, and the losses that train them."""

@@ -1,0 +1,303 @@
+"""Load an LLM's decoder from a model folder: whole or first layers, plain or quantised, with LoRA."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, BitsAndBytesConfig, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from REC.utils.errors import InputError
+
+log = logging.getLogger(__name__)
+
+EXTRA_FILE = "hllm_extra.safetensors"
+_EMBEDDING_KEYS = ("embed_tokens", "wte", "word_embeddings", "embed_in")
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    """LoRA and quantisation of the frozen weights (QLoRA, arXiv 2305.14314).
+
+    Attributes:
+        rank, alpha, dropout, target_modules: as peft's LoraConfig.
+        quant_type: `nf4`, `fp4`, `int8`, or `none` for plain LoRA.
+        compute_dtype: number type of the quantised layers' products.
+        double_quant: quantise the quantisation constants too.
+    """
+
+    rank: int
+    alpha: int
+    dropout: float
+    target_modules: tuple[str, ...]
+    quant_type: str = "nf4"
+    compute_dtype: torch.dtype = torch.bfloat16
+    double_quant: bool = True
+
+
+def load_model_config(folder: str | Path, trust_remote_code: bool = False) -> Any:
+    """Read a model folder's `config.json`.
+
+    Raises:
+        InputError: the folder or its config.json is missing or is not a transformers config.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise InputError(
+            f"model folder {folder} does not exist; fetch it with download_itemllm.py or "
+            f"download_userllm.py, or name another folder."
+        )
+    if not (folder / "config.json").is_file():
+        raise InputError(f"model folder {folder} has no config.json; name a transformers folder.")
+    try:
+        return AutoConfig.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=trust_remote_code
+        )
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise InputError(
+            f"{folder / 'config.json'} is not a model configuration that transformers can read: "
+            f"{_one_line(error)}."
+        ) from error
+    except Exception as error:  # configs are validated by libraries that raise their own kinds
+        raise InputError(
+            f"{folder / 'config.json'} is not a valid model configuration: {_one_line(error)}."
+        ) from error
+
+
+def load_decoder(
+    folder: str | Path,
+    *,
+    dtype: torch.dtype,
+    attention: str,
+    layers: int | None = None,
+    keep_token_embedding: bool = False,
+    lora: LoraSettings | None = None,
+    device: torch.device | None = None,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """Load the decoder stack of an LLM, without its output head.
+
+    Args:
+        folder: a transformers model folder.
+        dtype: number type of the weights that are not quantised.
+        attention: transformers' `attn_implementation`.
+        layers: keep the first N decoder layers; None keeps all.
+        keep_token_embedding: load the token embedding; the UserLLM reads vectors and needs none.
+        lora: used for its quantisation only; see `add_lora`.
+        device: where quantised weights are placed.
+        trust_remote_code: let transformers run code from the folder.
+
+    Returns:
+        A transformers model whose call takes `inputs_embeds` [B, T, hidden_size].
+
+    Raises:
+        InputError: the folder is not a readable model, a weight is missing or misshapen, or it
+            has fewer layers than asked for.
+    """
+    folder = Path(folder)
+    config = load_model_config(folder, trust_remote_code)
+    _keep_layers(config, layers, folder)
+    if not keep_token_embedding:
+        config.vocab_size = 1
+        config.pad_token_id = None
+    _check_files(folder)
+    kwargs: dict[str, Any] = {}
+    if lora is not None and lora.quant_type != "none":
+        kwargs["quantization_config"] = _quantization(lora)
+        kwargs["device_map"] = {"": device if device is not None else torch.device("cpu")}
+    verbosity = transformers_logging.get_verbosity()
+    # Weights left out on purpose (head, token embedding, later layers) would be reported at length.
+    transformers_logging.set_verbosity_error()
+    try:
+        model, info = AutoModel.from_pretrained(
+            folder,
+            config=config,
+            dtype=dtype,
+            attn_implementation=attention,
+            local_files_only=True,
+            trust_remote_code=trust_remote_code,
+            ignore_mismatched_sizes=not keep_token_embedding,
+            output_loading_info=True,
+            **kwargs,
+        )
+    except InputError:
+        raise
+    except Exception as error:  # transformers, safetensors and torch raise many kinds here
+        raise InputError(
+            f"model folder {folder} cannot be loaded: {_one_line(error)}; fetch it again or name "
+            f"another folder."
+        ) from error
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+    _refuse_incomplete(info, folder, keep_token_embedding)
+    model.config.use_cache = False
+    return model
+
+
+def add_lora(model: PreTrainedModel, lora: LoraSettings, gradient_checkpointing: bool) -> nn.Module:
+    """Freeze a decoder and add a LoRA adapter (arXiv 2106.09685) through peft.
+
+    Returns:
+        The peft model; only its LoRA matrices require gradients, in float32.
+
+    Raises:
+        InputError: no layer has one of the target names.
+    """
+    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+
+    if lora.quant_type != "none":
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    targets: Any = list(lora.target_modules)
+    settings = LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules="all-linear" if targets == ["all-linear"] else targets,
+        bias="none",
+    )
+    try:
+        adapted = get_peft_model(model, settings)
+    except ValueError as error:
+        names = sorted(
+            {name.rpartition(".")[2] for name, part in model.named_modules() if _is_linear(part)}
+        )
+        raise InputError(
+            f"qlora_target_modules {targets} names no linear layer of the UserLLM; its linear "
+            f"layers are {', '.join(names)}, or write [all-linear]."
+        ) from error
+    if gradient_checkpointing:
+        enable_checkpointing(model)
+    return adapted
+
+
+def enable_checkpointing(model: PreTrainedModel) -> None:
+    """Recompute the decoder layers' activations in the backward pass."""
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+
+def choose_attention(requested: str, allow_flash: bool, device: torch.device, half: bool) -> str:
+    """Resolve `attn_implementation: auto`, and refuse what cannot run.
+
+    Args:
+        requested: `auto`, `sdpa`, `flash_attention_2` or `eager`.
+        allow_flash: False keeps `auto` from flash-attn.
+        device: where the model runs.
+        half: whether it computes in bfloat16 or float16, as flash-attn needs.
+
+    Raises:
+        InputError: `flash_attention_2` was asked for and cannot run here.
+    """
+    installed = importlib.util.find_spec("flash_attn") is not None
+    runs = installed and half and device.type == "cuda"
+    if requested == "auto":
+        return "flash_attention_2" if runs and allow_flash else "sdpa"
+    if requested == "flash_attention_2" and not runs:
+        lacks = (
+            "a CUDA device"
+            if device.type != "cuda"
+            else "the package flash-attn"
+            if not installed
+            else "a 16-bit precision"
+        )
+        raise InputError(
+            f"attn_implementation: flash_attention_2 needs {lacks}; use auto or sdpa instead."
+        )
+    return requested
+
+
+def read_extra(folder: str | Path) -> dict[str, Tensor]:
+    """Read HLLM's `item_emb_tokens` [1, 1, D] and `logit_scale` [] saved beside a model.
+
+    Returns:
+        The tensors found, empty for a folder that is no imported HLLM checkpoint.
+
+    Raises:
+        InputError: the file is damaged.
+    """
+    path = Path(folder) / EXTRA_FILE
+    if not path.is_file():
+        return {}
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise InputError(
+            f"{path} is damaged ({error}); import the checkpoint again with --force."
+        ) from error
+
+
+def _keep_layers(config: Any, layers: int | None, folder: Path) -> None:
+    if layers is None:
+        return
+    if layers > config.num_hidden_layers:
+        raise InputError(
+            f"user_llm_layers is {layers}, but the model in {folder} has only "
+            f"{config.num_hidden_layers} layers."
+        )
+    config.num_hidden_layers = layers
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:layers]
+
+
+def _check_files(folder: Path) -> None:
+    weights = [*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")]
+    if not [file for file in weights if file.name != EXTRA_FILE]:
+        raise InputError(f"model folder {folder} holds no weights (*.safetensors); fetch it again.")
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        from REC.utils.files import read_json
+
+        content = read_json(index)
+        shards = content.get("weight_map") if isinstance(content, dict) else None
+        if not isinstance(shards, dict):
+            raise InputError(f"{index} has no weight_map; fetch the model again.")
+        for shard in sorted({str(name) for name in shards.values()}):
+            if Path(shard).name != shard:
+                raise InputError(f"{index} points outside its folder ('{shard}'); do not use it.")
+            if not (folder / shard).is_file():
+                raise InputError(f"model folder {folder} lacks the shard {shard}; fetch it again.")
+
+
+def _quantization(lora: LoraSettings) -> BitsAndBytesConfig:
+    if lora.quant_type == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=lora.quant_type,
+        bnb_4bit_compute_dtype=lora.compute_dtype,
+        bnb_4bit_use_double_quant=lora.double_quant,
+    )
+
+
+def _refuse_incomplete(info: dict[str, Any], folder: Path, keep_token_embedding: bool) -> None:
+    def allowed(key: str) -> bool:
+        return not keep_token_embedding and any(name in key for name in _EMBEDDING_KEYS)
+
+    missing = sorted(key for key in info.get("missing_keys", []) if not allowed(key))
+    if missing:
+        raise InputError(
+            f"model folder {folder} lacks the weight {missing[0]} ({len(missing)} in all); "
+            f"fetch it again."
+        )
+    mismatched = [entry for entry in info.get("mismatched_keys", []) if not allowed(str(entry[0]))]
+    if mismatched:
+        raise InputError(
+            f"model folder {folder}: weight {mismatched[0][0]} does not have the shape that its "
+            f"config.json says ({len(mismatched)} in all); fetch it again."
+        )
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) or "Linear" in type(module).__name__
+
+
+def _one_line(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    return (text[:200] + " ...") if len(text) > 200 else text.rstrip(".")

@@ -1,0 +1,172 @@
+"""The ItemLLM: item text in, one embedding per item out, as HLLM encodes items."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedModel
+
+from REC.model.backbone import load_decoder, read_extra
+from REC.utils.errors import InputError
+
+log = logging.getLogger(__name__)
+
+Pooling = Literal["emb_token", "mean"]
+
+
+class ItemEncoder:
+    """Encodes texts with a frozen LLM.
+
+    With `emb_token` pooling the learned embedding `item_emb_tokens` is appended after the text's
+    tokens, and its last hidden state (after the final norm) is the item's embedding. With `mean`
+    pooling it is the mean of the last hidden states of the text's tokens. Attention is causal and
+    rows are padded on the right, so no position sees another item or a padding position.
+
+    Args:
+        model: a decoder with its token embedding.
+        tokenizer: its tokenizer.
+        emb_token: [D] learned embedding for `emb_token` pooling, None for `mean`.
+        max_text_length: longest text in tokens.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: Any, emb_token: Tensor | None, max_text_length: int
+    ) -> None:
+        self.model = model.eval()
+        self.tokenizer = tokenizer
+        self.emb_token = emb_token
+        self.max_text_length = max_text_length
+        self.dim = int(model.config.hidden_size)
+        self._forward: Callable[..., Any] = model
+
+    @property
+    def pooling(self) -> Pooling:
+        """How token states become one embedding."""
+        return "mean" if self.emb_token is None else "emb_token"
+
+    def compile(self) -> None:
+        """Run the model through torch.compile (`item_compile`)."""
+        self._forward = torch.compile(self.model, dynamic=True)
+
+    def tokenize(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Return each text's token ids, cut to `max_text_length`: int64 [0..max_text_length]."""
+        if not texts:
+            return []
+        encoded = self.tokenizer(list(texts), truncation=False, padding=False)["input_ids"]
+        return [np.asarray(ids[: self.max_text_length], dtype=np.int64) for ids in encoded]
+
+    @torch.inference_mode()
+    def encode(self, tokens: Sequence[np.ndarray]) -> Tensor:
+        """Encode one batch.
+
+        Args:
+            tokens: token ids of B texts; an empty text is the bare emb token, or under mean
+                pooling a zero vector.
+
+        Returns:
+            float32 [B, D] on the CPU.
+        """
+        extra = 0 if self.emb_token is None else 1
+        lengths = np.array([len(ids) for ids in tokens])
+        width = max(int(lengths.max(initial=0)) + extra, 1)
+        padded = np.zeros((len(tokens), width), dtype=np.int64)
+        filled = np.arange(width) < lengths[:, None]
+        padded[filled] = np.concatenate([*tokens, np.empty(0, dtype=np.int64)])
+        device = self.model.device
+        inputs = self.model.get_input_embeddings()(torch.from_numpy(padded).to(device))
+        ends = torch.from_numpy(lengths).to(device)
+        rows = torch.arange(len(tokens), device=device)
+        if self.emb_token is not None:
+            inputs[rows, ends] = self.emb_token.to(inputs)
+        states = self._forward(inputs_embeds=inputs, use_cache=False).last_hidden_state
+        if self.emb_token is not None:
+            return states[rows, ends].float().cpu()
+        mask = torch.from_numpy(filled).to(device).unsqueeze(-1)
+        summed = states.float().masked_fill(~mask, 0.0).sum(dim=1)
+        return (summed / ends.clamp_min(1).unsqueeze(-1)).cpu()
+
+
+def load_item_encoder(
+    folder: str | Path,
+    *,
+    item_emb_token_n: int,
+    max_text_length: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    attention: str,
+    trust_remote_code: bool = False,
+) -> ItemEncoder:
+    """Load an ItemLLM and decide its pooling.
+
+    Args:
+        folder: a transformers model folder; an imported HLLM has `hllm_extra.safetensors` in it.
+        item_emb_token_n: 1 asks for the learned emb token; a folder without one is mean-pooled
+            and the log says so. 0 asks for mean pooling.
+        max_text_length: longest text in tokens.
+        device, dtype, attention: where and how the model runs.
+        trust_remote_code: let transformers run code from the folder.
+
+    Raises:
+        InputError: the model or its tokenizer cannot be loaded.
+    """
+    model = load_decoder(
+        folder,
+        dtype=dtype,
+        attention=attention,
+        keep_token_embedding=True,
+        trust_remote_code=trust_remote_code,
+    ).to(device)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=trust_remote_code
+        )
+    except Exception as error:  # transformers raises many kinds for absent or damaged tokenizers
+        reason = " ".join(str(error).split())[:160]
+        raise InputError(f"model folder {folder} has no usable tokenizer: {reason}.") from error
+    emb_token = _emb_token(folder, item_emb_token_n, int(model.config.hidden_size))
+    return ItemEncoder(model, tokenizer, emb_token, max_text_length)
+
+
+def _emb_token(folder: str | Path, item_emb_token_n: int, dim: int) -> Tensor | None:
+    if item_emb_token_n == 0:
+        return None
+    token = read_extra(folder).get("item_emb_tokens")
+    if token is None:
+        log.info(
+            "%s has no trained emb token (item_emb_tokens): items are mean-pooled over their "
+            "text's tokens.",
+            folder,
+        )
+        return None
+    if token.numel() != dim:
+        raise InputError(
+            f"{folder}: item_emb_tokens has {token.numel()} dimensions, the model {dim}; import "
+            f"the checkpoint again."
+        )
+    return token.reshape(dim)
+
+
+def length_batches(lengths: np.ndarray, max_tokens: int, extra: int = 0) -> Iterator[np.ndarray]:
+    """Split items into batches of similar length within a token budget.
+
+    Args:
+        lengths: int [n], tokens of each item.
+        max_tokens: largest batch, rows times longest row; a longer item is a batch of its own.
+        extra: positions added to each row.
+
+    Yields:
+        int64 item positions; longest items first, so that memory peaks at the start.
+    """
+    order = np.argsort(-lengths, kind="stable")
+    start = 0
+    while start < len(order):
+        width = max(int(lengths[order[start]]) + extra, 1)
+        size = max(1, max_tokens // width)
+        yield order[start : start + size]
+        start += size

@@ -1,0 +1,116 @@
+"""The catalogue's embeddings on the device, gathered by item number."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from REC.data.cache import ItemCache
+from REC.data.interactions import PAD
+from REC.utils.errors import InputError
+
+
+class ItemTable(nn.Module):
+    """Frozen item embeddings, with an optional trainable map after them.
+
+    Args:
+        embeddings: [I + 1, D]; row 0 is the padding item.
+        adapter: `none`; `linear`, x + Wx with W [D, D] starting at 0; or `lowrank`,
+            x + B(A x) with A [rank, D] random and B [D, rank] starting at 0. Both start as the
+            identity, so an untrained table scores as without one.
+        rank: rank of `lowrank`.
+    """
+
+    embeddings: Tensor
+
+    def __init__(self, embeddings: Tensor, adapter: str = "none", rank: int = 64) -> None:
+        super().__init__()
+        # Not persistent: the cache is on disk already and must not be copied into checkpoints.
+        self.register_buffer("embeddings", embeddings, persistent=False)
+        self.adapter: nn.Module | None = None
+        dim = embeddings.shape[1]
+        if adapter == "linear":
+            self.adapter = nn.Linear(dim, dim, bias=False)
+            nn.init.zeros_(self.adapter.weight)
+        elif adapter == "lowrank":
+            down, up = nn.Linear(dim, rank, bias=False), nn.Linear(rank, dim, bias=False)
+            nn.init.zeros_(up.weight)
+            self.adapter = nn.Sequential(down, up)
+
+    @property
+    def dim(self) -> int:
+        """Embedding dimension D."""
+        return self.embeddings.shape[1]
+
+    @property
+    def num_items(self) -> int:
+        """Number of items I, the padding item not counted."""
+        return self.embeddings.shape[0] - 1
+
+    def forward(self, items: Tensor) -> Tensor:
+        """Return the vectors of item numbers: int64 [...] -> float32 [..., D]."""
+        return self._adapt(self.embeddings[items])
+
+    def slice(self, start: int, end: int) -> Tensor:
+        """Return the vectors of items start..end-1, without a gather: float32 [end - start, D]."""
+        return self._adapt(self.embeddings[start:end])
+
+    def _adapt(self, vectors: Tensor) -> Tensor:
+        vectors = vectors.float()
+        return vectors if self.adapter is None else vectors + self.adapter(vectors)
+
+
+def table_from_cache(cache: ItemCache, item_ids: np.ndarray, transform: str = "none") -> Tensor:
+    """Gather the catalogue's rows of a cache into one matrix.
+
+    Args:
+        cache: the item cache.
+        item_ids: str [I + 1], entry 0 the padding item; every other id is in the cache.
+        transform: `none`, `standardize` or `whiten`, fitted on the catalogue's rows.
+
+    Returns:
+        [I + 1, D], row 0 zeros; the cache's dtype, or float32 after a transform.
+    """
+    rows = cache.rows_of(item_ids[1:])
+    table = torch.zeros((len(item_ids), cache.dim), dtype=cache.embeddings.dtype)
+    torch.index_select(cache.embeddings, 0, torch.from_numpy(rows), out=table[1:])
+    if transform == "none":
+        return table
+    table = table.float()
+    table[1:] = standardize(table[1:]) if transform == "standardize" else whiten(table[1:])
+    table[PAD] = 0.0
+    return table
+
+
+def standardize(vectors: Tensor) -> Tensor:
+    """Give every dimension mean 0 and variance 1 over the rows; constant ones become 0."""
+    centred = vectors - vectors.mean(dim=0)
+    deviation = centred.pow(2).mean(dim=0).sqrt()
+    return torch.where(deviation > 1e-6, centred / deviation.clamp_min(1e-6), 0.0)
+
+
+def whiten(vectors: Tensor, floor: float = 1e-3) -> Tensor:
+    """PCA-whiten the rows: [n, D] -> [n, D] with a covariance near the identity.
+
+    Directions with less than `floor` of the mean variance are damped rather than blown up.
+    """
+    centred = (vectors - vectors.mean(dim=0)).double()
+    covariance = centred.T @ centred / len(centred)
+    values, directions = torch.linalg.eigh(covariance)
+    scale = (values.clamp_min(0) + floor * values.mean()).rsqrt()
+    return ((centred @ directions) * scale).float()
+
+
+def check_dim(cache: ItemCache, hidden_size: int, user_dir: str) -> None:
+    """Refuse a cache that the UserLLM cannot read.
+
+    Raises:
+        InputError: the cache's dimension differs from the UserLLM's hidden size.
+    """
+    if cache.dim != hidden_size:
+        raise InputError(
+            f"item cache {cache.path or 'made now'} has {cache.dim} dimensions, but the UserLLM in "
+            f"{user_dir} has hidden size {hidden_size}; make the cache with the ItemLLM that belongs "
+            f"to this UserLLM, or change --user_pretrain_dir."
+        )

@@ -1,0 +1,157 @@
+"""What every trainable model offers, and the loss that is computed inside its forward pass."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from REC.data.dataset import TrainBatch
+from REC.model import losses
+from REC.model.item_table import ItemTable
+
+Similarity = Literal["cosine", "dot"]
+GatherIds = Callable[[Tensor], Tensor]
+
+
+class SequenceEncoder(nn.Module):
+    """Turns histories of item numbers into user vectors, and item numbers into item vectors.
+
+    Subclass this to plug in another model: everything else (losses, trainer, evaluator) only
+    calls these two.
+
+    Attributes:
+        items: the table of item vectors; its `forward` and `slice` give item vectors.
+    """
+
+    items: ItemTable
+
+    def forward(self, history: Tensor) -> Tensor:
+        """Encode every prefix of each history.
+
+        Args:
+            history: int64 [B, T] item numbers, right-padded with 0.
+
+        Returns:
+            [B, T, D]; position t has read items 0..t. Values at padded positions are undefined.
+        """
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class LossSettings:
+    """Which loss is trained; see the configuration keys of the same names."""
+
+    loss: Literal["bce", "nce"]
+    negatives: Literal["in_batch", "sampled", "catalogue"]
+    nce_thres: float
+    budget_bytes: int
+    similarity: Similarity
+
+
+class Recommender(nn.Module):
+    """An encoder together with its loss.
+
+    The loss is part of `forward`, so that wrappers which hook the forward pass (DDP, DeepSpeed)
+    see every use of a parameter.
+
+    Args:
+        encoder: the model.
+        settings: the loss.
+        logit_scale: initial log factor on cosines; HLLM's ln(1/0.07) when None.
+        gather_ids: collects item numbers from all processes; identity in a single one.
+    """
+
+    def __init__(
+        self,
+        encoder: SequenceEncoder,
+        settings: LossSettings,
+        logit_scale: float | None = None,
+        gather_ids: GatherIds = lambda ids: ids,
+    ) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.settings = settings
+        self.gather_ids = gather_ids
+        initial = losses.LOGIT_SCALE_INIT if logit_scale is None else logit_scale
+        self.logit_scale = nn.Parameter(
+            torch.tensor(initial, dtype=torch.float32),
+            requires_grad=settings.loss == "nce" and settings.similarity == "cosine",
+        )
+
+    def forward(self, batch: TrainBatch) -> Tensor:
+        """Return the batch's loss: scalar float32."""
+        states = self.encoder(batch.history)[batch.loss_mask]
+        targets = batch.targets[batch.loss_mask]
+        # The loss is exact arithmetic on small vectors; autocast would round its logits.
+        with torch.autocast(device_type=states.device.type, enabled=False):
+            return self._loss(states, targets, batch)
+
+    def _loss(self, states: Tensor, targets: Tensor, batch: TrainBatch) -> Tensor:
+        settings = self.settings
+        items = self.encoder.items
+        scale = self.scale()
+        if settings.negatives == "catalogue":
+            return losses.catalogue_softmax(
+                states,
+                items.slice(1, items.num_items + 1),
+                targets - 1,
+                scale,
+                cosine=settings.similarity == "cosine",
+                budget_bytes=settings.budget_bytes,
+            )
+        own = targets if settings.negatives == "in_batch" else batch.negatives.reshape(-1)
+        pool_ids = self.gather_ids(own)
+        positives, pool = items(targets), items(pool_ids)
+        if settings.loss == "bce":
+            excluded = targets.unsqueeze(1) == pool_ids
+            return losses.binary_cross_entropy(
+                states, positives, pool, excluded, settings.budget_bytes
+            )
+        return losses.info_nce(
+            states, positives, pool, scale, settings.nce_thres, None, settings.budget_bytes
+        )
+
+    def scale(self) -> Tensor:
+        """Return the log factor on cosines, clamped to [0, ln 100] as HLLM does; 0 for dots."""
+        if self.settings.similarity == "dot":
+            return self.logit_scale.new_zeros(())
+        with torch.no_grad():
+            self.logit_scale.clamp_(0.0, math.log(100))
+        return self.logit_scale
+
+    def user_vectors(self, history: Tensor, lengths: Tensor) -> Tensor:
+        """Encode users for scoring.
+
+        Args:
+            history: int64 [B, T], right-padded with 0.
+            lengths: int64 [B], real items in each row.
+
+        Returns:
+            float32 [B, D], of unit length under cosine similarity.
+        """
+        states = self.encoder(history)
+        last = states[torch.arange(len(history), device=states.device), lengths - 1].float()
+        return losses.normalize(last) if self.settings.similarity == "cosine" else last
+
+    def item_slice(self, start: int, end: int) -> Tensor:
+        """Return item vectors start..end-1 for scoring: float32 [end - start, D]."""
+        return self._for_scoring(self.encoder.items.slice(start, end))
+
+    def item_vectors(self, items: Tensor) -> Tensor:
+        """Return the vectors of item numbers for scoring: int64 [...] -> float32 [..., D]."""
+        return self._for_scoring(self.encoder.items(items))
+
+    def _for_scoring(self, vectors: Tensor) -> Tensor:
+        if self.settings.similarity == "cosine":
+            return losses.normalize(vectors)
+        return vectors.float()
+
+    @property
+    def num_items(self) -> int:
+        """Number of items I, the padding item not counted."""
+        return self.encoder.items.num_items

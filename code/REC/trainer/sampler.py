@@ -1,0 +1,72 @@
+"""The order of training sequences: seeded, resumable, shared out evenly over processes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import numpy as np
+from torch.utils.data import Sampler
+
+# Batches whose sequences are sorted by length together under `group_by_length`.
+BATCHES_PER_GROUP = 50
+
+
+class SequenceBatches(Sampler[list[int]]):
+    """Batches of sample numbers for one process.
+
+    Every epoch is a permutation drawn from (seed, epoch) alone. All processes make the same number
+    of batches, the last ones filled from the epoch's beginning, as DDP requires.
+
+    Args:
+        lengths: int [S], transitions of each sequence.
+        batch_size: sequences per batch and process.
+        seed: base seed.
+        group_by_length: put sequences of similar length together; batches stay in random order.
+        rank, world_size: this process among all.
+    """
+
+    def __init__(
+        self,
+        lengths: np.ndarray,
+        batch_size: int,
+        seed: int,
+        *,
+        group_by_length: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        self.lengths = lengths
+        self.batch_size = batch_size
+        self.seed = seed
+        self.group_by_length = group_by_length
+        self.rank, self.world_size = rank, world_size
+        self.epoch = 0
+        self.start_batch = 0
+
+    def __len__(self) -> int:
+        """Number of batches of a whole epoch in this process."""
+        return math.ceil(len(self.lengths) / (self.batch_size * self.world_size))
+
+    def __iter__(self) -> Iterator[list[int]]:
+        """Yield this process's batches of the epoch, from `start_batch` on."""
+        rng = np.random.default_rng([self.seed, self.epoch])
+        order = rng.permutation(len(self.lengths))
+        step = self.batch_size * self.world_size
+        if self.group_by_length:
+            order = self._grouped(order, step, rng)
+        if self.world_size > 1:
+            order = np.resize(order, len(self) * step)
+        for batch in range(self.start_batch, len(self)):
+            whole = order[batch * step : (batch + 1) * step]
+            yield whole[self.rank :: self.world_size].tolist()
+
+    def _grouped(self, order: np.ndarray, step: int, rng: np.random.Generator) -> np.ndarray:
+        size = step * BATCHES_PER_GROUP
+        groups = [order[start : start + size] for start in range(0, len(order), size)]
+        ordered = np.concatenate(
+            [group[np.argsort(-self.lengths[group], kind="stable")] for group in groups]
+        )
+        full = len(ordered) // step * step
+        batches = ordered[:full].reshape(-1, step)
+        return np.concatenate([rng.permutation(batches).reshape(-1), ordered[full:]])

@@ -1,0 +1,56 @@
+"""The one exception that means "the user can mend this", and how programs end on it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+
+EXIT_OK = 0
+EXIT_FAILURE = 1
+EXIT_BAD_INPUT = 2
+EXIT_SIGINT = 130
+EXIT_SIGTERM = 143
+
+
+class InputError(Exception):
+    """Bad input: a file, row, key or value that the user has to change.
+
+    The message is one sentence that says what is wrong, where (file, row, key) and how to mend
+    it. Programs print it without a traceback and exit with code 2.
+    """
+
+
+class Interrupted(Exception):
+    """The run was asked to stop (SIGINT or SIGTERM) and has saved what it had.
+
+    Attributes:
+        exit_code: 130 after SIGINT, 143 after SIGTERM.
+    """
+
+    def __init__(self, message: str, exit_code: int = EXIT_SIGINT) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+def run_program(main: Callable[[Sequence[str]], int], argv: Sequence[str] | None = None) -> int:
+    """Run a program's `main` and turn what ends it into an exit code.
+
+    Args:
+        main: takes the arguments after the program's name and returns an exit code.
+        argv: the arguments; `sys.argv[1:]` when None.
+
+    Returns:
+        What `main` returned; 2 for an `InputError`; 130 or 143 for an interruption. Any other
+        exception is a defect of the program and keeps its traceback.
+    """
+    try:
+        return main(sys.argv[1:] if argv is None else argv)
+    except InputError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return EXIT_BAD_INPUT
+    except Interrupted as stop:
+        sys.stderr.write(f"interrupted: {stop}\n")
+        return stop.exit_code
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted\n")
+        return EXIT_SIGINT

@@ -1,0 +1,121 @@
+"""Files that appear whole or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from REC.utils.errors import InputError
+
+
+@contextmanager
+def atomic_path(target: str | Path) -> Iterator[Path]:
+    """Give a temporary path beside `target`; rename it to `target` when the block succeeds.
+
+    If the block raises, the temporary file or folder is removed and `target` stays as it was.
+    A folder replaces an older folder of that name.
+
+    Raises:
+        InputError: the folder of `target` cannot be created or written, or the disk is full.
+    """
+    target = Path(target)
+    temporary: Path | None = None
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
+        os.close(handle)
+        temporary = Path(name)
+        temporary.unlink()
+        yield temporary
+        # mkstemp's 0600 would otherwise survive the rename and surprise people who share a folder.
+        if temporary.is_file():
+            _fsync(temporary)
+            temporary.chmod(0o666 & ~_umask())
+        if temporary.is_dir() and target.is_dir():
+            _replace_folder(temporary, target)
+        else:
+            os.replace(temporary, target)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise InputError(
+            f"cannot write {target}: {reason}; free some space or choose another place."
+        ) from error
+    finally:
+        if temporary is not None:
+            remove(temporary)
+
+
+def write_text(target: str | Path, text: str) -> None:
+    """Write `text` (UTF-8) to `target` atomically."""
+    with atomic_path(target) as path:
+        path.write_text(text, encoding="utf-8")
+
+
+def write_json(target: str | Path, value: Any) -> None:
+    """Write `value` as indented JSON to `target` atomically. NaN and infinity are refused."""
+    write_text(target, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_json(path: str | Path) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        InputError: the file is missing or is not JSON.
+    """
+    path = Path(path)
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise InputError(f"{path} does not exist.") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path} is not a readable JSON file: {error}.") from error
+
+
+def sha256(path: str | Path, chunk_bytes: int = 1 << 20) -> str:
+    """Return the hex SHA-256 of a file, read in chunks of `chunk_bytes` bytes."""
+    digest = hashlib.sha256()
+    with Path(path).open("rb") as stream:
+        while chunk := stream.read(chunk_bytes):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def free_bytes(path: str | Path) -> int:
+    """Return the free bytes of the disk that `path`, or its nearest existing parent, is on."""
+    folder = Path(path).absolute()
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a folder if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _replace_folder(new: Path, target: Path) -> None:
+    old = target.with_name(f".{target.name}.{os.getpid()}.old")
+    os.replace(target, old)
+    os.replace(new, target)
+    remove(old)
+
+
+def _fsync(path: Path) -> None:
+    with path.open("rb") as stream:
+        os.fsync(stream.fileno())
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

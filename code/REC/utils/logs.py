@@ -1,0 +1,30 @@
+"""Logging to the terminal and, for a run, to its folder."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+
+_NOISY = ("httpx", "huggingface_hub", "lightning", "lightning.fabric", "matplotlib", "urllib3")
+
+
+def set_up_logging(log_file: Path | None = None, *, quiet: bool = False) -> None:
+    """Send log lines to standard error, and to `log_file` too when one is given.
+
+    Args:
+        log_file: appended to.
+        quiet: warnings and errors only, for the processes after the first.
+    """
+    handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)]
+    if log_file is not None:
+        handlers.append(logging.FileHandler(log_file, encoding="utf-8"))
+    logging.basicConfig(
+        level=logging.WARNING if quiet else logging.INFO,
+        format="%(asctime)s %(message)s",
+        datefmt="%H:%M:%S",
+        handlers=handlers,
+        force=True,
+    )
+    for name in _NOISY:
+        logging.getLogger(name).setLevel(logging.WARNING)
