@@ -34,6 +34,7 @@ class EncodingJob:
     Attributes:
         model: the ItemLLM's folder.
         text_keys, prompt, max_text_length, dtype, batch_tokens: configuration keys.
+        compute_dtype: number type that the ItemLLM computes in.
         pooling: `emb_token` or `mean`.
         fingerprint: of the ids and texts.
     """
@@ -46,6 +47,7 @@ class EncodingJob:
     pooling: str
     fingerprint: str
     batch_tokens: int
+    compute_dtype: str = "float32"
 
     def metadata(self) -> dict[str, str]:
         """Return the job as the cache file's metadata."""
@@ -56,6 +58,7 @@ class EncodingJob:
             "max_text_length": str(self.max_text_length),
             "pooling": self.pooling,
             "fingerprint": self.fingerprint,
+            "compute_dtype": self.compute_dtype,
         }
 
     def digest(self) -> str:
@@ -91,8 +94,8 @@ def encode_items(
     lengths = np.array([len(ids) for ids in tokens])
     empty = sum(1 for text in items.texts if not text)
     if empty:
-        way = "the bare emb token's" if encoder.pooling == "emb_token" else "the empty text's"
-        log.info("%d of %d items have no text and get %s embedding.", empty, len(items), way)
+        given = "the bare emb token's embedding" if encoder.pooling == "emb_token" else "zeros"
+        log.info("%d of %d items have no text and get %s.", empty, len(items), given)
     extra = int(encoder.pooling == "emb_token")
     batches = list(length_batches(lengths, job.batch_tokens, extra))
     result = torch.zeros((len(items), encoder.dim), dtype=DTYPES[job.dtype])

@@ -72,6 +72,16 @@ def read_item_texts(path: str | Path, text_keys: Sequence[str], item_prompt: str
     return ItemTexts(ids, texts, _fingerprint(ids, texts))
 
 
+def with_items(items: ItemTexts, item_ids: Sequence[str] | np.ndarray) -> ItemTexts:
+    """Return the items with those of `item_ids` added, without text, that are not among them."""
+    known = set(items.item_ids)
+    extra = [str(item) for item in item_ids if item not in known]
+    if not extra:
+        return items
+    ids, texts = items.item_ids + extra, items.texts + [""] * len(extra)
+    return ItemTexts(ids, texts, _fingerprint(ids, texts))
+
+
 def _read(path: Path, columns: list[str]) -> pd.DataFrame:
     try:
         with warnings.catch_warnings():

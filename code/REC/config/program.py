@@ -1,0 +1,44 @@
+"""What every program does first: read its command line, answer --help, make the configuration."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Sequence
+
+import torch
+
+from REC.config.help import dump_config, help_text
+from REC.config.loader import load_config, parse_command_line
+from REC.config.schema import Config
+from REC.utils.logs import set_up_logging
+
+log = logging.getLogger(__name__)
+
+
+def program_config(
+    argv: Sequence[str], program: str, summary: str, examples: Sequence[str]
+) -> Config | None:
+    """Return a program's configuration, or None when it only had to print something.
+
+    Args:
+        argv: the arguments after the program's name.
+        program, summary, examples: for `--help`.
+
+    Raises:
+        InputError: the command line or a YAML file is not a valid configuration.
+    """
+    line = parse_command_line(argv)
+    if line.show_help:
+        sys.stdout.write(help_text(program, summary, examples))
+        return None
+    config, warnings = load_config(line.config_files, line.overrides)
+    if line.print_config:
+        sys.stdout.write(dump_config(config))
+        return None
+    set_up_logging()
+    for warning in warnings:
+        log.warning(warning)
+    if config.num_threads is not None:
+        torch.set_num_threads(config.num_threads)
+    return config

@@ -1,0 +1,1 @@
+"""What the programs do, one file a task: cache items, evaluate, fine-tune."""

@@ -1,0 +1,30 @@
+"""Encode a dataset's items once with the ItemLLM and write the item cache."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent / "code"))
+
+from REC.config.program import program_config  # noqa: E402
+from REC.recipes.cache_items import write_item_cache  # noqa: E402
+from REC.utils.errors import EXIT_OK, run_program  # noqa: E402
+
+EXAMPLES = (
+    "python item_caching.py --dataset Pixel200K --item_pretrain_dir model_checkpoints/ItemLLM_complete",
+    "python item_caching.py --config_file my.yaml --item_cache_path dataset/my_items.safetensors",
+)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the program with its arguments and return the exit code."""
+    config = program_config(argv, "item_caching.py", __doc__ or "", EXAMPLES)
+    if config is not None:
+        write_item_cache(config)
+    return EXIT_OK
+
+
+if __name__ == "__main__":
+    sys.exit(run_program(main))
