@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import types
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Union, get_args, get_origin
 
 import yaml
@@ -47,7 +48,9 @@ def _row(name: str, info: Any) -> tuple[str, str, str, str]:
     return name, describe_type(info.annotation), shown, info.description or ""
 
 
-def help_text(program: str, summary: str, examples: list[str], extra: dict[str, str]) -> str:
+def help_text(
+    program: str, summary: str, examples: Sequence[str], extra: Mapping[str, str] | None = None
+) -> str:
     """Return the `--help` text of a program that takes configuration keys.
 
     Args:
@@ -61,7 +64,7 @@ def help_text(program: str, summary: str, examples: list[str], extra: dict[str, 
     lines += ["flags:"]
     flags = {
         "config_file": "YAML files, later ones win",
-        **extra,
+        **(extra or {}),
         "print_config": "True: print the merged configuration and stop",
         "help": "show this text",
     }

@@ -339,7 +339,8 @@ def _explain(error: ValidationError, origin: Mapping[str, str]) -> str:
             given = item["input"]
             shown = repr(given) if len(repr(given)) < 60 else f"a {_kind(given)}"
             problems.append(f"key '{name}' in {where}: {message}, but it is {shown}")
-    return "; ".join(dict.fromkeys(problems)) + ". See --help for all keys."
+    text = "; ".join(dict.fromkeys(problems))
+    return f"{text}{'' if text.endswith('?') else '.'} See --help for all keys."
 
 
 def suggest_key(name: str) -> str:

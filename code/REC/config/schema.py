@@ -266,6 +266,12 @@ class Config(_Section):
         ge=1,
         le=10_000_000,
     )
+    similarity: Literal["auto", "cosine", "dot"] = _key(
+        "auto",
+        "training",
+        "how user and item vectors are compared in scoring; auto: dot product for what bce trained, "
+        "cosine for nce and for an untrained UserLLM, as HLLM was trained",
+    )
     nce_thres: Number = _key(
         0.99,
         "training",
@@ -336,6 +342,12 @@ class Config(_Section):
     eval_neg_sample_num: PositiveInt = _key(
         99, "evaluation", "drawn candidates per user of eval_protocol: sampled", le=1_000_000
     )
+    eval_phase: Literal["test", "valid"] = _key(
+        "test",
+        "evaluation",
+        "held-out items of the final evaluation; valid lets settings be compared without the test "
+        "items being looked at",
+    )
     eval_baseline: Bool = _key(
         True, "evaluation", "before fine-tuning, evaluate the untrained UserLLM for the table"
     )
@@ -356,12 +368,19 @@ class Config(_Section):
             raise ValueError(
                 f"valid_metric is {self.valid_metric!r}; write NAME@K with NAME one of {names}"
             )
+        if match.group(1) not in self.metrics or int(match.group(2)) not in self.topk:
+            raise ValueError(
+                f"valid_metric is {self.valid_metric}, but metrics {self.metrics} at topk {self.topk} "
+                f"do not contain it; change one of them"
+            )
         if self.negatives == "catalogue" and self.loss != "nce":
             raise ValueError("negatives: catalogue is a full softmax and needs loss: nce")
         if self.negatives == "catalogue" and self.num_negatives is not None:
             raise ValueError("num_negatives has no meaning with negatives: catalogue; drop one")
         if self.negatives == "sampled" and self.num_negatives is None:
             raise ValueError("negatives: sampled needs num_negatives, for example 512")
+        if self.loss == "nce" and self.similarity == "dot" and self.model == "HLLM":
+            raise ValueError("loss: nce compares by cosine; similarity: dot needs loss: bce")
         if self.overwrite and self.auto_resume:
             raise ValueError("overwrite and auto_resume exclude each other; set one of them False")
         return self

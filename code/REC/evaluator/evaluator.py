@@ -62,6 +62,12 @@ class EvalProtocol:
     seed: int = 2020
     budget_bytes: int = 1 << 28
 
+    def describe(self) -> str:
+        """Say the protocol in a few words, for tables."""
+        if self.kind == "full":
+            return "full ranking, seen items masked"
+        return f"{self.candidates} sampled negatives a user (seed {self.seed})"
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -124,6 +130,11 @@ class Evaluator:
             collate_fn=EvalCollate(dataset, candidates),
             num_workers=num_workers,
         )
+
+    @property
+    def own_users(self) -> int:
+        """Users that this process scores."""
+        return len(self._own)
 
     @torch.inference_mode()
     def run(

@@ -115,6 +115,7 @@ def load_decoder(
     verbosity = transformers_logging.get_verbosity()
     # Weights left out on purpose (head, token embedding, later layers) would be reported at length.
     transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
     try:
         model, info = AutoModel.from_pretrained(
             folder,

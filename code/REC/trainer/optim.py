@@ -46,6 +46,11 @@ def build_optimizer(model: nn.Module, config: Config, device: torch.device) -> O
     return optimizer
 
 
+def steps_per_epoch(batches: int, accumulation: int) -> int:
+    """Return the optimizer steps of an epoch: the last one may take fewer batches."""
+    return math.ceil(batches / accumulation)
+
+
 def build_schedule(optimizer: Optimizer, config: Config, total_steps: int) -> LambdaLR:
     """Make the schedule: linear warm-up over `warmup` of all steps, then the decay of `type`.
 

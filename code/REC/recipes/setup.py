@@ -1,0 +1,245 @@
+"""From a configuration to the objects that evaluation and training work on."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from lightning.fabric import Fabric
+
+from REC.config import Config
+from REC.data.cache import ItemCache, open_cache
+from REC.data.dataset import CachedEmbeddingEvalDataset
+from REC.data.interactions import Interactions, dataset_file, drop_items, read_interactions
+from REC.data.split import Split, leave_one_out
+from REC.evaluator.evaluator import EvalProtocol, Evaluator
+from REC.model.backbone import (
+    LoraSettings,
+    add_lora,
+    choose_attention,
+    enable_checkpointing,
+    load_decoder,
+    load_model_config,
+    read_extra,
+)
+from REC.model.item_table import ItemTable, check_dim, table_from_cache
+from REC.model.recommender import LossSettings, Recommender, Similarity
+from REC.model.user_llm import UserLLM
+from REC.recipes.cache_items import cache_path, encode_in_memory
+from REC.trainer.fabric import compute_dtype, gather_ids
+from REC.utils.errors import InputError
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Data:
+    """What a run reads.
+
+    Attributes:
+        split: interactions, split leave-one-out.
+        cache: item embeddings; None for models that need none.
+    """
+
+    split: Split
+    cache: ItemCache | None
+
+    @property
+    def interactions(self) -> Interactions:
+        """All users' histories."""
+        return self.split.interactions
+
+    def summary(self) -> dict[str, Any]:
+        """Return the data's size for `result.json`."""
+        data = self.interactions
+        return {
+            "users": data.num_users,
+            "items": data.num_items,
+            "interactions": len(data),
+            "dropped_interactions": data.dropped,
+            "users_too_short": self.split.too_short,
+        }
+
+
+def load_data(config: Config, *, need_cache: bool) -> Data:
+    """Read the interactions and, when needed, the item embeddings.
+
+    Raises:
+        InputError: a file is missing or bad, or the cache is of another dataset.
+    """
+    interactions = read_interactions(dataset_file(config.data_path, config.dataset))
+    cache = None
+    if need_cache:
+        if config.use_item_cache:
+            cache = open_cache(cache_path(config))
+        else:
+            cache = encode_in_memory(config)
+        interactions = _match(interactions, cache, config)
+    split = leave_one_out(interactions)
+    log.info(
+        "%s: %d users, %d items, %d interactions; %d users are too short to train, %d to validate, "
+        "%d to test.",
+        config.dataset,
+        interactions.num_users,
+        interactions.num_items,
+        len(interactions),
+        *(split.too_short[phase] for phase in ("train", "valid", "test")),
+    )
+    return Data(split, cache)
+
+
+def _match(interactions: Interactions, cache: ItemCache, config: Config) -> Interactions:
+    """Check that the cache has every item; drop the others when the configuration says so."""
+    have = cache.rows_of(interactions.item_ids) >= 0
+    lacking = [str(item) for item in interactions.item_ids[1:][~have[1:]]]
+    if not lacking:
+        return interactions
+    where = cache.path or config.text_path
+    if config.missing_items == "error":
+        raise InputError(
+            f"{len(lacking)} of {interactions.num_items} items in {config.dataset} are not in the "
+            f"item cache {where}, for example {', '.join(lacking[:5])}; make the cache for this "
+            f"dataset with item_caching.py, or set --missing_items drop."
+        )
+    thinned = drop_items(interactions, have)
+    log.warning(
+        "dropped %d interactions with %d items that are not in the item cache %s.",
+        thinned.dropped,
+        len(lacking),
+        where,
+    )
+    return thinned
+
+
+def eval_protocol(config: Config) -> EvalProtocol:
+    """Return how users are scored."""
+    return EvalProtocol(
+        kind=config.eval_protocol,
+        topk=tuple(config.topk),
+        metrics=tuple(config.metrics),
+        candidates=config.eval_neg_sample_num,
+        seed=config.seed,
+        budget_bytes=config.logits_budget_mb << 20,
+    )
+
+
+def make_evaluator(config: Config, split: Split, phase: Any, fabric: Fabric) -> Evaluator:
+    """Make the evaluator of one phase for this process.
+
+    Raises:
+        InputError: there is nobody to score.
+    """
+    dataset = CachedEmbeddingEvalDataset(split, phase, config.MAX_ITEM_LIST_LENGTH)
+    again = dataset.count_seen_targets()
+    if again:
+        log.info(
+            "%s: %d of %d users' targets are already in their history; full ranking masks seen "
+            "items, so they count as misses.",
+            phase,
+            again,
+            len(dataset),
+        )
+    return Evaluator(
+        dataset,
+        eval_protocol(config),
+        batch_size=config.eval_batch_size,
+        num_workers=config.num_workers,
+        rank=fabric.global_rank,
+        world_size=fabric.world_size,
+    )
+
+
+def lora_settings(config: Config) -> LoraSettings:
+    """Return the LoRA and quantisation settings of a configuration."""
+    wanted = config.qlora_compute_dtype
+    return LoraSettings(
+        rank=config.qlora_r,
+        alpha=config.qlora_alpha,
+        dropout=config.qlora_dropout,
+        target_modules=tuple(config.qlora_target_modules),
+        quant_type=config.qlora_quant_type,
+        compute_dtype=compute_dtype(config) if wanted == "auto" else getattr(torch, wanted),
+        double_quant=config.qlora_double_quant,
+    )
+
+
+def build_user_llm(config: Config, data: Data, fabric: Fabric, *, train: bool) -> Recommender:
+    """Load the UserLLM with the item table and its loss, on the device.
+
+    Args:
+        config: the configuration.
+        data: the data, with a cache.
+        fabric: says where.
+        train: with the trainable parts of the configuration; else as loaded, frozen.
+
+    Raises:
+        InputError: the model folder is unusable or does not fit the cache.
+    """
+    folder = config.user_pretrain_dir
+    if not folder:
+        raise InputError(
+            "no UserLLM is named; give --user_pretrain_dir FOLDER (download_userllm.py makes one)."
+        )
+    assert data.cache is not None
+    check_dim(data.cache, int(load_model_config(folder, config.trust_remote_code).hidden_size), folder)
+    half = compute_dtype(config)
+    lora = lora_settings(config) if train and config.use_qlora else None
+    # Weights that are trained whole stay in float32 under mixed precision; frozen ones need not.
+    whole = train and lora is None and config.precision != "bf16-true"
+    device = fabric.device
+    attention = choose_attention(
+        config.attn_implementation,
+        config.use_ft_flash_attn,
+        device,
+        half=half in (torch.bfloat16, torch.float16),
+    )
+    decoder: Any = load_decoder(
+        folder,
+        dtype=torch.float32 if whole else half,
+        attention=attention,
+        layers=config.user_llm_layers,
+        lora=lora,
+        device=device,
+        trust_remote_code=config.trust_remote_code,
+    )
+    if lora is not None:
+        decoder = add_lora(decoder, lora, config.gradient_checkpointing)
+    elif train and config.gradient_checkpointing:
+        enable_checkpointing(decoder)
+    elif not train:
+        decoder.requires_grad_(False)
+    table = ItemTable(
+        table_from_cache(
+            data.cache, data.interactions.item_ids, config.item_embedding_transform
+        ),
+        config.item_adapter if train else "none",
+        config.item_adapter_rank,
+    )
+    scale = read_extra(folder).get("logit_scale")
+    settings = loss_settings(config, scored_by="cosine" if not train else None)
+    model = Recommender(
+        UserLLM(decoder, table),
+        settings,
+        logit_scale=None if scale is None else float(scale),
+        gather_ids=gather_ids(fabric),
+    )
+    return model.to(device)
+
+
+def loss_settings(config: Config, scored_by: Similarity | None = None) -> LossSettings:
+    """Return the loss; `scored_by` is the similarity that `auto` stands for."""
+    similarity: Similarity
+    if config.similarity == "auto":
+        similarity = scored_by or ("cosine" if config.loss == "nce" else "dot")
+    else:
+        similarity = config.similarity
+    return LossSettings(
+        loss=config.loss,
+        negatives=config.effective_negatives,
+        nce_thres=config.nce_thres,
+        budget_bytes=config.logits_budget_mb << 20,
+        similarity=similarity,
+    )
+

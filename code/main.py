@@ -1,0 +1,35 @@
+"""Evaluate or fine-tune the UserLLM, or a reference model, on cached item embeddings."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from REC.config.program import program_config  # noqa: E402
+from REC.recipes.train_and_rank import run  # noqa: E402
+from REC.utils.errors import EXIT_OK, run_program  # noqa: E402
+
+_START = (
+    "python code/main.py --config_file code/overall/LLM_ddp.yaml code/HLLM/HLLM.yaml"
+    " --dataset Pixel200K --user_pretrain_dir model_checkpoints/UserLLM_complete"
+)
+EXAMPLES = (
+    f"{_START} --val_only True",
+    f"{_START} --use_qlora True --optim_args.learning_rate 2e-4",
+    "python code/main.py --config_file code/overall/LLM_ddp.yaml --dataset Pixel200K --model pop",
+)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the program with its arguments and return the exit code."""
+    config = program_config(argv, "python code/main.py", __doc__ or "", EXAMPLES)
+    if config is not None:
+        run(config)
+    return EXIT_OK
+
+
+if __name__ == "__main__":
+    sys.exit(run_program(main))
