@@ -8,9 +8,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "code"))
 
-from REC.config.program import program_config  # noqa: E402
-from REC.recipes.cache_items import write_item_cache  # noqa: E402
-from REC.utils.errors import EXIT_OK, run_program  # noqa: E402
+from REC.config.program import program_config
+from REC.recipes.cache_items import write_item_cache
+from REC.utils.errors import EXIT_OK, run_program
 
 EXAMPLES = (
     "python item_caching.py --dataset Pixel200K --item_pretrain_dir model_checkpoints/ItemLLM_complete",

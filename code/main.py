@@ -8,9 +8,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from REC.config.program import program_config  # noqa: E402
-from REC.recipes.train_and_rank import run  # noqa: E402
-from REC.utils.errors import EXIT_OK, run_program  # noqa: E402
+from REC.config.program import program_config
+from REC.recipes.train_and_rank import run
+from REC.utils.errors import EXIT_OK, run_program
 
 _START = (
     "python code/main.py --config_file code/overall/LLM_ddp.yaml code/HLLM/HLLM.yaml"

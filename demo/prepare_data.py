@@ -114,7 +114,7 @@ def convert_items(text: str, source: str) -> list[Row]:
         InputError: a column or cell is missing, or an item is described twice.
     """
     columns = ("item_id", "movie_title", "release_year", "class")
-    rows = []
+    rows: list[Row] = []
     seen: set[str] = set()
     for line, (item, title, year, genres) in enumerate(
         _read_atomic(text, columns, source), start=2

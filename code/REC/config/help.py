@@ -31,7 +31,7 @@ def describe_type(annotation: Any) -> str:
 def _rows() -> dict[str, list[tuple[str, str, str, str]]]:
     groups: dict[str, list[tuple[str, str, str, str]]] = {}
     for name, info in Config.model_fields.items():
-        group = info.json_schema_extra["group"]  # type: ignore[index,call-overload]
+        group = info.json_schema_extra["group"]  # type: ignore[index]
         rows = groups.setdefault(str(group), [])
         annotation = info.annotation
         if isinstance(annotation, type) and issubclass(annotation, BaseModel):

@@ -179,7 +179,7 @@ def _parse(path: Path, dtypes: dict[str, str]) -> pd.DataFrame:
         return pd.read_csv(
             path,
             usecols=list(COLUMNS),
-            dtype=dtypes,  # type: ignore[arg-type]
+            dtype=dtypes,
             encoding="utf-8-sig",
             keep_default_na=False,
             na_filter=False,

@@ -77,7 +77,9 @@ def rest_state(model: Recommender) -> dict[str, Tensor]:
 def trainable_state(model: nn.Module) -> dict[str, Tensor]:
     """Return every trainable weight by name: what a resumable checkpoint holds."""
     return {
-        name: value.detach().cpu() for name, value in model.named_parameters() if value.requires_grad
+        name: value.detach().cpu()
+        for name, value in model.named_parameters()
+        if value.requires_grad
     }
 
 

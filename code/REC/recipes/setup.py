@@ -72,10 +72,8 @@ def load_data(config: Config, *, need_cache: bool) -> Data:
     interactions = read_interactions(dataset_file(config.data_path, config.dataset))
     cache = None
     if need_cache:
-        if config.use_item_cache:
-            cache = open_cache(cache_path(config))
-        else:
-            cache = encode_in_memory(config)
+        cached = config.use_item_cache
+        cache = open_cache(cache_path(config)) if cached else encode_in_memory(config)
         interactions = _match(interactions, cache, config)
     split = leave_one_out(interactions)
     log.info(
@@ -183,7 +181,9 @@ def build_user_llm(config: Config, data: Data, fabric: Fabric, *, train: bool) -
             "no UserLLM is named; give --user_pretrain_dir FOLDER (download_userllm.py makes one)."
         )
     assert data.cache is not None
-    check_dim(data.cache, int(load_model_config(folder, config.trust_remote_code).hidden_size), folder)
+    check_dim(
+        data.cache, int(load_model_config(folder, config.trust_remote_code).hidden_size), folder
+    )
     half = compute_dtype(config)
     lora = lora_settings(config) if train and config.use_qlora else None
     # Weights that are trained whole stay in float32 under mixed precision; frozen ones need not.
@@ -211,9 +211,7 @@ def build_user_llm(config: Config, data: Data, fabric: Fabric, *, train: bool) -
     elif not train:
         decoder.requires_grad_(False)
     table = ItemTable(
-        table_from_cache(
-            data.cache, data.interactions.item_ids, config.item_embedding_transform
-        ),
+        table_from_cache(data.cache, data.interactions.item_ids, config.item_embedding_transform),
         config.item_adapter if train else "none",
         config.item_adapter_rank,
     )
@@ -242,4 +240,3 @@ def loss_settings(config: Config, scored_by: Similarity | None = None) -> LossSe
         budget_bytes=config.logits_budget_mb << 20,
         similarity=similarity,
     )
-

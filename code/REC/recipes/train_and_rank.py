@@ -65,7 +65,9 @@ def run(config: Config) -> Path:
     fabric.seed_everything(config.seed, workers=True, verbose=False)
     clock = Clock()
     if fabric.device.type == "cpu" and config.device == "auto":
-        log.info("no CUDA device found: running on the CPU with %d threads.", torch.get_num_threads())
+        log.info(
+            "no CUDA device found: running on the CPU with %d threads.", torch.get_num_threads()
+        )
     data = load_data(config, need_cache=config.model in ("HLLM", "item_knn"))
     final = make_evaluator(config, data.split, config.eval_phase, fabric)
     folder = Path(fabric.broadcast(str(choose_run_dir(config))))

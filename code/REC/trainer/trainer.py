@@ -133,7 +133,11 @@ class Trainer:
             for number, batch in enumerate(self.loader, start=1):
                 last = number == len(batches)
                 # The last group of an epoch may be short: its batches weigh as much as they are.
-                group = len(batches) % accumulate if number > len(batches) // accumulate * accumulate else 0
+                group = (
+                    len(batches) % accumulate
+                    if number > len(batches) // accumulate * accumulate
+                    else 0
+                )
                 stepping = number % accumulate == 0 or last
                 with self.fabric.no_backward_sync(self.wrapped, enabled=not stepping):
                     loss = self.wrapped(self._move(batch))

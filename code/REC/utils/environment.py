@@ -64,9 +64,7 @@ def peak_memory(device: torch.device) -> dict[str, int]:
     """Return the peak resident memory of this process and the peak GPU memory, in bytes."""
     # ru_maxrss is in KiB on Linux and in bytes on macOS.
     unit = 1 if sys.platform == "darwin" else 1024
-    peak: dict[str, int] = {
-        "host_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    }
+    peak: dict[str, int] = {"host_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
     if device.type == "cuda":
         peak["gpu_bytes"] = torch.cuda.max_memory_allocated(device)
     return peak

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -85,12 +86,13 @@ class TrainCollate:
         self.seed = seed
         self.epoch = 0
 
-    def __call__(self, indices: np.ndarray) -> TrainBatch:
+    def __call__(self, indices: Sequence[int] | np.ndarray) -> TrainBatch:
         """Gather a batch.
 
         Args:
             indices: int64 [B], sample numbers.
         """
+        indices = np.asarray(indices, dtype=np.int64)
         segments = self.dataset.segments
         starts, ends = segments.starts[indices], segments.ends[indices]
         history, mask = gather_padded(self.dataset.interactions.items, starts, ends - 1)
@@ -127,12 +129,13 @@ class EvalCollate:
         self.dataset = dataset
         self.candidates = candidates
 
-    def __call__(self, indices: np.ndarray) -> EvalBatch:
+    def __call__(self, indices: Sequence[int] | np.ndarray) -> EvalBatch:
         """Gather a batch.
 
         Args:
             indices: int64 [B], sample numbers.
         """
+        indices = np.asarray(indices, dtype=np.int64)
         segments = self.dataset.segments
         items = self.dataset.interactions.items
         starts, ends = segments.starts[indices], segments.ends[indices] - 1

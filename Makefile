@@ -1,0 +1,42 @@
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+
+.PHONY: help demo demo-full test lint bench clean
+
+help:
+	@echo "make demo       install, prepare data and LLM, cache, evaluate, fine-tune, compare"
+	@echo "make demo-full  the same with all layers and long histories (wants a GPU)"
+	@echo "make test       install, lint, type-check and run the whole test suite"
+	@echo "make lint       ruff and mypy only"
+	@echo "make clean      remove the virtual environment, caches and demo runs"
+
+demo: $(VENV)/demo.stamp
+	$(PY) demo/run.py
+
+demo-full: $(VENV)/demo.stamp
+	$(PY) demo/run.py --full
+
+test: lint
+	$(PY) demo/prepare_data.py
+	$(PY) demo/prepare_llm.py
+	$(PY) -m pytest
+
+lint: $(VENV)/dev.stamp
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+$(PY):
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/demo.stamp: requirements.txt requirements-demo.txt | $(PY)
+	$(PY) -m pip install --disable-pip-version-check -q -r requirements-demo.txt
+	touch $@
+
+$(VENV)/dev.stamp: requirements.txt requirements-demo.txt requirements-dev.txt | $(PY)
+	$(PY) -m pip install --disable-pip-version-check -q -r requirements-dev.txt
+	touch $@
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .demo runs

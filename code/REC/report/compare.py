@@ -1,0 +1,189 @@
+"""Several runs in one table: values, bootstrap intervals, gain and paired test against the first."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from REC.evaluator.intervals import bootstrap_interval, paired_p_value
+from REC.evaluator.metrics import PER_USER, per_user
+from REC.report.result import read_ranks, read_result
+from REC.report.table import relative_gain
+from REC.utils.errors import InputError
+from REC.utils.files import atomic_path, write_text
+
+# What every row of a comparison must share.
+_SHARED = ("dataset", "phase", "protocol")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One model of a comparison.
+
+    Attributes:
+        name: run folder and, where a run has several rows, the row's name.
+        users, ranks: int64 [E].
+    """
+
+    name: str
+    users: np.ndarray
+    ranks: np.ndarray
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Models scored on the same users with the same protocol.
+
+    Attributes:
+        title: dataset, phase, users and protocol.
+        rows: the models; the first is what the others are compared with.
+        columns: (metric, K).
+    """
+
+    title: str
+    rows: list[Row]
+    columns: list[tuple[str, int]]
+
+
+def load_comparison(run_dirs: Sequence[str | Path]) -> Comparison:
+    """Read runs and check that they can be compared.
+
+    A row that repeats an earlier one's ranks exactly under the same name, such as the untrained
+    UserLLM of a baseline run and of a fine-tuning run, appears once.
+
+    Raises:
+        InputError: a folder is no finished run, or runs differ in data, protocol or users.
+    """
+    if not run_dirs:
+        raise InputError("no run is named; give one or more run folders.")
+    rows: list[Row] = []
+    kinds: set[tuple[str, bytes]] = set()
+    first: dict[str, Any] | None = None
+    for run_dir in run_dirs:
+        result = read_result(run_dir)
+        first = first or result
+        for key in _SHARED:
+            if result.get(key) != first.get(key):
+                raise InputError(
+                    f"{run_dir} cannot be compared with {run_dirs[0]}: its {key} is "
+                    f"'{result.get(key)}', not '{first.get(key)}'."
+                )
+        for entry in result["rows"]:
+            users, ranks = read_ranks(run_dir, entry["name"])
+            if rows and not np.array_equal(users, rows[0].users):
+                raise InputError(f"{run_dir} scored other users than {run_dirs[0]}.")
+            if (entry["name"], ranks.tobytes()) in kinds:
+                continue
+            kinds.add((entry["name"], ranks.tobytes()))
+            name = Path(run_dir).name
+            alone = len(result["rows"]) == 1
+            rows.append(Row(name if alone else f"{name}: {entry['name']}", users, ranks))
+    assert first is not None
+    config = first["config"]
+    columns = [(m, k) for m in config["metrics"] if m in PER_USER for k in config["topk"]]
+    title = f"{first['dataset']}, {first['phase']}, {len(rows[0].users)} users, {first['protocol']}"
+    return Comparison(title, rows, columns)
+
+
+def records(comparison: Comparison) -> list[dict[str, Any]]:
+    """Return one record a row and metric: value, interval, gain and p-value against the first row."""
+    found = []
+    base = comparison.rows[0]
+    for row in comparison.rows:
+        for name, k in comparison.columns:
+            value = float(per_user(name, row.ranks, k).mean())
+            low, high = bootstrap_interval(name, row.ranks, k)
+            before = float(per_user(name, base.ranks, k).mean())
+            is_base = row is base
+            found.append(
+                {
+                    "run": row.name,
+                    "metric": f"{name}@{k}",
+                    "value": value,
+                    "low": low,
+                    "high": high,
+                    "gain": "" if is_base else relative_gain(before, value),
+                    "p_value": None if is_base else paired_p_value(name, row.ranks, base.ranks, k),
+                }
+            )
+    return found
+
+
+def markdown(comparison: Comparison) -> str:
+    """Format the comparison as a Markdown table with 95 % intervals."""
+    names = [f"{name}@{k}" for name, k in comparison.columns]
+    lines = [comparison.title, "", "| run | " + " | ".join(names) + " |"]
+    lines.append("| --- |" + " ---: |" * len(names))
+    entries = iter(records(comparison))
+    for row in comparison.rows:
+        cells = []
+        for _ in names:
+            entry = next(entries)
+            star = "*" if entry["p_value"] is not None and entry["p_value"] < 0.05 else ""
+            cells.append(f"{entry['value']:.4f}{star} [{entry['low']:.4f}, {entry['high']:.4f}]")
+        lines.append(f"| {row.name} | " + " | ".join(cells) + " |")
+    lines += [
+        "",
+        f"95 % bootstrap intervals over users; * differs from {comparison.rows[0].name} "
+        "(paired randomisation test, p < 0.05).",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def csv_text(comparison: Comparison) -> str:
+    """Format the comparison as CSV, one line a row and metric."""
+    buffer = io.StringIO()
+    entries = records(comparison)
+    writer = csv.DictWriter(buffer, fieldnames=list(entries[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(entries)
+    return buffer.getvalue()
+
+
+def save_chart(comparison: Comparison, target: Path) -> None:
+    """Draw every metric's bars with their intervals to a PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    entries = records(comparison)
+    kinds = list(dict.fromkeys(name for name, _ in comparison.columns))
+    figure, axes = pyplot.subplots(1, len(kinds), figsize=(6 * len(kinds), 4.5), squeeze=False)
+    width = 0.8 / len(comparison.rows)
+    for axis, kind in zip(axes[0], kinds, strict=True):
+        cuts = [k for name, k in comparison.columns if name == kind]
+        for number, row in enumerate(comparison.rows):
+            own = [
+                e for e in entries if e["run"] == row.name and e["metric"].startswith(f"{kind}@")
+            ]
+            at = np.arange(len(cuts)) + (number - (len(comparison.rows) - 1) / 2) * width
+            values = np.array([entry["value"] for entry in own])
+            spread = [
+                np.maximum(values - [entry["low"] for entry in own], 0),
+                np.maximum([entry["high"] for entry in own] - values, 0),
+            ]
+            axis.bar(at, values, width, yerr=spread, capsize=2, label=row.name)
+        axis.set_xticks(np.arange(len(cuts)), [f"@{k}" for k in cuts])
+        axis.set_title(kind)
+    axes[0][0].legend(fontsize="small")
+    figure.suptitle(comparison.title, fontsize="medium")
+    figure.tight_layout()
+    with atomic_path(target) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)
+    pyplot.close(figure)
+
+
+def save_comparison(comparison: Comparison, folder: Path) -> list[Path]:
+    """Write `comparison.md`, `.csv` and `.png` to a folder and return their paths."""
+    paths = [folder / f"comparison.{ending}" for ending in ("md", "csv", "png")]
+    write_text(paths[0], markdown(comparison))
+    write_text(paths[1], csv_text(comparison))
+    save_chart(comparison, paths[2])
+    return paths

@@ -1,0 +1,40 @@
+"""Print and save the table of several runs, with intervals and paired tests."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from REC.report.compare import load_comparison, markdown, save_comparison
+from REC.utils.errors import EXIT_OK, run_program
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the program with its arguments and return the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python code/compare.py",
+        description=__doc__,
+        epilog="example: python code/compare.py saved/Pixel200K-pop saved/Pixel200K-qlora",
+    )
+    parser.add_argument(
+        "runs",
+        nargs="+",
+        help="run folders; the others are tested against the first one's first row",
+    )
+    parser.add_argument(
+        "--out", help="folder of comparison.md, .csv and .png (default: the last run's folder)"
+    )
+    args = parser.parse_args(argv)
+    comparison = load_comparison(args.runs)
+    sys.stdout.write(markdown(comparison))
+    paths = save_comparison(comparison, Path(args.out or args.runs[-1]))
+    sys.stdout.write("\nsaved: " + ", ".join(map(str, paths)) + "\n")
+    return EXIT_OK
+
+
+if __name__ == "__main__":
+    sys.exit(run_program(main))
