@@ -6,15 +6,7 @@ import logging
 import sys
 from pathlib import Path
 
-_NOISY = (
-    "httpx",
-    "huggingface_hub",
-    "lightning",
-    "lightning.fabric",
-    "matplotlib",
-    "bitsandbytes",
-    "urllib3",
-)
+_NOISY = ("httpx", "huggingface_hub", "lightning", "lightning.fabric", "matplotlib", "urllib3")
 
 
 def set_up_logging(log_file: Path | None = None, *, quiet: bool = False) -> None:
@@ -36,3 +28,5 @@ def set_up_logging(log_file: Path | None = None, *, quiet: bool = False) -> None
     )
     for name in _NOISY:
         logging.getLogger(name).setLevel(logging.WARNING)
+    # It warns on every CPU run that an optional faster kernel is not installed.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

@@ -1,0 +1,65 @@
+"""Small real models and data sets for the tests."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from REC.data.cache import save_cache
+
+ROOT = Path(__file__).resolve().parents[1]
+WORDS = ("title", "tag", "description", ":", "item", *map(str, range(40)))
+
+
+def make_llama(folder: Path, *, hidden: int = 64, layers: int = 2, seed: int = 0) -> Path:
+    """Save a random Llama with a word tokenizer as an ordinary model folder."""
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=len(WORDS) + 1,
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        tie_word_embeddings=False,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    vocabulary = {"[UNK]": 0, **{word: n for n, word in enumerate(WORDS, start=1)}}
+    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = Whitespace()  # type: ignore[assignment]
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]").save_pretrained(folder)
+    return folder
+
+
+def make_dataset(
+    root: Path, name: str = "tiny", *, users: int = 30, items: int = 20, length: int = 12
+) -> Path:
+    """Write `dataset/<name>.csv` and `information/<name>.csv` in which users walk along the items."""
+    rng = np.random.default_rng(0)
+    rows = ["item_id,user_id,timestamp"]
+    for user in range(users):
+        start = int(rng.integers(items))
+        count = length - user % 3
+        rows += [f"i{(start + step) % items},u{user},{1000 + step}" for step in range(count)]
+    (root / "dataset").mkdir(parents=True, exist_ok=True)
+    (root / "information").mkdir(exist_ok=True)
+    (root / "dataset" / f"{name}.csv").write_text("\n".join(rows) + "\n")
+    texts = ["item_id,title,tag,description"]
+    texts += [f"i{n},item {n},{n % 4},{n % 7}" for n in range(items)]
+    (root / "information" / f"{name}.csv").write_text("\n".join(texts) + "\n")
+    return root
+
+
+def make_cache(path: Path, *, items: int = 20, dim: int = 64, seed: int = 0) -> Path:
+    """Write a native item cache of random vectors for the items of `make_dataset`."""
+    generator = torch.Generator().manual_seed(seed)
+    vectors = torch.randn(items, dim, generator=generator)
+    save_cache(path, [f"i{n}" for n in range(items)], vectors, {"model": "random"})
+    return path

@@ -1,0 +1,127 @@
+"""Item embeddings: pooling, the emb token, and independence of batching."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from REC.data.build_cache import EncodingJob, encode_items
+from REC.data.item_text import ItemTexts
+from REC.model.item_llm import ItemEncoder, length_batches, load_item_encoder
+from safetensors.torch import save_file
+from transformers import AutoModel, AutoTokenizer
+
+from tests.helpers import make_llama
+
+TEXTS = ["title : item 3", "tag : 1 2 3 4 5 6 7", "item", "title : 9 tag : 8 description : 7 6", ""]
+
+
+def encoder(folder: Path, emb_token_n: int = 1, max_text_length: int = 64) -> ItemEncoder:
+    return load_item_encoder(
+        folder,
+        item_emb_token_n=emb_token_n,
+        max_text_length=max_text_length,
+        device=torch.device("cpu"),
+        dtype=torch.float32,
+        attention="sdpa",
+    )
+
+
+@pytest.fixture(scope="module")
+def hllm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = make_llama(tmp_path_factory.mktemp("hllm"), seed=3)
+    token = torch.randn(1, 1, 64, generator=torch.Generator().manual_seed(5))
+    extra = {"item_emb_tokens": token, "logit_scale": torch.tensor(2.0)}
+    save_file(extra, folder / "hllm_extra.safetensors")
+    return folder
+
+
+def alone(folder: Path, text: str, emb_token: torch.Tensor | None) -> torch.Tensor:
+    """One item through plain transformers: mean over tokens, or the emb token's last state."""
+    model = AutoModel.from_pretrained(folder).eval()
+    ids = AutoTokenizer.from_pretrained(folder)(text)["input_ids"]
+    inputs = model.get_input_embeddings()(torch.tensor([ids], dtype=torch.int64))
+    if emb_token is not None:
+        inputs = torch.cat([inputs, emb_token.reshape(1, 1, -1)], dim=1)
+    with torch.no_grad():
+        states = model(inputs_embeds=inputs).last_hidden_state[0]
+    return states.mean(dim=0) if emb_token is None else states[-1]
+
+
+@pytest.mark.parametrize("text", TEXTS[:4])
+def test_mean_pooling_is_the_mean_over_the_text_tokens(llama: Path, text: str) -> None:
+    found = encoder(llama, emb_token_n=0)
+    batch = found.tokenize([*TEXTS, text])
+    torch.testing.assert_close(found.encode(batch)[-1], alone(llama, text, None), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_emb_token_is_appended_in_embedding_space(hllm: Path, text: str) -> None:
+    found = encoder(hllm)
+    assert found.pooling == "emb_token"
+    batch = found.tokenize([*TEXTS, text])
+    wanted = alone(hllm, text, found.emb_token)
+    torch.testing.assert_close(found.encode(batch)[-1], wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_a_model_without_emb_token_is_mean_pooled_and_says_so(
+    llama: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO"):
+        assert encoder(llama).pooling == "mean"
+    assert "mean-pooled" in caplog.text
+
+
+def test_text_is_cut_before_the_emb_token_is_appended(hllm: Path) -> None:
+    found = encoder(hllm, max_text_length=3)
+    full = encoder(hllm).tokenize([TEXTS[1]])[0]
+    cut = found.tokenize([TEXTS[1]])[0]
+    np.testing.assert_array_equal(cut, full[:3])
+
+
+@pytest.mark.parametrize("budget", [1, 16, 10_000])
+def test_embeddings_do_not_depend_on_the_batch_size(hllm: Path, budget: int) -> None:
+    items = ItemTexts([str(n) for n in range(len(TEXTS))], TEXTS, "f")
+    found = encoder(hllm)
+    job = EncodingJob("m", ("title",), "", 64, "float32", found.pooling, "f", budget)
+    rows = encode_items(found, items, job, show_progress=False)
+    wanted = torch.stack([found.encode(found.tokenize([text]))[0] for text in TEXTS])
+    torch.testing.assert_close(rows, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_an_interrupted_encoding_is_continued(
+    hllm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("REC.data.build_cache.ITEMS_PER_PART", 2)
+    items = ItemTexts([str(n) for n in range(len(TEXTS))], TEXTS, "f")
+    found = encoder(hllm)
+    job = EncodingJob("m", ("title",), "", 64, "float32", found.pooling, "f", 1)
+    whole = encode_items(found, items, job, show_progress=False)
+    encoded: list[int] = []
+    plain = found.encode
+
+    def stops(tokens: list[np.ndarray]) -> torch.Tensor:
+        if len(encoded) == 3:
+            raise KeyboardInterrupt
+        encoded.append(len(tokens))
+        return plain(tokens)
+
+    parts = tmp_path / "parts"
+    monkeypatch.setattr(found, "encode", stops)
+    with pytest.raises(KeyboardInterrupt):
+        encode_items(found, items, job, parts_dir=parts, show_progress=False)
+    monkeypatch.setattr(found, "encode", lambda tokens: encoded.append(9) or plain(tokens))
+    again = encode_items(found, items, job, parts_dir=parts, show_progress=False)
+    # Two items were safe in a part; the third, encoded before the stop, had to be done again.
+    assert encoded == [1, 1, 1, 9, 9, 9]
+    assert torch.equal(again, whole)
+
+
+def test_length_batches_keep_the_budget_and_every_item() -> None:
+    lengths = np.array([3, 9, 1, 4, 4, 0])
+    batches = list(length_batches(lengths, 10, extra=1))
+    assert sorted(np.concatenate(batches).tolist()) == list(range(6))
+    assert all(len(b) == 1 or len(b) * (lengths[b].max() + 1) <= 10 for b in batches)
+    assert batches[0].tolist() == [1]

@@ -1,0 +1,161 @@
+"""Losses against float64 NumPy references, values and gradients."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from REC.model import losses
+
+Array = np.ndarray
+
+
+def unit(x: Array) -> Array:
+    return x / np.linalg.norm(x, axis=-1, keepdims=True)
+
+
+def reference_nce(q: Array, p: Array, pool: Array, scale: float, threshold: float) -> float:
+    """One row after the other, as the formula reads."""
+    q, p, pool = unit(q), unit(p), unit(pool)
+    total = 0.0
+    for row in range(len(q)):
+        positive = math.exp(scale) * float(q[row] @ p[row])
+        rivals = [
+            math.exp(scale) * float(q[row] @ item)
+            for item in pool
+            if float(p[row] @ item) <= threshold
+        ]
+        largest = max([positive, *rivals])
+        denominator = sum(math.exp(value - largest) for value in [positive, *rivals])
+        total += math.log(denominator) + largest - positive
+    return total / len(q)
+
+
+def reference_bce(q: Array, p: Array, pool: Array, excluded: Array) -> float:
+    values = []
+    for row in range(len(q)):
+        values.append(math.log1p(math.exp(-float(q[row] @ p[row]))))
+        for column in range(len(pool)):
+            if not excluded[row, column]:
+                values.append(math.log1p(math.exp(float(q[row] @ pool[column]))))
+    return sum(values) / len(values)
+
+
+def reference_softmax(q: Array, items: Array, targets: Array, scale: float) -> float:
+    q, items = unit(q), unit(items)
+    total = 0.0
+    for row, target in enumerate(targets):
+        scores = np.array([math.exp(scale) * float(q[row] @ item) for item in items])
+        total += math.log(np.exp(scores - scores.max()).sum()) + scores.max() - scores[target]
+    return total / len(q)
+
+
+def numeric_gradient(value: Callable[[Array], float], at: Array, step: float = 1e-5) -> Array:
+    gradient = np.zeros_like(at)
+    for place in np.ndindex(at.shape):
+        up, down = at.copy(), at.copy()
+        up[place] += step
+        down[place] -= step
+        gradient[place] = (value(up) - value(down)) / (2 * step)
+    return gradient
+
+
+def tensor(x: Array) -> torch.Tensor:
+    return torch.tensor(x, dtype=torch.float32, requires_grad=True)
+
+
+shapes = st.tuples(st.integers(1, 5), st.integers(1, 6), st.integers(2, 5), st.integers(0, 10_000))
+
+
+@given(shapes, st.floats(0.0, math.log(100)), st.sampled_from([1 << 28, 1]))
+@settings(max_examples=25, deadline=None)
+def test_info_nce_and_its_gradients(
+    shape: tuple[int, int, int, int], scale: float, budget: int
+) -> None:
+    rows, pool_size, dim, seed = shape
+    rng = np.random.default_rng(seed)
+    q, p, pool = (rng.normal(size=(n, dim)) for n in (rows, rows, pool_size))
+    pool[0] = p[0] * 3.0  # a collision: the positive itself, at another length
+    tq, tp, tpool = tensor(q), tensor(p), tensor(pool)
+    tscale = torch.tensor(scale, requires_grad=True)
+    loss = losses.info_nce(tq, tp, tpool, tscale, 0.99, budget_bytes=budget)
+    assert loss.item() == pytest.approx(reference_nce(q, p, pool, scale, 0.99), rel=1e-4, abs=1e-4)
+    loss.backward()
+    wanted = numeric_gradient(lambda x: reference_nce(x, p, pool, scale, 0.99), q)
+    np.testing.assert_allclose(tq.grad, wanted, rtol=2e-3, atol=2e-3)
+    wanted = numeric_gradient(lambda x: reference_nce(q, p, pool, float(x[0]), 0.99), np.array([scale]))
+    assert tscale.grad is not None
+    assert tscale.grad.item() == pytest.approx(wanted[0], rel=2e-3, abs=2e-3)
+
+
+@given(shapes, st.sampled_from([1 << 28, 1]))
+@settings(max_examples=25, deadline=None)
+def test_binary_cross_entropy_and_its_gradients(
+    shape: tuple[int, int, int, int], budget: int
+) -> None:
+    rows, pool_size, dim, seed = shape
+    rng = np.random.default_rng(seed)
+    q, p, pool = (rng.normal(size=(n, dim)) for n in (rows, rows, pool_size))
+    excluded = rng.random((rows, pool_size)) < 0.3
+    tq, tp, tpool = tensor(q), tensor(p), tensor(pool)
+    loss = losses.binary_cross_entropy(tq, tp, tpool, torch.tensor(excluded), budget)
+    assert loss.item() == pytest.approx(reference_bce(q, p, pool, excluded), rel=1e-4)
+    loss.backward()
+    wanted = numeric_gradient(lambda x: reference_bce(q, p, x, excluded), pool)
+    np.testing.assert_allclose(tpool.grad, wanted, rtol=2e-3, atol=2e-4)
+
+
+@given(shapes, st.floats(0.0, math.log(100)), st.sampled_from([1 << 28, 1]))
+@settings(max_examples=25, deadline=None)
+def test_catalogue_softmax_and_its_gradients(
+    shape: tuple[int, int, int, int], scale: float, budget: int
+) -> None:
+    rows, items, dim, seed = shape
+    rng = np.random.default_rng(seed)
+    q, table = rng.normal(size=(rows, dim)), rng.normal(size=(items, dim))
+    targets = rng.integers(0, items, size=rows)
+    tq, ttable = tensor(q), tensor(table)
+    loss = losses.catalogue_softmax(
+        tq, ttable, torch.tensor(targets), torch.tensor(scale), budget_bytes=budget
+    )
+    wanted_loss = reference_softmax(q, table, targets, scale)
+    assert loss.item() == pytest.approx(wanted_loss, rel=1e-4, abs=1e-4)
+    loss.backward()
+    wanted = numeric_gradient(lambda x: reference_softmax(q, x, targets, scale), table)
+    np.testing.assert_allclose(ttable.grad, wanted, rtol=2e-3, atol=2e-3)
+
+
+def test_nce_by_hand() -> None:
+    # Scale 0, cosines 1 with the positive and 0 with the one negative: log(e + 1) - 1.
+    q = torch.tensor([[2.0, 0.0]])
+    loss = losses.info_nce(q, q, torch.tensor([[0.0, 5.0]]), torch.tensor(0.0))
+    assert loss.item() == pytest.approx(math.log(math.e + 1) - 1)
+
+
+def test_nce_masks_the_positive_among_the_negatives_by_threshold() -> None:
+    q = torch.tensor([[1.0, 0.0]])
+    twin = torch.tensor([[7.0, 0.0]])
+    assert losses.info_nce(q, q, twin, torch.tensor(1.0), 0.99).item() == pytest.approx(0.0)
+    assert losses.info_nce(q, q, twin, torch.tensor(1.0), 1.01).item() == pytest.approx(math.log(2))
+
+
+def test_bce_by_hand() -> None:
+    # Scores 0 with the positive and with both negatives: every pair costs log 2.
+    zero = torch.zeros(1, 3)
+    loss = losses.binary_cross_entropy(zero, zero, torch.ones(2, 3))
+    assert loss.item() == pytest.approx(math.log(2))
+
+
+def test_no_positions_give_zero_not_nan() -> None:
+    none, pool = torch.zeros(0, 3), torch.ones(2, 3)
+    scale = torch.tensor(0.0)
+    assert losses.info_nce(none, none, pool, scale).item() == 0.0
+    assert losses.binary_cross_entropy(none, none, pool).item() == 0.0
+    targets = torch.zeros(0, dtype=torch.int64)
+    assert losses.catalogue_softmax(none, pool, targets, scale).item() == 0.0
