@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
 from main import main
 from REC.utils.errors import run_program
-
 from tests.helpers import ROOT, make_cache, make_dataset, make_llama
 
 
@@ -55,8 +55,10 @@ def last_wins(argv: list[str]) -> list[str]:
         if word.startswith("--"):
             flags.pop(word, None)
             flags[word] = []
-        else:
+        elif flags:
             flags[list(flags)[-1]].append(word)
+        else:
+            return argv
     return [word for flag, values in flags.items() for word in (flag, *values)]
 
 

@@ -33,7 +33,7 @@ def make_llama(folder: Path, *, hidden: int = 64, layers: int = 2, seed: int = 0
     LlamaForCausalLM(config).save_pretrained(folder)
     vocabulary = {"[UNK]": 0, **{word: n for n, word in enumerate(WORDS, start=1)}}
     tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = Whitespace()  # type: ignore[assignment]
+    tokenizer.pre_tokenizer = Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]").save_pretrained(folder)
     return folder
 

@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from REC.data.build_cache import EncodingJob, encode_items
-from REC.data.item_text import ItemTexts
-from REC.model.item_llm import ItemEncoder, length_batches, load_item_encoder
 from safetensors.torch import save_file
 from transformers import AutoModel, AutoTokenizer
 
+from REC.data.build_cache import EncodingJob, encode_items
+from REC.data.item_text import ItemTexts
+from REC.model.item_llm import ItemEncoder, length_batches, load_item_encoder
 from tests.helpers import make_llama
 
 TEXTS = ["title : item 3", "tag : 1 2 3 4 5 6 7", "item", "title : 9 tag : 8 description : 7 6", ""]
@@ -54,7 +54,9 @@ def alone(folder: Path, text: str, emb_token: torch.Tensor | None) -> torch.Tens
 def test_mean_pooling_is_the_mean_over_the_text_tokens(llama: Path, text: str) -> None:
     found = encoder(llama, emb_token_n=0)
     batch = found.tokenize([*TEXTS, text])
-    torch.testing.assert_close(found.encode(batch)[-1], alone(llama, text, None), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        found.encode(batch)[-1], alone(llama, text, None), rtol=1e-4, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("text", TEXTS)
@@ -112,7 +114,12 @@ def test_an_interrupted_encoding_is_continued(
     monkeypatch.setattr(found, "encode", stops)
     with pytest.raises(KeyboardInterrupt):
         encode_items(found, items, job, parts_dir=parts, show_progress=False)
-    monkeypatch.setattr(found, "encode", lambda tokens: encoded.append(9) or plain(tokens))
+
+    def counts(tokens: list[np.ndarray]) -> torch.Tensor:
+        encoded.append(9)
+        return plain(tokens)
+
+    monkeypatch.setattr(found, "encode", counts)
     again = encode_items(found, items, job, parts_dir=parts, show_progress=False)
     # Two items were safe in a part; the third, encoded before the stop, had to be done again.
     assert encoded == [1, 1, 1, 9, 9, 9]

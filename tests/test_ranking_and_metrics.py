@@ -13,7 +13,9 @@ from REC.evaluator import metrics, ranking
 from REC.evaluator.intervals import bootstrap_interval, paired_p_value
 
 
-def full_ranks(scores: list[list[float]], targets: list[int], seen: list[tuple[int, int]]) -> list[int]:
+def full_ranks(
+    scores: list[list[float]], targets: list[int], seen: list[tuple[int, int]]
+) -> list[int]:
     rows = torch.tensor([row for row, _ in seen], dtype=torch.int64)
     items = torch.tensor([item for _, item in seen], dtype=torch.int64)
     table = torch.tensor(scores)

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModel
+
 from REC.data.dataset import TrainBatch
 from REC.model.backbone import LoraSettings, add_lora, load_decoder
 from REC.model.item_table import ItemTable, standardize, whiten
@@ -14,14 +16,16 @@ from REC.model.recommender import LossSettings, Recommender
 from REC.model.user_llm import UserLLM
 from REC.model.weights import load_trained, save_trained
 from REC.utils.errors import InputError
-from transformers import AutoModel
 
 LORA = LoraSettings(4, 8, 0.0, ("q_proj", "v_proj"), "none", torch.float32)
 NCE = LossSettings("nce", "in_batch", 0.99, 1 << 28, "cosine")
 
 
 def build(
-    folder: Path, lora: LoraSettings | None = LORA, settings: LossSettings = NCE, adapter: str = "none"
+    folder: Path,
+    lora: LoraSettings | None = LORA,
+    settings: LossSettings = NCE,
+    adapter: str = "none",
 ) -> Recommender:
     torch.manual_seed(1)
     decoder = load_decoder(folder, dtype=torch.float32, attention="sdpa", lora=lora)
@@ -52,7 +56,9 @@ def test_padding_and_batch_mates_change_nothing(llama: Path) -> None:
     model = build(llama, None).eval()
     with torch.no_grad():
         short = model.user_vectors(torch.tensor([[5, 6]]), torch.tensor([2]))
-        padded = model.user_vectors(torch.tensor([[5, 6, 0, 0], [1, 2, 3, 4]]), torch.tensor([2, 4]))
+        padded = model.user_vectors(
+            torch.tensor([[5, 6, 0, 0], [1, 2, 3, 4]]), torch.tensor([2, 4])
+        )
     torch.testing.assert_close(padded[0], short[0], rtol=1e-4, atol=1e-5)
 
 
@@ -87,6 +93,22 @@ def test_every_quantisation_learns(llama: Path, quantised: str) -> None:
     assert losses[-1] < 0.8 * losses[0]
 
 
+@pytest.mark.parametrize("quantised", ["nf4", "int8"])
+def test_an_evaluation_between_steps_leaves_the_gradients_alone(
+    llama: Path, quantised: str
+) -> None:
+    model = build(llama, replace(LORA, quant_type=quantised), adapter="linear")
+    found = []
+    for _ in range(2):
+        model.train().zero_grad()
+        model(batch()).backward()
+        found.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+        with torch.no_grad():
+            model.eval().user_vectors(torch.tensor([[1, 2]]), torch.tensor([2]))
+    for before, after in zip(*found, strict=True):
+        torch.testing.assert_close(after, before)
+
+
 @pytest.mark.parametrize(
     "settings",
     [
@@ -100,7 +122,9 @@ def test_a_chunked_loss_has_the_plain_loss_gradients(llama: Path, settings: Loss
     for budget in (1 << 28, 1):
         model = build(llama, LORA, replace(settings, budget_bytes=budget), adapter="linear")
         model(batch()).backward()
-        gradients.append([p.grad for p in model.parameters() if p.requires_grad and p.grad is not None])
+        gradients.append(
+            [p.grad for p in model.parameters() if p.requires_grad and p.grad is not None]
+        )
     assert gradients[0]
     for one, other in zip(*gradients, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)

@@ -18,6 +18,7 @@ from REC.utils.errors import InputError
 
 log = logging.getLogger(__name__)
 
+_CPU_KERNEL_SWITCH = "support_avx512bf16_for_cpu"
 EXTRA_FILE = "hllm_extra.safetensors"
 _EMBEDDING_KEYS = ("embed_tokens", "wte", "word_embeddings", "embed_in")
 
@@ -155,6 +156,7 @@ def add_lora(model: PreTrainedModel, lora: LoraSettings, gradient_checkpointing:
 
     if lora.quant_type != "none":
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+        _keep_differentiable(model)
     targets: Any = list(lora.target_modules)
     settings = LoraConfig(
         r=lora.rank,
@@ -293,6 +295,15 @@ def _refuse_incomplete(info: dict[str, Any], folder: Path, keep_token_embedding:
             f"model folder {folder}: weight {mismatched[0][0]} does not have the shape that its "
             f"config.json says ({len(mismatched)} in all); fetch it again."
         )
+
+
+def _keep_differentiable(model: nn.Module) -> None:
+    # In evaluation mode on CPUs with AVX512-BF16, bitsandbytes rewrites 4-bit weights for a kernel
+    # without a backward pass, and keeps using it: training after the first validation would then
+    # silently get no gradient through those layers.
+    for module in model.modules():
+        if hasattr(module, _CPU_KERNEL_SWITCH):
+            setattr(module, _CPU_KERNEL_SWITCH, False)
 
 
 def _is_linear(module: nn.Module) -> bool:
