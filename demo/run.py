@@ -13,21 +13,24 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = ["--config_file", "code/overall/LLM_ddp.yaml", "code/HLLM/HLLM.yaml", "demo/demo.yaml"]
 RUNS = "runs/demo"
+# The first one is what the others are tested against.
+ROWS = ("pop", "random", "item_knn", "sasrec", "baseline", "qlora")
 
 
 def steps(full: bool) -> list[list[str]]:
     """Return the demo's commands, without the interpreter."""
     config = [*CONFIG, *(["demo/full.yaml"] if full else [])]
     main = ["code/main.py", *config, "--overwrite", "True"]
-    names = {name: f"ml-100k-{name}" for name in ("random", "pop", "item_knn", "baseline", "qlora")}
+    names = {name: f"ml-100k-{name}" for name in ROWS}
     return [
         ["demo/prepare_data.py"],
         ["demo/prepare_llm.py"],
         ["item_caching.py", *config],
-        *(
-            [*main, "--model", name, "--run_name", names[name]]
-            for name in ("random", "pop", "item_knn")
-        ),
+        *([*main, "--model", name, "--run_name", names[name]] for name in ROWS[:3]),
+        [
+            *("code/main.py", "--config_file", "code/overall/LLM_ddp.yaml", "demo/demo.yaml"),
+            *("code/baselines/sasrec.yaml", "--overwrite", "True", "--run_name", names["sasrec"]),
+        ],
         [*main, "--val_only", "True", "--run_name", names["baseline"]],
         [*main, "--use_qlora", "True", "--run_name", names["qlora"]],
         [

@@ -112,6 +112,23 @@ def test_reference_models_run(project: Project, model: str) -> None:
     assert result(project, f"tiny-{model}")["rows"][0]["name"] == model
 
 
+def test_sasrec_learns_the_walk(project: Project) -> None:
+    config = ["--config_file", f"{ROOT}/code/baselines/sasrec.yaml"]
+    more = (
+        *config,
+        "--epochs",
+        "60",
+        "--train_batch_size",
+        "8",
+        "--optim_args.learning_rate",
+        "1e-2",
+    )
+    code, _, err = project.run(*more)
+    assert code == 0, err
+    project.run("--model", "pop")
+    assert metrics(project, "tiny-sasrec")["NDCG@5"] > metrics(project, "tiny-pop")["NDCG@5"] + 0.3
+
+
 def test_items_are_encoded_to_the_default_path_and_in_memory_alike(project: Project) -> None:
     (project.root / "dataset" / "tiny_item_embeddings.safetensors").unlink()
     where = ("--item_pretrain_dir", str(project.llama))

@@ -58,7 +58,9 @@ def pixel(demo_files: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 def test_the_two_commands_work_as_written(pixel: Path) -> None:
-    caching = "item_caching.py --dataset Pixel200K --item_pretrain_dir model_checkpoints/ItemLLM_complete"
+    caching = (
+        "item_caching.py --dataset Pixel200K --item_pretrain_dir model_checkpoints/ItemLLM_complete"
+    )
     done = run(pixel, caching)
     assert done.returncode == 0, done.stderr
     done = run(pixel, EVALUATE)

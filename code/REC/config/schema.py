@@ -124,23 +124,11 @@ class Config(_Section):
         "with a number when that exists",
     )
     overwrite: Bool = _key(False, "run", "replace an existing run folder named by run_name")
-    auto_resume: Bool = _key(
-        False, "run", "continue the newest unfinished run of this name and configuration"
-    )
-    keep_last: PositiveInt = _key(2, "run", "number of resumable checkpoints kept")
-    save_steps: Int | None = _key(
-        None,
-        "run",
-        "optimizer steps between resumable checkpoints; default: the end of each epoch",
-        ge=1,
-    )
     device: Literal["auto", "cpu", "cuda"] = _key("auto", "run", "where the model runs")
     num_threads: Int | None = _key(
         None, "run", "CPU threads of torch; default: torch's own choice", ge=1, le=1024
     )
     show_progress: Bool = _key(True, "run", "show live progress with rate and ETA")
-    log_wandb: Bool = _key(False, "run", "also log to Weights & Biases, when it is installed")
-    wandb_project: Text = _key("HSFT", "run", "Weights & Biases project name")
     trust_remote_code: Bool = _key(
         False, "run", "let transformers run Python code found in a model folder"
     )
@@ -379,10 +367,10 @@ class Config(_Section):
             raise ValueError("num_negatives has no meaning with negatives: catalogue; drop one")
         if self.negatives == "sampled" and self.num_negatives is None:
             raise ValueError("negatives: sampled needs num_negatives, for example 512")
+        if self.model == "sasrec" and self.val_only:
+            raise ValueError("model: sasrec has nothing to evaluate untrained; drop val_only")
         if self.loss == "nce" and self.similarity == "dot" and self.model == "HLLM":
             raise ValueError("loss: nce compares by cosine; similarity: dot needs loss: bce")
-        if self.overwrite and self.auto_resume:
-            raise ValueError("overwrite and auto_resume exclude each other; set one of them False")
         return self
 
     @property

@@ -19,11 +19,12 @@ from REC.data.negatives import NegativeSampler
 from REC.evaluator.evaluator import Evaluation, Evaluator, Scorer
 from REC.model.recommender import Recommender
 from REC.model.reference import build_reference
+from REC.model.sasrec import build_sasrec
 from REC.recipes.run_dir import choose_run_dir, drop_empty_run, start_run_dir
 from REC.recipes.setup import Data, build_user_llm, eval_protocol, load_data, make_evaluator
 from REC.report.result import plain, write_result
 from REC.report.table import gain_table
-from REC.trainer.fabric import make_fabric, sum_over_processes
+from REC.trainer.fabric import gather_ids, make_fabric, sum_over_processes
 from REC.trainer.optim import build_optimizer, build_schedule, steps_per_epoch
 from REC.trainer.sampler import SequenceBatches
 from REC.trainer.trainer import Trainer, TrainState, count_trainable
@@ -100,6 +101,8 @@ def _rows(
         evaluation = evaluate(config, scorer, final, fabric)
         clock.lap("evaluation")
         return {config.model: evaluation}, None
+    if config.model == "sasrec":
+        return _train_and_evaluate(config, data, final, fabric, folder, clock)
     if config.val_only:
         model = build_user_llm(config, data, fabric, train=False)
         clock.lap("model")
@@ -113,13 +116,26 @@ def _rows(
         del baseline
         _free_memory(fabric)
         clock.lap("baseline")
-    model = build_user_llm(config, data, fabric, train=True)
+    tuned, training = _train_and_evaluate(config, data, final, fabric, folder, clock)
+    return rows | tuned, training
+
+
+def _train_and_evaluate(
+    config: Config, data: Data, final: Evaluator, fabric: Fabric, folder: Path, clock: Clock
+) -> tuple[dict[str, Evaluation], dict[str, Any]]:
+    if config.model == "sasrec":
+        name = "sasrec"
+        model = build_sasrec(config, data.interactions.num_items, gather_ids(fabric))
+        model.to(fabric.device)
+    else:
+        name = "fine-tuned"
+        model = build_user_llm(config, data, fabric, train=True)
     clock.lap("model")
     state, training = _train(config, data, model, fabric, folder)
     clock.lap("training")
-    rows["fine-tuned"] = evaluate(config, model, final, fabric)
+    found = evaluate(config, model, final, fabric)
     clock.lap("evaluation")
-    return rows, {**training, **state.to_dict()}
+    return {name: found}, {**training, **state.to_dict()}
 
 
 def _for_evaluation(model: Recommender, fabric: Fabric) -> Recommender:

@@ -1,0 +1,93 @@
+"""SASRec (Kang and McAuley 2018, arXiv 1808.09781) on item ids, on PyTorch's own transformer layers."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from REC.config import Config
+from REC.data.interactions import PAD
+from REC.model.item_table import ItemTable
+from REC.model.recommender import GatherIds, LossSettings, Recommender, SequenceEncoder
+
+_INITIAL_DEVIATION = 0.02
+
+
+class IdTable(ItemTable):
+    """Trainable vectors of item numbers, in place of cached embeddings.
+
+    Args:
+        num_items: I; row 0 is the padding item.
+        dim: D.
+    """
+
+    def __init__(self, num_items: int, dim: int) -> None:
+        super().__init__(torch.zeros(1, dim))
+        self.weight = nn.Parameter(torch.randn(num_items + 1, dim) * _INITIAL_DEVIATION)
+
+    @property
+    def num_items(self) -> int:
+        """Number of items I, the padding item not counted."""
+        return len(self.weight) - 1
+
+    def forward(self, items: Tensor) -> Tensor:
+        """Return the vectors of item numbers: int64 [...] -> float32 [..., D]."""
+        return self.weight[items]
+
+    def slice(self, start: int, end: int) -> Tensor:
+        """Return the vectors of items start..end-1: float32 [end - start, D]."""
+        return self.weight[start:end]
+
+
+class SASRec(SequenceEncoder):
+    """Causal self-attention over item and position embeddings.
+
+    Args:
+        num_items: I.
+        max_length: longest history L.
+        dim, layers, heads, dropout: shape.
+    """
+
+    def __init__(
+        self, num_items: int, max_length: int, *, dim: int, layers: int, heads: int, dropout: float
+    ) -> None:
+        super().__init__()
+        self.items = IdTable(num_items, dim)
+        self.positions = nn.Parameter(torch.randn(max_length, dim) * _INITIAL_DEVIATION)
+        self.dropout = nn.Dropout(dropout)
+        layer = nn.TransformerEncoderLayer(
+            dim, heads, 4 * dim, dropout, activation="gelu", batch_first=True, norm_first=True
+        )
+        self.layers = nn.TransformerEncoder(
+            layer, layers, norm=nn.LayerNorm(dim), enable_nested_tensor=False
+        )
+
+    def forward(self, history: Tensor) -> Tensor:
+        """Encode every prefix of each history: int64 [B, T] -> [B, T, D]."""
+        length = history.shape[1]
+        # Padding is on the right, where the causal mask hides it from every real position.
+        states = self.items(history) * (history != PAD).unsqueeze(-1)
+        mask = nn.Transformer.generate_square_subsequent_mask(length, device=history.device)
+        states = self.dropout(states + self.positions[:length])
+        return self.layers(states, mask=mask, is_causal=True)
+
+
+def build_sasrec(config: Config, num_items: int, gather_ids: GatherIds) -> Recommender:
+    """Make SASRec with a full softmax over dot products, its strongest published training."""
+    shape = config.sasrec
+    encoder = SASRec(
+        num_items,
+        config.MAX_ITEM_LIST_LENGTH,
+        dim=shape.hidden_size,
+        layers=shape.layers,
+        heads=shape.heads,
+        dropout=shape.dropout,
+    )
+    settings = LossSettings(
+        loss="nce",
+        negatives="catalogue",
+        nce_thres=config.nce_thres,
+        budget_bytes=config.logits_budget_mb << 20,
+        similarity="dot",
+    )
+    return Recommender(encoder, settings, gather_ids=gather_ids)

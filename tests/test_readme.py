@@ -1,0 +1,32 @@
+"""The README says what the programs do."""
+
+from __future__ import annotations
+
+import pytest
+
+from REC.config.help import key_table
+from REC.config.loader import flat_fields
+from tests.helpers import ROOT
+from tests.test_demo import EVALUATE, FINE_TUNE
+
+
+@pytest.mark.parametrize("name", ["README.md", "README_zh.md"])
+def test_key_table_is_the_schema(name: str) -> None:
+    assert key_table() in (ROOT / name).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", ["README.md", "README_zh.md"])
+@pytest.mark.parametrize("command", [EVALUATE, FINE_TUNE])
+def test_fixed_commands_stand_in_the_readme(name: str, command: str) -> None:
+    assert f"python {command}" in (ROOT / name).read_text(encoding="utf-8")
+
+
+def test_every_key_is_used_by_the_code() -> None:
+    used = "".join(
+        path.read_text(encoding="utf-8")
+        for path in (ROOT / "code" / "REC").rglob("*.py")
+        if path.parent.name != "config"
+    )
+    used += (ROOT / "code/REC/config/program.py").read_text(encoding="utf-8")
+    unused = [key for key in flat_fields() if f".{key.rpartition('.')[2]}" not in used]
+    assert unused == []
