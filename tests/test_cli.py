@@ -266,6 +266,8 @@ def test_compare_prints_and_saves_the_table(project: Project) -> None:
     assert code == 0, err
     assert "| tiny-pop |" in out
     assert "| tiny-qlora: fine-tuned |" in out
+    assert "tiny-qlora: fine-tuned: epochs 2," in out
+    assert "qlora_r 8" in out
     saved = project.root / "saved" / "tiny-qlora"
     assert {"comparison.md", "comparison.csv", "comparison.png"} <= {
         p.name for p in saved.iterdir()

@@ -18,6 +18,8 @@ from REC.report.table import relative_gain
 from REC.utils.errors import InputError
 from REC.utils.files import atomic_path, write_text
 
+# Names that the recipes give to rows of trained models.
+TRAINED = ("fine-tuned", "sasrec")
 # What every row of a comparison must share.
 _SHARED = ("dataset", "phase", "protocol")
 
@@ -29,11 +31,13 @@ class Row:
     Attributes:
         name: run folder and, where a run has several rows, the row's name.
         users, ranks: int64 [E].
+        settings: the training's settings in one line; empty for a model that was not trained.
     """
 
     name: str
     users: np.ndarray
     ranks: np.ndarray
+    settings: str = ""
 
 
 @dataclass(frozen=True)
@@ -83,12 +87,27 @@ def load_comparison(run_dirs: Sequence[str | Path]) -> Comparison:
             kinds.add((entry["name"], ranks.tobytes()))
             name = Path(run_dir).name
             alone = len(result["rows"]) == 1
-            rows.append(Row(name if alone else f"{name}: {entry['name']}", users, ranks))
+            settings = _settings(result["config"]) if entry["name"] in TRAINED else ""
+            rows.append(Row(name if alone else f"{name}: {entry['name']}", users, ranks, settings))
     assert first is not None
     config = first["config"]
     columns = [(m, k) for m in config["metrics"] if m in PER_USER for k in config["topk"]]
     title = f"{first['dataset']}, {first['phase']}, {len(rows[0].users)} users, {first['protocol']}"
     return Comparison(title, rows, columns)
+
+
+def _settings(config: dict[str, Any]) -> str:
+    """Name the settings that decide a trained row, as they stand in its configuration."""
+    keys = ["epochs", "train_batch_size", "MAX_ITEM_LIST_LENGTH", "seed"]
+    if config["model"] == "HLLM":
+        keys += ["user_llm_layers", "loss", "negatives", "num_negatives", "precision"]
+        keys += ["item_embedding_transform", "item_adapter", "use_qlora"]
+        if config["use_qlora"]:
+            keys += [key for key in config if key.startswith("qlora_")]
+    else:
+        keys += [config["model"]]
+    shown = {**{key: config[key] for key in keys}, **config["optim_args"]}
+    return ", ".join(f"{key} {value}" for key, value in shown.items() if value is not None)
 
 
 def records(comparison: Comparison) -> list[dict[str, Any]]:
@@ -133,6 +152,9 @@ def markdown(comparison: Comparison) -> str:
         f"95 % bootstrap intervals over users; * differs from {comparison.rows[0].name} "
         "(paired randomisation test, p < 0.05).",
     ]
+    for row in comparison.rows:
+        if row.settings:
+            lines += ["", f"{row.name}: {row.settings}."]
     return "\n".join(lines) + "\n"
 
 
