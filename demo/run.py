@@ -35,10 +35,7 @@ def steps(full: bool) -> list[list[str]]:
         [*main, "--use_qlora", "True", "--run_name", names["qlora"]],
         [
             "code/compare.py",
-            *(
-                f"{RUNS}/{names[name]}"
-                for name in ("pop", "random", "item_knn", "baseline", "qlora")
-            ),
+            *(f"{RUNS}/{names[name]}" for name in ROWS),
             *("--out", RUNS),
         ],
     ]
