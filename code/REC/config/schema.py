@@ -297,8 +297,11 @@ class Config(_Section):
         "ddp", "training", "how several processes share the work"
     )
     stage: Literal[0, 1, 2, 3] = _key(2, "training", "ZeRO stage of strategy: deepspeed")
-    precision: Literal["bf16-mixed", "16-mixed", "32-true", "bf16-true"] = _key(
-        "bf16-mixed", "training", "Lightning Fabric's precision"
+    precision: Literal["auto", "bf16-mixed", "16-mixed", "32-true", "bf16-true"] = _key(
+        "auto",
+        "training",
+        "Lightning Fabric's precision; auto: bf16-mixed as HLLM where the hardware computes in "
+        "bfloat16, else 16-mixed on a GPU and 32-true on a CPU",
     )
     group_by_length: Bool = _key(
         False, "training", "batch sequences of similar length, so that less is padding"

@@ -24,7 +24,12 @@ from REC.recipes.run_dir import choose_run_dir, drop_empty_run, start_run_dir
 from REC.recipes.setup import Data, build_user_llm, eval_protocol, load_data, make_evaluator
 from REC.report.result import plain, write_result
 from REC.report.table import gain_table
-from REC.trainer.fabric import gather_ids, make_fabric, sum_over_processes
+from REC.trainer.fabric import (
+    choose_precision,
+    gather_ids,
+    make_fabric,
+    sum_over_processes,
+)
 from REC.trainer.optim import build_optimizer, build_schedule, steps_per_epoch
 from REC.trainer.sampler import SequenceBatches
 from REC.trainer.trainer import Trainer, TrainState, count_trainable
@@ -266,7 +271,11 @@ def _finish(
         "training": training,
         "timings_s": clock.seconds,
         "peak_memory": environment.peak_memory(fabric.device),
-        "environment": {**environment.describe(fabric.device), "processes": fabric.world_size},
+        "environment": {
+            **environment.describe(fabric.device),
+            "precision": choose_precision(config),
+            "processes": fabric.world_size,
+        },
     }
     write_result(folder, plain(result), rows)
     sys.stdout.write(

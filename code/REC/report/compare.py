@@ -87,7 +87,7 @@ def load_comparison(run_dirs: Sequence[str | Path]) -> Comparison:
             kinds.add((entry["name"], ranks.tobytes()))
             name = Path(run_dir).name
             alone = len(result["rows"]) == 1
-            settings = _settings(result["config"]) if entry["name"] in TRAINED else ""
+            settings = _settings(result) if entry["name"] in TRAINED else ""
             rows.append(Row(name if alone else f"{name}: {entry['name']}", users, ranks, settings))
     assert first is not None
     config = first["config"]
@@ -96,8 +96,9 @@ def load_comparison(run_dirs: Sequence[str | Path]) -> Comparison:
     return Comparison(title, rows, columns)
 
 
-def _settings(config: dict[str, Any]) -> str:
+def _settings(result: dict[str, Any]) -> str:
     """Name the settings that decide a trained row, as they stand in its configuration."""
+    config = {**result["config"], "precision": result["environment"].get("precision")}
     keys = ["epochs", "train_batch_size", "MAX_ITEM_LIST_LENGTH", "seed"]
     if config["model"] == "HLLM":
         keys += ["user_llm_layers", "loss", "negatives", "num_negatives", "precision"]

@@ -20,6 +20,9 @@ _COMPUTE = {
     "32-true": torch.float32,
 }
 
+# torch's names of the processor features that make bfloat16 products fast.
+_CPU_BF16 = ("avx512_bf16", "amx_bf16", "bf16")
+
 
 def choose_device(config: Config) -> str:
     """Return `cpu` or `cuda` for the configuration's `device`.
@@ -37,9 +40,24 @@ def choose_device(config: Config) -> str:
     return config.device
 
 
+def choose_precision(config: Config) -> str:
+    """Return Fabric's precision for the configuration's `precision`.
+
+    A processor without bfloat16 instructions emulates them several times slower than float32.
+    """
+    if config.precision != "auto":
+        return config.precision
+    if choose_device(config) == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+        return "bf16-mixed" if native else "16-mixed"
+    known = torch.cpu.get_capabilities()
+    native = any(known.get(name, False) for name in _CPU_BF16)
+    return "bf16-mixed" if native else "32-true"
+
+
 def compute_dtype(config: Config) -> torch.dtype:
     """Return the number type of matrix products under the configuration's precision."""
-    return _COMPUTE[config.precision]
+    return _COMPUTE[choose_precision(config)]
 
 
 def make_fabric(config: Config) -> Fabric:
@@ -49,7 +67,8 @@ def make_fabric(config: Config) -> Fabric:
         InputError: the precision or strategy cannot run on this device.
     """
     device = choose_device(config)
-    if device == "cpu" and config.precision == "16-mixed":
+    precision = choose_precision(config)
+    if device == "cpu" and precision == "16-mixed":
         raise InputError("precision: 16-mixed needs CUDA; use bf16-mixed or 32-true on the CPU.")
     world = int(os.environ.get("WORLD_SIZE", "1"))
     local = int(os.environ.get("LOCAL_WORLD_SIZE", world))
@@ -63,7 +82,7 @@ def make_fabric(config: Config) -> Fabric:
         devices=local if world > 1 else 1,
         num_nodes=max(1, world // local),
         strategy=strategy,
-        precision=config.precision,
+        precision=precision,
     )
     fabric.launch()
     return fabric
