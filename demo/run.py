@@ -11,33 +11,37 @@ from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-CONFIG = ["--config_file", "code/overall/LLM_ddp.yaml", "code/HLLM/HLLM.yaml", "demo/demo.yaml"]
 RUNS = "runs/demo"
-# The first one is what the others are tested against.
-ROWS = ("pop", "random", "item_knn", "sasrec", "baseline", "qlora")
+# Run name -> what its command adds. The first one is what the others are tested against.
+ROWS = {
+    "pop": ["--model", "pop"],
+    "random": ["--model", "random"],
+    "item_knn": ["--model", "item_knn"],
+    "item_knn-mean": ["--model", "item_knn", "--knn_history", "mean"],
+    "sasrec": [],
+    "baseline": ["--val_only", "True"],
+    "qlora": ["--use_qlora", "True"],
+}
 
 
 def steps(full: bool) -> list[list[str]]:
     """Return the demo's commands, without the interpreter."""
-    config = [*CONFIG, *(["demo/full.yaml"] if full else [])]
-    main = ["code/main.py", *config, "--overwrite", "True"]
-    names = {name: f"ml-100k-{name}" for name in ROWS}
+    setting = ["demo/demo.yaml", *(["demo/full.yaml"] if full else [])]
+    hllm = ["code/overall/LLM_ddp.yaml", "code/HLLM/HLLM.yaml", *setting]
+    sasrec = ["code/overall/LLM_ddp.yaml", *setting, "code/baselines/sasrec.yaml"]
+    runs = {name: f"ml-100k-{name}" for name in ROWS}
     return [
         ["demo/prepare_data.py"],
         ["demo/prepare_llm.py"],
-        ["item_caching.py", *config],
-        *([*main, "--model", name, "--run_name", names[name]] for name in ROWS[:3]),
-        [
-            *("code/main.py", "--config_file", "code/overall/LLM_ddp.yaml", "demo/demo.yaml"),
-            *("code/baselines/sasrec.yaml", "--overwrite", "True", "--run_name", names["sasrec"]),
-        ],
-        [*main, "--val_only", "True", "--run_name", names["baseline"]],
-        [*main, "--use_qlora", "True", "--run_name", names["qlora"]],
-        [
-            "code/compare.py",
-            *(f"{RUNS}/{names[name]}" for name in ROWS),
-            *("--out", RUNS),
-        ],
+        ["item_caching.py", "--config_file", *hllm],
+        *(
+            [
+                *("code/main.py", "--config_file", *(sasrec if name == "sasrec" else hllm)),
+                *(*flags, "--run_name", runs[name], "--overwrite", "True"),
+            ]
+            for name, flags in ROWS.items()
+        ),
+        ["code/compare.py", *(f"{RUNS}/{run}" for run in runs.values()), "--out", RUNS],
     ]
 
 
