@@ -108,11 +108,11 @@ def _add_rows(
     if not block.isascii() or any(byte in block for byte in (b'"', b"\r", b"\0")):
         return False
     newline = body == _NEWLINE
-    ends = np.flatnonzero(newline | (body == _COMMA))
-    rows = int(newline.sum())
-    if len(ends) != rows * width:
+    cuts = np.flatnonzero(newline | (body == _COMMA))
+    rows = np.count_nonzero(newline)
+    if len(cuts) != rows * width:
         return False
-    ends = ends.reshape(rows, width)
+    ends = cuts.reshape(rows, width)
     # As many newlines as rows, all of them in the last column: every row has `width` cells.
     if not newline[ends[:, -1]].all():
         return False
@@ -120,11 +120,8 @@ def _add_rows(
     at = np.ndarray((len(text) - 7,), dtype="<u8", buffer=text, strides=(1,))
 
     def cells(place: int) -> tuple[np.ndarray, np.ndarray]:
-        if place:
-            starts = ends[:, place - 1] + 1
-        else:
-            starts = np.concatenate([[0], ends[:-1, -1] + 1])
-        return starts, ends[:, place] - starts
+        before = ends[:, place - 1] if place else np.concatenate([[-1], ends[:-1, -1]])
+        return before + 1, ends[:, place] - before - 1
 
     for place, parts in zip(places, words, strict=False):
         starts, lengths = cells(place)
