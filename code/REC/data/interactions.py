@@ -8,7 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import torch
 
+from REC.data.plain_csv import PlainColumns, read_plain
 from REC.utils.errors import InputError
 
 COLUMNS = ("item_id", "user_id", "timestamp")
@@ -89,13 +91,10 @@ def read_interactions(path: str | Path) -> Interactions:
             empty id or a timestamp that is not a whole number (the row is named).
     """
     path = Path(path)
-    frame = _read_columns(path)
-    for column in ("item_id", "user_id"):
-        _refuse_empty_ids(frame[column], path, column)
-    item_codes, item_ids = _factorize(frame["item_id"])
-    user_codes, user_ids = _factorize(frame["user_id"])
-    timestamps = frame["timestamp"].to_numpy(dtype=np.int64)
-    order = np.lexsort((timestamps, user_codes))
+    columns = _read_columns(path)
+    (item_codes, user_codes), (item_ids, user_ids) = columns.codes, columns.ids
+    timestamps = columns.numbers
+    order = _by_user_and_time(user_codes, timestamps)
     counts = np.bincount(user_codes, minlength=len(user_ids))
     return Interactions(
         user_ids=user_ids,
@@ -138,7 +137,18 @@ def drop_items(interactions: Interactions, keep: np.ndarray) -> Interactions:
     )
 
 
-def _read_columns(path: Path) -> pd.DataFrame:
+def _by_user_and_time(users: np.ndarray, timestamps: np.ndarray) -> np.ndarray:
+    """Return the order of rows by user, then time, then row: int64 [N]."""
+    first, last = int(timestamps.min()), int(timestamps.max())
+    span = last - first + 1
+    if span * (int(users.max()) + 1) >= 1 << 63:
+        return np.lexsort((timestamps, users))
+    # One integer a row, and torch's radix sort: six times as fast as lexsort.
+    keys = users * span + (timestamps - first)
+    return torch.sort(torch.from_numpy(keys), stable=True).indices.numpy()
+
+
+def _read_columns(path: Path) -> PlainColumns:
     header = _read_header(path)
     missing = [column for column in COLUMNS if column not in header]
     if missing:
@@ -149,13 +159,24 @@ def _read_columns(path: Path) -> pd.DataFrame:
     repeated = [column for column in COLUMNS if header.count(column) > 1]
     if repeated:
         raise InputError(f"{path} names the column {repeated[0]} twice; remove one of them.")
+    plain = read_plain(path, ("item_id", "user_id"), "timestamp")
+    return _read_with_pandas(path) if plain is None else plain
+
+
+def _read_with_pandas(path: Path) -> PlainColumns:
+    """Read any CSV, or say which row of it is wrong."""
     try:
-        frame = _parse(path, {"item_id": "category", "user_id": "category", "timestamp": "int64"})
+        frame = _parse(path, {"item_id": "object", "user_id": "object", "timestamp": "int64"})
     except (ValueError, OverflowError, pd.errors.ParserError):
         frame = _parse_slowly(path)
     if frame.empty:
         raise InputError(f"{path} has no interactions below its header line.")
-    return frame
+    for column in ("item_id", "user_id"):
+        _refuse_empty_ids(frame[column], path, column)
+    items, users = (_factorize(frame[column]) for column in ("item_id", "user_id"))
+    return PlainColumns(
+        (items[0], users[0]), (items[1], users[1]), frame["timestamp"].to_numpy(dtype=np.int64)
+    )
 
 
 def _read_header(path: Path) -> list[str]:
@@ -213,13 +234,7 @@ def _parse_slowly(path: Path) -> pd.DataFrame:
 
 
 def _refuse_empty_ids(column: pd.Series, path: Path, name: str) -> None:
-    if column.dtype == "category":
-        blank = [value for value in column.cat.categories if not str(value).strip()]
-        if not blank:
-            return
-        bad = np.flatnonzero(column.isin(blank).to_numpy())
-    else:
-        bad = np.flatnonzero((column.astype(str).str.strip() == "").to_numpy())
+    bad = np.flatnonzero((column.astype(str).str.strip() == "").to_numpy())
     if len(bad):
         raise InputError(
             f"{path}, row {bad[0] + 2}: {name} is empty ({len(bad)} such rows); "
@@ -229,9 +244,5 @@ def _refuse_empty_ids(column: pd.Series, path: Path, name: str) -> None:
 
 def _factorize(column: pd.Series) -> tuple[np.ndarray, np.ndarray]:
     """Number a column's values by first appearance: int64 codes [N] and str ids [n]."""
-    if column.dtype != "category":
-        codes, ids = pd.factorize(column.to_numpy(dtype=object))
-        return codes, np.asarray([str(value) for value in ids], dtype=object)
-    codes, first = pd.factorize(column.cat.codes.to_numpy())
-    ids = column.cat.categories.to_numpy(dtype=object)[first]
+    codes, ids = pd.factorize(column.to_numpy(dtype=object))
     return codes, np.asarray([str(value) for value in ids], dtype=object)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -88,6 +89,34 @@ class Evaluation:
     seconds: float = 0.0
 
 
+@dataclass(frozen=True)
+class _Group:
+    """Encoded users that are ranked together; fields as in `EvalBatch`, `vectors` float32 [b, D]."""
+
+    vectors: Tensor
+    rows: Tensor
+    targets: Tensor
+    seen_rows: Tensor
+    seen_items: Tensor
+    candidates: Tensor
+
+    @classmethod
+    def of(cls, batches: Sequence[tuple[Tensor, EvalBatch]]) -> _Group:
+        """Put batches and their user vectors below one another."""
+        sizes = [len(vectors) for vectors, _ in batches]
+        before = [sum(sizes[:number]) for number in range(len(sizes))]
+        return cls(
+            vectors=torch.cat([vectors for vectors, _ in batches]),
+            rows=torch.cat([batch.rows for _, batch in batches]),
+            targets=torch.cat([batch.targets for _, batch in batches]),
+            seen_rows=torch.cat(
+                [batch.seen_rows + n for n, (_, batch) in zip(before, batches, strict=True)]
+            ),
+            seen_items=torch.cat([batch.seen_items for _, batch in batches]),
+            candidates=torch.cat([batch.candidates for _, batch in batches]),
+        )
+
+
 class Evaluator:
     """Scores all users of one phase.
 
@@ -152,22 +181,15 @@ class Evaluator:
             scorer: the model, in evaluation mode.
             device: where it is.
             gather: adds up an int64 array over all processes; None in a single one.
-            on_batch: called with the number of users just scored.
+            on_batch: called with the number of users just encoded.
             autocast: context manager factory for the model's forward pass.
         """
         began = time.perf_counter()
         ranks = np.zeros(len(self.dataset), dtype=np.int64)
         covered = {k: np.zeros(scorer.num_items + 1, dtype=bool) for k in self._coverage_cuts()}
-        for batch in self._loader:
-            moved = EvalBatch(*(part.to(device, non_blocking=True) for part in batch))
-            if autocast is None:
-                users = scorer.user_vectors(moved.history, moved.lengths)
-            else:
-                with autocast():
-                    users = scorer.user_vectors(moved.history, moved.lengths)
-            found = self._rank(scorer, users.float(), moved, covered)
-            ranks[batch.rows.numpy()] = found.cpu().numpy()
-            on_batch(len(found))
+        for group in self._groups(scorer, device, on_batch, autocast):
+            found = self._rank(scorer, group, covered)
+            ranks[group.rows.numpy(force=True)] = found.numpy(force=True)
         if gather is not None:
             ranks = gather(ranks)
             covered = {k: gather(seen.astype(np.int64)) > 0 for k, seen in covered.items()}
@@ -186,20 +208,59 @@ class Evaluator:
         wanted = "Coverage" in self.protocol.metrics and self.protocol.kind == "full"
         return self.protocol.topk if wanted else ()
 
-    def _rank(
-        self, scorer: Scorer, users: Tensor, batch: EvalBatch, covered: dict[int, np.ndarray]
-    ) -> Tensor:
+    def _groups(
+        self,
+        scorer: Scorer,
+        device: torch.device,
+        on_batch: Callable[[int], None],
+        autocast: Callable[[], Any] | None,
+    ) -> Iterator[_Group]:
+        """Encode batch after batch and yield them in groups.
+
+        Full ranking prepares all item vectors for each group of users that it scores, so groups
+        are as large as the budget allows; sampled ranking takes batches as they come.
+        """
+        waiting: list[tuple[Tensor, EvalBatch]] = []
+        count = 0
+        for batch in self._loader:
+            moved = EvalBatch(*(part.to(device, non_blocking=True) for part in batch))
+            with nullcontext() if autocast is None else autocast():
+                users = scorer.user_vectors(moved.history, moved.lengths).float()
+            on_batch(len(users))
+            if waiting and count + len(users) > self._users_at_a_time(scorer, users.shape[1]):
+                yield _Group.of(waiting)
+                waiting, count = [], 0
+            waiting.append((users, moved))
+            count += len(users)
+        if waiting:
+            yield _Group.of(waiting)
+
+    def _users_at_a_time(self, scorer: Scorer, dim: int) -> int:
         if self.protocol.kind == "sampled":
-            return self._rank_candidates(scorer, users, batch)
-        size = ranking.users_at_a_time(scorer.num_items, self.protocol.budget_bytes)
+            return 1
+        return ranking.users_at_a_time(scorer.num_items, self.protocol.budget_bytes, dim)
+
+    def _rank(self, scorer: Scorer, group: _Group, covered: dict[int, np.ndarray]) -> Tensor:
+        """Rank a group's targets: int64 [b]."""
+        users = group.vectors
+        if self.protocol.kind == "sampled":
+            return self._rank_candidates(scorer, group)
+        dim = users.shape[1]
+        most = self._users_at_a_time(scorer, dim)
+        # Parts of equal size: a last part of a few users would cost as much as a full one.
+        size = -(-len(users) // -(-len(users) // most))
+        at_a_time = ranking.items_at_a_time(dim, self.protocol.budget_bytes)
+        buffer = users.new_empty((size, scorer.num_items + 1))
         found = []
         for start in range(0, len(users), size):
             part = slice(start, start + size)
-            scores = ranking.full_scores(users[part], scorer.item_slice, scorer.num_items)
-            own = (batch.seen_rows >= start) & (batch.seen_rows < start + size)
+            scores = ranking.full_scores(
+                users[part], scorer.item_slice, scorer.num_items, at_a_time, buffer
+            )
+            own = (group.seen_rows >= start) & (group.seen_rows < start + size)
             found.append(
                 ranking.full_ranks(
-                    scores, batch.targets[part], batch.seen_rows[own] - start, batch.seen_items[own]
+                    scores, group.targets[part], group.seen_rows[own] - start, group.seen_items[own]
                 )
             )
             if covered:
@@ -214,8 +275,9 @@ class Evaluator:
         for k, seen in covered.items():
             seen[listed[:, :k].unique().cpu().numpy()] = True
 
-    def _rank_candidates(self, scorer: Scorer, users: Tensor, batch: EvalBatch) -> Tensor:
-        items = torch.cat([batch.targets.unsqueeze(1), batch.candidates], dim=1)
+    def _rank_candidates(self, scorer: Scorer, group: _Group) -> Tensor:
+        users = group.vectors
+        items = torch.cat([group.targets.unsqueeze(1), group.candidates], dim=1)
         size = max(1, self.protocol.budget_bytes // (4 * items.shape[1] * users.shape[1]))
         return torch.cat(
             [

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,7 +19,11 @@ ItemSlice = Callable[[int, int], Tensor]
 
 
 def full_scores(
-    users: Tensor, item_slice: ItemSlice, num_items: int, items_at_a_time: int = 65536
+    users: Tensor,
+    item_slice: ItemSlice,
+    num_items: int,
+    items_at_a_time: int = 8192,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Score every item for every user.
 
@@ -26,11 +31,14 @@ def full_scores(
         users: [b, D] float32.
         item_slice: (start, end) -> float32 [end - start, D] vectors of those item numbers.
         num_items: I.
+        items_at_a_time: item vectors held at once.
+        out: float32 [at least b, I + 1] to write into, so that one matrix serves all users; a new
+            one when None.
 
     Returns:
         float32 [b, I + 1]; the padding item's column is -inf.
     """
-    scores = users.new_empty((len(users), num_items + 1))
+    scores = users.new_empty((len(users), num_items + 1)) if out is None else out[: len(users)]
     for start in range(0, num_items + 1, items_at_a_time):
         end = min(start + items_at_a_time, num_items + 1)
         torch.mm(users, item_slice(start, end).T, out=scores[:, start:end])
@@ -56,7 +64,7 @@ def full_ranks(scores: Tensor, targets: Tensor, seen_rows: Tensor, seen_items: T
     target_scores = scores[rows, targets].unsqueeze(1)
     # "not below" instead of "at least": a NaN on either side then counts against the model. The
     # target itself is among them, which makes the best rank 1.
-    return scores.shape[1] - (scores < target_scores).sum(dim=1)
+    return scores.shape[1] - count_true(scores < target_scores)
 
 
 def candidate_ranks(users: Tensor, candidates: Tensor) -> Tensor:
@@ -73,6 +81,25 @@ def candidate_ranks(users: Tensor, candidates: Tensor) -> Tensor:
     return scores.shape[1] - (scores < scores[:, :1]).sum(dim=1)
 
 
-def users_at_a_time(num_items: int, budget_bytes: int) -> int:
-    """Return how many users' scores over I + 1 items fit in a budget: at least 1."""
-    return max(1, budget_bytes // (4 * (num_items + 1)))
+def count_true(mask: Tensor) -> Tensor:
+    """Count each row's True entries: bool [b, n] -> int64 [b].
+
+    On the CPU numpy counts bytes with vector instructions; torch's sum converts each entry to an
+    int64 first, which takes longer than a top-k of the same scores.
+    """
+    if mask.device.type != "cpu":
+        return mask.sum(dim=1)
+    return torch.tensor([np.count_nonzero(row) for row in mask.numpy()], dtype=torch.int64)
+
+
+def users_at_a_time(num_items: int, budget_bytes: int, dim: int = 0) -> int:
+    """Return how many users' vectors and scores over I + 1 items fit in a budget: at least 1."""
+    return max(1, budget_bytes // (4 * (num_items + 1 + dim)))
+
+
+def items_at_a_time(dim: int, budget_bytes: int) -> int:
+    """Return how many item vectors fit in a quarter of a budget: at least 1.
+
+    A quarter, since normalising them holds a copy or two beside them.
+    """
+    return max(1, budget_bytes // (16 * dim))
