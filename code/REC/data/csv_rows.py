@@ -93,7 +93,9 @@ def csv_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
                 begin = reader.line_num + 1
     except UnicodeDecodeError as error:
         # Text is decoded in blocks, so the line is looked for in the bytes.
-        raise InputError(f"{path}{_undecodable(path)} is not UTF-8 text; save it as UTF-8.") from error
+        raise InputError(
+            f"{path}{_undecodable(path)} is not UTF-8 text; save it as UTF-8."
+        ) from error
     except csv.Error as error:
         raise InputError(
             f"{path}, row {begin}: not well-formed CSV ({error}); look for a quote that is not "
@@ -122,7 +124,8 @@ def id_problem(text: str) -> str | None:
     if not text.strip():
         return "is empty; fill it in or remove the row"
     if _CONTROL.search(text):
-        return f"'{one_line(text, 40)}' holds a line break or control character; look for a quote that is not closed"
+        shown = one_line(text, 40)
+        return f"'{shown}' holds a line break or control character; look for an unclosed quote"
     if text != text.strip():
         return f"'{one_line(text, 40)}' begins or ends with a blank; remove it"
     return None
@@ -201,7 +204,9 @@ def check_row(
         problem = check(cells[position])
         if problem is not None:
             # The sentence of the first row shows its value; the kind is what follows the value.
-            found.add(f"{position}{problem.rpartition(chr(39))[2]}", row, f"{header[position]} {problem}")
+            found.add(
+                f"{position}{problem.rpartition(chr(39))[2]}", row, f"{header[position]} {problem}"
+            )
             good = False
     return good
 

@@ -9,10 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import torch
 
 from REC.data.csv_rows import all_ids_sound, check_bytes, explain, id_problem, read_header
+from REC.data.plain_csv import PlainColumns, read_plain
 from REC.utils.errors import InputError, one_line
-from REC.utils.files import is_file, is_folder
+from REC.utils.files import is_file, is_folder, require_file
 
 COLUMNS = ("item_id", "user_id", "timestamp")
 PAD = 0
@@ -106,14 +108,13 @@ def read_interactions(path: str | Path) -> Interactions:
             each kind when there are several.
     """
     path = Path(path)
-    frame = _read_columns(path)
-    item_codes, item_ids = _factorize(frame["item_id"])
-    user_codes, user_ids = _factorize(frame["user_id"])
+    columns = _read_columns(path)
+    (item_codes, user_codes), (item_ids, user_ids) = columns.codes, columns.ids
     if not (all_ids_sound(item_ids) and all_ids_sound(user_ids)):
         explain(path, _CHECKS, "an id is not usable")
-    timestamps = frame["timestamp"].to_numpy(dtype=np.int64)
+    timestamps = columns.numbers
     _refuse_mixed_units(timestamps, path)
-    order = np.lexsort((timestamps, user_codes))
+    order = _by_user_and_time(user_codes, timestamps)
     counts = np.bincount(user_codes, minlength=len(user_ids))
     return Interactions(
         user_ids=user_ids,
@@ -156,16 +157,42 @@ def drop_items(interactions: Interactions, keep: np.ndarray) -> Interactions:
     )
 
 
-def _read_columns(path: Path) -> pd.DataFrame:
-    check_bytes(path, "change --dataset or --data_path")
-    header = read_header(path, COLUMNS, "mend the first line")
+def _by_user_and_time(users: np.ndarray, timestamps: np.ndarray) -> np.ndarray:
+    """Return the order of rows by user, then time, then row: int64 [N]."""
+    first, last = int(timestamps.min()), int(timestamps.max())
+    span = last - first + 1
+    if span * (int(users.max()) + 1) >= 1 << 63:
+        return np.lexsort((timestamps, users))
+    # One integer a row, and torch's radix sort: six times as fast as lexsort.
+    keys = users * span + (timestamps - first)
+    return torch.sort(torch.from_numpy(keys), stable=True).indices.numpy()
+
+
+def _read_columns(path: Path) -> PlainColumns:
+    remedy = "change --dataset or --data_path"
+    require_file(path, str(path), remedy)
+    try:
+        plain = read_plain(path, ("item_id", "user_id"), "timestamp")
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}; {remedy}.") from error
+    if plain is not None:
+        return plain
+    check_bytes(path, remedy)
+    return _read_with_pandas(path, read_header(path, COLUMNS, "mend the first line"))
+
+
+def _read_with_pandas(path: Path, header: list[str]) -> PlainColumns:
+    """Read any CSV, or say which rows of it are wrong."""
     try:
         frame = _parse(path, header)
     except (ValueError, OverflowError, pd.errors.ParserError, pd.errors.ParserWarning) as error:
         explain(path, _CHECKS, str(error))
     if frame.empty:
         raise InputError(f"{path} has no interactions below its header line.")
-    return frame
+    items, users = (_factorize(frame[column]) for column in ("item_id", "user_id"))
+    return PlainColumns(
+        (items[0], users[0]), (items[1], users[1]), frame["timestamp"].to_numpy(dtype=np.int64)
+    )
 
 
 def _parse(path: Path, header: list[str]) -> pd.DataFrame:

@@ -95,3 +95,10 @@ def train_item_counts(split: Split) -> np.ndarray:
         rows = interactions.offsets[1:] - back
         held_out[rows[rows >= interactions.offsets[:-1]]] = True
     return np.bincount(interactions.items[~held_out], minlength=interactions.num_items + 1)
+
+
+def ragged_positions(starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
+    """Concatenate `arange(starts[i], ends[i])` for all i without a loop: int64 [sum of lengths]."""
+    lengths = ends - starts
+    offsets = np.cumsum(lengths) - lengths
+    return np.arange(lengths.sum()) + np.repeat(starts - offsets, lengths)

@@ -8,10 +8,10 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from REC.data.dataset.testset import CachedEmbeddingEvalDataset, ragged_positions
+from REC.data.dataset.testset import CachedEmbeddingEvalDataset
 from REC.data.dataset.trainset import CachedEmbeddingTrainDataset
-from REC.data.interactions import PAD
 from REC.data.negatives import NegativeSampler
+from REC.data.split import ragged_positions
 
 
 class TrainBatch(NamedTuple):
@@ -95,8 +95,7 @@ class TrainCollate:
         indices = np.asarray(indices, dtype=np.int64)
         segments = self.dataset.segments
         starts, ends = segments.starts[indices], segments.ends[indices]
-        history, mask = gather_padded(self.dataset.interactions.items, starts, ends - 1)
-        targets, _ = gather_padded(self.dataset.interactions.items, starts + 1, ends)
+        history, targets, mask = gather_pairs(self.dataset.interactions.items, starts, ends)
         loss_mask = mask
         negatives = np.empty((len(indices), 0), dtype=np.int64)
         if self.random_split or self.sampler:
@@ -169,5 +168,20 @@ def gather_padded(
     lengths = ends - starts
     steps = np.arange(lengths.max(initial=0))
     mask = steps < lengths[:, None]
-    rows = np.where(mask, starts[:, None] + steps, 0)
-    return np.where(mask, items[rows], PAD).astype(np.int64), mask
+    # Clipping keeps the padded places inside the array; the mask then makes them 0, the padding.
+    rows = items.take(starts[:, None] + steps, mode="clip")
+    return np.multiply(rows, mask, dtype=np.int64), mask
+
+
+def gather_pairs(
+    items: np.ndarray, starts: np.ndarray, ends: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Copy each range without its last item, and without its first one, padded with 0.
+
+    Returns:
+        int64 [B, T] histories and int64 [B, T] next items with T + 1 the longest range, and bool
+        [B, T], True on real items.
+    """
+    both, mask = gather_padded(items, starts, ends)
+    mask = np.ascontiguousarray(mask[:, 1:])
+    return both[:, :-1] * mask, np.ascontiguousarray(both[:, 1:]), mask

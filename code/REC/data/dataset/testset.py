@@ -8,7 +8,7 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from REC.data.interactions import Interactions
-from REC.data.split import Phase, Segments, Split
+from REC.data.split import Phase, Segments, Split, ragged_positions
 
 
 class CachedEmbeddingEvalDataset(Dataset[np.ndarray]):
@@ -57,10 +57,3 @@ class CachedEmbeddingEvalDataset(Dataset[np.ndarray]):
         rows = ragged_positions(self.segments.starts, self.segments.ends - 1)
         hits = self.interactions.items[rows] == targets[owners]
         return len(np.unique(owners[hits]))
-
-
-def ragged_positions(starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
-    """Concatenate `arange(starts[i], ends[i])` for all i without a loop: int64 [sum of lengths]."""
-    lengths = ends - starts
-    offsets = np.cumsum(lengths) - lengths
-    return np.arange(lengths.sum()) + np.repeat(starts - offsets, lengths)

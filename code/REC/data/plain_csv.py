@@ -1,0 +1,199 @@
+"""A fast reader for plain interaction files: no quotes, ASCII, one length of row.
+
+pandas makes one Python string a cell when ids have to stay text (its categorical columns turn `01`
+into the number 1). Here a file's bytes are cut at commas and newlines in whole-array steps, ids of up
+to 8 bytes are compared as one integer, and only the distinct ones become strings. Any file that is
+not plain, and any row that is not as it should be, is left to pandas, which also words the errors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import pandas as pd
+
+_BOM = b"\xef\xbb\xbf"
+_NEWLINE, _COMMA = ord("\n"), ord(",")
+_LONGEST_ID = 64
+_LONGEST_NUMBER = 16
+# _KEEP[n] keeps the first n of 8 bytes; the first byte of a field is the lowest of its word.
+_KEEP = np.array([(1 << (8 * n)) - 1 for n in range(9)], dtype=np.uint64)
+
+
+@dataclass(frozen=True)
+class PlainColumns:
+    """Two id columns and one number column of N rows.
+
+    Attributes:
+        codes: per id column int64 [N], ids numbered by first appearance.
+        ids: per id column str [n], the distinct ids by number.
+        numbers: int64 [N].
+    """
+
+    codes: tuple[np.ndarray, np.ndarray]
+    ids: tuple[np.ndarray, np.ndarray]
+    numbers: np.ndarray
+
+
+def read_plain(
+    path: Path, ids: tuple[str, str], number: str, chunk_bytes: int = 1 << 23
+) -> PlainColumns | None:
+    """Read two columns of ids and one of whole numbers without a sign.
+
+    Args:
+        path: CSV file with a header line.
+        ids: names of the id columns.
+        number: name of the number column.
+        chunk_bytes: bytes worked on at a time.
+
+    Returns:
+        The columns, or None when the file is not plain or has a row that needs a second look: a
+        quote, a carriage return, a zero byte, a byte above 127, a blank line, more or fewer cells
+        than the header, a blank or very long id, a number of other than 1 to 16 digits.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    with path.open("rb") as stream:
+        header = stream.readline(1 << 16).removeprefix(_BOM)
+        names = header.rstrip(b"\n").split(b",")
+        wanted = [name.encode() for name in (*ids, number)]
+        if any(names.count(name) != 1 for name in wanted) or not header.endswith(b"\n"):
+            return None
+        places = [names.index(name) for name in wanted]
+        words: tuple[list[np.ndarray], list[np.ndarray]] = ([], [])
+        numbers: list[np.ndarray] = []
+        for lines in _whole_lines(stream, chunk_bytes):
+            if not _add_rows(lines, len(names), places, words, numbers):
+                return None
+    if not numbers:
+        return None
+    columns = [_number_ids(parts) for parts in words]
+    # A blank id is an error that names its row: pandas finds that row.
+    if any("" in map(str.strip, texts) for _, texts in columns):
+        return None
+    return PlainColumns(
+        (columns[0][0], columns[1][0]), (columns[0][1], columns[1][1]), np.concatenate(numbers)
+    )
+
+
+def _whole_lines(stream: BinaryIO, chunk_bytes: int) -> Iterator[bytes]:
+    """Yield the stream in blocks that end with a newline, added at the end where it is missing."""
+    rest = b""
+    while block := stream.read(chunk_bytes):
+        cut = block.rfind(b"\n") + 1
+        if cut:
+            yield rest + block[:cut]
+            rest = block[cut:]
+        else:
+            rest += block
+    if rest:
+        yield rest + b"\n"
+
+
+def _add_rows(
+    block: bytes,
+    width: int,
+    places: list[int],
+    words: tuple[list[np.ndarray], list[np.ndarray]],
+    numbers: list[np.ndarray],
+) -> bool:
+    """Append the cells of whole lines to `words` and `numbers`; False when they are not plain."""
+    text = np.frombuffer(block + bytes(8), dtype=np.uint8)
+    body = text[: len(block)]
+    if not block.isascii() or any(byte in block for byte in (b'"', b"\r", b"\0")):
+        return False
+    newline = body == _NEWLINE
+    ends = np.flatnonzero(newline | (body == _COMMA))
+    rows = int(newline.sum())
+    if len(ends) != rows * width:
+        return False
+    ends = ends.reshape(rows, width)
+    # As many newlines as rows, all of them in the last column: every row has `width` cells.
+    if not newline[ends[:, -1]].all():
+        return False
+    # All 8-byte words of the text, at every byte: a gather of them reads whole cells.
+    at = np.ndarray((len(text) - 7,), dtype="<u8", buffer=text, strides=(1,))
+
+    def cells(place: int) -> tuple[np.ndarray, np.ndarray]:
+        if place:
+            starts = ends[:, place - 1] + 1
+        else:
+            starts = np.concatenate([[0], ends[:-1, -1] + 1])
+        return starts, ends[:, place] - starts
+
+    for place, parts in zip(places, words, strict=False):
+        starts, lengths = cells(place)
+        longest = int(lengths.max())
+        if not lengths.min() or longest > _LONGEST_ID:
+            return False
+        columns = []
+        for begin in range(0, longest, 8):
+            held = np.clip(lengths - begin, 0, 8)
+            columns.append(at[np.minimum(starts + begin, len(at) - 1)] & _KEEP[held])
+        parts.append(np.stack(columns, axis=1))
+    starts, lengths = cells(places[-1])
+    if not lengths.min() or lengths.max() > _LONGEST_NUMBER:
+        return False
+    low = np.minimum(lengths, 8)
+    tail, good = _parse_digits(at[ends[:, places[-1]] - low], low)
+    if lengths.max() > 8:
+        head, also = _parse_digits(at[starts], lengths - low)
+        tail, good = head * 10**8 + tail, good & also
+    if not good.all():
+        return False
+    numbers.append(tail)
+    return True
+
+
+def _parse_digits(words: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Read the first `lengths` (0..8) bytes of each word as a decimal number.
+
+    The digits of a word are added up pairwise: bytes to pairs, pairs to fours, fours to eight.
+
+    Returns:
+        int64 [n], and bool [n], False where a byte was no digit.
+    """
+    zeros = np.uint64(0x3030303030303030)
+    gap = (8 * (8 - lengths)).astype(np.uint64)
+    # Leading zeros fill the gap. A shift by 64 bits is undefined, hence two steps.
+    half = gap >> np.uint64(1)
+    shifted = words << half << (gap - half)
+    text = shifted | (zeros & _KEEP[8 - lengths])
+    above, below = text + np.uint64(0x4646464646464646), text - zeros
+    good = ((above | below) & np.uint64(0x8080808080808080)) == 0
+    value = (text & np.uint64(0x0F0F0F0F0F0F0F0F)) * np.uint64(2561) >> np.uint64(8)
+    value = (value & np.uint64(0x00FF00FF00FF00FF)) * np.uint64(6553601) >> np.uint64(16)
+    value = (value & np.uint64(0x0000FFFF0000FFFF)) * np.uint64(42949672960001) >> np.uint64(32)
+    return value.astype(np.int64), good
+
+
+def _number_ids(parts: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Number ids by first appearance: int64 codes [N] and str ids [n].
+
+    Args:
+        parts: uint64 [rows, w] each, a cell's bytes in w words, zero bytes after its end.
+    """
+    width = max(part.shape[1] for part in parts)
+    codes: np.ndarray | None = None
+    columns = []
+    for place in range(width):
+        column = np.concatenate(
+            [
+                part[:, place] if place < part.shape[1] else np.zeros(len(part), dtype=np.uint64)
+                for part in parts
+            ]
+        )
+        columns.append(column)
+        here, distinct = pd.factorize(column)
+        codes = here if codes is None else pd.factorize(codes * len(distinct) + here)[0]
+    assert codes is not None
+    reached = np.maximum.accumulate(codes)
+    first = np.flatnonzero(np.diff(reached, prepend=-1))
+    names = np.stack([column[first] for column in columns], axis=1).astype("<u8")
+    texts = names.view(f"S{8 * width}").reshape(-1).astype(str)
+    return codes.astype(np.int64), texts.astype(object)
