@@ -8,15 +8,16 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
 from REC.config.schema import HLLM_KEYS_WITHOUT_EFFECT, Config
-from REC.utils.errors import InputError
+from REC.utils.errors import InputError, one_line, refuse
+from REC.utils.files import require_file
 
-MAX_YAML_BYTES = 1 << 20
+MAX_YAML_BYTES = 256 << 10
 MAX_DEPTH = 20
 
 
@@ -40,7 +41,7 @@ class CommandLine:
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader with YAML 1.2's numbers and booleans; no repeated keys, no aliases.
+    """SafeLoader with YAML 1.2's numbers and booleans; no repeated keys, no aliases, no tags.
 
     YAML 1.1, PyYAML's dialect, reads `1e-4` as text, `010` as eight and `yes` as a boolean.
     Aliases are refused because nested ones expand without bound.
@@ -51,6 +52,11 @@ class _Loader(yaml.SafeLoader):
             event = self.peek_event()
             raise yaml.MarkedYAMLError(
                 problem="anchors and aliases are not accepted here", problem_mark=event.start_mark
+            )
+        event = self.peek_event()
+        if getattr(event, "tag", None) is not None:
+            raise yaml.MarkedYAMLError(
+                problem=f"the tag {event.tag} is not accepted here", problem_mark=event.start_mark
             )
         return super().compose_node(parent, index)
 
@@ -151,13 +157,12 @@ def read_yaml_file(path: str | Path) -> dict[str, Any]:
     Raises:
         InputError: the file is missing, too large, not UTF-8, not YAML or not a mapping.
     """
-    path = Path(path)
+    path = require_file(path, str(path), "check --config_file")
     try:
-        if path.is_file() and path.stat().st_size > MAX_YAML_BYTES:
-            raise InputError(f"{path} is larger than 1 MiB; it is not a configuration file.")
+        if path.stat().st_size > MAX_YAML_BYTES:
+            limit = f"{MAX_YAML_BYTES >> 10} KiB"
+            raise InputError(f"{path} is larger than {limit}; it is not a configuration file.")
         text = path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError as error:
-        raise InputError(f"{path} does not exist; check --config_file.") from error
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not UTF-8 text; save it as UTF-8.") from error
     except OSError as error:
@@ -253,7 +258,14 @@ def _is_text_key(key: str) -> bool:
             return False
         model = info.annotation  # type: ignore[assignment]
     info = model.model_fields.get(last)
-    return info is not None and (info.annotation is str or str in get_args(info.annotation))
+    return info is not None and _may_be_text(info.annotation)
+
+
+def _may_be_text(annotation: Any) -> bool:
+    """Say whether a key takes one text: `str`, or it among optional and annotated types."""
+    if get_origin(annotation) in (list, Literal):
+        return False
+    return annotation is str or any(_may_be_text(part) for part in get_args(annotation))
 
 
 def _is_section(annotation: Any) -> bool:
@@ -274,13 +286,15 @@ def load_config(
 
     Raises:
         InputError: an unknown key (with the nearest known one), a wrong type or a value out of
-            range; all problems of one kind of source are named at once.
+            range; `InputErrors` with one sentence each when there are several.
     """
     merged: dict[str, Any] = {}
     origin: dict[str, str] = {}
     for file in files:
         _merge(merged, origin, read_yaml_file(file), str(file))
     for key, value in (overrides or {}).items():
+        if key.count(".") > MAX_DEPTH:
+            raise InputError(f"unknown key '{one_line(key, 40)}' on the command line.")
         nested: Any = value
         for part in reversed(key.split(".")):
             nested = {part: nested}
@@ -292,7 +306,8 @@ def load_config(
     try:
         return Config.model_validate(merged), warnings
     except ValidationError as error:
-        raise InputError(_explain(error, origin)) from error
+        refuse(_explain(error, origin))
+        raise
 
 
 def _merge(
@@ -305,7 +320,7 @@ def _merge(
     for key, value in source.items():
         name = f"{above}{key}"
         if not isinstance(key, str):
-            raise InputError(f"{where}: key {key!r} must be text.")
+            raise InputError(f"{where}: key {key!r} must be text; see --help for all keys.")
         if isinstance(value, dict) and isinstance(target.get(key), dict):
             _merge(target[key], origin, value, where, f"{name}.")
         elif isinstance(value, dict):
@@ -317,7 +332,8 @@ def _merge(
         origin[name] = where
 
 
-def _explain(error: ValidationError, origin: Mapping[str, str]) -> str:
+def _explain(error: ValidationError, origin: Mapping[str, str]) -> list[str]:
+    """Return one sentence a problem."""
     problems = []
     for item in error.errors():
         path = [str(part) for part in item["loc"]]
@@ -338,10 +354,16 @@ def _explain(error: ValidationError, origin: Mapping[str, str]) -> str:
         else:
             message = message[:1].lower() + message[1:]
             given = item["input"]
-            shown = repr(given) if len(repr(given)) < 60 else f"a {_kind(given)}"
+            shown = (
+                repr(given)
+                if len(repr(given)) < 60
+                else f"a {_kind(given)} that is too long to show"
+            )
             problems.append(f"key '{name}' in {where}: {message}, but it is {shown}")
-    text = "; ".join(dict.fromkeys(problems))
-    return f"{text}{'' if text.endswith('?') else '.'} See --help for all keys."
+    return [
+        f"{text}{'' if text.endswith('?') else '.'} See --help for all keys."
+        for text in dict.fromkeys(problems)
+    ]
 
 
 def suggest_key(name: str) -> str:

@@ -33,6 +33,22 @@ def _text(value: Any) -> Any:
     # Text keys such as `dataset: 2024` arrive from YAML as numbers.
     if isinstance(value, int | float) and not isinstance(value, bool):
         return str(value)
+    if isinstance(value, str):
+        if "\0" in value:
+            raise ValueError("holds a NUL character")
+        if not _is_unicode(value):
+            raise ValueError("is not UTF-8 text")
+    return value
+
+
+def _is_unicode(value: str) -> bool:
+    # Bytes of the command line that are no UTF-8 arrive as lone surrogates.
+    return not any("\ud800" <= char <= "\udfff" for char in value)
+
+
+def _plain_name(value: str | None) -> str | None:
+    if value is not None and (value in ("", ".", "..") or "/" in value or "\\" in value):
+        raise ValueError("must be a plain name without folders; data_path names the folder")
     return value
 
 
@@ -43,10 +59,10 @@ def _not_repeated(value: list[Any]) -> list[Any]:
 
 
 Number = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
-Text = Annotated[str, BeforeValidator(_text)]
+Text = Annotated[str, BeforeValidator(_text), Field(max_length=10_000)]
 Bool = StrictBool
 Int = StrictInt
-PositiveInt = Annotated[StrictInt, Field(ge=1)]
+PositiveInt = Annotated[StrictInt, Field(ge=1, le=2**31 - 1)]
 UniqueTexts = Annotated[list[Text], Field(min_length=1), AfterValidator(_not_repeated)]
 
 DType = Literal["float16", "bfloat16", "float32"]
@@ -77,8 +93,10 @@ class SchedulerArgs(_Section):
 class SasrecArgs(_Section):
     """Shape of the SASRec baseline (`model: sasrec`)."""
 
-    hidden_size: PositiveInt = Field(64, description="width of item embeddings and layers")
-    layers: PositiveInt = Field(2, description="number of self-attention layers")
+    hidden_size: PositiveInt = Field(
+        64, le=65_536, description="width of item embeddings and layers"
+    )
+    layers: PositiveInt = Field(2, le=1000, description="number of self-attention layers")
     heads: PositiveInt = Field(2, description="attention heads; must divide hidden_size")
     dropout: Number = Field(0.5, ge=0, lt=1, description="dropout probability")
 
@@ -135,7 +153,9 @@ class Config(_Section):
 
     # --- data
     data_path: Text = _key("dataset", "data", "folder of the interaction files <dataset>.csv")
-    dataset: Text | None = _key(None, "data", "name of the dataset, for example Pixel200K")
+    dataset: Annotated[Text | None, AfterValidator(_plain_name)] = _key(
+        None, "data", "name of the dataset, for example Pixel200K"
+    )
     text_path: Text = _key(
         "information",
         "data",
@@ -194,7 +214,9 @@ class Config(_Section):
     item_adapter: Literal["none", "linear", "lowrank"] = _key(
         "none", "item cache", "trainable map on cached embeddings, of inputs and targets alike"
     )
-    item_adapter_rank: PositiveInt = _key(64, "item cache", "rank of item_adapter: lowrank")
+    item_adapter_rank: PositiveInt = _key(
+        64, "item cache", "rank of item_adapter: lowrank", le=65_536
+    )
 
     # --- UserLLM
     user_pretrain_dir: Text | None = _key(None, "UserLLM", "model folder of the UserLLM")

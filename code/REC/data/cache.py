@@ -10,9 +10,13 @@ from __future__ import annotations
 import json
 import pickle
 import struct
+import warnings
+import zipfile
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -20,8 +24,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from REC.utils.errors import InputError
-from REC.utils.files import atomic_path
+from REC.utils.errors import InputError, one_line
+from REC.utils.files import atomic_path, is_file, require_file
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -85,15 +89,16 @@ def find_cache(path: str | Path) -> Path:
         InputError: neither is there.
     """
     path = Path(path)
-    if path.is_file():
+    if is_file(path):
         return path
-    native = path.with_suffix(".safetensors")
-    if path.suffix == ".pt" and native.is_file():
+    native = path.with_suffix(".safetensors") if path.name else path
+    if path.suffix == ".pt" and is_file(native):
         return native
     also = f" (nor {native})" if path.suffix == ".pt" else ""
-    raise InputError(
-        f"item cache {path} does not exist{also}; make it with item_caching.py "
-        f"or change --item_cache_path."
+    return require_file(
+        path,
+        f"item cache {path}{also}",
+        "make it with item_caching.py or change --item_cache_path",
     )
 
 
@@ -161,52 +166,114 @@ def _open_native(path: Path) -> ItemCache:
                 )
             embeddings = file.get_tensor("embeddings")
             encoded = file.get_tensor("item_ids")
-        item_ids = json.loads(encoded.numpy().tobytes().decode("utf-8"))
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, RuntimeError, TypeError) as error:
         raise InputError(
-            f"item cache {path} is damaged ({error}); make it anew with item_caching.py."
+            f"item cache {path} is damaged ({one_line(error, 120)}); make it anew with "
+            f"item_caching.py."
         ) from error
-    except (ValueError, RecursionError) as error:
-        raise InputError(
-            f"item cache {path} has an unreadable id list; make it anew with item_caching.py."
-        ) from error
-    if not isinstance(item_ids, list) or not all(isinstance(item, str) for item in item_ids):
-        raise InputError(f"item cache {path}: its id list must be a list of texts.")
+    item_ids = _decode_ids(encoded, path)
     _check_shape(path, item_ids, embeddings)
     return ItemCache(item_ids, embeddings, metadata, path)
 
 
+def _decode_ids(encoded: torch.Tensor, path: Path) -> list[str]:
+    try:
+        if encoded.dtype != torch.uint8:
+            raise ValueError(f"stored as {encoded.dtype}")
+        item_ids = json.loads(encoded.numpy().tobytes().decode("utf-8"))
+        if not isinstance(item_ids, list) or not all(isinstance(item, str) for item in item_ids):
+            raise ValueError("not a list of texts")
+        # JSON can spell half a character; such text cannot be written anywhere.
+        "".join(item_ids).encode("utf-8")
+    except (ValueError, RecursionError) as error:
+        raise InputError(
+            f"item cache {path} has an unreadable id list ({one_line(error, 120)}); make it anew "
+            f"with item_caching.py."
+        ) from error
+    return item_ids
+
+
 def _open_pt(path: Path) -> ItemCache:
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        _refuse_compressed(path)
+        with warnings.catch_warnings():
+            # Old storage classes make torch print warnings that only its own developers can act on.
+            warnings.simplefilter("ignore")
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except InputError:
+        raise
     except pickle.UnpicklingError as error:
         raise InputError(
             f"item cache {path} holds more than tensors and was not opened, since such a file can "
             f"run code; make it anew with item_caching.py."
         ) from error
     except Exception as error:  # torch.load raises many kinds on damaged files
-        reason = " ".join(str(error).split())[:120]
+        reason = one_line(" ".join(str(error).split()), 120)
         raise InputError(
             f"item cache {path} is damaged or no cache at all ({reason}); make it anew with "
             f"item_caching.py."
         ) from error
-    if not isinstance(content, dict) or not content:
-        raise InputError(f"item cache {path} must hold a dictionary of item id -> tensor.")
-    item_ids = [str(key) for key in content]
-    vectors = list(content.values())
-    for item, vector in zip(item_ids, vectors, strict=True):
-        if not isinstance(vector, torch.Tensor) or not vector.is_floating_point():
-            raise InputError(f"item cache {path}: item '{item}' is not a tensor of numbers.")
-        if vector.numel() != vectors[0].numel():
+    if not isinstance(content, Mapping) or not content:
+        raise InputError(
+            f"item cache {path} must hold a dictionary of item id -> tensor, not "
+            f"{'nothing' if content is None or content == {} else type(content).__name__}; make it "
+            f"anew with item_caching.py."
+        )
+    item_ids = []
+    for key in content:
+        if isinstance(key, bool) or not isinstance(key, str | int):
             raise InputError(
-                f"item cache {path}: item '{item}' has {vector.numel()} dimensions, "
-                f"others have {vectors[0].numel()}; make it anew with item_caching.py."
+                f"item cache {path}: the key {one_line(repr(key), 40)} is no item id; make it anew "
+                f"with item_caching.py."
             )
-    matrix = torch.stack([vector.reshape(-1) for vector in vectors])
+        item_ids.append(str(key))
+    vectors = list(content.values())
+    _refuse_odd_vectors(path, item_ids, vectors)
+    matrix = torch.stack([vector.detach().reshape(-1) for vector in vectors])
     if matrix.dtype not in _DTYPE_NAMES:
         matrix = matrix.float()
     _check_shape(path, item_ids, matrix)
     return ItemCache(item_ids, matrix, {}, path)
+
+
+def _refuse_odd_vectors(path: Path, item_ids: list[str], vectors: list[Any]) -> None:
+    """Refuse values that are not plain vectors of one length and number type, held in the file."""
+    first = vectors[0]
+    total = 0
+    for item, vector in zip(item_ids, vectors, strict=True):
+        where = f"item cache {path}: item '{one_line(item, 40)}'"
+        if not isinstance(vector, torch.Tensor) or not vector.is_floating_point():
+            raise InputError(f"{where} is not a tensor of numbers; make it anew.")
+        if vector.layout != torch.strided or vector.device.type != "cpu":
+            raise InputError(f"{where} is not a dense tensor of numbers; make it anew.")
+        if vector.numel() != first.numel():
+            raise InputError(
+                f"{where} has {vector.numel()} dimensions, others have {first.numel()}; make it "
+                f"anew with item_caching.py."
+            )
+        if vector.dtype != first.dtype:
+            raise InputError(
+                f"{where} is {vector.dtype}, others are {first.dtype}; make it anew with "
+                f"item_caching.py."
+            )
+        total += vector.numel() * vector.element_size()
+    # A few bytes can describe a tensor of any size by repeating one number: stride 0.
+    if total > path.stat().st_size:
+        raise InputError(
+            f"item cache {path} claims more numbers than it holds; make it anew with item_caching.py."
+        )
+
+
+def _refuse_compressed(path: Path) -> None:
+    """Refuse a compressed archive: torch writes none, and a small one can unpack to any size."""
+    if not zipfile.is_zipfile(path):
+        return
+    with zipfile.ZipFile(path) as archive:
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+            raise InputError(
+                f"item cache {path} is a compressed archive, which torch.save does not write; make "
+                f"it anew with item_caching.py."
+            )
 
 
 def _check_shape(path: Path, item_ids: list[str], embeddings: torch.Tensor) -> None:
@@ -220,9 +287,13 @@ def _check_shape(path: Path, item_ids: list[str], embeddings: torch.Tensor) -> N
             f"{tuple(embeddings.shape)}; make it anew with item_caching.py."
         )
     if not item_ids:
-        raise InputError(f"item cache {path} holds no items.")
+        raise InputError(f"item cache {path} holds no items; make it anew with item_caching.py.")
     if len(set(item_ids)) != len(item_ids):
-        raise InputError(f"item cache {path} names an item twice; make it anew.")
+        twice = next(item for item, count in Counter(item_ids).items() if count > 1)
+        raise InputError(
+            f"item cache {path} names the item '{one_line(twice, 40)}' twice; make it anew with "
+            f"item_caching.py."
+        )
 
 
 def _refuse_bad_values(cache: ItemCache, path: Path) -> None:
@@ -231,7 +302,7 @@ def _refuse_bad_values(cache: ItemCache, path: Path) -> None:
         if not _all_finite(cache.embeddings[start : start + rows]):
             part = cache.embeddings[start : start + rows]
             bad = (~part.isfinite().all(dim=1)).nonzero()
-            item = cache.item_ids[start + int(bad[0])]
+            item = one_line(cache.item_ids[start + int(bad[0])], 40)
             raise InputError(
                 f"item cache {path}: the embedding of item '{item}' holds NaN or infinity; make it "
                 f"anew with item_caching.py, with --item_cache_dtype float32 if it overflowed."

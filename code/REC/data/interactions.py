@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,11 +11,24 @@ import numpy as np
 import pandas as pd
 import torch
 
+from REC.data.csv_rows import all_ids_sound, check_bytes, explain, id_problem, read_header
 from REC.data.plain_csv import PlainColumns, read_plain
-from REC.utils.errors import InputError
+from REC.utils.errors import InputError, one_line
+from REC.utils.files import is_file, is_folder, require_file
 
 COLUMNS = ("item_id", "user_id", "timestamp")
 PAD = 0
+
+_WHOLE = re.compile(r"[ \t]*[+-]?[0-9]{1,40}[ \t]*")
+_DECIMAL = re.compile(r"[ \t]*[+-]?[0-9]{1,20}(?:\.[0-9]{0,20})?(?:[eE][+-]?[0-9]{1,2})?[ \t]*")
+# Unix time of the year's beginning, in seconds, and how many of each unit are in a second.
+_YEAR_2000, _YEAR_2100 = 946_684_800, 4_102_444_800
+_UNITS = {
+    "seconds": 1,
+    "milliseconds": 1000,
+    "microseconds": 1_000_000,
+    "nanoseconds": 1_000_000_000,
+}
 
 
 @dataclass(frozen=True)
@@ -67,9 +81,9 @@ def dataset_file(data_path: str, dataset: str | None) -> Path:
         raise InputError("no dataset is named; give --dataset NAME, for example Pixel200K.")
     folder = Path(data_path)
     path = folder / f"{dataset}.csv"
-    if path.is_file():
+    if is_file(path):
         return path
-    known = sorted(file.stem for file in folder.glob("*.csv")) if folder.is_dir() else []
+    known = sorted(file.stem for file in folder.glob("*.csv")) if is_folder(folder) else []
     hint = f"datasets found there: {', '.join(known[:8])}" if known else "it holds no CSV file"
     raise InputError(
         f"unknown dataset '{dataset}': {path} does not exist ({hint}); "
@@ -81,19 +95,25 @@ def read_interactions(path: str | Path) -> Interactions:
     """Read an interaction CSV and sort every user's rows by time; ties keep file order.
 
     Ids are text: `1` and `01` are two users. Columns may stand in any order, others are ignored.
+    Rows are kept as they are, repeated ones too. Rows in errors are lines of the file.
 
     Args:
         path: CSV file with the columns `item_id,user_id,timestamp`; timestamps are whole numbers
             of any unit, the same unit throughout.
 
     Raises:
-        InputError: the file is missing, empty, not UTF-8 CSV, lacks a column, or a row has an
-            empty id or a timestamp that is not a whole number (the row is named).
+        InputError: the file is missing, empty, not UTF-8 CSV, lacks a column, mixes units of
+            time, or has rows with too many or too few fields, an id that is empty or has blanks
+            around it, or a timestamp that is not a whole number; `InputErrors` with a sentence for
+            each kind when there are several.
     """
     path = Path(path)
     columns = _read_columns(path)
     (item_codes, user_codes), (item_ids, user_ids) = columns.codes, columns.ids
+    if not (all_ids_sound(item_ids) and all_ids_sound(user_ids)):
+        explain(path, _CHECKS, "an id is not usable")
     timestamps = columns.numbers
+    _refuse_mixed_units(timestamps, path)
     order = _by_user_and_time(user_codes, timestamps)
     counts = np.bincount(user_codes, minlength=len(user_ids))
     return Interactions(
@@ -149,57 +169,41 @@ def _by_user_and_time(users: np.ndarray, timestamps: np.ndarray) -> np.ndarray:
 
 
 def _read_columns(path: Path) -> PlainColumns:
-    header = _read_header(path)
-    missing = [column for column in COLUMNS if column not in header]
-    if missing:
-        raise InputError(
-            f"{path} lacks the column {missing[0]}: its first line is '{','.join(header)[:120]}', "
-            f"it must name {','.join(COLUMNS)}."
-        )
-    repeated = [column for column in COLUMNS if header.count(column) > 1]
-    if repeated:
-        raise InputError(f"{path} names the column {repeated[0]} twice; remove one of them.")
-    plain = read_plain(path, ("item_id", "user_id"), "timestamp")
-    return _read_with_pandas(path) if plain is None else plain
-
-
-def _read_with_pandas(path: Path) -> PlainColumns:
-    """Read any CSV, or say which row of it is wrong."""
+    remedy = "change --dataset or --data_path"
+    require_file(path, str(path), remedy)
     try:
-        frame = _parse(path, {"item_id": "object", "user_id": "object", "timestamp": "int64"})
-    except (ValueError, OverflowError, pd.errors.ParserError):
-        frame = _parse_slowly(path)
+        plain = read_plain(path, ("item_id", "user_id"), "timestamp")
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}; {remedy}.") from error
+    if plain is not None:
+        return plain
+    check_bytes(path, remedy)
+    return _read_with_pandas(path, read_header(path, COLUMNS, "mend the first line"))
+
+
+def _read_with_pandas(path: Path, header: list[str]) -> PlainColumns:
+    """Read any CSV, or say which rows of it are wrong."""
+    try:
+        frame = _parse(path, header)
+    except (ValueError, OverflowError, pd.errors.ParserError, pd.errors.ParserWarning) as error:
+        explain(path, _CHECKS, str(error))
     if frame.empty:
         raise InputError(f"{path} has no interactions below its header line.")
-    for column in ("item_id", "user_id"):
-        _refuse_empty_ids(frame[column], path, column)
     items, users = (_factorize(frame[column]) for column in ("item_id", "user_id"))
     return PlainColumns(
         (items[0], users[0]), (items[1], users[1]), frame["timestamp"].to_numpy(dtype=np.int64)
     )
 
 
-def _read_header(path: Path) -> list[str]:
-    try:
-        with path.open(encoding="utf-8-sig") as stream:
-            line = stream.readline(1 << 16)
-    except FileNotFoundError as error:
-        raise InputError(f"{path} does not exist.") from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8 text; save it as UTF-8.") from error
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}.") from error
-    if not line.strip():
-        raise InputError(f"{path} is empty; it must begin with the line {','.join(COLUMNS)}.")
-    return [cell.strip().strip('"') for cell in line.strip().split(",")]
-
-
-def _parse(path: Path, dtypes: dict[str, str]) -> pd.DataFrame:
+def _parse(path: Path, header: list[str]) -> pd.DataFrame:
+    # Ids are read as text. pandas' `category` would be quicker, but turns ids that all look like
+    # numbers into numbers: `1`, `01` and `1.0` would be one user. All columns are read, since with
+    # `usecols` pandas says nothing of a row with too many fields and shifts them.
+    dtypes = {**dict.fromkeys(header, "object"), "timestamp": "int64"}
     with warnings.catch_warnings():
         warnings.simplefilter("error", pd.errors.ParserWarning)
-        return pd.read_csv(
+        frame = pd.read_csv(
             path,
-            usecols=list(COLUMNS),
             dtype=dtypes,
             encoding="utf-8-sig",
             keep_default_na=False,
@@ -208,41 +212,53 @@ def _parse(path: Path, dtypes: dict[str, str]) -> pd.DataFrame:
             index_col=False,
             low_memory=False,
         )
-
-
-def _parse_slowly(path: Path) -> pd.DataFrame:
-    """Read everything as text to find the row that the fast reader stumbled over."""
-    try:
-        frame = _parse(path, dict.fromkeys(COLUMNS, "object"))
-    except (pd.errors.ParserError, pd.errors.ParserWarning) as error:
-        reason = " ".join(str(error).split()).replace("Error tokenizing data. C error: ", "")
-        raise InputError(f"{path} is not a well-formed CSV file: {reason}.") from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8 text; save it as UTF-8.") from error
-    except (ValueError, OSError) as error:
-        raise InputError(f"{path} cannot be read as CSV: {error}.") from error
-    text = frame["timestamp"].astype(str)
-    bad = np.flatnonzero(~text.str.fullmatch(r"\s*[+-]?[0-9]{1,18}\s*").to_numpy(dtype=bool))
-    if len(bad):
-        # +2: one for the header line, one because people count rows from 1.
-        raise InputError(
-            f"{path}, row {bad[0] + 2}: timestamp {text.iloc[bad[0]]!r} is not a whole number of at "
-            f"most 18 digits ({len(bad)} such rows); write Unix time as an integer."
-        )
-    frame["timestamp"] = text.astype("int64")
-    return frame
-
-
-def _refuse_empty_ids(column: pd.Series, path: Path, name: str) -> None:
-    bad = np.flatnonzero((column.astype(str).str.strip() == "").to_numpy())
-    if len(bad):
-        raise InputError(
-            f"{path}, row {bad[0] + 2}: {name} is empty ({len(bad)} such rows); "
-            f"fill it in or remove the row."
-        )
+    return frame[list(COLUMNS)]
 
 
 def _factorize(column: pd.Series) -> tuple[np.ndarray, np.ndarray]:
     """Number a column's values by first appearance: int64 codes [N] and str ids [n]."""
     codes, ids = pd.factorize(column.to_numpy(dtype=object))
-    return codes, np.asarray([str(value) for value in ids], dtype=object)
+    return codes, np.asarray(ids, dtype=object)
+
+
+def timestamp_problem(text: str) -> str | None:
+    """Say what is wrong with a timestamp, or None.
+
+    Whole numbers in the range of int64 are right, also when written as `881250949.0`.
+    """
+    if _WHOLE.fullmatch(text):
+        digits = text.strip().lstrip("+-").lstrip("0")
+        if len(digits) <= 19 and -(1 << 63) <= int(text) < 1 << 63:
+            return None
+    elif _DECIMAL.fullmatch(text) and float(text).is_integer() and abs(float(text)) < 1 << 53:
+        return None
+    shown = one_line(text, 40)
+    return f"'{shown}' is not a whole number within 64 bits; write Unix time as an integer"
+
+
+_CHECKS = {"item_id": id_problem, "user_id": id_problem, "timestamp": timestamp_problem}
+
+
+def _refuse_mixed_units(timestamps: np.ndarray, path: Path) -> None:
+    """Refuse a file in which some rows are in seconds and others in milliseconds, or the like.
+
+    Such rows would be sorted by unit, not by time, and leave-one-out would hold out the wrong
+    items. A unit is recognised by its numbers for the years 2000 to 2099; numbers outside of all
+    those ranges, such as counters, say nothing.
+    """
+    if timestamps.max() < 1000 * _YEAR_2000:
+        return
+    units = {
+        name: (timestamps >= _YEAR_2000 * scale) & (timestamps < _YEAR_2100 * scale)
+        for name, scale in _UNITS.items()
+    }
+    counts = {name: int(rows.sum()) for name, rows in units.items()}
+    present = sorted((name for name in counts if counts[name]), key=lambda name: counts[name])
+    if len(present) > 1:
+        rare, usual = present[0], present[-1]
+        row = int(np.flatnonzero(units[rare])[0])
+        raise InputError(
+            f"{path}: timestamps mix units: {counts[usual]} rows are in {usual} and "
+            f"{counts[rare]} in {rare}, first at interaction {row + 1} ({timestamps[row]}); "
+            f"convert the file to one unit."
+        )

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import hashlib
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 
-from REC.utils.errors import InputError
+from REC.data.csv_rows import (
+    RowProblems,
+    check_bytes,
+    check_row,
+    csv_rows,
+    id_problem,
+    read_header,
+)
+from REC.utils.errors import InputError, one_line, refuse
+from REC.utils.files import is_file
 
 
 @dataclass(frozen=True)
@@ -35,12 +42,12 @@ class ItemTexts:
 def information_file(text_path: str, dataset: str | None) -> Path:
     """Return the item information file: `text_path` itself, or `<text_path>/<dataset>.csv`."""
     path = Path(text_path)
-    if path.is_file():
+    if is_file(path):
         return path
     if not dataset:
         raise InputError("no dataset is named; give --dataset NAME, for example Pixel200K.")
     path = path / f"{dataset}.csv"
-    if not path.is_file():
+    if not is_file(path):
         raise InputError(
             f"{path} does not exist; put the item information there or change --text_path."
         )
@@ -54,21 +61,23 @@ def read_item_texts(path: str | Path, text_keys: Sequence[str], item_prompt: str
     empty fields are left out. An item without any value has an empty text, without the prompt.
 
     Raises:
-        InputError: the file is missing, not UTF-8 CSV, lacks a column, or repeats an item id.
+        InputError: the file is missing, not UTF-8 CSV, lacks a column, has rows with too many or
+            too few fields, or repeats an item id; `InputErrors` when there are several kinds.
     """
     path = Path(path)
-    frame = _read(path, ["item_id", *text_keys])
-    ids = frame["item_id"].tolist()
-    _refuse_bad_ids(ids, path)
-    columns = []
-    for key in text_keys:
-        values = frame[key]
-        present = (values != "") & (values.str.lower() != "nan")
-        columns.append((f"{key}: " + values).where(present, ""))
-    bodies = columns[0]
-    for column in columns[1:]:
-        bodies = bodies + column
-    texts = (item_prompt + bodies).where(bodies != "", "").tolist()
+    table = _read(path, list(dict.fromkeys(["item_id", *text_keys])))
+    ids = table["item_id"]
+    cells = zip(*(table[key] for key in text_keys), strict=True)
+    bodies = (
+        "".join(
+            f"{key}: {value}"
+            for key, value in zip(text_keys, row, strict=True)
+            # An empty cell that went through pandas is written as `nan`.
+            if value and value.lower() != "nan"
+        )
+        for row in cells
+    )
+    texts = [item_prompt + body if body else "" for body in bodies]
     return ItemTexts(ids, texts, _fingerprint(ids, texts))
 
 
@@ -82,54 +91,38 @@ def with_items(items: ItemTexts, item_ids: Sequence[str] | np.ndarray) -> ItemTe
     return ItemTexts(ids, texts, _fingerprint(ids, texts))
 
 
-def _read(path: Path, columns: list[str]) -> pd.DataFrame:
+def _read(path: Path, columns: Sequence[str]) -> dict[str, list[str]]:
+    """Read some columns of an information file: column name -> its cells, in file order."""
+    check_bytes(path, "check --text_path")
+    header = read_header(path, columns, "change the file or --text_keys")
+    wanted = {name: header.index(name) for name in columns}
+    table: dict[str, list[str]] = {name: [] for name in columns}
+    ids = table["item_id"]
+    checks = {wanted["item_id"]: id_problem}
+    found = RowProblems(path)
+    seen: set[str] = set()
+    broken: list[str] = []
+    rows = csv_rows(path)
+    next(rows)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", pd.errors.ParserWarning)
-            frame = pd.read_csv(
-                path,
-                dtype=str,
-                encoding="utf-8-sig",
-                keep_default_na=False,
-                na_filter=False,
-                index_col=False,
-            )
-    except FileNotFoundError as error:
-        raise InputError(f"{path} does not exist; check --text_path.") from error
-    except pd.errors.EmptyDataError as error:
-        raise InputError(f"{path} is empty; it must begin with a line of column names.") from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8 text; save it as UTF-8.") from error
-    except (pd.errors.ParserError, pd.errors.ParserWarning) as error:
-        reason = " ".join(str(error).split()).replace("Error tokenizing data. C error: ", "")
-        raise InputError(f"{path} is not a well-formed CSV file: {reason}.") from error
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read as CSV: {error}.") from error
-    missing = [column for column in columns if column not in frame.columns]
-    if missing:
-        raise InputError(
-            f"{path} lacks the column {missing[0]}; its columns are "
-            f"{', '.join(map(str, frame.columns[:20]))}: change the file or --text_keys."
-        )
-    if frame.empty:
+        for row, cells in rows:
+            if not check_row(found, row, cells, header, checks):
+                continue
+            for name, position in wanted.items():
+                table[name].append(cells[position])
+            if ids[-1] in seen:
+                found.add(
+                    "twice",
+                    row,
+                    f"item '{one_line(ids[-1], 40)}' is described a second time; keep one row an item",
+                )
+            seen.add(ids[-1])
+    except InputError as error:
+        broken.append(str(error))
+    refuse([*found.sentences(), *broken])
+    if not ids:
         raise InputError(f"{path} has no items below its header line.")
-    return frame[columns]
-
-
-def _refuse_bad_ids(ids: list[str], path: Path) -> None:
-    blank = next((row for row, item in enumerate(ids) if not item.strip()), None)
-    if blank is not None:
-        raise InputError(
-            f"{path}, row {blank + 2}: item_id is empty; fill it in or remove the row."
-        )
-    if len(set(ids)) == len(ids):
-        return
-    duplicated = pd.Series(ids).duplicated().to_numpy()
-    row = int(np.flatnonzero(duplicated)[0])
-    raise InputError(
-        f"{path}, row {row + 2}: item '{ids[row]}' is described a second time "
-        f"({int(duplicated.sum())} such rows); keep one row an item."
-    )
+    return table
 
 
 def _fingerprint(ids: list[str], texts: list[str]) -> str:

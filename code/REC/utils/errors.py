@@ -20,6 +20,47 @@ class InputError(Exception):
     """
 
 
+class InputErrors(InputError):
+    """Several things to change, one sentence each; programs print one line each.
+
+    Attributes:
+        problems: the sentences, at least one.
+    """
+
+    def __init__(self, problems: Sequence[str]) -> None:
+        super().__init__(" ".join(problems))
+        self.problems = list(problems)
+
+
+def problems_of(error: InputError) -> list[str]:
+    """Return the sentences of an error: one, or those of an `InputErrors`."""
+    return error.problems if isinstance(error, InputErrors) else [str(error)]
+
+
+def refuse(problems: Sequence[str]) -> None:
+    """Raise the problems found, if any.
+
+    Raises:
+        InputError: there is one problem; `InputErrors` when there are more.
+    """
+    if len(problems) == 1:
+        raise InputError(problems[0])
+    if problems:
+        raise InputErrors(problems)
+
+
+def one_line(text: object, limit: int = 1000) -> str:
+    """Write anything as one printable line: other characters are escaped, a long text is cut.
+
+    File content reaches error messages; a line break or a terminal's control code must not.
+    """
+    shown = "".join(
+        char if char.isprintable() else char.encode("unicode_escape").decode("ascii")
+        for char in str(text)[: limit + 1]
+    )
+    return shown if len(shown) <= limit else f"{shown[:limit]} ..."
+
+
 class Interrupted(Exception):
     """The run was asked to stop (SIGINT or SIGTERM) and has saved what it had.
 
@@ -46,7 +87,8 @@ def run_program(main: Callable[[Sequence[str]], int], argv: Sequence[str] | None
     try:
         return main(sys.argv[1:] if argv is None else argv)
     except InputError as error:
-        sys.stderr.write(f"error: {error}\n")
+        for problem in problems_of(error):
+            sys.stderr.write(f"error: {one_line(problem)}\n")
         return EXIT_BAD_INPUT
     except Interrupted as stop:
         sys.stderr.write(f"interrupted: {stop}\n")

@@ -6,13 +6,16 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from REC.utils.errors import InputError
+from REC.utils.errors import InputError, one_line
+
+MAX_JSON_BYTES = 64 << 20
 
 
 @contextmanager
@@ -69,13 +72,56 @@ def read_json(path: str | Path) -> Any:
     Raises:
         InputError: the file is missing or is not JSON.
     """
+    path = require_file(path, str(path), "make or fetch it again")
+    try:
+        if path.stat().st_size > MAX_JSON_BYTES:
+            raise InputError(f"{path} is larger than {MAX_JSON_BYTES >> 20} MiB; it is damaged.")
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(
+            f"{path} is not a readable JSON file ({one_line(error, 120)}); make or fetch it again."
+        ) from error
+
+
+def is_file(path: str | Path) -> bool:
+    """Say whether a regular file is there; False too for a name that the system refuses."""
+    try:
+        return Path(path).is_file()
+    except OSError:
+        return False
+
+
+def is_folder(path: str | Path) -> bool:
+    """Say whether a folder is there; False too for a name that the system refuses."""
+    try:
+        return Path(path).is_dir()
+    except OSError:
+        return False
+
+
+def require_file(path: str | Path, name: str, remedy: str) -> Path:
+    """Return the path of a regular file. Pipes and devices are refused: opening one may never end.
+
+    Args:
+        path: the file.
+        name: what to call it in an error, path included.
+        remedy: half a sentence on how to mend it.
+
+    Raises:
+        InputError: it is missing, a folder, or no regular file.
+    """
     path = Path(path)
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        mode = path.stat().st_mode
     except FileNotFoundError as error:
-        raise InputError(f"{path} does not exist.") from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path} is not a readable JSON file: {error}.") from error
+        raise InputError(f"{name} does not exist; {remedy}.") from error
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise InputError(f"{name} cannot be read: {reason}; {remedy}.") from error
+    if not stat.S_ISREG(mode):
+        kind = "a folder" if stat.S_ISDIR(mode) else "a pipe or device"
+        raise InputError(f"{name} is {kind}, not a file; {remedy}.")
+    return path
 
 
 def sha256(path: str | Path, chunk_bytes: int = 1 << 20) -> str:
