@@ -54,6 +54,7 @@ class HubFile:
         size: bytes, None if the hub does not say.
         cache: the Hugging Face cache folder.
         cached: where the cache has the file, None if it has not.
+        reachable: whether the hub itself said so.
     """
 
     repo: str
@@ -64,6 +65,7 @@ class HubFile:
     size: int | None
     cache: Path
     cached: Path | None
+    reachable: bool = True
 
     @property
     def sha256(self) -> str | None:
@@ -109,7 +111,12 @@ def look_up(repo: str, name: str, revision: str, cache: Path) -> HubFile:
     try:
         url = huggingface_hub.hf_hub_url(repo, name, revision=revision)
         found = huggingface_hub.get_hf_file_metadata(url)
-    except (RepositoryNotFoundError, RevisionNotFoundError, RemoteEntryNotFoundError) as error:
+    except (
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+        RemoteEntryNotFoundError,
+        HFValidationError,
+    ) as error:
         raise _refusal(repo, name, revision, error) from error
     except Exception as error:  # huggingface_hub and its HTTP client raise many kinds
         cached = _in_cache(repo, name, revision, cache)
@@ -140,19 +147,18 @@ def fetch(file: HubFile) -> tuple[Path, str]:
     Raises:
         InputError: the download failed, or the content has another checksum than the hub states.
     """
-    try:
-        known: str | None = None
-        if file.cached is None:
-            known = _download(file)
-        path = Path(
-            huggingface_hub.hf_hub_download(
-                file.repo, file.name, revision=file.revision, cache_dir=file.cache
+    known = _download(file) if file.cached is None else None
+    path = file.cached
+    if path is None or file.reachable:
+        try:
+            # Finds the content in place; what is left are the snapshot's link and the ref.
+            path = Path(
+                huggingface_hub.hf_hub_download(
+                    file.repo, file.name, revision=file.revision, cache_dir=file.cache
+                )
             )
-        )
-    except InputError:
-        raise
-    except Exception as error:  # as above
-        raise _refusal(file.repo, file.name, file.revision, error) from error
+        except Exception as error:  # as above
+            raise _refusal(file.repo, file.name, file.revision, error) from error
     if known is not None and path.resolve().name == file.etag:
         return path, known
     digest = hash_file(path)
@@ -167,21 +173,21 @@ def fetch(file: HubFile) -> tuple[Path, str]:
 def fetch_optional(repo: str, name: str, revision: str, cache: Path) -> Path | None:
     """As `look_up` and `fetch`, with None for a file that the repository does not have."""
     try:
-        # Unlike `look_up` this makes the cache remember that there is no such file.
-        huggingface_hub.hf_hub_download(
-            repo, name, revision=revision, cache_dir=cache, dry_run=True
-        )
-    except RemoteEntryNotFoundError:
-        return None
-    except Exception as error:  # as above
-        # Out of reach is not absent, unless the cache knows.
+        return fetch(look_up(repo, name, revision, cache))[0]
+    except InputError as error:
+        if isinstance(error.__cause__, RemoteEntryNotFoundError):
+            # Makes the cache remember that there is no such file, for when the hub is out of reach.
+            with contextlib.suppress(Exception):
+                huggingface_hub.hf_hub_download(
+                    repo, name, revision=revision, cache_dir=cache, dry_run=True
+                )
+            return None
         known = huggingface_hub.try_to_load_from_cache(
             repo, name, cache_dir=cache, revision=revision
         )
         if known is _CACHED_NO_EXIST:
             return None
-        raise _refusal(repo, name, revision, error) from error
-    return fetch(look_up(repo, name, revision, cache))[0]
+        raise
 
 
 def hash_file(path: Path) -> str:
@@ -216,7 +222,10 @@ def _download(file: HubFile) -> str:
     # hf_hub_download takes the same lock, so nobody downloads the file a second time meanwhile.
     with WeakFileLock(locks / f"{file.etag}.lock"):
         if not file.blob.is_file():
-            _stream(file)
+            try:
+                _stream(file)
+            except Exception as error:  # as in `look_up`
+                raise _refusal(file.repo, file.name, file.revision, error) from error
             _verify_partial(file)
             file.partial.replace(file.blob)
     return file.sha256 or hash_file(file.blob)
@@ -248,7 +257,8 @@ def _stream(file: HubFile) -> None:
 
 def _verify_partial(file: HubFile) -> None:
     if file.sha256 is None:
-        log.info("the hub states no SHA-256 for %s; only its size was checked.", file.where)
+        if (file.size or 0) >= _SMALL_BYTES:
+            log.warning("the hub states no SHA-256 for %s; only its size is checked.", file.where)
         return
     digest = hash_file(file.partial)
     if digest != file.sha256:
@@ -310,7 +320,7 @@ def _in_cache(repo: str, name: str, revision: str, cache: Path) -> HubFile | Non
     commit = path.relative_to(cache / _repo_folder(repo) / "snapshots").parts[0]
     # The cache names a blob after the ETag that the hub stated for it.
     etag = path.resolve().name
-    return HubFile(repo, name, revision, commit, etag, path.stat().st_size, cache, cached=path)
+    return HubFile(repo, name, revision, commit, etag, path.stat().st_size, cache, path, False)
 
 
 def _pointer(repo: str, name: str, revision: str, cache: Path) -> Path | None:

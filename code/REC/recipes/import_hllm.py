@@ -83,18 +83,24 @@ def import_checkpoint(options: ImportOptions) -> bool:
     return True
 
 
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM came. No `Exception`, lest it be taken for a failure of what it interrupts."""
+
+
 @contextmanager
 def _sigterm_unwinds() -> Iterator[None]:
     """Let SIGTERM leave through the `finally` blocks, so that no temporary folder stays."""
 
     def stop(_signal: int, _frame: FrameType | None) -> None:
-        raise Interrupted(
-            "no model folder was written; what was downloaded is kept, run again.", EXIT_SIGTERM
-        )
+        raise _Terminated
 
     before = signal.signal(signal.SIGTERM, stop)
     try:
         yield
+    except _Terminated as error:
+        raise Interrupted(
+            "no model folder was written; what was downloaded is kept, run again.", EXIT_SIGTERM
+        ) from error
     finally:
         signal.signal(signal.SIGTERM, before)
 
@@ -173,6 +179,8 @@ def _base_files(options: ImportOptions) -> tuple[dict[str, Path], dict[str, str]
     """Return the base model's configuration and, for the item side, its tokenizer files."""
     wanted = TOKENIZER_FILES if options.side == "item" else ()
     if options.base_dir is not None:
+        if not options.base_dir.is_dir():
+            raise InputError(f"--base_dir {options.base_dir} is not a folder.")
         source = {"path": str(options.base_dir.resolve())}
         files = {CONFIG_FILE: options.base_dir / CONFIG_FILE}
         found: dict[str, Path | None] = {name: options.base_dir / name for name in wanted}
