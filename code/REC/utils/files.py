@@ -8,7 +8,7 @@ import os
 import shutil
 import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -124,12 +124,23 @@ def require_file(path: str | Path, name: str, remedy: str) -> Path:
     return path
 
 
-def sha256(path: str | Path, chunk_bytes: int = 1 << 20) -> str:
-    """Return the hex SHA-256 of a file, read in chunks of `chunk_bytes` bytes."""
+def sha256(
+    path: str | Path,
+    chunk_bytes: int = 1 << 20,
+    on_bytes: Callable[[int], None] = lambda count: None,
+) -> str:
+    """Return the hex SHA-256 of a file, read in chunks of `chunk_bytes` bytes.
+
+    Args:
+        path: the file.
+        chunk_bytes: bytes held at once.
+        on_bytes: called with the length of each chunk, to show progress.
+    """
     digest = hashlib.sha256()
     with Path(path).open("rb") as stream:
         while chunk := stream.read(chunk_bytes):
             digest.update(chunk)
+            on_bytes(len(chunk))
     return digest.hexdigest()
 
 

@@ -6,7 +6,15 @@ import logging
 import sys
 from pathlib import Path
 
-_NOISY = ("httpx", "huggingface_hub", "lightning", "lightning.fabric", "matplotlib", "urllib3")
+_NOISY = (
+    "httpx",
+    "httpx2",
+    "huggingface_hub",
+    "lightning",
+    "lightning.fabric",
+    "matplotlib",
+    "urllib3",
+)
 
 
 def set_up_logging(log_file: Path | None = None, *, quiet: bool = False) -> None:

@@ -1,0 +1,23 @@
+"""Fetch HLLM's pretrained checkpoint and write its UserLLM as a transformers model folder."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent / "code"))
+
+from REC.hub.options import parse_options
+from REC.recipes.import_hllm import import_checkpoint
+from REC.utils.errors import EXIT_OK, run_program
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the program with its arguments and return the exit code."""
+    import_checkpoint(parse_options("user", argv, __doc__ or ""))
+    return EXIT_OK
+
+
+if __name__ == "__main__":
+    sys.exit(run_program(main))
