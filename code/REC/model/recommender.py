@@ -98,7 +98,7 @@ class Recommender(nn.Module):
         if settings.negatives == "catalogue":
             return losses.catalogue_softmax(
                 states,
-                items.slice(1, items.num_items + 1),
+                items,
                 targets - 1,
                 scale,
                 cosine=settings.similarity == "cosine",

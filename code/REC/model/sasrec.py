@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
 from REC.config import Config
 from REC.data.interactions import PAD
 from REC.model.item_table import ItemTable
+from REC.model.losses import split_chunks
 from REC.model.recommender import GatherIds, LossSettings, Recommender, SequenceEncoder
 
 _INITIAL_DEVIATION = 0.02
@@ -37,6 +40,15 @@ class IdTable(ItemTable):
     def slice(self, start: int, end: int) -> Tensor:
         """Return the vectors of items start..end-1: float32 [end - start, D]."""
         return self.weight[start:end]
+
+    @property
+    def dim(self) -> int:
+        """Embedding dimension D."""
+        return self.weight.shape[1]
+
+    def chunks(self, size: int) -> list[Callable[[], Tensor]]:
+        """Return one function per `size` items (without the padding item) that gives their vectors."""
+        return split_chunks(self.weight[1:], size)
 
 
 class SASRec(SequenceEncoder):
