@@ -300,8 +300,17 @@ class Config(_Section):
     precision: Literal["bf16-mixed", "16-mixed", "32-true", "bf16-true"] = _key(
         "bf16-mixed", "training", "Lightning Fabric's precision"
     )
+    pack_sequences: Bool = _key(
+        True,
+        "training",
+        "put several sequences of a batch into one row, so that little is padding; the loss is the "
+        "same (model: HLLM)",
+    )
     group_by_length: Bool = _key(
-        False, "training", "batch sequences of similar length, so that less is padding"
+        False,
+        "training",
+        "batch sequences of similar length; less padding without pack_sequences, but users with "
+        "histories alike in length then always meet each other in a batch",
     )
 
     # --- evaluation

@@ -74,8 +74,9 @@ class SASRec(SequenceEncoder):
             layer, layers, norm=nn.LayerNorm(dim), enable_nested_tensor=False
         )
 
-    def forward(self, history: Tensor) -> Tensor:
-        """Encode every prefix of each history: int64 [B, T] -> [B, T, D]."""
+    def forward(self, history: Tensor, positions: Tensor | None = None) -> Tensor:
+        """Encode every prefix of each history: int64 [B, T] -> [B, T, D]; rows are not packed."""
+        assert positions is None
         length = history.shape[1]
         # Padding is on the right, where the causal mask hides it from every real position.
         states = self.items(history) * (history != PAD).unsqueeze(-1)
