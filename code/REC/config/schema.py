@@ -115,6 +115,12 @@ class Config(_Section):
         "what ranks the items: HLLM's UserLLM, or a reference model on the same split",
     )
     val_only: Bool = _key(False, "run", "evaluate only, without training")
+    dry_run: Bool = _key(
+        False,
+        "run",
+        "print the estimated GPU memory and the largest train_batch_size for cards of 8 to 24 GB, "
+        "then stop; reads only the UserLLM's config.json and the item cache's header",
+    )
     seed: Int = _key(2020, "run", "seed of every random choice", ge=0, le=2**31 - 1)
     checkpoint_dir: Text = _key("saved", "run", "folder that holds one folder per run")
     run_name: Text | None = _key(
@@ -297,8 +303,11 @@ class Config(_Section):
         "ddp", "training", "how several processes share the work"
     )
     stage: Literal[0, 1, 2, 3] = _key(2, "training", "ZeRO stage of strategy: deepspeed")
-    precision: Literal["bf16-mixed", "16-mixed", "32-true", "bf16-true"] = _key(
-        "bf16-mixed", "training", "Lightning Fabric's precision"
+    precision: Literal["auto", "bf16-mixed", "16-mixed", "32-true", "bf16-true"] = _key(
+        "auto",
+        "training",
+        "Lightning Fabric's precision; auto: bf16-mixed where the device multiplies bfloat16 "
+        "natively, else 32-true, which is many times faster on a CPU that does not",
     )
     pack_sequences: Bool = _key(
         True,

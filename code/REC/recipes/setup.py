@@ -28,7 +28,7 @@ from REC.model.item_table import ItemTable, check_dim, table_from_cache
 from REC.model.recommender import LossSettings, Recommender, Similarity
 from REC.model.user_llm import UserLLM
 from REC.recipes.cache_items import cache_path, encode_in_memory
-from REC.trainer.fabric import compute_dtype, gather_ids
+from REC.trainer.fabric import compute_dtype, gather_ids, resolve_precision
 from REC.utils.errors import InputError
 
 log = logging.getLogger(__name__)
@@ -197,7 +197,7 @@ def build_user_llm(config: Config, data: Data, fabric: Fabric, *, train: bool) -
     half = compute_dtype(config)
     lora = lora_settings(config) if train and config.use_qlora else None
     # Weights that are trained whole stay in float32 under mixed precision; frozen ones need not.
-    whole = train and lora is None and config.precision != "bf16-true"
+    whole = train and lora is None and resolve_precision(config) != "bf16-true"
     device = fabric.device
     attention = attention_kernel(config, device)
     decoder: Any = load_decoder(

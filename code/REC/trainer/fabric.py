@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -12,6 +12,8 @@ from torch import Tensor
 
 from REC.config import Config
 from REC.utils.errors import InputError
+
+Precision = Literal["bf16-mixed", "bf16-true", "16-mixed", "32-true"]
 
 _COMPUTE = {
     "bf16-mixed": torch.bfloat16,
@@ -39,7 +41,21 @@ def choose_device(config: Config) -> str:
 
 def compute_dtype(config: Config) -> torch.dtype:
     """Return the number type of matrix products under the configuration's precision."""
-    return _COMPUTE[config.precision]
+    return _COMPUTE[resolve_precision(config)]
+
+
+def resolve_precision(config: Config) -> Precision:
+    """Return the configuration's precision, `auto` resolved for its device."""
+    if config.precision != "auto":
+        return config.precision
+    return "bf16-mixed" if _multiplies_bf16(choose_device(config)) else "32-true"
+
+
+def _multiplies_bf16(device: str) -> bool:
+    if device == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    found = torch.cpu.get_capabilities()
+    return any(found.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
 def make_fabric(config: Config) -> Fabric:
@@ -49,7 +65,8 @@ def make_fabric(config: Config) -> Fabric:
         InputError: the precision or strategy cannot run on this device.
     """
     device = choose_device(config)
-    if device == "cpu" and config.precision == "16-mixed":
+    precision = resolve_precision(config)
+    if device == "cpu" and precision == "16-mixed":
         raise InputError("precision: 16-mixed needs CUDA; use bf16-mixed or 32-true on the CPU.")
     world = int(os.environ.get("WORLD_SIZE", "1"))
     local = int(os.environ.get("LOCAL_WORLD_SIZE", world))
@@ -63,7 +80,7 @@ def make_fabric(config: Config) -> Fabric:
         devices=local if world > 1 else 1,
         num_nodes=max(1, world // local),
         strategy=strategy,
-        precision=config.precision,
+        precision=precision,
     )
     fabric.launch()
     return fabric
