@@ -9,6 +9,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from REC.config.program import program_config
+from REC.recipes.dry_run import dry_run
 from REC.recipes.train_and_rank import run
 from REC.utils.errors import EXIT_OK, run_program
 
@@ -19,6 +20,7 @@ _START = (
 EXAMPLES = (
     f"{_START} --val_only True",
     f"{_START} --use_qlora True --optim_args.learning_rate 2e-4",
+    f"{_START} --use_qlora True --dry_run True",
     "python code/main.py --config_file code/overall/LLM_ddp.yaml --dataset Pixel200K --model pop",
 )
 
@@ -26,7 +28,9 @@ EXAMPLES = (
 def main(argv: Sequence[str]) -> int:
     """Run the program with its arguments and return the exit code."""
     config = program_config(argv, "python code/main.py", __doc__ or "", EXAMPLES)
-    if config is not None:
+    if config is not None and config.dry_run:
+        dry_run(config)
+    elif config is not None:
         run(config)
     return EXIT_OK
 

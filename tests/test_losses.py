@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from REC.model import losses
+from REC.model.item_table import ItemTable
+from REC.model.sasrec import IdTable
 
 Array = np.ndarray
 
@@ -212,3 +216,99 @@ def test_no_positions_give_zero_not_nan() -> None:
     assert losses.binary_cross_entropy(none, none, pool).item() == 0.0
     targets = torch.zeros(0, dtype=torch.int64)
     assert losses.catalogue_softmax(none, pool, targets, scale).item() == 0.0
+
+
+def plain_softmax(
+    q: torch.Tensor, items: torch.Tensor, targets: torch.Tensor, scale: torch.Tensor, cosine: bool
+) -> torch.Tensor:
+    """Materialise everything, as the formula reads."""
+    if cosine:
+        q, items = (torch.nn.functional.normalize(x, dim=-1) for x in (q, items))
+    return torch.nn.functional.cross_entropy(scale.exp() * q @ items.T, targets)
+
+
+@given(
+    shapes,
+    st.booleans(),
+    st.sampled_from([1 << 28, 4096, 512, 1]),
+    st.sampled_from(["none", "linear", "lowrank"]),
+)
+@settings(max_examples=40, deadline=None)
+def test_a_chunked_catalogue_has_the_plain_loss_and_gradients(
+    shape: tuple[int, int, int, int], cosine: bool, budget: int, adapter: str
+) -> None:
+    rows, count, dim, seed = shape
+    rows, count = rows * 3, count * 5
+    generator = torch.Generator().manual_seed(seed)
+    q = torch.randn(rows, dim, generator=generator)
+    table = ItemTable(torch.randn(count + 1, dim, generator=generator), adapter, rank=2)
+    for weight in table.parameters():
+        weight.data = torch.randn(weight.shape, generator=generator) * 0.3
+    targets = torch.randint(count, (rows,), generator=generator)
+    found = []
+    for plain in (False, True):
+        table.zero_grad()
+        query = q.clone().requires_grad_()
+        scale = torch.tensor(1.5, requires_grad=True)
+        if plain:
+            loss = plain_softmax(query, table.slice(1, count + 1), targets, scale, cosine)
+        else:
+            loss = losses.catalogue_softmax(
+                query, table, targets, scale, cosine=cosine, budget_bytes=budget
+            )
+        loss.backward()
+        found.append([loss, query.grad, scale.grad, *(p.grad for p in table.parameters())])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=2e-4, atol=2e-5)
+
+
+def test_sasrecs_trained_table_gets_the_plain_gradients() -> None:
+    torch.manual_seed(0)
+    table, q = IdTable(30, 6), torch.randn(7, 6)
+    targets, scale = torch.randint(30, (7,)), torch.tensor(0.0)
+    plain_softmax(q, table.slice(1, 31), targets, scale, False).backward()
+    wanted, table.weight.grad = table.weight.grad, None
+    losses.catalogue_softmax(q, table, targets, scale, cosine=False, budget_bytes=1024).backward()
+    torch.testing.assert_close(table.weight.grad, wanted, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("positions", [16, 320, 3_200, 100_000])
+@pytest.mark.parametrize("items", [1_682, 96_282, 400_000])
+@pytest.mark.parametrize("dim", [64, 576, 2_048])
+def test_chunks_stay_within_the_budget(positions: int, items: int, dim: int) -> None:
+    for budget in (1 << 20, 1 << 28):
+        rows, size = losses.chunk_shape(positions, items, dim, budget)
+        assert 1 <= rows <= positions
+        assert 1 <= size <= items
+        assert 4 * (2 * rows * size + 8 * size * dim) <= budget
+
+
+class Counting(TorchDispatchMode):
+    """Notes the largest tensor that any operation makes, in numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.largest = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        for tensor in made if isinstance(made, tuple | list) else (made,):
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().data_ptr() not in (
+                arg.untyped_storage().data_ptr() for arg in args if isinstance(arg, torch.Tensor)
+            ):
+                self.largest = max(self.largest, tensor.numel())
+        return made
+
+
+def test_no_operation_makes_all_logits_or_a_copy_of_the_catalogue() -> None:
+    items, dim, positions, budget = 4_000, 32, 300, 1 << 20
+    table = ItemTable(torch.randn(items + 1, dim).half(), "linear")
+    q = torch.randn(positions, dim, requires_grad=True)
+    targets = torch.randint(items, (positions,))
+    with Counting() as counted:
+        loss = losses.catalogue_softmax(q, table, targets, torch.tensor(1.0), budget_bytes=budget)
+        loss.backward()
+    rows, size = losses.chunk_shape(positions, items, dim, budget)
+    assert counted.largest <= max(rows * size, positions * dim)
+    assert counted.largest < items * dim
+    assert counted.largest < items * positions / 3

@@ -133,6 +133,12 @@ class Config(_Section):
         "what ranks the items: HLLM's UserLLM, or a reference model on the same split",
     )
     val_only: Bool = _key(False, "run", "evaluate only, without training")
+    dry_run: Bool = _key(
+        False,
+        "run",
+        "print the estimated GPU memory and the largest train_batch_size for cards of 8 to 24 GB, "
+        "then stop; reads only the UserLLM's config.json and the item cache's header",
+    )
     seed: Int = _key(2020, "run", "seed of every random choice", ge=0, le=2**31 - 1)
     checkpoint_dir: Text = _key("saved", "run", "folder that holds one folder per run")
     run_name: Text | None = _key(
@@ -325,8 +331,17 @@ class Config(_Section):
         "Lightning Fabric's precision; auto: bf16-mixed as HLLM where the hardware computes in "
         "bfloat16, else 16-mixed on a GPU and 32-true on a CPU",
     )
+    pack_sequences: Bool = _key(
+        True,
+        "training",
+        "put several sequences of a batch into one row, so that little is padding; the loss is the "
+        "same (model: HLLM)",
+    )
     group_by_length: Bool = _key(
-        False, "training", "batch sequences of similar length, so that less is padding"
+        False,
+        "training",
+        "batch sequences of similar length; less padding without pack_sequences, but users with "
+        "histories alike in length then always meet each other in a batch",
     )
 
     # --- evaluation

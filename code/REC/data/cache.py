@@ -119,6 +119,28 @@ def open_cache(path: str | Path) -> ItemCache:
     return cache
 
 
+def read_header(path: str | Path) -> tuple[int, int, str]:
+    """Read a native cache's size without its numbers.
+
+    Returns:
+        (items n, dimensions D, name of the number type).
+
+    Raises:
+        InputError: the file is missing, damaged or no native cache.
+    """
+    path = find_cache(path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            part = file.get_slice("embeddings")
+            items, dim = part.get_shape()
+            dtype = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}[part.get_dtype()]
+    except (SafetensorError, OSError, ValueError, KeyError) as error:
+        raise InputError(
+            f"{path} is no native item cache ({error}); make it with item_caching.py."
+        ) from error
+    return items, dim, dtype
+
+
 def save_cache(
     path: str | Path,
     item_ids: Sequence[str],

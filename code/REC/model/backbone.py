@@ -72,6 +72,26 @@ def load_model_config(folder: str | Path, trust_remote_code: bool = False) -> An
         ) from error
 
 
+def decoder_config(
+    folder: str | Path,
+    layers: int | None = None,
+    keep_token_embedding: bool = False,
+    trust_remote_code: bool = False,
+) -> Any:
+    """Read a model folder's config, cut to the first `layers` layers and, unless it is kept, to a
+    vocabulary of one token.
+
+    Raises:
+        InputError: as `load_model_config`, or the model has fewer layers.
+    """
+    config = load_model_config(folder, trust_remote_code)
+    _keep_layers(config, layers, Path(folder))
+    if not keep_token_embedding:
+        config.vocab_size = 1
+        config.pad_token_id = None
+    return config
+
+
 def load_decoder(
     folder: str | Path,
     *,
@@ -103,11 +123,7 @@ def load_decoder(
             has fewer layers than asked for.
     """
     folder = Path(folder)
-    config = load_model_config(folder, trust_remote_code)
-    _keep_layers(config, layers, folder)
-    if not keep_token_embedding:
-        config.vocab_size = 1
-        config.pad_token_id = None
+    config = decoder_config(folder, layers, keep_token_embedding, trust_remote_code)
     _check_files(folder)
     kwargs: dict[str, Any] = {}
     if lora is not None and lora.quant_type != "none":

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -55,6 +58,17 @@ class ItemTable(nn.Module):
     def slice(self, start: int, end: int) -> Tensor:
         """Return the vectors of items start..end-1, without a gather: float32 [end - start, D]."""
         return self._adapt(self.embeddings[start:end])
+
+    def chunks(self, size: int) -> list[Callable[[], Tensor]]:
+        """Return one function per `size` items (without the padding item) that gives their vectors.
+
+        Nothing is converted or adapted before a function is called, so that a caller who drops the
+        vectors again never holds more than [size, D] of them in float32.
+        """
+        stop = self.num_items + 1
+        return [
+            partial(self.slice, start, min(start + size, stop)) for start in range(1, stop, size)
+        ]
 
     def _adapt(self, vectors: Tensor) -> Tensor:
         vectors = vectors.float()

@@ -2,12 +2,20 @@
 
 Shapes: T scored positions, P negatives in a shared pool, I items in the catalogue, D dimensions.
 All losses compute logits in float32 whatever dtype comes in.
+
+Cut Cross-Entropy and Liger, the kernel libraries for this on CUDA, are not used. Both want all item
+vectors as one matrix [I, D], here the normalised, adapted float32 copy that `catalogue_softmax`
+avoids. Cut Cross-Entropy works on 16-bit inputs: under a scale of up to 100 the cosines' rounding of
+2^-9 moves a logit by up to 0.2. Liger still writes out logits over the whole catalogue for a block
+of positions.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +24,9 @@ from torch.utils.checkpoint import checkpoint
 
 LOGIT_SCALE_INIT = math.log(1 / 0.07)
 LOGIT_SCALE_MAX = math.log(100)
+
+_FEWEST_POSITIONS = 4096
+_FLOATS_PER_ITEM_VALUE = 8
 
 
 def normalize(vectors: Tensor) -> Tensor:
@@ -68,9 +79,45 @@ def info_nce(
     ) / max(len(queries), 1)
 
 
+class Catalogue(Protocol):
+    """Item vectors that are computed a piece at a time, when they are asked for."""
+
+    @property
+    def num_items(self) -> int:
+        """Number of items I."""
+
+    @property
+    def dim(self) -> int:
+        """Dimension D."""
+
+    def chunks(self, size: int) -> list[Callable[[], Tensor]]:
+        """Return one function per `size` items; calling it gives their vectors [size, D]."""
+
+
+class _Matrix:
+    """A tensor of item vectors [I, D] as a `Catalogue`."""
+
+    def __init__(self, vectors: Tensor) -> None:
+        self._vectors = vectors
+        self.num_items, self.dim = vectors.shape
+
+    def chunks(self, size: int) -> list[Callable[[], Tensor]]:
+        return split_chunks(self._vectors, size)
+
+
+def split_chunks(vectors: Tensor, size: int) -> list[Callable[[], Tensor]]:
+    """Return the chunks of a matrix [I, D] that is there already, as a `Catalogue` gives them."""
+    # One split, not many slices: each slice's gradient would be a whole [I, D] of zeros.
+    return [partial(_itself, piece) for piece in vectors.split(size)]
+
+
+def _itself(piece: Tensor) -> Tensor:
+    return piece
+
+
 def catalogue_softmax(
     queries: Tensor,
-    items: Tensor,
+    items: Tensor | Catalogue,
     targets: Tensor,
     logit_scale: Tensor,
     *,
@@ -79,28 +126,101 @@ def catalogue_softmax(
 ) -> Tensor:
     """Softmax cross-entropy of the next item against every item of the catalogue.
 
+    Neither the logits [T, I] nor a float32 copy of the catalogue [I, D] need be held at once: the
+    log of the softmax's denominator is the logsumexp of those of chunks of items, and what a chunk
+    needs is computed again in the backward pass.
+
     Args:
         queries: [T, D] user vectors.
-        items: [I, D] item vectors.
+        items: [I, D] item vectors, or a `Catalogue` that computes them in chunks.
         targets: int64 [T], index into `items` of the next item.
         logit_scale: scalar, log of the factor on the scores.
         cosine: score by cosine; else by dot product.
-        budget_bytes: largest [block, I] float32 matrix held at once; larger ones are computed in
-            blocks of positions and recomputed in the backward pass.
+        budget_bytes: memory for chunks of logits and item vectors, in forward and backward pass.
+            Beside it there are float32 [T, D] of queries, and [T] per chunk.
 
     Returns:
         Scalar float32, the mean over positions; 0 when T is 0.
     """
-    queries, items = (
-        (normalize(queries), normalize(items)) if cosine else (queries.float(), items.float())
-    )
+    catalogue = _Matrix(items) if isinstance(items, Tensor) else items
+    queries = (normalize(queries) if cosine else queries.float()) * logit_scale.exp()
+    rows, size = chunk_shape(len(queries), catalogue.num_items, catalogue.dim, budget_bytes)
+    pieces = catalogue.chunks(size)
+    if not len(queries):
+        return queries.sum()
 
-    def block(q: Tensor, t: Tensor, items: Tensor, scale: Tensor, _: Tensor | None) -> Tensor:
-        return F.cross_entropy((q * scale.exp()) @ items.T, t, reduction="sum")
+    def chunk(q: Tensor, local: Tensor, piece: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
+        vectors = normalize(piece()) if cosine else piece().float()
+        return _ChunkScores.apply(q, vectors, local)
 
-    return _sum_in_blocks(
-        block, (queries, targets), (items, logit_scale), None, len(items) * 2, budget_bytes
-    ) / max(len(queries), 1)
+    whole = len(pieces) == 1 and rows >= len(queries)
+    total = queries.new_zeros(())
+    for start in range(0, len(queries), rows):
+        q, t = queries[start : start + rows], targets[start : start + rows]
+        found = [
+            chunk(q, t, piece)
+            if whole
+            else checkpoint(chunk, q, t - number * size, piece, use_reentrant=False)
+            for number, piece in enumerate(pieces)
+        ]
+        normalizers, positives = zip(*found, strict=True)
+        total = total + torch.stack(normalizers).logsumexp(dim=0).sum()
+        total = total - torch.stack(positives).sum()
+    return total / len(queries)
+
+
+def chunk_shape(positions: int, items: int, dim: int, budget_bytes: int) -> tuple[int, int]:
+    """Choose how many positions and how many items `catalogue_softmax` takes at a time.
+
+    A chunk of n items and m positions holds at most 2 m n floats of logits (the matrix and the
+    gradient that is made of it) and 8 n D floats of item vectors (stored, adapted, summed,
+    normalised, and the gradients of these).
+
+    Returns:
+        (positions, items) per chunk, each at least 1.
+    """
+    floats = budget_bytes // 4
+    # Few item vectors per chunk would be recomputed for every block of positions.
+    rows = max(1, min(positions, max(4 * dim, _FEWEST_POSITIONS), floats // 16))
+    return rows, max(1, min(items, floats // (2 * rows + _FLOATS_PER_ITEM_VALUE * dim)))
+
+
+class _ChunkScores(torch.autograd.Function):
+    """Scores of positions against a chunk of items, reduced to what cross-entropy needs.
+
+    Inputs: q [m, D] scaled queries, v [n, D] item vectors, local int64 [m], the target's place in
+    the chunk (outside 0..n-1: the target is in another chunk).
+    Outputs: log sum_j exp(q v_j) [m], and the target's score [m], 0 where it is elsewhere.
+
+    Holds one [m, n] matrix where cross_entropy on q v' holds three in its backward pass: the
+    softmax replaces the logits in place, and upstream gradients, being per row, are applied to
+    the [m, D] side of the products.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, v: Tensor, local: Tensor) -> tuple[Tensor, Tensor]:
+        scores = q @ v.T
+        inside = (local >= 0) & (local < len(v))
+        place = local.clamp(0, len(v) - 1)
+        positive = scores.gather(1, place.unsqueeze(1)).squeeze(1).masked_fill(~inside, 0.0)
+        largest = scores.amax(dim=1, keepdim=True)
+        weights = scores.sub_(largest).exp_()
+        summed = weights.sum(dim=1, keepdim=True)
+        ctx.save_for_backward(q, v, place, inside, weights.div_(summed))
+        return (summed.log() + largest).squeeze(1), positive
+
+    @staticmethod
+    def backward(  # type: ignore[override]
+        ctx: Any, g_total: Tensor, g_positive: Tensor
+    ) -> tuple[Tensor | None, Tensor | None, None]:
+        q, v, place, inside, softmax = ctx.saved_tensors
+        g_total, g_positive = g_total.unsqueeze(1), (g_positive * inside).unsqueeze(1)
+        g_q = g_v = None
+        if ctx.needs_input_grad[0]:
+            g_q = (softmax @ v).mul_(g_total).addcmul_(v[place], g_positive)
+        if ctx.needs_input_grad[1]:
+            g_v = (softmax.T @ (q * g_total)).index_add_(0, place, q * g_positive)
+        return g_q, g_v, None
 
 
 def binary_cross_entropy(

@@ -30,11 +30,14 @@ class SequenceEncoder(nn.Module):
 
     items: ItemTable
 
-    def forward(self, history: Tensor) -> Tensor:
+    def forward(self, history: Tensor, positions: Tensor | None = None) -> Tensor:
         """Encode every prefix of each history.
 
         Args:
             history: int64 [B, T] item numbers, right-padded with 0.
+            positions: int64 [B, T] when rows hold several histories: each item's number in its
+                own, which starts where 0 stands and must not be read by the others. An encoder
+                that cannot do this is trained with `pack_sequences: False`.
 
         Returns:
             [B, T, D]; position t has read items 0..t. Values at padded positions are undefined.
@@ -85,7 +88,8 @@ class Recommender(nn.Module):
 
     def forward(self, batch: TrainBatch) -> Tensor:
         """Return the batch's loss: scalar float32."""
-        states = self.encoder(batch.history)[batch.loss_mask]
+        where = (batch.positions,) if batch.positions.numel() else ()
+        states = self.encoder(batch.history, *where)[batch.loss_mask]
         targets = batch.targets[batch.loss_mask]
         # The loss is exact arithmetic on small vectors; autocast would round its logits.
         with torch.autocast(device_type=states.device.type, enabled=False):
@@ -98,7 +102,7 @@ class Recommender(nn.Module):
         if settings.negatives == "catalogue":
             return losses.catalogue_softmax(
                 states,
-                items.slice(1, items.num_items + 1),
+                items,
                 targets - 1,
                 scale,
                 cosine=settings.similarity == "cosine",

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
 from REC.config import Config
 from REC.data.interactions import PAD
 from REC.model.item_table import ItemTable
+from REC.model.losses import split_chunks
 from REC.model.recommender import GatherIds, LossSettings, Recommender, SequenceEncoder
 
 _INITIAL_DEVIATION = 0.02
@@ -38,6 +41,15 @@ class IdTable(ItemTable):
         """Return the vectors of items start..end-1: float32 [end - start, D]."""
         return self.weight[start:end]
 
+    @property
+    def dim(self) -> int:
+        """Embedding dimension D."""
+        return self.weight.shape[1]
+
+    def chunks(self, size: int) -> list[Callable[[], Tensor]]:
+        """Return one function per `size` items (without the padding item) that gives their vectors."""
+        return split_chunks(self.weight[1:], size)
+
 
 class SASRec(SequenceEncoder):
     """Causal self-attention over item and position embeddings.
@@ -62,8 +74,9 @@ class SASRec(SequenceEncoder):
             layer, layers, norm=nn.LayerNorm(dim), enable_nested_tensor=False
         )
 
-    def forward(self, history: Tensor) -> Tensor:
-        """Encode every prefix of each history: int64 [B, T] -> [B, T, D]."""
+    def forward(self, history: Tensor, positions: Tensor | None = None) -> Tensor:
+        """Encode every prefix of each history: int64 [B, T] -> [B, T, D]; rows are not packed."""
+        assert positions is None
         length = history.shape[1]
         # Padding is on the right, where the causal mask hides it from every real position.
         states = self.items(history) * (history != PAD).unsqueeze(-1)

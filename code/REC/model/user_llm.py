@@ -15,6 +15,10 @@ class UserLLM(SequenceEncoder):
     and no attention mask is needed, which keeps the fast kernels usable. Rotary embeddings are
     relative: positions counted from the left give the same result as HLLM's left padding.
 
+    Rows of several histories are told to transformers by positions that start again: it then makes
+    a block-diagonal causal mask (sdpa, eager) or calls the variable-length kernel
+    (flash_attention_2, one row only).
+
     Args:
         decoder: a transformers decoder (or a peft model around one) that takes `inputs_embeds`.
         items: the item table, D = the decoder's hidden size.
@@ -28,7 +32,8 @@ class UserLLM(SequenceEncoder):
         # list, since an attribute would register the parameter a second time.
         self._norm = [p for n, p in decoder.named_parameters() if n.endswith("norm.weight")][-1:]
 
-    def forward(self, history: Tensor) -> Tensor:
+    def forward(self, history: Tensor, positions: Tensor | None = None) -> Tensor:
         """Encode every prefix of each history: int64 [B, T] -> [B, T, D]."""
         vectors = self.items(history).to(self._norm[0].dtype)
-        return self.decoder(inputs_embeds=vectors, use_cache=False).last_hidden_state
+        where = {} if positions is None else {"position_ids": positions}
+        return self.decoder(inputs_embeds=vectors, use_cache=False, **where).last_hidden_state

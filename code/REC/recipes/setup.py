@@ -163,6 +163,16 @@ def lora_settings(config: Config) -> LoraSettings:
     )
 
 
+def attention_kernel(config: Config, device: torch.device) -> str:
+    """Return the UserLLM's `attn_implementation`, with `auto` resolved for this device."""
+    return choose_attention(
+        config.attn_implementation,
+        config.use_ft_flash_attn,
+        device,
+        half=compute_dtype(config) in (torch.bfloat16, torch.float16),
+    )
+
+
 def build_user_llm(config: Config, data: Data, fabric: Fabric, *, train: bool) -> Recommender:
     """Load the UserLLM with the item table and its loss, on the device.
 
@@ -189,12 +199,7 @@ def build_user_llm(config: Config, data: Data, fabric: Fabric, *, train: bool) -
     # Weights that are trained whole stay in float32 under mixed precision; frozen ones need not.
     whole = train and lora is None and choose_precision(config) != "bf16-true"
     device = fabric.device
-    attention = choose_attention(
-        config.attn_implementation,
-        config.use_ft_flash_attn,
-        device,
-        half=half in (torch.bfloat16, torch.float16),
-    )
+    attention = attention_kernel(config, device)
     decoder: Any = load_decoder(
         folder,
         dtype=torch.float32 if whole else half,

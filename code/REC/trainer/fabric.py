@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -12,6 +12,8 @@ from torch import Tensor
 
 from REC.config import Config
 from REC.utils.errors import InputError
+
+Precision = Literal["bf16-mixed", "bf16-true", "16-mixed", "32-true"]
 
 _COMPUTE = {
     "bf16-mixed": torch.bfloat16,
@@ -40,7 +42,7 @@ def choose_device(config: Config) -> str:
     return config.device
 
 
-def choose_precision(config: Config) -> str:
+def choose_precision(config: Config) -> Precision:
     """Return Fabric's precision for the configuration's `precision`.
 
     A processor without bfloat16 instructions emulates them several times slower than float32.

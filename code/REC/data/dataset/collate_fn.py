@@ -8,21 +8,28 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from REC.data.dataset.packing import pack
 from REC.data.dataset.testset import CachedEmbeddingEvalDataset
 from REC.data.dataset.trainset import CachedEmbeddingTrainDataset
 from REC.data.negatives import NegativeSampler
 from REC.data.split import ragged_positions
 
+# What `TrainBatch.positions` is in a batch that is not packed.
+NOT_PACKED = torch.empty((0, 0), dtype=torch.int64)
+
 
 class TrainBatch(NamedTuple):
-    """Right-padded training sequences.
+    """Training sequences: one in each row (R = B, padded on the right), or several (packed).
 
     Attributes:
-        history: int64 [B, T], item numbers, 0 where padded; T <= L is the longest in the batch.
-        attention_mask: bool [B, T], True on real history items.
-        targets: int64 [B, T], the next item at each position, 0 where padded.
-        loss_mask: bool [B, T], positions that count in the loss.
+        history: int64 [R, T], item numbers, 0 where padded; without packing T <= L is the longest
+            in the batch.
+        attention_mask: bool [R, T], True on real history items.
+        targets: int64 [R, T], the next item at each position, 0 where padded.
+        loss_mask: bool [R, T], positions that count in the loss.
         negatives: int64 [B, n], drawn items, [B, 0] when negatives come from the batch.
+        positions: int64 [R, T], each item's number in its own sequence, which starts where 0
+            stands; [0, 0] when every row is one sequence.
     """
 
     history: torch.Tensor
@@ -30,6 +37,7 @@ class TrainBatch(NamedTuple):
     targets: torch.Tensor
     loss_mask: torch.Tensor
     negatives: torch.Tensor
+    positions: torch.Tensor = NOT_PACKED
 
 
 class EvalBatch(NamedTuple):
@@ -68,6 +76,8 @@ class TrainCollate:
         num_negatives: drawn items per row.
         random_split: count one random position per row in the loss, not all.
         seed: base seed.
+        row_length: put several sequences into rows of about this many positions; None gives every
+            sequence a row.
     """
 
     def __init__(
@@ -78,8 +88,10 @@ class TrainCollate:
         num_negatives: int = 0,
         random_split: bool = False,
         seed: int = 0,
+        row_length: int | None = None,
     ) -> None:
         self.dataset = dataset
+        self.row_length = row_length
         self.sampler = sampler
         self.num_negatives = num_negatives
         self.random_split = random_split
@@ -105,12 +117,21 @@ class TrainCollate:
                 loss_mask = np.arange(mask.shape[1]) == chosen[:, None]
             if self.sampler:
                 negatives = self.sampler.draw(segments.users[indices], self.num_negatives, rng)
+        positions = NOT_PACKED
+        if self.row_length is not None:
+            layout = pack(ends - starts - 1, self.row_length)
+            history, targets, loss_mask = (
+                layout.place(padded, mask) for padded in (history, targets, loss_mask)
+            )
+            mask = layout.place(mask, mask)
+            positions = torch.from_numpy(layout.positions)
         return TrainBatch(
             history=torch.from_numpy(history),
             attention_mask=torch.from_numpy(mask),
             targets=torch.from_numpy(targets),
             loss_mask=torch.from_numpy(loss_mask),
             negatives=torch.from_numpy(negatives),
+            positions=positions,
         )
 
 
