@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from REC.config import Config
 from REC.data.interactions import PAD
 from REC.model.item_table import ItemTable
-from REC.model.recommender import GatherIds, LossSettings, Recommender, SequenceEncoder
+from REC.model.recommender import LossSettings, Peers, Recommender, SequenceEncoder
 
 _INITIAL_DEVIATION = 0.02
 
@@ -72,7 +72,7 @@ class SASRec(SequenceEncoder):
         return self.layers(states, mask=mask, is_causal=True)
 
 
-def build_sasrec(config: Config, num_items: int, gather_ids: GatherIds) -> Recommender:
+def build_sasrec(config: Config, num_items: int, peers: Peers) -> Recommender:
     """Make SASRec with a full softmax over dot products, its strongest published training."""
     shape = config.sasrec
     encoder = SASRec(
@@ -90,4 +90,4 @@ def build_sasrec(config: Config, num_items: int, gather_ids: GatherIds) -> Recom
         budget_bytes=config.logits_budget_mb << 20,
         similarity="dot",
     )
-    return Recommender(encoder, settings, gather_ids=gather_ids)
+    return Recommender(encoder, settings, peers=peers)
