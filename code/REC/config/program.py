@@ -12,6 +12,7 @@ from REC.config.help import dump_config, help_text
 from REC.config.loader import load_config, parse_command_line
 from REC.config.schema import Config
 from REC.utils.logs import set_up_logging
+from REC.utils.processes import global_rank
 
 log = logging.getLogger(__name__)
 
@@ -29,14 +30,15 @@ def program_config(
         InputError: the command line or a YAML file is not a valid configuration.
     """
     line = parse_command_line(argv)
+    speaks = global_rank() == 0
     if line.show_help:
-        sys.stdout.write(help_text(program, summary, examples))
+        sys.stdout.write(help_text(program, summary, examples) if speaks else "")
         return None
     config, warnings = load_config(line.config_files, line.overrides)
     if line.print_config:
-        sys.stdout.write(dump_config(config))
+        sys.stdout.write(dump_config(config) if speaks else "")
         return None
-    set_up_logging()
+    set_up_logging(quiet=not speaks)
     for warning in warnings:
         log.warning(warning)
     if config.num_threads is not None:

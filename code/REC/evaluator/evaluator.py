@@ -126,7 +126,9 @@ class Evaluator:
         batch_size: users encoded at a time.
         num_workers: processes preparing batches.
         rank, world_size: this process's share of the users: every world_size-th one, so that each
-            is scored exactly once.
+            is counted exactly once. All processes encode the same number of users, the last of
+            them possibly one whose score is thrown away, since under ZeRO stage 3 the model runs
+            in all of them together.
 
     Raises:
         InputError: there are no users to score, or too few items for the candidate lists.
@@ -155,7 +157,7 @@ class Evaluator:
         self._loader: DataLoader[Any] = DataLoader(
             dataset,
             batch_size=batch_size,
-            sampler=self._own.tolist(),
+            sampler=np.resize(np.append(self._own, 0), -(-len(dataset) // world_size)).tolist(),
             collate_fn=EvalCollate(dataset, candidates),
             num_workers=num_workers,
         )
@@ -165,7 +167,8 @@ class Evaluator:
         """Users that this process scores."""
         return len(self._own)
 
-    @torch.inference_mode()
+    # Not inference_mode: its tensors would stay behind as ZeRO stage 3's gathered parameters.
+    @torch.no_grad()
     def run(
         self,
         scorer: Scorer,
@@ -191,7 +194,9 @@ class Evaluator:
             found = self._rank(scorer, group, covered)
             ranks[group.rows.numpy(force=True)] = found.numpy(force=True)
         if gather is not None:
-            ranks = gather(ranks)
+            counted = np.zeros_like(ranks)
+            counted[self._own] = ranks[self._own]
+            ranks = gather(counted)
             covered = {k: gather(seen.astype(np.int64)) > 0 for k, seen in covered.items()}
         values = metrics.compute(self.protocol.metrics, self.protocol.topk, ranks)
         for k, seen in covered.items():

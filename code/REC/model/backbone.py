@@ -156,6 +156,9 @@ def load_decoder(
         transformers_logging.set_verbosity(verbosity)
     _refuse_incomplete(info, folder, keep_token_embedding)
     model.config.use_cache = False
+    if not keep_token_embedding:
+        # One unused row is left of it: DDP waits for a gradient of everything that is trainable.
+        model.get_input_embeddings().requires_grad_(False)
     return model
 
 

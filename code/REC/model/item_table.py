@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -72,7 +73,23 @@ class ItemTable(nn.Module):
 
     def _adapt(self, vectors: Tensor) -> Tensor:
         vectors = vectors.float()
-        return vectors if self.adapter is None else vectors + self.adapter(vectors)
+        if self.adapter is None:
+            return vectors
+        # The adapter's weights are 16-bit under bf16-true and DeepSpeed.
+        return vectors + self.adapter(vectors.to(self._adapter_dtype)).float()
+
+    @property
+    def _adapter_dtype(self) -> torch.dtype:
+        assert self.adapter is not None
+        return next(self.adapter.parameters()).dtype
+
+    def _apply(self, fn: Any, recurse: bool = True) -> ItemTable:
+        # `module.bfloat16()`, as DeepSpeed and bf16-true call it, would round the cache.
+        kept = self.embeddings
+        super()._apply(fn, recurse)
+        if self.embeddings.dtype != kept.dtype:
+            self.embeddings = kept.to(self.embeddings.device)
+        return self
 
 
 def table_from_cache(cache: ItemCache, item_ids: np.ndarray, transform: str = "none") -> Tensor:

@@ -15,7 +15,21 @@ from REC.model import losses
 from REC.model.item_table import ItemTable
 
 Similarity = Literal["cosine", "dot"]
-GatherIds = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Peers:
+    """What the loss needs of the other processes of a run; as it stands, a single process.
+
+    Attributes:
+        count: number of processes W.
+        gather_ids: int64 [n], n may differ -> the item numbers of all processes, in their order.
+        add_up: float64 [n] -> its sum over all processes, without gradient.
+    """
+
+    count: int = 1
+    gather_ids: Callable[[Tensor], Tensor] = lambda ids: ids
+    add_up: Callable[[Tensor], Tensor] = lambda values: values
 
 
 class SequenceEncoder(nn.Module):
@@ -66,7 +80,7 @@ class Recommender(nn.Module):
         encoder: the model.
         settings: the loss.
         logit_scale: initial log factor on cosines; HLLM's ln(1/0.07) when None.
-        gather_ids: collects item numbers from all processes; identity in a single one.
+        peers: the other processes.
     """
 
     def __init__(
@@ -74,33 +88,51 @@ class Recommender(nn.Module):
         encoder: SequenceEncoder,
         settings: LossSettings,
         logit_scale: float | None = None,
-        gather_ids: GatherIds = lambda ids: ids,
+        peers: Peers | None = None,
     ) -> None:
         super().__init__()
         self.encoder = encoder
         self.settings = settings
-        self.gather_ids = gather_ids
+        self.peers = peers or Peers()
         initial = losses.LOGIT_SCALE_INIT if logit_scale is None else logit_scale
         self.logit_scale = nn.Parameter(
-            torch.tensor(initial, dtype=torch.float32),
+            # One element, not a scalar: DeepSpeed cannot broadcast parameters without dimensions.
+            torch.tensor([initial], dtype=torch.float32),
             requires_grad=settings.loss == "nce" and settings.similarity == "cosine",
         )
 
     def forward(self, batch: TrainBatch) -> Tensor:
-        """Return the batch's loss: scalar float32."""
+        """Return the batch's loss: scalar float32, the mean over the batches of all processes.
+
+        With several processes the value is the same in each, so that all take the same decisions
+        on it. Its gradient is W times this process's part of the mean's: processes hold different
+        numbers of positions, and the average of gradients that DDP and DeepSpeed take is then
+        the gradient of the mean over all positions, as in one process with the whole batch.
+        """
         where = (batch.positions,) if batch.positions.numel() else ()
         states = self.encoder(batch.history, *where)[batch.loss_mask]
         targets = batch.targets[batch.loss_mask]
         # The loss is exact arithmetic on small vectors; autocast would round its logits.
         with torch.autocast(device_type=states.device.type, enabled=False):
-            return self._loss(states, targets, batch)
+            mean, count = self._loss(states, targets, batch)
+            return mean if self.peers.count == 1 else self._over_processes(mean, count)
 
-    def _loss(self, states: Tensor, targets: Tensor, batch: TrainBatch) -> Tensor:
+    def _over_processes(self, mean: Tensor, count: int | Tensor) -> Tensor:
+        counted = torch.as_tensor(count, dtype=torch.float64, device=mean.device)
+        summed, total = self.peers.add_up(torch.stack([mean.detach().double() * counted, counted]))
+        total = total.clamp_min(1.0)
+        share = mean * (counted * self.peers.count / total).to(mean)
+        return (share - share.detach()) + (summed / total).to(mean)
+
+    def _loss(
+        self, states: Tensor, targets: Tensor, batch: TrainBatch
+    ) -> tuple[Tensor, int | Tensor]:
+        """Return the mean over this process's batch, and the number of terms in it."""
         settings = self.settings
         items = self.encoder.items
         scale = self.scale()
         if settings.negatives == "catalogue":
-            return losses.catalogue_softmax(
+            loss = losses.catalogue_softmax(
                 states,
                 items,
                 targets - 1,
@@ -108,17 +140,20 @@ class Recommender(nn.Module):
                 cosine=settings.similarity == "cosine",
                 budget_bytes=settings.budget_bytes,
             )
+            return loss, len(targets)
         own = targets if settings.negatives == "in_batch" else batch.negatives.reshape(-1)
-        pool_ids = self.gather_ids(own)
+        pool_ids = self.peers.gather_ids(own)
         positives, pool = items(targets), items(pool_ids)
         if settings.loss == "bce":
             excluded = targets.unsqueeze(1) == pool_ids
-            return losses.binary_cross_entropy(
+            loss = losses.binary_cross_entropy(
                 states, positives, pool, excluded, settings.budget_bytes
             )
-        return losses.info_nce(
+            return loss, len(targets) * (1 + len(pool_ids)) - excluded.sum()
+        loss = losses.info_nce(
             states, positives, pool, scale, settings.nce_thres, None, settings.budget_bytes
         )
+        return loss, len(targets)
 
     def scale(self) -> Tensor:
         """Return the log factor on cosines, clamped to [0, ln 100] as HLLM does; 0 for dots."""
@@ -126,7 +161,7 @@ class Recommender(nn.Module):
             return self.logit_scale.new_zeros(())
         with torch.no_grad():
             self.logit_scale.clamp_(0.0, math.log(100))
-        return self.logit_scale
+        return self.logit_scale[0]
 
     def user_vectors(self, history: Tensor, lengths: Tensor) -> Tensor:
         """Encode users for scoring.

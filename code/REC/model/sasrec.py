@@ -11,7 +11,7 @@ from REC.config import Config
 from REC.data.interactions import PAD
 from REC.model.item_table import ItemTable
 from REC.model.losses import split_chunks
-from REC.model.recommender import GatherIds, LossSettings, Recommender, SequenceEncoder
+from REC.model.recommender import LossSettings, Peers, Recommender, SequenceEncoder
 
 _INITIAL_DEVIATION = 0.02
 
@@ -85,7 +85,7 @@ class SASRec(SequenceEncoder):
         return self.layers(states, mask=mask, is_causal=True)
 
 
-def build_sasrec(config: Config, num_items: int, gather_ids: GatherIds) -> Recommender:
+def build_sasrec(config: Config, num_items: int, peers: Peers) -> Recommender:
     """Make SASRec with a full softmax over dot products, its strongest published training."""
     shape = config.sasrec
     encoder = SASRec(
@@ -103,4 +103,4 @@ def build_sasrec(config: Config, num_items: int, gather_ids: GatherIds) -> Recom
         budget_bytes=config.logits_budget_mb << 20,
         similarity="dot",
     )
-    return Recommender(encoder, settings, gather_ids=gather_ids)
+    return Recommender(encoder, settings, peers=peers)

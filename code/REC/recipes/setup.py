@@ -28,7 +28,7 @@ from REC.model.item_table import ItemTable, check_dim, table_from_cache
 from REC.model.recommender import LossSettings, Recommender, Similarity
 from REC.model.user_llm import UserLLM
 from REC.recipes.cache_items import cache_path, encode_in_memory
-from REC.trainer.fabric import choose_precision, compute_dtype, gather_ids
+from REC.trainer.fabric import choose_precision, compute_dtype, peers_of
 from REC.utils.errors import InputError
 
 log = logging.getLogger(__name__)
@@ -226,7 +226,7 @@ def build_user_llm(config: Config, data: Data, fabric: Fabric, *, train: bool) -
         UserLLM(decoder, table),
         settings,
         logit_scale=None if scale is None else float(scale),
-        gather_ids=gather_ids(fabric),
+        peers=peers_of(fabric),
     )
     return model.to(device)
 

@@ -31,17 +31,13 @@ from REC.recipes.setup import (
 )
 from REC.report.result import plain, write_result
 from REC.report.table import gain_table
-from REC.trainer.fabric import (
-    choose_precision,
-    gather_ids,
-    make_fabric,
-    sum_over_processes,
-)
+from REC.trainer.fabric import choose_precision, make_fabric, peers_of, sum_over_processes
 from REC.trainer.optim import build_optimizer, build_schedule, steps_per_epoch
 from REC.trainer.sampler import SequenceBatches
 from REC.trainer.trainer import Trainer, TrainState, count_trainable
 from REC.utils import environment
 from REC.utils.errors import InputError
+from REC.utils.processes import Processes
 from REC.utils.progress import format_seconds, meter
 
 log = logging.getLogger(__name__)
@@ -83,11 +79,8 @@ def run(config: Config) -> Path:
         )
     data = load_data(config, need_cache=config.model in ("HLLM", "item_knn"))
     final = make_evaluator(config, data.split, config.eval_phase, fabric)
-    folder = Path(fabric.broadcast(str(choose_run_dir(config))))
     clock.lap("data")
-    if fabric.is_global_zero:
-        start_run_dir(config, folder)
-    fabric.barrier()
+    folder = Processes.here().on_first(lambda: _make_run_dir(config))
     try:
         rows, training = _rows(config, data, final, fabric, folder, clock)
         if fabric.is_global_zero:
@@ -96,6 +89,12 @@ def run(config: Config) -> Path:
         if fabric.is_global_zero:
             drop_empty_run(folder)
         raise
+    return folder
+
+
+def _make_run_dir(config: Config) -> Path:
+    folder = choose_run_dir(config)
+    start_run_dir(config, folder)
     return folder
 
 
@@ -137,7 +136,7 @@ def _train_and_evaluate(
 ) -> tuple[dict[str, Evaluation], dict[str, Any]]:
     if config.model == "sasrec":
         name = "sasrec"
-        model = build_sasrec(config, data.interactions.num_items, gather_ids(fabric))
+        model = build_sasrec(config, data.interactions.num_items, peers_of(fabric))
         model.to(fabric.device)
     else:
         name = "fine-tuned"
@@ -184,14 +183,16 @@ def _train(
     optimizer = build_optimizer(model, config, fabric.device)
     total = config.epochs * steps_per_epoch(len(loader), config.gradient_accumulation_steps)
     schedule = build_schedule(optimizer, config, total)
-    wrapped, wrapped_optimizer = fabric.setup(model, optimizer)
+    # Before ZeRO stage 3 takes the parameters apart.
+    trainable = count_trainable(model)
     log.info(
         "training %s of %s weights on %d sequences with %d transitions.",
-        f"{count_trainable(model):,}",
+        f"{trainable:,}",
         f"{sum(p.numel() for p in model.parameters()):,}",
         len(dataset),
         dataset.num_transitions,
     )
+    wrapped, wrapped_optimizer = fabric.setup(model, optimizer)
     valid = make_evaluator(config, data.split, "valid", fabric)
     trainer = Trainer(
         fabric=fabric,
@@ -206,7 +207,7 @@ def _train(
     )
     state = trainer.fit()
     return state, {
-        "trainable_weights": count_trainable(model),
+        "trainable_weights": trainable,
         "sequences": len(dataset),
         "transitions_per_epoch": dataset.num_transitions,
     }

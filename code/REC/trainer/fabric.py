@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+import inspect
+import itertools
 import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from lightning.fabric import Fabric
+from lightning.fabric.strategies import DDPStrategy
 from torch import Tensor
+from torch import distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
 from REC.config import Config
+from REC.data.dataset import TrainBatch
+from REC.model.recommender import Peers
+from REC.trainer.zero import deepspeed_strategy, engine_of, uses_deepspeed
 from REC.utils.errors import InputError
+from REC.utils.processes import TIMEOUT, world_size
 
 Precision = Literal["bf16-mixed", "bf16-true", "16-mixed", "32-true"]
 
@@ -72,13 +83,22 @@ def make_fabric(config: Config) -> Fabric:
     precision = choose_precision(config)
     if device == "cpu" and precision == "16-mixed":
         raise InputError("precision: 16-mixed needs CUDA; use bf16-mixed or 32-true on the CPU.")
-    world = int(os.environ.get("WORLD_SIZE", "1"))
+    world = world_size()
     local = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    if world % local:
+        raise InputError(
+            f"torchrun started {world} processes, {local} of them on this machine; give every "
+            f"machine the same --nproc_per_node."
+        )
     strategy: Any = "auto"
     if config.strategy == "deepspeed":
-        strategy = _deepspeed(config, device)
+        strategy = deepspeed_strategy(config, device)
     elif world > 1:
-        strategy = "ddp"
+        # Buffers never change, and DDP would send the item table to everybody in each step. The
+        # switch has been renamed in torch.
+        known = inspect.signature(DistributedDataParallel).parameters
+        name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+        strategy = DDPStrategy(timeout=TIMEOUT, **{name: False})
     fabric = Fabric(
         accelerator="gpu" if device == "cuda" else "cpu",
         devices=local if world > 1 else 1,
@@ -90,38 +110,31 @@ def make_fabric(config: Config) -> Fabric:
     return fabric
 
 
-def _deepspeed(config: Config, device: str) -> Any:
-    if device != "cuda":
-        raise InputError(
-            "strategy: deepspeed needs a CUDA device: Lightning Fabric's DeepSpeed strategy "
-            "supports no other; use strategy: ddp."
-        )
-    from lightning.fabric.strategies import DeepSpeedStrategy
-
-    return DeepSpeedStrategy(
-        stage=config.stage,
-        gradient_clipping=config.clip_grad_norm,
-        train_micro_batch_size_per_gpu=config.train_batch_size,
-    )
-
-
-def gather_ids(fabric: Fabric) -> Any:
-    """Return a function that concatenates item numbers (int64 [n], n may differ) of all processes.
+def peers_of(fabric: Fabric) -> Peers:
+    """Return what the loss needs of the other processes.
 
     Numbers travel, not vectors: every process has the item table, and looks the others' items up
-    with its own adapter, whose gradient DDP averages.
+    with its own adapter, whose gradient the strategy averages.
     """
     if fabric.world_size == 1:
-        return lambda ids: ids
+        return Peers()
 
     def gather(ids: Tensor) -> Tensor:
-        sizes = fabric.all_gather(torch.tensor(len(ids), device=ids.device)).reshape(-1)
-        padded = ids.new_zeros(int(sizes.max()))
+        sizes = _gather(ids.new_tensor([len(ids)]))
+        padded = ids.new_zeros(int(torch.cat(sizes).max()))
         padded[: len(ids)] = ids
-        everyone = fabric.all_gather(padded)
-        return torch.cat([row[: int(n)] for row, n in zip(everyone, sizes, strict=True)])
+        return torch.cat([row[: int(n)] for row, n in zip(_gather(padded), sizes, strict=True)])
 
-    return gather
+    def add_up(values: Tensor) -> Tensor:
+        return fabric.all_reduce(values.clone(), reduce_op="sum")
+
+    return Peers(fabric.world_size, gather, add_up)
+
+
+def _gather(values: Tensor) -> list[Tensor]:
+    everyone = [torch.empty_like(values) for _ in range(dist.get_world_size())]
+    dist.all_gather(everyone, values)
+    return everyone
 
 
 def sum_over_processes(fabric: Fabric) -> Any:
@@ -135,3 +148,55 @@ def sum_over_processes(fabric: Fabric) -> Any:
         return np.asarray(summed.cpu().numpy())
 
     return total
+
+
+def micro_batches(
+    fabric: Fabric, loader: Iterable[TrainBatch], accumulation: int
+) -> Iterator[tuple[TrainBatch, float, int, bool]]:
+    """Yield batches with their weight in the optimizer step that they belong to.
+
+    A step's loss is the mean over all its positions, in whatever batches and processes they are:
+    a batch weighs as much as it has positions, not one share in `accumulation` as if all were of
+    the same size.
+
+    Args:
+        fabric: the processes.
+        loader: batches of this process; all processes have the same number.
+        accumulation: batches per optimizer step; the last step may have fewer.
+
+    Yields:
+        The batch, its weight, its positions in all processes, and whether it is its step's last.
+    """
+    batches = iter(loader)
+    while group := list(itertools.islice(batches, accumulation)):
+        counts = torch.stack([batch.loss_mask.sum() for batch in group])
+        if fabric.world_size > 1:
+            counts = fabric.all_reduce(counts.to(fabric.device), reduce_op="sum")
+        positions = counts.tolist()
+        total = max(1, sum(positions))
+        for number, (batch, count) in enumerate(zip(group, positions, strict=True), start=1):
+            yield batch, count / total, count, number == len(group)
+
+
+@contextmanager
+def gradient_sync(fabric: Fabric, wrapped: Any, last: bool) -> Iterator[None]:
+    """Exchange gradients in the backward pass of an optimizer step's last batch only.
+
+    Args:
+        fabric: the processes.
+        wrapped: the model as `fabric.setup` returned it.
+        last: whether this is the step's last batch.
+    """
+    if uses_deepspeed(fabric):
+        # DeepSpeed would count batches itself, and wrongly where an epoch's last step has fewer.
+        engine_of(fabric).set_gradient_accumulation_boundary(last)
+        yield
+    else:
+        with fabric.no_backward_sync(wrapped, enabled=not last):
+            yield
+
+
+def clip_gradients(fabric: Fabric, wrapped: Any, optimizer: Any, max_norm: float) -> None:
+    """Scale gradients down to a norm of `max_norm`; 0 leaves them. DeepSpeed does so itself."""
+    if max_norm and not uses_deepspeed(fabric):
+        fabric.clip_gradients(wrapped, optimizer, max_norm=max_norm, error_if_nonfinite=False)

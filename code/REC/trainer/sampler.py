@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 
 import numpy as np
 from torch.utils.data import Sampler
+
+from REC.utils.errors import InputError
 
 # Batches whose sequences are sorted by length together under `group_by_length`.
 BATCHES_PER_GROUP = 50
@@ -15,8 +16,11 @@ BATCHES_PER_GROUP = 50
 class SequenceBatches(Sampler[list[int]]):
     """Batches of sample numbers for one process.
 
-    Every epoch is a permutation drawn from (seed, epoch) alone. All processes make the same number
-    of batches, the last ones filled from the epoch's beginning, as DDP requires.
+    Every epoch is a permutation drawn from (seed, epoch) alone, cut into batches that are dealt out
+    to the processes. All processes make the same number of batches, as DDP requires, and every
+    sequence is in exactly one of them, once an epoch: the last batch may be smaller, and by one
+    sequence smaller in some processes than in others. Only where fewer sequences are left over
+    than there are processes do these join the batch before.
 
     Args:
         lengths: int [S], transitions of each sequence.
@@ -24,6 +28,9 @@ class SequenceBatches(Sampler[list[int]]):
         seed: base seed.
         group_by_length: put sequences of similar length together; batches stay in random order.
         rank, world_size: this process among all.
+
+    Raises:
+        InputError: there are fewer sequences than processes.
     """
 
     def __init__(
@@ -36,6 +43,11 @@ class SequenceBatches(Sampler[list[int]]):
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
+        if 0 < len(lengths) < world_size:
+            raise InputError(
+                f"there are {len(lengths)} training sequences for {world_size} processes; start "
+                f"fewer with torchrun --nproc_per_node."
+            )
         self.lengths = lengths
         self.batch_size = batch_size
         self.seed = seed
@@ -46,7 +58,8 @@ class SequenceBatches(Sampler[list[int]]):
 
     def __len__(self) -> int:
         """Number of batches of a whole epoch in this process."""
-        return math.ceil(len(self.lengths) / (self.batch_size * self.world_size))
+        full, left = divmod(len(self.lengths), self.batch_size * self.world_size)
+        return full + (left >= self.world_size) if full else int(left > 0)
 
     def __iter__(self) -> Iterator[list[int]]:
         """Yield this process's batches of the epoch, from `start_batch` on."""
@@ -55,10 +68,9 @@ class SequenceBatches(Sampler[list[int]]):
         step = self.batch_size * self.world_size
         if self.group_by_length:
             order = self._grouped(order, step, rng)
-        if self.world_size > 1:
-            order = np.resize(order, len(self) * step)
         for batch in range(self.start_batch, len(self)):
-            whole = order[batch * step : (batch + 1) * step]
+            end = (batch + 1) * step if batch + 1 < len(self) else len(order)
+            whole = order[batch * step : end]
             yield whole[self.rank :: self.world_size].tolist()
 
     def _grouped(self, order: np.ndarray, step: int, rng: np.random.Generator) -> np.ndarray:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,9 @@ from REC.data.dataset import TrainBatch, TrainCollate
 from REC.evaluator.evaluator import Evaluation
 from REC.model.recommender import Recommender
 from REC.model.weights import load_trained, save_trained
+from REC.trainer.fabric import clip_gradients, gradient_sync, micro_batches
 from REC.trainer.sampler import SequenceBatches
+from REC.trainer.zero import whole_parameters
 from REC.utils.progress import meter
 
 log = logging.getLogger(__name__)
@@ -95,7 +98,7 @@ class Trainer:
             The final state; the model holds the weights of the best epoch.
         """
         config = self.config
-        with SummaryWriter(self.run_dir / "tensorboard") as board:
+        with self._board() as board:
             while self.state.epoch < config.epochs:
                 loss = self._train_epoch(board)
                 self.state.epoch += 1
@@ -118,10 +121,17 @@ class Trainer:
                     )
                     break
         if self.state.best_epoch:
-            load_trained(self.model, self.run_dir / BEST_DIR)
+            with whole_parameters(self.fabric, self.model, write=True):
+                load_trained(self.model, self.run_dir / BEST_DIR)
         return self.state
 
-    def _train_epoch(self, board: SummaryWriter) -> float:
+    def _board(self) -> Any:
+        # Process 0 alone writes files.
+        if self.fabric.is_global_zero:
+            return SummaryWriter(self.run_dir / "tensorboard")
+        return nullcontext()
+
+    def _train_epoch(self, board: SummaryWriter | None) -> float:
         config = self.config
         batches, collate = self._order()
         batches.epoch = collate.epoch = self.state.epoch
@@ -130,19 +140,12 @@ class Trainer:
         accumulate = config.gradient_accumulation_steps
         task = f"epoch {self.state.epoch + 1} of {config.epochs}"
         with meter(task, len(batches), "batches", config.show_progress) as bar:
-            for number, batch in enumerate(self.loader, start=1):
-                last = number == len(batches)
-                # The last group of an epoch may be short: its batches weigh as much as they are.
-                group = (
-                    len(batches) % accumulate
-                    if number > len(batches) // accumulate * accumulate
-                    else 0
-                )
-                stepping = number % accumulate == 0 or last
-                with self.fabric.no_backward_sync(self.wrapped, enabled=not stepping):
+            for batch, weight, positions, stepping in micro_batches(
+                self.fabric, self.loader, accumulate
+            ):
+                with gradient_sync(self.fabric, self.wrapped, stepping):
                     loss = self.wrapped(self._move(batch))
-                    self.fabric.backward(loss / (group or accumulate))
-                positions = int(batch.loss_mask.sum())
+                    self.fabric.backward(loss * weight)
                 total += float(loss.detach()) * positions
                 counted += positions
                 if stepping:
@@ -150,33 +153,30 @@ class Trainer:
                 bar.advance(note=f"loss {total / max(counted, 1):.4f}")
         return total / max(counted, 1)
 
-    def _step(self, board: SummaryWriter, loss: float) -> None:
-        if self.config.clip_grad_norm:
-            self.fabric.clip_gradients(
-                self.wrapped,
-                self.optimizer,
-                max_norm=self.config.clip_grad_norm,
-                error_if_nonfinite=False,
-            )
+    def _step(self, board: SummaryWriter | None, loss: float) -> None:
+        clip_gradients(self.fabric, self.wrapped, self.optimizer, self.config.clip_grad_norm)
         rate = self.schedule.get_last_lr()[0]
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.schedule.step()
         self.state.step += 1
-        board.add_scalar("train/loss", loss, self.state.step)
-        board.add_scalar("train/learning_rate", rate, self.state.step)
+        if board is not None:
+            board.add_scalar("train/loss", loss, self.state.step)
+            board.add_scalar("train/learning_rate", rate, self.state.step)
 
-    def _validate(self, board: SummaryWriter) -> dict[str, float]:
+    def _validate(self, board: SummaryWriter | None) -> dict[str, float]:
         self.wrapped.eval()
         found = self.validate().metrics
-        for name, value in found.items():
-            board.add_scalar(f"valid/{name}", value, self.state.step)
+        if board is not None:
+            for name, value in found.items():
+                board.add_scalar(f"valid/{name}", value, self.state.step)
         value = found[self.config.valid_metric]
         if value > self.state.best_value:
             self.state.best_value, self.state.best_epoch = value, self.state.epoch
             self.state.bad_validations = 0
-            if self.fabric.is_global_zero:
-                save_trained(self.model, self.run_dir / BEST_DIR)
+            with whole_parameters(self.fabric, self.model):
+                if self.fabric.is_global_zero:
+                    save_trained(self.model, self.run_dir / BEST_DIR)
             self.fabric.barrier()
         else:
             self.state.bad_validations += 1

@@ -80,19 +80,34 @@ def run_program(main: Callable[[Sequence[str]], int], argv: Sequence[str] | None
         main: takes the arguments after the program's name and returns an exit code.
         argv: the arguments; `sys.argv[1:]` when None.
 
+    Under torchrun a message that every process has is printed once.
+
     Returns:
-        What `main` returned; 2 for an `InputError`; 130 or 143 for an interruption. Any other
-        exception is a defect of the program and keeps its traceback.
+        What `main` returned; 2 for an `InputError`; 130 or 143 for an interruption; 1 when another
+        process of the run has gone. Any other exception is a defect of the program and keeps its
+        traceback.
     """
+    # Here, since it needs this module's InputError.
+    from REC.utils.processes import is_lost_process, say_once
+
     try:
         return main(sys.argv[1:] if argv is None else argv)
     except InputError as error:
         for problem in problems_of(error):
-            sys.stderr.write(f"error: {one_line(problem)}\n")
+            say_once(f"error: {one_line(problem)}")
         return EXIT_BAD_INPUT
     except Interrupted as stop:
-        sys.stderr.write(f"interrupted: {stop}\n")
+        say_once(f"interrupted: {stop}")
         return stop.exit_code
     except KeyboardInterrupt:
-        sys.stderr.write("interrupted\n")
+        say_once("interrupted")
         return EXIT_SIGINT
+    except RuntimeError as error:
+        if not is_lost_process(error):
+            raise
+        say_once(
+            "error: another process of this run has ended or does not answer, so the run stops; "
+            "the lines above or torchrun's summary below say which one and why.",
+            at_once=True,
+        )
+        return EXIT_FAILURE

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import warnings
 from pathlib import Path
 
 _NOISY = (
@@ -22,19 +23,21 @@ def set_up_logging(log_file: Path | None = None, *, quiet: bool = False) -> None
 
     Args:
         log_file: appended to.
-        quiet: warnings and errors only, for the processes after the first.
+        quiet: errors only, for the processes after the first: they would repeat every line.
     """
+    if quiet:
+        warnings.simplefilter("ignore")
     handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)]
     if log_file is not None:
         handlers.append(logging.FileHandler(log_file, encoding="utf-8"))
     logging.basicConfig(
-        level=logging.WARNING if quiet else logging.INFO,
+        level=logging.ERROR if quiet else logging.INFO,
         format="%(asctime)s %(message)s",
         datefmt="%H:%M:%S",
         handlers=handlers,
         force=True,
     )
     for name in _NOISY:
-        logging.getLogger(name).setLevel(logging.WARNING)
+        logging.getLogger(name).setLevel(logging.ERROR if quiet else logging.WARNING)
     # It warns on every CPU run that an optional faster kernel is not installed.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

@@ -18,6 +18,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from REC.utils.processes import global_rank
+
 log = logging.getLogger(__name__)
 
 SECONDS_BETWEEN_LINES = 15.0
@@ -30,10 +32,11 @@ class Meter:
         task: what is being done.
         total: units in all.
         unit: what is counted, in the plural.
-        enabled: False shows nothing.
+        enabled: False shows nothing. Under torchrun only process 0 shows anything.
     """
 
     def __init__(self, task: str, total: int, unit: str, enabled: bool = True) -> None:
+        enabled = enabled and global_rank() == 0
         self.task, self.total, self.unit = task, total, unit
         self.done = 0
         self._began = self._last_line = time.perf_counter()

@@ -1,0 +1,172 @@
+"""The processes of one run under torchrun: which one this is, and what they tell each other."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import socket
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+from torch import distributed as dist
+
+from REC.utils.errors import InputError
+
+T = TypeVar("T")
+
+# How long a process waits for another one inside a collective operation. torchrun ends all
+# processes as soon as one of them dies; this is for one that is alive and does not answer. It has
+# to be longer than anything that one process does alone, such as writing a large model.
+TIMEOUT = timedelta(minutes=30)
+_PATIENCE = timedelta(seconds=5)
+
+
+def global_rank() -> int:
+    """Return this process's number among all, 0 without torchrun."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def world_size() -> int:
+    """Return the number of processes that torchrun started, 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def local_rank() -> int:
+    """Return this process's number among those of its machine, 0 without torchrun."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+@dataclass(frozen=True)
+class Processes:
+    """The processes that have joined one process group; a single one without a group.
+
+    Every method is collective: all processes call it, in the same order.
+
+    Attributes:
+        rank: this process's number.
+        size: how many there are.
+    """
+
+    rank: int = 0
+    size: int = 1
+
+    @classmethod
+    def here(cls) -> Processes:
+        """Return the processes of the group that this one is in."""
+        if not dist.is_available() or not dist.is_initialized():
+            return cls()
+        return cls(dist.get_rank(), dist.get_world_size())
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the process that writes files and speaks."""
+        return self.rank == 0
+
+    def broadcast(self, value: T, source: int = 0) -> T:
+        """Return the value that process `source` passed."""
+        if self.size == 1:
+            return value
+        box: list[Any] = [value]
+        dist.broadcast_object_list(box, source)
+        return box[0]
+
+    def gather(self, value: T) -> list[T]:
+        """Return every process's value, in the order of their numbers."""
+        if self.size == 1:
+            return [value]
+        box: list[Any] = [None] * self.size
+        dist.all_gather_object(box, value)
+        return box
+
+    def barrier(self) -> None:
+        """Wait until all processes are here."""
+        self.gather(None)
+
+    def on_first(self, make: Callable[[], T]) -> T:
+        """Let process 0 alone run `make` and return its result in every process.
+
+        Raises:
+            InputError: what `make` raised, in every process.
+        """
+        if self.size == 1:
+            return make()
+        value: T | None = None
+        problem: str | None = None
+        if self.first:
+            try:
+                value = make()
+            except InputError as error:
+                problem = str(error)
+        value, problem = self.broadcast((value, problem))
+        if problem is not None:
+            raise InputError(problem)
+        return value  # type: ignore[return-value]
+
+
+def join_processes() -> Processes:
+    """Join the processes that torchrun started, for messages between their CPUs (gloo).
+
+    Without torchrun, or when a group exists already, that is what is returned.
+    """
+    if world_size() > 1 and not dist.is_initialized():
+        dist.init_process_group("gloo", timeout=TIMEOUT)
+    return Processes.here()
+
+
+def say_once(line: str, *, at_once: bool = False) -> None:
+    """Write a line to standard error, once for all processes of the run.
+
+    Process 0 writes. The others keep silent when it does so within a few seconds; otherwise (only
+    they have something to say, or process 0 is gone) one of them writes.
+
+    Args:
+        line: what to write.
+        at_once: whichever process comes first writes, without waiting for process 0.
+    """
+    text = line.rstrip("\n")
+    store = _store()
+    key = f"hsft-said-{hashlib.sha256(text.encode()).hexdigest()}"
+    try:
+        if store is None or (at_once and store.add(f"{key}-count", 1) == 1):
+            sys.stderr.write(f"{text}\n")
+        elif not at_once:
+            _say_in_turn(store, key, text)
+    except RuntimeError:  # the launcher, which holds the store, has gone
+        sys.stderr.write(f"{text}\n")
+    sys.stderr.flush()
+
+
+def _say_in_turn(store: dist.TCPStore, key: str, text: str) -> None:
+    if global_rank() == 0:
+        sys.stderr.write(f"{text}\n")
+        sys.stderr.flush()
+        store.set(key, "1")
+        return
+    try:
+        store.wait([key], _PATIENCE)
+    except RuntimeError:
+        if store.add(f"{key}-count", 1) == 1:
+            where = f"process {global_rank()} on {socket.gethostname()}"
+            sys.stderr.write(f"{text} ({where})\n")
+
+
+def is_lost_process(error: BaseException) -> bool:
+    """Say whether an exception means that another process of the group has gone or is silent."""
+    if isinstance(error, dist.DistBackendError | dist.DistNetworkError):
+        return True
+    # gloo raises plain RuntimeErrors that name its source files.
+    return isinstance(error, RuntimeError) and "gloo" in str(error)
+
+
+def _store() -> dist.TCPStore | None:
+    """Connect to the store that torchrun's agent keeps for its workers; None without one."""
+    if world_size() == 1 or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return None
+    try:
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        return dist.TCPStore(address, port, is_master=False, timeout=_PATIENCE)
+    except (KeyError, ValueError, RuntimeError):
+        return None
