@@ -114,3 +114,12 @@ def sum_over_processes(fabric: Fabric) -> Any:
         return np.asarray(summed.cpu().numpy())
 
     return total
+
+
+def gather_objects(fabric: Fabric, value: Any) -> list[Any]:
+    """Return the value of every process, in their order. All processes have to call it."""
+    if fabric.world_size == 1:
+        return [value]
+    values: list[Any] = [None] * fabric.world_size
+    torch.distributed.all_gather_object(values, value)
+    return values
