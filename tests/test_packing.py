@@ -19,6 +19,7 @@ from REC.model.backbone import LoraSettings, add_lora, load_decoder
 from REC.model.item_table import ItemTable
 from REC.model.recommender import LossSettings, Recommender
 from REC.model.user_llm import UserLLM
+from REC.trainer.micro_batch import count_sequences, unpack
 
 ITEMS, DIM = 20, 64
 LENGTHS = st.lists(st.integers(1, 9), min_size=1, max_size=8)
@@ -190,3 +191,22 @@ def test_all_positions_are_trained_at_once(llama: Path, loss: str) -> None:
                     logits = torch.stack([positive, *rivals])
                     values.append((logits.logsumexp(0) - positive).item())
         assert recommender(whole).item() == pytest.approx(sum(values) / len(values), rel=1e-4)
+
+
+@given(LENGTHS, st.integers(0, 99), st.integers(1, 40))
+@settings(max_examples=40, deadline=None)
+def test_unpacking_gives_every_sequence_its_own_row_again(
+    transitions: list[int], seed: int, row_length: int
+) -> None:
+    padded = collated(transitions, seed, None, drawn=True, split=True)
+    packed = collated(transitions, seed, row_length, drawn=True, split=True)
+    found = unpack(packed)
+    assert count_sequences(packed) == count_sequences(padded) == len(transitions)
+    assert not found.positions.numel()
+    assert torch.equal(found.negatives, padded.negatives)
+
+    def rows(batch: TrainBatch) -> list[list[list[int]]]:
+        parts = (batch.history, batch.attention_mask, batch.targets, batch.loss_mask)
+        return sorted([part[n].int().tolist() for part in parts] for n in range(len(batch.history)))
+
+    assert rows(found) == rows(padded)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from lightning.fabric import Fabric
 
@@ -50,6 +52,22 @@ class Data:
     def interactions(self) -> Interactions:
         """All users' histories."""
         return self.split.interactions
+
+    def fingerprint(self) -> str:
+        """Return a SHA-256 over the interactions and a sample of the cache's rows.
+
+        A run is continued on the same data only.
+        """
+        data, digest = self.interactions, hashlib.sha256()
+        for ids in (data.user_ids, data.item_ids):
+            digest.update("\0".join(map(str, ids)).encode())
+        for array in (data.items, data.offsets):
+            digest.update(np.ascontiguousarray(array).data)
+        if self.cache is not None:
+            rows = torch.linspace(0, len(self.cache) - 1, min(len(self.cache), 1024)).long()
+            digest.update(str((self.cache.embeddings.shape, self.cache.metadata)).encode())
+            digest.update(self.cache.embeddings[rows].float().numpy().tobytes())
+        return digest.hexdigest()
 
     def summary(self) -> dict[str, Any]:
         """Return the data's size for `result.json`."""
