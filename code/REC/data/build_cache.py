@@ -37,6 +37,7 @@ class EncodingJob:
         compute_dtype: number type that the ItemLLM computes in.
         pooling: `emb_token` or `mean`.
         fingerprint: of the ids and texts.
+        source: SHA-256 of the HLLM checkpoint that the ItemLLM was imported from, else empty.
     """
 
     model: str
@@ -48,6 +49,7 @@ class EncodingJob:
     fingerprint: str
     batch_tokens: int
     compute_dtype: str = "float32"
+    source: str = ""
 
     def metadata(self) -> dict[str, str]:
         """Return the job as the cache file's metadata."""
@@ -59,6 +61,7 @@ class EncodingJob:
             "pooling": self.pooling,
             "fingerprint": self.fingerprint,
             "compute_dtype": self.compute_dtype,
+            "model_source": self.source,
         }
 
     def digest(self) -> str:

@@ -12,6 +12,7 @@ from REC.data.build_cache import EncodingJob, encode_items
 from REC.data.cache import ItemCache, default_cache_path, save_cache
 from REC.data.interactions import read_interactions
 from REC.data.item_text import ItemTexts, information_file, read_item_texts, with_items
+from REC.hub.manifest import origin
 from REC.model.backbone import choose_attention
 from REC.model.item_llm import ItemEncoder, load_item_encoder
 from REC.trainer.fabric import choose_device, compute_dtype
@@ -101,6 +102,7 @@ def _encoder(config: Config, items: ItemTexts) -> tuple[ItemEncoder, EncodingJob
     )
     if config.item_compile:
         encoder.compile()
+    imported = origin(config.item_pretrain_dir)
     job = EncodingJob(
         model=Path(config.item_pretrain_dir).name,
         text_keys=tuple(config.text_keys),
@@ -111,6 +113,7 @@ def _encoder(config: Config, items: ItemTexts) -> tuple[ItemEncoder, EncodingJob
         fingerprint=items.fingerprint,
         batch_tokens=config.item_batch_tokens,
         compute_dtype=str(dtype).removeprefix("torch."),
+        source=imported["source"]["sha256"] if imported else "",
     )
     log.info(
         "encoding %d items with %s on %s in %s, %s pooling.",

@@ -19,6 +19,7 @@ from REC.config import Config
 from REC.data.dataset import CachedEmbeddingTrainDataset, TrainCollate
 from REC.data.negatives import NegativeSampler
 from REC.evaluator.evaluator import Evaluation, Evaluator, Scorer
+from REC.hub.manifest import origin
 from REC.model.recommender import Recommender
 from REC.model.reference import build_reference
 from REC.model.sasrec import build_sasrec
@@ -379,6 +380,7 @@ def _finish(
         "config": config.model_dump(mode="json"),
         "data": data.summary(),
         "cache": data.cache.metadata if data.cache else None,
+        "user_llm": origin(config.user_pretrain_dir or "") if config.model == "HLLM" else None,
         "training": training,
         **record,
         "environment": {
