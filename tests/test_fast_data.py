@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from unittest.mock import patch
 
@@ -27,7 +28,6 @@ from REC.evaluator import ranking
 from REC.evaluator.evaluator import EvalProtocol, Evaluator
 from REC.utils.errors import InputError
 
-IDS = ("item_id", "user_id")
 quick = settings(
     max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
@@ -76,7 +76,8 @@ def test_plain_reader_and_pandas_agree_on_any_file(
     path = write(tmp_path / "rows.csv", text)
     with patch.object(reading, "read_plain", lambda *_: None):
         wanted = outcome(path)
-    with patch.object(reading, "read_plain", lambda *a: read_plain(*a, chunk_bytes=chunk)):
+    in_pieces = partial(read_plain, chunk_bytes=chunk)
+    with patch.object(reading, "read_plain", in_pieces):
         found = outcome(path)
     if isinstance(wanted, str):
         assert found == wanted
