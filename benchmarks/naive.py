@@ -64,7 +64,7 @@ def load_tuned(path: Path) -> Histories:
     return _split(items, full)
 
 
-def _split(items: list[str], full: dict[str, list[str]]) -> Histories:
+def _split(items: list[str], full: dict[Any, list[str]]) -> Histories:
     train, valid, test = {}, {}, {}
     for user, history in full.items():
         train[user], valid[user], test[user] = history[:-2], history[-2:-1], history[-1:]
@@ -112,7 +112,7 @@ class TrainDataset(Dataset[dict[str, Any]]):
         self.seen = {user: set(items) for user, items in histories.train.items()}
         self.samples: list[tuple[str, list[str]]] = []
         for user, items in histories.train.items():
-            pieces = []
+            pieces: list[list[str]] = []
             end = len(items)
             while end >= 2 and (not pieces or end > max_length):
                 pieces.append(items[max(0, end - max_length - 1) : end])

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
+
+from REC.utils.files import write_text
 
 # Units of which less is better.
 _COSTS = ("s", "MB")
@@ -46,6 +49,20 @@ def markdown(found: dict[str, Any]) -> str:
         lines += ["", "Same answers: "]
         lines[-1] += "; ".join(f"{name}: {text}" for name, text in found["agreement"].items()) + "."
     return "\n".join(lines) + "\n"
+
+
+def copy_into(page: Path, name: str, text: str) -> None:
+    """Put a report between a page's marks `<!-- begin NAME -->` and `<!-- end NAME -->`.
+
+    Raises:
+        ValueError: the page has no such marks.
+    """
+    begin, end = f"<!-- begin {name} -->\n", f"<!-- end {name} -->"
+    before, found, rest = page.read_text(encoding="utf-8").partition(begin)
+    _, closed, after = rest.partition(end)
+    if not found or not closed:
+        raise ValueError(f"{page} lacks the marks {begin.strip()} and {end}")
+    write_text(page, f"{before}{begin}{text}{end}{after}")
 
 
 def _table(sides: Sequence[dict[str, Any]]) -> list[str]:

@@ -67,6 +67,8 @@ def main(argv: Sequence[str]) -> int:
     write_json(args.out / "results.json", found)
     write_text(args.out / "results.md", report.markdown(found))
     sys.stdout.write(report.markdown(found))
+    if args.page:
+        report.copy_into(args.page, args.size, report.markdown(found))
     _say(f"wrote {args.out / 'results.json'} and {args.out / 'results.md'}")
     return int(any("error" in result for result in results))
 
@@ -90,6 +92,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / ".work" / "results")
     parser.add_argument(
         "--work", type=Path, default=ROOT / "benchmarks" / ".work", help="folder of made files"
+    )
+    parser.add_argument(
+        "--page",
+        type=Path,
+        help="Markdown file to copy the tables into, such as docs/performance.md",
     )
     parser.add_argument("--child", nargs=3, metavar=("STAGE", "SIDE", "FILE"), help="internal")
     return parser

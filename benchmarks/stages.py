@@ -432,7 +432,12 @@ def _demo_decoder(seed: int) -> Any:
         double_quant=False,
     )
     decoder = load_decoder(
-        DEMO_LLM, dtype=torch.float32, attention="sdpa", layers=2, lora=lora, device="cpu"
+        DEMO_LLM,
+        dtype=torch.float32,
+        attention="sdpa",
+        layers=2,
+        lora=lora,
+        device=torch.device("cpu"),
     )
     return add_lora(decoder, lora, False).train()
 
@@ -548,14 +553,12 @@ def rank_hsft(context: Context) -> list[Figure]:
         found = evaluator.run(scorer, torch.device("cpu"))
         naive_count = _rank_users(context, "naive", split.interactions.num_users)
         context.extra[f"ranks, D {dim}"] = found.ranks[:naive_count].tolist()
-        figures.append(
-            Figure(
-                rank_case(dim, split.interactions.num_items),
-                "users/s",
-                context.rates(lambda e=evaluator, s=scorer: e.run(s, torch.device("cpu")), count),
-                f"{count} users",
-            )
-        )
+
+        def run(evaluator: Evaluator = evaluator, scorer: Recommender = scorer) -> None:
+            evaluator.run(scorer, torch.device("cpu"))
+
+        case = rank_case(dim, split.interactions.num_items)
+        figures.append(Figure(case, "users/s", context.rates(run, count), f"{count} users"))
     return figures
 
 
