@@ -205,7 +205,7 @@ def ways(
         grouped: bool = False,
         attention: str = "sdpa",
     ) -> Callable[[int], int]:
-        collate = TrainCollate(dataset, row_length=row_length)
+        collate = TrainCollate(dataset, row_length=row_length, pack_below=1.1)
 
         def repeat(number: int) -> int:
             model.train()

@@ -55,6 +55,7 @@ def collated(
         random_split=split,
         seed=seed,
         row_length=row_length,
+        pack_below=1.1,
     )
     return collate(np.arange(len(transitions)))
 
@@ -91,6 +92,15 @@ def test_packing_keeps_every_transition_and_starts_each_sequence_at_zero(
         for n, size in enumerate(transitions)
     ]
     assert sorted(found) == sorted(wanted)
+
+
+def test_a_batch_with_little_padding_is_left_padded() -> None:
+    data = interactions([9, 9, 9, 8], 0)
+    dataset = CachedEmbeddingTrainDataset(leave_one_out(data), max_length=9)
+    assert TrainCollate(dataset, row_length=18)(np.arange(4)).positions.numel() == 0
+    data = interactions([9, 2, 9, 2], 0)
+    dataset = CachedEmbeddingTrainDataset(leave_one_out(data), max_length=9)
+    assert TrainCollate(dataset, row_length=18)(np.arange(4)).history.shape == (2, 11)
 
 
 def test_packing_by_hand() -> None:
