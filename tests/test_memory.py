@@ -194,12 +194,12 @@ def test_dry_run_reads_no_weights_and_writes_nothing(project: Project) -> None:
     folder = project.root / "shape_only"
     folder.mkdir()
     (folder / "config.json").write_text((project.llama / "config.json").read_text())
-    before = {path for path in project.root.rglob("*")}
+    before = set(project.root.rglob("*"))
     code, out, err = project.run(
         *("--dry_run", "True", "--use_qlora", "True", "--user_pretrain_dir", str(folder))
     )
     assert code == 0, err
-    assert {path for path in project.root.rglob("*")} == before
+    assert set(project.root.rglob("*")) == before
     for word in ("weights", "optimizer", "activations", "logits", "item table", "24 GB"):
         assert word in out
     config = json.loads((folder / "config.json").read_text())

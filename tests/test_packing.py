@@ -129,7 +129,8 @@ def model(folder: Path, attention: str, quantised: str, loss: LossSettings) -> R
 
 @pytest.fixture(scope="module", params=[("sdpa", "none"), ("eager", "none"), ("sdpa", "nf4")])
 def models(request: pytest.FixtureRequest, llama: Path) -> dict[str, Recommender]:
-    return {name: model(llama, *request.param, loss) for name, loss in LOSSES.items()}
+    attention, quantised = request.param
+    return {name: model(llama, attention, quantised, loss) for name, loss in LOSSES.items()}
 
 
 @given(LENGTHS, st.integers(0, 99), st.integers(1, 40), st.sampled_from(list(LOSSES)))

@@ -14,7 +14,6 @@ from REC.data.dataset.trainset import CachedEmbeddingTrainDataset
 from REC.data.interactions import PAD
 from REC.data.negatives import NegativeSampler
 
-
 # What `TrainBatch.positions` is in a batch that is not packed.
 NOT_PACKED = torch.empty((0, 0), dtype=torch.int64)
 
