@@ -56,6 +56,7 @@ def collated(
         random_split=split,
         seed=seed,
         row_length=row_length,
+        pack_below=1.1,
     )
     return collate(np.arange(len(transitions)))
 
@@ -94,6 +95,15 @@ def test_packing_keeps_every_transition_and_starts_each_sequence_at_zero(
     assert sorted(found) == sorted(wanted)
 
 
+def test_a_batch_with_little_padding_is_left_padded() -> None:
+    data = interactions([9, 9, 9, 8], 0)
+    dataset = CachedEmbeddingTrainDataset(leave_one_out(data), max_length=9)
+    assert TrainCollate(dataset, row_length=18)(np.arange(4)).positions.numel() == 0
+    data = interactions([9, 2, 9, 2], 0)
+    dataset = CachedEmbeddingTrainDataset(leave_one_out(data), max_length=9)
+    assert TrainCollate(dataset, row_length=18)(np.arange(4)).history.shape == (2, 11)
+
+
 def test_packing_by_hand() -> None:
     # Dealt out as 5 | 4, then backwards 3 | 2: rows of 5 + 2 and 4 + 3.
     layout = pack(np.array([2, 5, 3, 4]), row_length=7)
@@ -120,7 +130,8 @@ def model(folder: Path, attention: str, quantised: str, loss: LossSettings) -> R
 
 @pytest.fixture(scope="module", params=[("sdpa", "none"), ("eager", "none"), ("sdpa", "nf4")])
 def models(request: pytest.FixtureRequest, llama: Path) -> dict[str, Recommender]:
-    return {name: model(llama, *request.param, loss) for name, loss in LOSSES.items()}
+    attention, quantised = request.param
+    return {name: model(llama, attention, quantised, loss) for name, loss in LOSSES.items()}
 
 
 @given(LENGTHS, st.integers(0, 99), st.integers(1, 40), st.sampled_from(list(LOSSES)))

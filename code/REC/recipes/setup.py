@@ -191,6 +191,23 @@ def attention_kernel(config: Config, device: torch.device) -> str:
     )
 
 
+def packed_row_length(config: Config, kernel: str) -> int | None:
+    """Return the positions of a packed row, None where rows hold one sequence each.
+
+    The variable-length flash kernel takes one row whatever its length. Elsewhere attention computes
+    the whole square of a row, masked, so rows are only as long as packs them well.
+
+    Args:
+        config: the configuration.
+        kernel: as `attention_kernel` returns.
+    """
+    if not config.pack_sequences or config.model != "HLLM":
+        return None
+    if kernel == "flash_attention_2":
+        return config.train_batch_size * config.MAX_ITEM_LIST_LENGTH
+    return 4 * config.MAX_ITEM_LIST_LENGTH
+
+
 def build_user_llm(config: Config, data: Data, fabric: Fabric, *, train: bool) -> Recommender:
     """Load the UserLLM with the item table and its loss, on the device.
 

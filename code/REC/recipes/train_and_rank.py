@@ -38,6 +38,7 @@ from REC.recipes.setup import (
     eval_protocol,
     load_data,
     make_evaluator,
+    packed_row_length,
 )
 from REC.report.result import pack_evaluation, plain, unpack_evaluation, write_result
 from REC.report.table import gain_table
@@ -315,7 +316,7 @@ def make_train_loader(
         num_negatives=-(-(config.num_negatives or 0) // rows),
         random_split=config.train_positions == "random_split",
         seed=config.seed,
-        row_length=packed_row_length(config, fabric.device),
+        row_length=packed_row_length(config, attention_kernel(config, fabric.device)),
     )
     batches = SequenceBatches(
         dataset.lengths,
@@ -332,20 +333,6 @@ def make_train_loader(
         num_workers=config.num_workers,
         pin_memory=fabric.device.type == "cuda",
     )
-
-
-def packed_row_length(config: Config, device: torch.device) -> int | None:
-    """Return the positions of a packed row, None where rows hold one sequence each.
-
-    The variable-length flash kernel takes one row whatever its length. Elsewhere attention computes
-    the whole square of a row, masked, so rows are only as long as packs them well.
-    """
-    if not config.pack_sequences or config.model != "HLLM":
-        return None
-    kernel = attention_kernel(config, device)
-    if kernel == "flash_attention_2":
-        return config.train_batch_size * config.MAX_ITEM_LIST_LENGTH
-    return 4 * config.MAX_ITEM_LIST_LENGTH
 
 
 def _free_memory(fabric: Fabric) -> None:
