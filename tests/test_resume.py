@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -160,17 +161,21 @@ def test_a_signal_in_an_evaluation_stops_at_once(
     project: Project, undisturbed: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Evaluations of a run: untrained, validation, validation, test.
-    rank, calls = Evaluator._rank, iter(range(100))
-    for stop_at in (0, 1, 2):
-        calls = iter(range(100))
+    rank = Evaluator._rank
 
-        def stopping(self: Evaluator, *args: Any, at: int = stop_at) -> Any:
-            if next(calls) == at:
+    def stopping_at(number: int) -> Callable[..., Any]:
+        calls = count()
+
+        def stopping(self: Evaluator, *args: Any) -> Any:
+            if next(calls) == number:
                 send(signal.SIGINT)()
             return rank(self, *args)
 
+        return stopping
+
+    for stop_at in (0, 1, 1):
         with monkeypatch.context() as patch:
-            patch.setattr(Evaluator, "_rank", stopping)
+            patch.setattr(Evaluator, "_rank", stopping_at(stop_at))
             code, _, err = project.run(*RUN, *RESUME)
         assert code == 130
         if stop_at == 0:
@@ -248,7 +253,7 @@ def test_stale_locks_are_taken_over_and_others_respected(
     with locked(tmp_path):
         pass
     lock.write_text(json.dumps({**own, "host": "elsewhere"}))
-    with pytest.raises(InputError, match="on elsewhere.*delete"), locked(tmp_path):
+    with pytest.raises(InputError, match=r"on elsewhere.*delete"), locked(tmp_path):
         pass
     assert json.loads(lock.read_text())["host"] == "elsewhere"
 
