@@ -65,7 +65,9 @@ class Data:
             digest.update(np.ascontiguousarray(array).data)
         if self.cache is not None:
             rows = torch.linspace(0, len(self.cache) - 1, min(len(self.cache), 1024)).long()
-            digest.update(str((self.cache.embeddings.shape, self.cache.metadata)).encode())
+            # Sorted, since safetensors gives the metadata in any order.
+            made = sorted(self.cache.metadata.items())
+            digest.update(str((tuple(self.cache.embeddings.shape), made)).encode())
             digest.update(self.cache.embeddings[rows].float().numpy().tobytes())
         return digest.hexdigest()
 

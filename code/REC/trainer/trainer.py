@@ -136,8 +136,10 @@ class Trainer:
         self.fingerprint = fingerprint
         self._record, self._restore_record = record
         self.state = TrainState()
-        # ZeRO spreads weights and optimizer over the processes.
+        # ZeRO spreads weights and optimizer over the processes; no checkpoint gathers them.
         self._resumable = config.strategy != "deepspeed"
+        if not self._resumable:
+            log.warning("strategy: deepspeed writes no resumable checkpoints.")
         self._pending: PendingStep | None = None
         self._rng: dict[str, Any] | None = None
         self._saved_at = time.monotonic()
