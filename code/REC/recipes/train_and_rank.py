@@ -25,6 +25,7 @@ from REC.recipes.setup import (
     Data,
     attention_kernel,
     build_user_llm,
+    check_training,
     eval_protocol,
     load_data,
     make_evaluator,
@@ -36,7 +37,6 @@ from REC.trainer.optim import build_optimizer, build_schedule, steps_per_epoch
 from REC.trainer.sampler import SequenceBatches
 from REC.trainer.trainer import Trainer, TrainState, count_trainable
 from REC.utils import environment
-from REC.utils.errors import InputError
 from REC.utils.processes import Processes
 from REC.utils.progress import format_seconds, meter
 
@@ -174,11 +174,7 @@ def _train(
     config: Config, data: Data, model: Recommender, fabric: Fabric, folder: Path
 ) -> tuple[TrainState, dict[str, Any]]:
     dataset = CachedEmbeddingTrainDataset(data.split, config.MAX_ITEM_LIST_LENGTH)
-    if not len(dataset):
-        raise InputError(
-            f"no user of {config.dataset} has enough items to train on (4 are needed: two are held "
-            f"out); use --val_only True."
-        )
+    check_training(config, data.split, dataset)
     loader = make_train_loader(config, dataset, data, fabric)
     optimizer = build_optimizer(model, config, fabric.device)
     total = config.epochs * steps_per_epoch(len(loader), config.gradient_accumulation_steps)
