@@ -119,7 +119,10 @@ BAD: dict[str, tuple[bytes, list[str]]] = {
     "no header": (MORE, ["lacks the column item_id", "a,p,1"]),
     "other names": (b"item,user,time\n" + MORE, ["lacks the column item_id"]),
     "names in capitals": (b"ITEM_ID,USER_ID,TIMESTAMP\n" + MORE, ["lacks the column item_id"]),
-    "blanks in the header": (b"item_id, user_id, timestamp\n" + MORE, ["user_id", "without spaces"]),
+    "blanks in the header": (
+        b"item_id, user_id, timestamp\n" + MORE,
+        ["user_id", "without spaces"],
+    ),
     "no timestamps": (b"item_id,user_id\na,x\n", ["lacks the column timestamp"]),
     "a column twice": (b"item_id,item_id,user_id,timestamp\na,b,x,1\n", ["item_id twice"]),
     "comma in an id": (text("i1,x,y,1") + MORE, ["row 2", "4 fields", "quote the field"]),
@@ -186,7 +189,9 @@ def test_several_kinds_of_bad_rows_are_a_line_each(project: Project) -> None:
     assert code == 2
     assert out == ""
     lines = [line for line in err.splitlines() if line.startswith("error: ")]
-    assert [line.split(": ")[1].split(", ")[1] for line in lines] == [f"row {n}" for n in (2, 3, 4, 5)]
+    assert [line.split(": ")[1].split(", ")[1] for line in lines] == [
+        f"row {n}" for n in (2, 3, 4, 5)
+    ]
 
 
 def _to_folder(path: Path) -> None:

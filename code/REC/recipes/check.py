@@ -136,8 +136,7 @@ def _quick_run(config: Config, found: Findings) -> None:
     with found.collect():
         dataset_file(config.data_path, config.dataset)
     with found.collect():
-        folder = choose_run_dir(config)
-        _writable(folder, "run folder", "--checkpoint_dir")
+        _writable(_run_dir(config), "run folder", "--checkpoint_dir")
     hidden = None
     if config.model == "HLLM":
         hidden = _user_model(config, found)
@@ -157,6 +156,16 @@ def _quick_caching(config: Config, found: Findings) -> None:
     with found.collect():
         _writable(cache_path(config), "item cache", "--item_cache_path")
     _item_model(config, found)
+
+
+def _run_dir(config: Config) -> Path:
+    try:
+        return choose_run_dir(config)
+    except OSError as error:
+        raise InputError(
+            f"the run folder in {config.checkpoint_dir} cannot be made: {error.strerror}; change "
+            f"--run_name or --checkpoint_dir."
+        ) from error
 
 
 def _writable(target: Path, name: str, key: str) -> None:
