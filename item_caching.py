@@ -10,7 +10,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent / "code"))
 
 from REC.config.program import program_config
 from REC.recipes.cache_items import write_item_cache
-from REC.utils.errors import EXIT_OK, run_program
+from REC.recipes.check import check_caching, quick_caching_problems
+from REC.utils.errors import EXIT_OK, refuse, run_program
 
 EXAMPLES = (
     "python item_caching.py --dataset Pixel200K --item_pretrain_dir model_checkpoints/ItemLLM_complete",
@@ -21,7 +22,12 @@ EXAMPLES = (
 def main(argv: Sequence[str]) -> int:
     """Run the program with its arguments and return the exit code."""
     config = program_config(argv, "item_caching.py", __doc__ or "", EXAMPLES)
-    if config is not None:
+    if config is None:
+        return EXIT_OK
+    if config.check:
+        check_caching(config)
+    else:
+        refuse(quick_caching_problems(config))
         write_item_cache(config)
     return EXIT_OK
 

@@ -9,9 +9,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from REC.config.program import program_config
+from REC.recipes.check import check_run, quick_problems
 from REC.recipes.dry_run import dry_run
 from REC.recipes.train_and_rank import run
-from REC.utils.errors import EXIT_OK, run_program
+from REC.utils.errors import EXIT_OK, refuse, run_program
 
 _START = (
     "python code/main.py --config_file code/overall/LLM_ddp.yaml code/HLLM/HLLM.yaml"
@@ -20,6 +21,7 @@ _START = (
 EXAMPLES = (
     f"{_START} --val_only True",
     f"{_START} --use_qlora True --optim_args.learning_rate 2e-4",
+    f"{_START} --use_qlora True --check True",
     f"{_START} --use_qlora True --dry_run True",
     "python code/main.py --config_file code/overall/LLM_ddp.yaml --dataset Pixel200K --model pop",
 )
@@ -28,9 +30,14 @@ EXAMPLES = (
 def main(argv: Sequence[str]) -> int:
     """Run the program with its arguments and return the exit code."""
     config = program_config(argv, "python code/main.py", __doc__ or "", EXAMPLES)
-    if config is not None and config.dry_run:
+    if config is None:
+        return EXIT_OK
+    if config.check:
+        check_run(config)
+    elif config.dry_run:
         dry_run(config)
-    elif config is not None:
+    else:
+        refuse(quick_problems(config))
         run(config)
     return EXIT_OK
 

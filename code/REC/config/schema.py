@@ -133,6 +133,12 @@ class Config(_Section):
         "what ranks the items: HLLM's UserLLM, or a reference model on the same split",
     )
     val_only: Bool = _key(False, "run", "evaluate only, without training")
+    check: Bool = _key(
+        False,
+        "run",
+        "check configuration, files, every row, ids, model folders, disk and memory without loading "
+        "an LLM's weights, print all problems at once, and stop",
+    )
     dry_run: Bool = _key(
         False,
         "run",

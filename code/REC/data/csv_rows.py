@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
 
+import numpy as np
+
 from REC.utils.errors import InputError, one_line, refuse
 from REC.utils.files import require_file
 
@@ -131,7 +133,7 @@ def id_problem(text: str) -> str | None:
     return None
 
 
-def all_ids_sound(ids: Sequence[str]) -> bool:
+def all_ids_sound(ids: Sequence[str] | np.ndarray) -> bool:
     """Say whether `id_problem` has nothing against any of these ids; quick for many of them."""
     return all(text and text == text.strip() for text in ids) and not _CONTROL.search("".join(ids))
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from REC.hub.fetch import one_line
 from REC.hub.layout import EXTRAS, Layout, check_tensors, open_side
-from REC.model.backbone import EXTRA_FILE
+from REC.model.folder import EXTRA_FILE
 from REC.utils.errors import InputError
 from REC.utils.progress import Meter, meter
 

@@ -14,12 +14,13 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, BitsAndBytesConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from REC.utils.errors import InputError
+from REC.model.folder import EXTRA_FILE, check_decoder, check_files, check_shapes
+from REC.utils.errors import InputError, one_line
+from REC.utils.files import is_file, is_folder
 
 log = logging.getLogger(__name__)
 
 _CPU_KERNEL_SWITCH = "support_avx512bf16_for_cpu"
-EXTRA_FILE = "hllm_extra.safetensors"
 _EMBEDDING_KEYS = ("embed_tokens", "wte", "word_embeddings", "embed_in")
 
 
@@ -50,12 +51,12 @@ def load_model_config(folder: str | Path, trust_remote_code: bool = False) -> An
         InputError: the folder or its config.json is missing or is not a transformers config.
     """
     folder = Path(folder)
-    if not folder.is_dir():
+    if not is_folder(folder):
         raise InputError(
             f"model folder {folder} does not exist; fetch it with download_itemllm.py or "
             f"download_userllm.py, or name another folder."
         )
-    if not (folder / "config.json").is_file():
+    if not is_file(folder / "config.json"):
         raise InputError(f"model folder {folder} has no config.json; name a transformers folder.")
     try:
         return AutoConfig.from_pretrained(
@@ -82,10 +83,11 @@ def decoder_config(
     vocabulary of one token.
 
     Raises:
-        InputError: as `load_model_config`, or the model has fewer layers.
+        InputError: as `load_model_config`, or it is no decoder, or has fewer layers.
     """
     config = load_model_config(folder, trust_remote_code)
-    _keep_layers(config, layers, Path(folder))
+    check_decoder(config, Path(folder), layers)
+    _keep_layers(config, layers)
     if not keep_token_embedding:
         config.vocab_size = 1
         config.pad_token_id = None
@@ -124,7 +126,7 @@ def load_decoder(
     """
     folder = Path(folder)
     config = decoder_config(folder, layers, keep_token_embedding, trust_remote_code)
-    _check_files(folder)
+    check_shapes(config, check_files(folder), folder)
     kwargs: dict[str, Any] = {}
     if lora is not None and lora.quant_type != "none":
         kwargs["quantization_config"] = _quantization(lora)
@@ -148,6 +150,11 @@ def load_decoder(
     except InputError:
         raise
     except Exception as error:  # transformers, safetensors and torch raise many kinds here
+        if "weights only load failed" in str(error).lower():
+            raise InputError(
+                f"model folder {folder} holds a pickle with more than tensors, which was not opened "
+                f"since it can run code; fetch the model as safetensors."
+            ) from error
         raise InputError(
             f"model folder {folder} cannot be loaded: {_one_line(error)}; fetch it again or name "
             f"another folder."
@@ -241,50 +248,38 @@ def read_extra(folder: str | Path) -> dict[str, Tensor]:
         The tensors found, empty for a folder that is no imported HLLM checkpoint.
 
     Raises:
-        InputError: the file is damaged.
+        InputError: the file is damaged, or logit_scale is not one number.
     """
     path = Path(folder) / EXTRA_FILE
-    if not path.is_file():
+    if not is_file(path):
         return {}
     try:
         with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
+            extra = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, RuntimeError, TypeError) as error:
         raise InputError(
-            f"{path} is damaged ({error}); import the checkpoint again with --force."
+            f"{path} is damaged ({one_line(error, 120)}); import the checkpoint again with --force."
         ) from error
+    for name, value in extra.items():
+        if not value.is_floating_point() or not value.isfinite().all():
+            raise InputError(
+                f"{path}: {one_line(name, 40)} holds NaN, infinity or no numbers; import the "
+                f"checkpoint again with --force."
+            )
+    if "logit_scale" in extra and extra["logit_scale"].numel() != 1:
+        raise InputError(
+            f"{path}: logit_scale has {extra['logit_scale'].numel()} numbers, not one; import the "
+            f"checkpoint again with --force."
+        )
+    return extra
 
 
-def _keep_layers(config: Any, layers: int | None, folder: Path) -> None:
+def _keep_layers(config: Any, layers: int | None) -> None:
     if layers is None:
         return
-    if layers > config.num_hidden_layers:
-        raise InputError(
-            f"user_llm_layers is {layers}, but the model in {folder} has only "
-            f"{config.num_hidden_layers} layers."
-        )
     config.num_hidden_layers = layers
     if getattr(config, "layer_types", None):
         config.layer_types = config.layer_types[:layers]
-
-
-def _check_files(folder: Path) -> None:
-    weights = [*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")]
-    if not [file for file in weights if file.name != EXTRA_FILE]:
-        raise InputError(f"model folder {folder} holds no weights (*.safetensors); fetch it again.")
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        from REC.utils.files import read_json
-
-        content = read_json(index)
-        shards = content.get("weight_map") if isinstance(content, dict) else None
-        if not isinstance(shards, dict):
-            raise InputError(f"{index} has no weight_map; fetch the model again.")
-        for shard in sorted({str(name) for name in shards.values()}):
-            if Path(shard).name != shard:
-                raise InputError(f"{index} points outside its folder ('{shard}'); do not use it.")
-            if not (folder / shard).is_file():
-                raise InputError(f"model folder {folder} lacks the shard {shard}; fetch it again.")
 
 
 def _quantization(lora: LoraSettings) -> BitsAndBytesConfig:
@@ -330,5 +325,4 @@ def _is_linear(module: nn.Module) -> bool:
 
 
 def _one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split())
-    return (text[:200] + " ...") if len(text) > 200 else text.rstrip(".")
+    return one_line(" ".join(str(error).split()), 200).rstrip(".")

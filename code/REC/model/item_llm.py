@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel
 
 from REC.model.backbone import load_decoder, read_extra
-from REC.utils.errors import InputError
+from REC.utils.errors import InputError, one_line
 
 log = logging.getLogger(__name__)
 
@@ -122,18 +122,36 @@ def load_item_encoder(
         keep_token_embedding=True,
         trust_remote_code=trust_remote_code,
     ).to(device)
+    tokenizer = load_tokenizer(folder, trust_remote_code)
+    token = emb_token(folder, item_emb_token_n, int(model.config.hidden_size))
+    return ItemEncoder(model, tokenizer, token, max_text_length)
+
+
+def load_tokenizer(folder: str | Path, trust_remote_code: bool = False) -> Any:
+    """Load a model folder's tokenizer.
+
+    Raises:
+        InputError: there is none, or it does not work.
+    """
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             folder, local_files_only=True, trust_remote_code=trust_remote_code
         )
+        tokenizer(["a"], truncation=False, padding=False)["input_ids"]
     except Exception as error:  # transformers raises many kinds for absent or damaged tokenizers
-        reason = " ".join(str(error).split())[:160]
-        raise InputError(f"model folder {folder} has no usable tokenizer: {reason}.") from error
-    emb_token = _emb_token(folder, item_emb_token_n, int(model.config.hidden_size))
-    return ItemEncoder(model, tokenizer, emb_token, max_text_length)
+        reason = one_line(" ".join(str(error).split()), 160).rstrip(".")
+        raise InputError(
+            f"model folder {folder} has no usable tokenizer ({reason}); fetch the model again."
+        ) from error
+    return tokenizer
 
 
-def _emb_token(folder: str | Path, item_emb_token_n: int, dim: int) -> Tensor | None:
+def emb_token(folder: str | Path, item_emb_token_n: int, dim: int) -> Tensor | None:
+    """Return HLLM's learned emb token [D] of a model folder, None for mean pooling.
+
+    Raises:
+        InputError: the token is not of the model's dimension.
+    """
     if item_emb_token_n == 0:
         return None
     token = read_extra(folder).get("item_emb_tokens")

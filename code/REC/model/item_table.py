@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -139,9 +140,18 @@ def check_dim(cache: ItemCache, hidden_size: int, user_dir: str) -> None:
     Raises:
         InputError: the cache's dimension differs from the UserLLM's hidden size.
     """
-    if cache.dim != hidden_size:
+    refuse_other_dim(cache.path or "made now", cache.dim, hidden_size, user_dir)
+
+
+def refuse_other_dim(cache: str | Path, dim: int, hidden_size: int, user_dir: str) -> None:
+    """Refuse a cache of `dim` dimensions for a UserLLM of another hidden size.
+
+    Raises:
+        InputError: they differ.
+    """
+    if dim != hidden_size:
         raise InputError(
-            f"item cache {cache.path or 'made now'} has {cache.dim} dimensions, but the UserLLM in "
-            f"{user_dir} has hidden size {hidden_size}; make the cache with the ItemLLM that belongs "
-            f"to this UserLLM, or change --user_pretrain_dir."
+            f"item cache {cache} has {dim} dimensions, but the UserLLM in {user_dir} has hidden "
+            f"size {hidden_size}; make the cache with the ItemLLM that belongs to this UserLLM, or "
+            f"change --user_pretrain_dir."
         )

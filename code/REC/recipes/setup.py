@@ -13,8 +13,9 @@ from lightning.fabric import Fabric
 
 from REC.config import Config
 from REC.data.cache import ItemCache, open_cache
-from REC.data.dataset import CachedEmbeddingEvalDataset
+from REC.data.dataset import CachedEmbeddingEvalDataset, CachedEmbeddingTrainDataset
 from REC.data.interactions import Interactions, dataset_file, drop_items, read_interactions
+from REC.data.negatives import NegativeSampler
 from REC.data.split import Split, leave_one_out
 from REC.evaluator.evaluator import EvalProtocol, Evaluator
 from REC.model.backbone import (
@@ -94,7 +95,7 @@ def load_data(config: Config, *, need_cache: bool) -> Data:
     if need_cache:
         cached = config.use_item_cache
         cache = open_cache(cache_path(config)) if cached else encode_in_memory(config)
-        interactions = _match(interactions, cache, config)
+        interactions = match_cache(interactions, cache, config)
     split = leave_one_out(interactions)
     log.info(
         "%s: %d users, %d items, %d interactions; %d users are too short to train, %d to validate, "
@@ -108,8 +109,12 @@ def load_data(config: Config, *, need_cache: bool) -> Data:
     return Data(split, cache)
 
 
-def _match(interactions: Interactions, cache: ItemCache, config: Config) -> Interactions:
-    """Check that the cache has every item; drop the others when the configuration says so."""
+def match_cache(interactions: Interactions, cache: ItemCache, config: Config) -> Interactions:
+    """Check that the cache has every item; drop the others when the configuration says so.
+
+    Raises:
+        InputError: items are lacking and `missing_items` is `error`, or nothing would be left.
+    """
     have = cache.rows_of(interactions.item_ids) >= 0
     lacking = [str(item) for item in interactions.item_ids[1:][~have[1:]]]
     if not lacking:
@@ -129,6 +134,32 @@ def _match(interactions: Interactions, cache: ItemCache, config: Config) -> Inte
         where,
     )
     return thinned
+
+
+def check_training(config: Config, split: Split, sequences: CachedEmbeddingTrainDataset) -> None:
+    """Refuse data that cannot be trained on.
+
+    Raises:
+        InputError: there is no sequence, or a user has interacted with every item, so that no
+            negative can be drawn.
+    """
+    if not len(sequences):
+        raise InputError(
+            f"no user of {config.dataset} has enough items to train on (4 are needed: two are held "
+            f"out); use --val_only True."
+        )
+    if config.model != "HLLM" or config.effective_negatives != "sampled":
+        return
+    sampler = NegativeSampler(split.interactions, held_out=2)
+    users = np.unique(sequences.segments.users)
+    full = users[sampler.available[users] < 1]
+    if len(full):
+        user = split.interactions.user_ids[full[0]]
+        raise InputError(
+            f"num_negatives: {len(full)} users, for example '{user}', have all "
+            f"{split.interactions.num_items} items of the catalogue in their history, so none can "
+            f"be drawn for them; use negatives: in_batch or catalogue."
+        )
 
 
 def eval_protocol(config: Config) -> EvalProtocol:

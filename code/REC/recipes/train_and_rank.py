@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import sys
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -35,6 +35,7 @@ from REC.recipes.setup import (
     Data,
     attention_kernel,
     build_user_llm,
+    check_training,
     eval_protocol,
     load_data,
     make_evaluator,
@@ -111,10 +112,8 @@ def run(config: Config) -> Path:
         # Workers' seeds, dropout and LoRA's initial values follow from it.
         fabric.seed_everything(config.seed, workers=True, verbose=False)
         session = Session(fabric.device)
-        # Under torchrun the first process holds the lock for all of them.
-        lock = locked(config.checkpoint_dir) if fabric.is_global_zero else nullcontext()
-        with lock:
-            place = fabric.broadcast(choose_run_dir(config) if fabric.is_global_zero else None)
+        with ExitStack() as held:
+            place = Processes.here().on_first(lambda: _lock_and_choose(config, held))
             checkpoints = Checkpoints(place.path / CHECKPOINTS_DIR, config.keep_last)
             work = Run(config, fabric, place, checkpoints, stop, session)
             try:
@@ -122,6 +121,12 @@ def run(config: Config) -> Path:
             except Interrupted as ending:
                 raise Interrupted(f"{ending}; {_how_to_continue(work)}", ending.exit_code) from None
     return place.path
+
+
+def _lock_and_choose(config: Config, held: ExitStack) -> RunDir:
+    # Under torchrun the first process holds the lock for all of them.
+    held.enter_context(locked(config.checkpoint_dir))
+    return choose_run_dir(config)
 
 
 def _run(work: Run) -> None:
@@ -261,11 +266,7 @@ def _train(work: Run, data: Data, model: Recommender) -> tuple[TrainState, dict[
             "its processes; use strategy: ddp."
         )
     dataset = CachedEmbeddingTrainDataset(data.split, config.MAX_ITEM_LIST_LENGTH)
-    if not len(dataset):
-        raise InputError(
-            f"no user of {config.dataset} has enough items to train on (4 are needed: two are held "
-            f"out); use --val_only True."
-        )
+    check_training(config, data.split, dataset)
     loader = make_train_loader(config, dataset, data, fabric)
     optimizer = build_optimizer(model, config, fabric.device)
     total = config.epochs * steps_per_epoch(len(loader), config.gradient_accumulation_steps)

@@ -76,12 +76,14 @@ def load_comparison(run_dirs: Sequence[str | Path]) -> Comparison:
             if result.get(key) != first.get(key):
                 raise InputError(
                     f"{run_dir} cannot be compared with {run_dirs[0]}: its {key} is "
-                    f"'{result.get(key)}', not '{first.get(key)}'."
+                    f"'{result.get(key)}', not '{first.get(key)}'; name runs of one kind."
                 )
         for entry in result["rows"]:
             users, ranks = read_ranks(run_dir, entry["name"])
             if rows and not np.array_equal(users, rows[0].users):
-                raise InputError(f"{run_dir} scored other users than {run_dirs[0]}.")
+                raise InputError(
+                    f"{run_dir} scored other users than {run_dirs[0]}; name runs on one dataset."
+                )
             if (entry["name"], ranks.tobytes()) in kinds:
                 continue
             kinds.add((entry["name"], ranks.tobytes()))
@@ -91,23 +93,23 @@ def load_comparison(run_dirs: Sequence[str | Path]) -> Comparison:
             rows.append(Row(name if alone else f"{name}: {entry['name']}", users, ranks, settings))
     assert first is not None
     config = first["config"]
-    columns = [(m, k) for m in config["metrics"] if m in PER_USER for k in config["topk"]]
+    columns = [(m, k) for m in config["metrics"] if m in list(PER_USER) for k in config["topk"]]
     title = f"{first['dataset']}, {first['phase']}, {len(rows[0].users)} users, {first['protocol']}"
     return Comparison(title, rows, columns)
 
 
 def _settings(result: dict[str, Any]) -> str:
     """Name the settings that decide a trained row, as they stand in its configuration."""
-    config = {**result["config"], "precision": result["environment"].get("precision")}
+    config = {**result["config"], "precision": result.get("environment", {}).get("precision")}
     keys = ["epochs", "train_batch_size", "MAX_ITEM_LIST_LENGTH", "seed"]
-    if config["model"] == "HLLM":
+    if config.get("model") == "HLLM":
         keys += ["user_llm_layers", "loss", "negatives", "num_negatives", "precision"]
         keys += ["item_embedding_transform", "item_adapter", "use_qlora"]
-        if config["use_qlora"]:
+        if config.get("use_qlora"):
             keys += [key for key in config if key.startswith("qlora_")]
     else:
-        keys += [config["model"]]
-    shown = {**{key: config[key] for key in keys}, **config["optim_args"]}
+        keys += [str(config.get("model"))]
+    shown = {**{key: config.get(key) for key in keys}, **config.get("optim_args", {})}
     return ", ".join(f"{key} {value}" for key, value in shown.items() if value is not None)
 
 
@@ -147,7 +149,7 @@ def markdown(comparison: Comparison) -> str:
             entry = next(entries)
             star = "*" if entry["p_value"] is not None and entry["p_value"] < 0.05 else ""
             cells.append(f"{entry['value']:.4f}{star} [{entry['low']:.4f}, {entry['high']:.4f}]")
-        lines.append(f"| {row.name} | " + " | ".join(cells) + " |")
+        lines.append(f"| {_cell(row.name)} | " + " | ".join(cells) + " |")
     lines += [
         "",
         f"95 % bootstrap intervals over users; * differs from {comparison.rows[0].name} "
@@ -157,6 +159,10 @@ def markdown(comparison: Comparison) -> str:
         if row.settings:
             lines += ["", f"{row.name}: {row.settings}."]
     return "\n".join(lines) + "\n"
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
 
 
 def csv_text(comparison: Comparison) -> str:
@@ -195,8 +201,10 @@ def save_chart(comparison: Comparison, target: Path) -> None:
             axis.bar(at, values, width, yerr=spread, capsize=2, label=row.name)
         axis.set_xticks(np.arange(len(cuts)), [f"@{k}" for k in cuts])
         axis.set_title(kind)
-    axes[0][0].legend(fontsize="small")
-    figure.suptitle(comparison.title, fontsize="medium")
+    legend = axes[0][0].legend(fontsize="small")
+    figure.suptitle(comparison.title, fontsize="medium", parse_math=False)
+    for text in legend.get_texts():
+        text.set_parse_math(False)
     figure.tight_layout()
     with atomic_path(target) as temporary:
         figure.savefig(temporary, format="png", dpi=120)

@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from REC.evaluator.evaluator import Evaluation
-from REC.utils.errors import InputError
-from REC.utils.files import atomic_path, read_json, write_json
+from REC.evaluator.metrics import PER_USER
+from REC.utils.errors import InputError, one_line
+from REC.utils.files import atomic_path, is_file, read_json, require_file, write_json
 
 RESULT_FILE = "result.json"
 RANKS_FILE = "ranks.safetensors"
@@ -43,12 +43,46 @@ def read_result(run_dir: str | Path) -> dict[str, Any]:
         InputError: the folder is no finished run, or the file is damaged.
     """
     path = Path(run_dir) / RESULT_FILE
-    if not path.is_file():
-        raise InputError(f"{run_dir} is no finished run: it has no {RESULT_FILE}.")
+    if not is_file(path):
+        raise InputError(
+            f"{run_dir} is no finished run: it has no {RESULT_FILE}; name a folder that main.py made."
+        )
     result = read_json(path)
-    if not isinstance(result, dict) or not isinstance(result.get("rows"), list):
-        raise InputError(f"{path} is not a result of this program; run the command again.")
+    wrong = _first_wrong(result)
+    if wrong is not None:
+        raise InputError(
+            f"{path} is not a result of this program ({wrong}); run the command again."
+        )
     return result
+
+
+def _first_wrong(result: Any) -> str | None:
+    """Name the first part of a result that is not as `write_result`'s callers make it."""
+    if not isinstance(result, dict):
+        return "it is no mapping"
+    for key in ("dataset", "phase", "protocol"):
+        if not isinstance(result.get(key), str):
+            return f"its {key} is no text"
+    rows, config = result.get("rows"), result.get("config")
+    if not isinstance(rows, list) or not rows:
+        return "it has no rows"
+    names = [row.get("name") if isinstance(row, dict) else None for row in rows]
+    if not all(isinstance(name, str) for name in names):
+        return "a row has no name"
+    if not isinstance(config, dict) or not isinstance(config.get("optim_args", {}), dict):
+        return "it has no config"
+    if not isinstance(result.get("environment", {}), dict):
+        return "its environment is no mapping"
+    metrics, topk = config.get("metrics"), config.get("topk")
+    if not isinstance(metrics, list) or not any(name in list(PER_USER) for name in metrics):
+        return "its config has no metrics"
+    if not isinstance(topk, list) or not topk or not all(map(_is_cut_off, topk)):
+        return "its config has no topk"
+    return None
+
+
+def _is_cut_off(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value < 1 << 31
 
 
 def read_ranks(run_dir: str | Path, name: str) -> tuple[np.ndarray, np.ndarray]:
@@ -58,13 +92,27 @@ def read_ranks(run_dir: str | Path, name: str) -> tuple[np.ndarray, np.ndarray]:
         InputError: the file is missing, damaged or lacks the row.
     """
     path = Path(run_dir) / RANKS_FILE
+    require_file(path, str(path), "run the command again")
     try:
         arrays = load_file(path)
-        return arrays[f"{name}.users"], arrays[f"{name}.ranks"]
-    except (OSError, SafetensorError, KeyError) as error:
+        users, ranks = arrays[f"{name}.users"], arrays[f"{name}.ranks"]
+    except Exception as error:  # safetensors' numpy reader also raises for types numpy lacks
         raise InputError(
-            f"{path} cannot be read or lacks the row '{name}'; run the command again."
+            f"{path} cannot be read or lacks the row '{one_line(name, 80)}'; run the command again."
         ) from error
+    sound = (
+        users.dtype == ranks.dtype == np.int64
+        and users.ndim == 1
+        and users.shape == ranks.shape
+        and len(users)
+        and ranks.min() >= 1
+    )
+    if not sound:
+        raise InputError(
+            f"{path}: the row '{one_line(name, 80)}' is not a list of users and their ranks; run "
+            f"the command again."
+        )
+    return users, ranks
 
 
 def pack_evaluation(found: Evaluation) -> dict[str, Any]:

@@ -20,7 +20,12 @@ from torch.nn.parallel import DistributedDataParallel
 from REC.config import Config
 from REC.data.dataset import TrainBatch
 from REC.model.recommender import Peers
-from REC.trainer.zero import deepspeed_strategy, engine_of, uses_deepspeed
+from REC.trainer.zero import (
+    deepspeed_strategy,
+    engine_of,
+    require_deepspeed,
+    uses_deepspeed,
+)
 from REC.utils.errors import InputError
 from REC.utils.processes import TIMEOUT, world_size
 
@@ -73,16 +78,28 @@ def compute_dtype(config: Config) -> torch.dtype:
     return _COMPUTE[choose_precision(config)]
 
 
+def check_device(config: Config) -> str:
+    """Return `cpu` or `cuda`, having checked that precision and strategy can run there.
+
+    Raises:
+        InputError: they cannot.
+    """
+    device = choose_device(config)
+    if device == "cpu" and choose_precision(config) == "16-mixed":
+        raise InputError("precision: 16-mixed needs CUDA; use bf16-mixed or 32-true on the CPU.")
+    if config.strategy == "deepspeed":
+        require_deepspeed()
+    return device
+
+
 def make_fabric(config: Config) -> Fabric:
     """Make and launch Fabric. Under torchrun its processes are used; else there is one.
 
     Raises:
         InputError: the precision or strategy cannot run on this device.
     """
-    device = choose_device(config)
+    device = check_device(config)
     precision = choose_precision(config)
-    if device == "cpu" and precision == "16-mixed":
-        raise InputError("precision: 16-mixed needs CUDA; use bf16-mixed or 32-true on the CPU.")
     world = world_size()
     local = int(os.environ.get("LOCAL_WORLD_SIZE", world))
     if world % local:

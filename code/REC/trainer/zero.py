@@ -31,10 +31,7 @@ def deepspeed_strategy(config: Config, device: str) -> Any:
     Raises:
         InputError: DeepSpeed is not installed, or cannot train this model.
     """
-    if importlib.util.find_spec("deepspeed") is None:
-        raise InputError(
-            "strategy: deepspeed needs the package deepspeed; install it or use strategy: ddp."
-        )
+    require_deepspeed()
     from lightning.fabric.strategies import DeepSpeedStrategy
 
     class DeepSpeedOnCpu(DeepSpeedStrategy):
@@ -53,6 +50,18 @@ def deepspeed_strategy(config: Config, device: str) -> Any:
     kind = DeepSpeedStrategy if device == "cuda" else DeepSpeedOnCpu
     # It announces every collective operation that it prepares.
     return kind(config=zero_settings(config, device), logging_level=logging.ERROR, timeout=TIMEOUT)
+
+
+def require_deepspeed() -> None:
+    """Refuse to go on without the package.
+
+    Raises:
+        InputError: it is not installed.
+    """
+    if importlib.util.find_spec("deepspeed") is None:
+        raise InputError(
+            "strategy: deepspeed needs the package deepspeed; install it or use strategy: ddp."
+        )
 
 
 def zero_settings(config: Config, device: str) -> dict[str, Any]:

@@ -50,15 +50,17 @@ def refuse(problems: Sequence[str]) -> None:
 
 
 def one_line(text: object, limit: int = 1000) -> str:
-    """Write anything as one printable line: other characters are escaped, a long text is cut.
+    """Write anything as one printable line: other characters are escaped, a long middle is cut out.
 
     File content reaches error messages; a line break or a terminal's control code must not.
     """
-    shown = "".join(
+    given = str(text)
+    if len(given) > limit:
+        given = f"{given[: limit - limit // 3]} ... {given[-(limit // 3) :]}"
+    return "".join(
         char if char.isprintable() else char.encode("unicode_escape").decode("ascii")
-        for char in str(text)[: limit + 1]
+        for char in given
     )
-    return shown if len(shown) <= limit else f"{shown[:limit]} ..."
 
 
 class Interrupted(BaseException):

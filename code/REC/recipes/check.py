@@ -1,0 +1,372 @@
+"""Validation before work: what would end a run later is said at its start, all of it at once.
+
+`quick_problems` opens no large file and comes first in every command. `--check True` goes on to read
+the interactions, the item texts and the cache, and stops before any LLM weight is loaded.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from REC.config import Config
+from REC.data.cache import DTYPES, ItemCache, find_cache, open_cache, read_header
+from REC.data.dataset import CachedEmbeddingEvalDataset, CachedEmbeddingTrainDataset
+from REC.data.interactions import Interactions, dataset_file, read_interactions
+from REC.data.item_text import ItemTexts, information_file, read_item_texts
+from REC.data.split import Phase, Split, leave_one_out
+from REC.evaluator.evaluator import Evaluator
+from REC.model.backbone import choose_attention, load_model_config, read_extra
+from REC.model.folder import Weights, check_decoder, check_files, check_shapes
+from REC.model.item_llm import emb_token, load_tokenizer
+from REC.model.item_table import refuse_other_dim
+from REC.recipes.cache_items import cache_path
+from REC.recipes.dry_run import training_shape
+from REC.recipes.run_dir import choose_run_dir
+from REC.recipes.setup import check_training, eval_protocol, match_cache
+from REC.report.memory import GIB, estimate, meta_decoder
+from REC.trainer.fabric import check_device, choose_device, compute_dtype
+from REC.utils.errors import InputError, problems_of, refuse
+from REC.utils.files import free_bytes, is_file
+from REC.utils.processes import global_rank
+
+# Beside what a run's own files need: logs, tensorboard, result, an adapter.
+_SPARE_BYTES = 64 << 20
+
+
+class Findings:
+    """Problems, one sentence each, and what is worth knowing of a good input."""
+
+    def __init__(self) -> None:
+        self.problems: list[str] = []
+        self.notes: list[str] = []
+
+    @contextmanager
+    def collect(self) -> Iterator[None]:
+        """Book an `InputError` of the block as problems and go on after the block."""
+        try:
+            yield
+        except InputError as error:
+            self.problems += [text for text in problems_of(error) if text not in self.problems]
+
+    def finish(self) -> None:
+        """Print the summary of a good input.
+
+        Raises:
+            InputError: there are problems.
+        """
+        refuse(self.problems)
+        if global_rank() == 0:
+            sys.stdout.write("".join(f"{note}\n" for note in [*self.notes, "no problem found"]))
+
+
+def quick_problems(config: Config) -> list[str]:
+    """Return what is wrong with a run of main.py as far as small files and headers tell."""
+    found = Findings()
+    _quick_run(config, found)
+    return found.problems
+
+
+def quick_caching_problems(config: Config) -> list[str]:
+    """Return what is wrong with a run of item_caching.py as far as small files and headers tell."""
+    found = Findings()
+    _quick_caching(config, found)
+    return found.problems
+
+
+def check_run(config: Config) -> None:
+    """Check everything that a run of main.py reads and print a short summary.
+
+    Raises:
+        InputError: something has to be changed; `InputErrors` with all of it.
+    """
+    found = Findings()
+    _quick_run(config, found)
+    interactions = _interactions(config, found)
+    cache = None
+    if config.model in ("HLLM", "item_knn"):
+        if config.use_item_cache:
+            with found.collect():
+                cache = open_cache(cache_path(config))
+                found.notes.append(
+                    f"item cache {cache.path}: {len(cache)} items of {cache.dim} dimensions"
+                )
+        else:
+            _item_texts(config, found)
+    if interactions is not None:
+        if cache is not None:
+            with found.collect():
+                interactions = match_cache(interactions, cache, config)
+        _split(config, leave_one_out(interactions), found)
+    _memory(config, found, interactions, cache)
+    found.finish()
+
+
+def check_caching(config: Config) -> None:
+    """Check everything that a run of item_caching.py reads and print a short summary.
+
+    Raises:
+        InputError: something has to be changed; `InputErrors` with all of it.
+    """
+    found = Findings()
+    _quick_caching(config, found)
+    texts = _item_texts(config, found)
+    interactions = None
+    if config.dataset and is_file(Path(config.data_path) / f"{config.dataset}.csv"):
+        interactions = _interactions(config, found)
+    if texts is not None:
+        known = set(texts.item_ids)
+        bare = 0
+        if interactions is not None:
+            bare = sum(1 for item in interactions.item_ids[1:] if item not in known)
+            found.notes.append(f"{bare} items of the interactions have no information")
+        _caching_space(config, len(texts) + bare, found)
+    found.finish()
+
+
+def _quick_run(config: Config, found: Findings) -> None:
+    with found.collect():
+        check_device(config)
+    with found.collect():
+        dataset_file(config.data_path, config.dataset)
+    with found.collect():
+        _writable(_run_dir(config), "run folder", "--checkpoint_dir")
+    hidden = None
+    if config.model == "HLLM":
+        hidden = _user_model(config, found)
+    if config.model in ("HLLM", "item_knn"):
+        if config.use_item_cache:
+            with found.collect():
+                _cache_header(config, hidden)
+        else:
+            _item_model(config, found)
+
+
+def _quick_caching(config: Config, found: Findings) -> None:
+    with found.collect():
+        check_device(config)
+    with found.collect():
+        information_file(config.text_path, config.dataset)
+    with found.collect():
+        _writable(cache_path(config), "item cache", "--item_cache_path")
+    _item_model(config, found)
+
+
+def _run_dir(config: Config) -> Path:
+    try:
+        return choose_run_dir(config)
+    except OSError as error:
+        raise InputError(
+            f"the run folder in {config.checkpoint_dir} cannot be made: {error.strerror}; change "
+            f"--run_name or --checkpoint_dir."
+        ) from error
+
+
+def _writable(target: Path, name: str, key: str) -> None:
+    """Refuse a target whose folder cannot be made or written."""
+    parent = target.absolute().parent
+    try:
+        while not parent.exists():
+            parent = parent.parent
+        wrong = "is no folder" if not parent.is_dir() else "is not writable"
+        usable = parent.is_dir() and os.access(parent, os.W_OK | os.X_OK)
+    except OSError as error:
+        wrong, usable = f"cannot be used ({error.strerror})", False
+    if not usable:
+        raise InputError(f"the {name} {target} cannot be written: {parent} {wrong}; change {key}.")
+    free = free_bytes(parent)
+    if free < _SPARE_BYTES:
+        raise InputError(
+            f"the {name} {target} needs more than the {free >> 20} MiB that are free on its disk; "
+            f"free some space or change {key}."
+        )
+
+
+def _user_model(config: Config, found: Findings) -> int | None:
+    """Check the UserLLM's folder and return its hidden size, None when that is not known."""
+    if not config.user_pretrain_dir:
+        found.problems.append(
+            "no UserLLM is named; give --user_pretrain_dir FOLDER (download_userllm.py makes one)."
+        )
+        return None
+    folder = Path(config.user_pretrain_dir)
+    hidden = None
+    with found.collect():
+        model = load_model_config(folder, config.trust_remote_code)
+        check_decoder(model, folder, config.user_llm_layers)
+        hidden = int(model.hidden_size)
+        weights = check_files(folder)
+        check_shapes(model, weights, folder)
+        if config.use_qlora and not config.val_only:
+            model.num_hidden_layers = 1
+            if getattr(model, "layer_types", None):
+                model.layer_types = model.layer_types[:1]
+            _lora_targets(config, meta_decoder(model))
+        _training_space(config, weights)
+    with found.collect():
+        read_extra(folder)
+    with found.collect():
+        _attention(config)
+    return hidden
+
+
+def _lora_targets(config: Config, decoder: nn.Module) -> None:
+    names = {
+        name.rpartition(".")[2]
+        for name, part in decoder.named_modules()
+        if isinstance(part, nn.Linear) or "Linear" in type(part).__name__
+    }
+    wanted = config.qlora_target_modules
+    if wanted != ["all-linear"] and names and not names & set(wanted):
+        raise InputError(
+            f"qlora_target_modules {wanted} names no linear layer of the UserLLM; its linear "
+            f"layers are {', '.join(sorted(names))}, or write [all-linear]."
+        )
+
+
+def _attention(config: Config) -> None:
+    dtype = compute_dtype(config)
+    choose_attention(
+        config.attn_implementation,
+        config.use_ft_flash_attn,
+        torch.device(choose_device(config)),
+        half=dtype in (torch.bfloat16, torch.float16),
+    )
+
+
+def _item_model(config: Config, found: Findings) -> None:
+    if not config.item_pretrain_dir:
+        found.problems.append(
+            "no ItemLLM is named; give --item_pretrain_dir FOLDER (download_itemllm.py makes one)."
+        )
+        return
+    folder = Path(config.item_pretrain_dir)
+    with found.collect():
+        model = load_model_config(folder, config.trust_remote_code)
+        check_decoder(model, folder)
+        check_shapes(model, check_files(folder), folder)
+        load_tokenizer(folder, config.trust_remote_code)
+        emb_token(folder, config.item_emb_token_n, int(model.hidden_size))
+    with found.collect():
+        _attention(config)
+
+
+def _cache_header(config: Config, hidden: int | None) -> None:
+    path = find_cache(cache_path(config))
+    if hidden is None or path.suffix != ".safetensors":
+        return
+    _, dim, _ = read_header(path)
+    refuse_other_dim(path, dim, hidden, config.user_pretrain_dir or "")
+
+
+def _interactions(config: Config, found: Findings) -> Interactions | None:
+    interactions = None
+    with found.collect():
+        path = dataset_file(config.data_path, config.dataset)
+        interactions = read_interactions(path)
+        found.notes.append(
+            f"{path}: {interactions.num_users} users, {interactions.num_items} items, "
+            f"{len(interactions)} interactions"
+        )
+    return interactions
+
+
+def _item_texts(config: Config, found: Findings) -> ItemTexts | None:
+    texts = None
+    with found.collect():
+        path = information_file(config.text_path, config.dataset)
+        texts = read_item_texts(path, config.text_keys, config.item_prompt)
+        bare = sum(1 for text in texts.texts if not text)
+        found.notes.append(f"{path}: {len(texts)} items, {bare} of them without text")
+    return texts
+
+
+def _split(config: Config, split: Split, found: Findings) -> None:
+    trains = config.model in ("HLLM", "sasrec") and not config.val_only
+    phases: set[Phase] = {config.eval_phase} | ({"valid"} if trains else set())
+    for phase in sorted(phases):
+        with found.collect():
+            dataset = CachedEmbeddingEvalDataset(split, phase, config.MAX_ITEM_LIST_LENGTH)
+            Evaluator(dataset, eval_protocol(config), batch_size=config.eval_batch_size)
+            found.notes.append(f"{phase}: {len(dataset)} users are scored")
+    if not trains:
+        return
+    sequences = CachedEmbeddingTrainDataset(split, config.MAX_ITEM_LIST_LENGTH)
+    found.notes.append(
+        f"training: {len(sequences)} sequences, {sequences.num_transitions} transitions a pass"
+    )
+    with found.collect():
+        check_training(config, split, sequences)
+
+
+def _training_space(config: Config, weights: Weights) -> None:
+    if config.val_only or config.use_qlora or not weights.shapes:
+        return
+    # `best/` holds every trained weight in float32; its successor is written before it is removed.
+    needed = 2 * 4 * weights.count(config.user_llm_layers, vocabulary=False)
+    _enough(Path(config.checkpoint_dir), needed, "the trained weights", "--checkpoint_dir")
+
+
+def _caching_space(config: Config, items: int, found: Findings) -> None:
+    with found.collect():
+        folder = Path(config.item_pretrain_dir or "")
+        dim = int(load_model_config(folder, config.trust_remote_code).hidden_size)
+        # The finished parts stay until the cache itself is written.
+        needed = 2 * items * dim * DTYPES[config.item_cache_dtype].itemsize
+        found.notes.append(
+            f"cache to write: {items} items of {dim} dimensions, {needed / 2**20:.1f} MiB of disk "
+            f"with its parts"
+        )
+        _enough(cache_path(config), needed, "the item cache and its parts", "--item_cache_path")
+
+
+def _enough(target: Path, needed: int, what: str, key: str) -> None:
+    free = free_bytes(target)
+    if free < needed + _SPARE_BYTES:
+        raise InputError(
+            f"{what} need about {needed / GIB:.1f} GiB of disk at {target}, where {free / GIB:.1f} "
+            f"GiB are free; free some space or change {key}."
+        )
+
+
+def _memory(
+    config: Config, found: Findings, interactions: Interactions | None, cache: ItemCache | None
+) -> None:
+    """Estimate memory; refuse only what the weights and the item table alone exceed."""
+    if found.problems or config.model != "HLLM" or interactions is None or cache is None:
+        return
+    folder = Path(config.user_pretrain_dir or "")
+    device = choose_device(config)
+    weights = check_files(folder).count(config.user_llm_layers, vocabulary=False)
+    size = 4 if config.item_embedding_transform != "none" else cache.embeddings.element_size()
+    table = len(interactions.item_ids) * cache.dim * size
+    least = table + weights * compute_dtype(config).itemsize
+    if device == "cuda":
+        total = torch.cuda.get_device_properties(0).total_memory
+    else:
+        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    found.notes.append(
+        f"memory: {least / GIB:.2f} GiB for the UserLLM and the item table alone, of "
+        f"{total / GIB:.1f} GiB ({device})"
+    )
+    with found.collect():
+        if device == "cuda" and not config.val_only and cache.path.suffix == ".safetensors":  # type: ignore[union-attr]
+            needed = estimate(training_shape(config), config.train_batch_size).total
+            found.notes.append(f"memory: about {needed / GIB:.2f} GiB in a training step")
+            if needed > total:
+                raise InputError(
+                    f"a training step needs about {needed / GIB:.1f} GiB of GPU memory, the card "
+                    f"has {total / GIB:.1f}; lower train_batch_size or MAX_ITEM_LIST_LENGTH, or see "
+                    f"--dry_run True."
+                )
+        if least > total and not (config.use_qlora and not config.eval_baseline):
+            raise InputError(
+                f"the UserLLM and the item table need {least / GIB:.1f} GiB, the machine has "
+                f"{total / GIB:.1f} ({device}); lower user_llm_layers or use a smaller model."
+            )
