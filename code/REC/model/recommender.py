@@ -32,7 +32,6 @@ class Peers:
     add_up: Callable[[Tensor], Tensor] = lambda values: values
 
 
-
 class SequenceEncoder(nn.Module):
     """Turns histories of item numbers into user vectors, and item numbers into item vectors.
 

@@ -20,8 +20,11 @@ class InputError(Exception):
     """
 
 
-class Interrupted(Exception):
+class Interrupted(BaseException):
     """The run was asked to stop (SIGINT or SIGTERM) and has saved what it had.
+
+    Like KeyboardInterrupt it is no `Exception`: a handler for a library's errors must not take it
+    for one.
 
     Attributes:
         exit_code: 130 after SIGINT, 143 after SIGTERM.
