@@ -195,7 +195,8 @@ def ways(
         optimizer.zero_grad()
 
     blocks = PaddedBlocks()
-    base = ours.encoder.decoder.get_base_model()
+    peft_model: Any = ours.encoder.decoder
+    base = peft_model.get_base_model()
 
     def run(
         model: nn.Module,

@@ -516,7 +516,7 @@ class LastItem(SequenceEncoder):
         super().__init__()
         self.items = ItemTable(table)
 
-    def forward(self, history: Tensor) -> Tensor:
+    def forward(self, history: Tensor, positions: Tensor | None = None) -> Tensor:
         """Return the items' own vectors: int64 [B, T] -> float32 [B, T, D]."""
         return self.items(history)
 

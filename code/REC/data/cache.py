@@ -8,12 +8,14 @@ holding `{item_id: tensor}`, as the published HSFT writes them, are read too.
 from __future__ import annotations
 
 import json
+import mmap
+import os
 import pickle
 import struct
 import warnings
 import zipfile
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,13 +24,14 @@ import numpy as np
 import pandas as pd
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from REC.utils.errors import InputError, one_line
 from REC.utils.files import atomic_path, is_file, require_file
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_SAFETENSORS_NAMES = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32"}
+_BYTES_KEPT_MAPPED = 64 << 20
 FORMAT = "hsft-item-cache-1"
 
 
@@ -148,13 +151,103 @@ def save_cache(
         embeddings: [n, D], float16, bfloat16 or float32, on the CPU.
         metadata: text -> text; `format` and `dtype` are added.
     """
-    tensors = {
-        "embeddings": embeddings.contiguous(),
-        "item_ids": encode_ids(item_ids),
-    }
-    full = {**metadata, "format": FORMAT, "dtype": _DTYPE_NAMES[embeddings.dtype]}
     with atomic_path(path) as temporary:
-        save_file(tensors, temporary, metadata=full)
+        write_cache(
+            temporary,
+            item_ids,
+            embeddings.shape[1],
+            embeddings.dtype,
+            metadata,
+            [(np.arange(len(embeddings)), embeddings)],
+        )
+
+
+def write_cache(
+    path: Path,
+    item_ids: Sequence[str],
+    dim: int,
+    dtype: torch.dtype,
+    metadata: Mapping[str, str],
+    blocks: Iterable[tuple[np.ndarray, torch.Tensor]],
+) -> None:
+    """Write a native cache file block by block, so that the matrix is never in memory as a whole.
+
+    The same content gives the same bytes, whatever the blocks (safetensors' own writer orders
+    metadata at random).
+
+    Args:
+        path: file to write; the caller renames it when it is complete.
+        item_ids: n ids, none repeated.
+        dim: D.
+        dtype: float16, bfloat16 or float32.
+        metadata: text -> text; `format` and `dtype` are added.
+        blocks: (rows int64 [b], embeddings [b, D] of `dtype` on the CPU), each row in one of them.
+
+    Raises:
+        OSError: the disk is full or the file cannot be written.
+    """
+    ids = encode_ids(item_ids).numpy().tobytes()
+    matrix_bytes = len(item_ids) * dim * dtype.itemsize
+    full = {**metadata, "format": FORMAT, "dtype": _DTYPE_NAMES[dtype]}
+    header: dict[str, Any] = {
+        "__metadata__": dict(sorted(full.items())),
+        "embeddings": {
+            "dtype": _SAFETENSORS_NAMES[dtype],
+            "shape": [len(item_ids), dim],
+            "data_offsets": [0, matrix_bytes],
+        },
+        "item_ids": {
+            "dtype": "U8",
+            "shape": [len(ids)],
+            "data_offsets": [matrix_bytes, matrix_bytes + len(ids)],
+        },
+    }
+    encoded = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
+    # The format wants the data to begin at a multiple of 8 bytes.
+    encoded += b" " * (-len(encoded) % 8)
+    start = 8 + len(encoded)
+    with path.open("w+b") as file:
+        file.write(struct.pack("<Q", len(encoded)) + encoded)
+        file.flush()
+        _allocate(file.fileno(), start + matrix_bytes)
+        if matrix_bytes:
+            _fill(file.fileno(), start, len(item_ids), dim, dtype, blocks)
+        file.seek(start + matrix_bytes)
+        file.write(ids)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _allocate(file: int, size: int) -> None:
+    # On a full disk, writing to a mapped file that has holes would kill the process.
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(file, 0, size)
+    else:
+        os.truncate(file, size)
+
+
+def _fill(
+    file: int,
+    start: int,
+    count: int,
+    dim: int,
+    dtype: torch.dtype,
+    blocks: Iterable[tuple[np.ndarray, torch.Tensor]],
+) -> None:
+    kind = {2: (np.int16, torch.int16), 4: (np.int32, torch.int32)}[dtype.itemsize]
+    mapped = mmap.mmap(file, start + count * dim * dtype.itemsize)
+    matrix = np.frombuffer(mapped, kind[0], count * dim, start).reshape(count, dim)
+    written = 0
+    for rows, embeddings in blocks:
+        matrix[rows] = embeddings.contiguous().view(kind[1]).numpy()
+        written += embeddings.nbytes
+        if written >= _BYTES_KEPT_MAPPED:
+            written = 0
+            # Written pages stay with the system; this process need not hold them.
+            mapped.madvise(mmap.MADV_DONTNEED)
+    mapped.flush()
+    del matrix
+    mapped.close()
 
 
 def encode_ids(item_ids: Sequence[str]) -> torch.Tensor:

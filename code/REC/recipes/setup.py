@@ -30,9 +30,10 @@ from REC.model.backbone import (
 from REC.model.item_table import ItemTable, check_dim, table_from_cache
 from REC.model.recommender import LossSettings, Recommender, Similarity
 from REC.model.user_llm import UserLLM
-from REC.recipes.cache_items import cache_path, encode_in_memory
+from REC.recipes.cache_items import cache_path, encode_in_memory, warn_of_another_cache
 from REC.trainer.fabric import choose_precision, compute_dtype, peers_of
 from REC.utils.errors import InputError
+from REC.utils.processes import Processes
 
 log = logging.getLogger(__name__)
 
@@ -95,6 +96,8 @@ def load_data(config: Config, *, need_cache: bool) -> Data:
     if need_cache:
         cached = config.use_item_cache
         cache = open_cache(cache_path(config)) if cached else encode_in_memory(config)
+        if cached and Processes.here().first:
+            warn_of_another_cache(config, cache, interactions.item_ids[1:])
         interactions = match_cache(interactions, cache, config)
     split = leave_one_out(interactions)
     log.info(
