@@ -158,7 +158,9 @@ def test_a_signal_ends_in_one_line_and_keeps_the_parts(
     code, _ = runner.run(delay=uninterrupted[1] * 0.7, signal=int(number))
     assert code == 128 + number
     log = runner.log.read_text()
-    assert log.splitlines()[-1].startswith(f"interrupted: stopped by {number.name}; what is encoded")
+    assert log.splitlines()[-1].startswith(
+        f"interrupted: stopped by {number.name}; what is encoded"
+    )
     assert "Traceback" not in log
     before = runner.whole_parts()
     assert runner.run()[0] == 0
