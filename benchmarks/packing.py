@@ -20,8 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT / "code"), str(ROOT)]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "code"))
 
 import numpy as np
 import torch
@@ -41,6 +41,7 @@ from REC.trainer.sampler import SequenceBatches
 from REC.utils.files import write_json, write_text
 from REC.utils.logs import set_up_logging
 
+ROOT = Path(__file__).resolve().parents[1]
 _RANK, _DROPOUT = 8, 0.05
 _ONE_ROW = 1 << 30
 USUAL = "plain transformers + peft, padded to L"
@@ -194,7 +195,8 @@ def ways(
         optimizer.zero_grad()
 
     blocks = PaddedBlocks()
-    base = ours.encoder.decoder.get_base_model()
+    peft_model: Any = ours.encoder.decoder
+    base = peft_model.get_base_model()
 
     def run(
         model: nn.Module,
@@ -204,7 +206,7 @@ def ways(
         grouped: bool = False,
         attention: str = "sdpa",
     ) -> Callable[[int], int]:
-        collate = TrainCollate(dataset, row_length=row_length)
+        collate = TrainCollate(dataset, row_length=row_length, pack_below=1.1)
 
         def repeat(number: int) -> int:
             model.train()
@@ -227,6 +229,12 @@ def ways(
     def as_is(batch: TrainBatch) -> tuple[Any, ...]:
         return (batch,)
 
+    if precision == "bf16-mixed":
+        # What the precision costs, not the layouts again: without the instructions it is slow.
+        return {
+            USUAL: run(usual[False], None, lambda batch: pad_to(case.length, batch)),
+            PADDED: run(ours, None, as_is),
+        }
     return {
         USUAL: run(usual[False], None, lambda batch: pad_to(case.length, batch)),
         USUAL_CHECKPOINTED: run(usual[True], None, lambda batch: pad_to(case.length, batch)),
@@ -293,6 +301,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--precision", nargs="+", default=["32-true"], choices=["32-true", "bf16-mixed"]
     )
+    parser.add_argument("--kinds", nargs="+", default=["nf4", "lora"], choices=["nf4", "lora"])
     parser.add_argument("--cases", nargs="+", type=int, help="numbers of the cases to time")
     parser.add_argument(
         "--user_dir", type=Path, default=ROOT / "model_checkpoints" / "SmolLM2-135M-Instruct"
@@ -334,7 +343,8 @@ def main(argv: Sequence[str]) -> int:
     for case in [cases[n] for n in args.cases or range(len(cases))]:
         dataset = sequences(data[case.name], case.length)
         for precision in args.precision:
-            for quantised in (True, False):
+            for kind in args.kinds:
+                quantised = kind == "nf4"
                 built = ways(
                     case, dataset, args.user_dir, args.layers, quantised, precision, args.steps
                 )

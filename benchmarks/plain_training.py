@@ -31,6 +31,8 @@ class PlainModel(nn.Module):
         dropout: LoRA's.
     """
 
+    table: Tensor
+
     def __init__(
         self,
         decoder: Any,
@@ -90,4 +92,8 @@ class PlainModel(nn.Module):
 def pad_to(length: int, batch: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Return history, mask and targets of a padded `TrainBatch`, padded on to [B, length]."""
     more = (0, length - batch.history.shape[1])
-    return tuple(F.pad(part, more) for part in (batch.history, batch.attention_mask, batch.targets))
+    return (
+        F.pad(batch.history, more),
+        F.pad(batch.attention_mask, more),
+        F.pad(batch.targets, more),
+    )

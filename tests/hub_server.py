@@ -89,6 +89,9 @@ class _Handler(BaseHTTPRequestHandler):
             "X-Repo-Commit": COMMIT,
             "X-Linked-Etag": f'"{digest}"',
             "X-Linked-Size": str(len(content)),
+            # The real hub offers Xet as well; nobody answers that route here.
+            "X-Xet-Hash": digest,
+            "X-Xet-Refresh-Route": f"{self.hub.url}/api/models/{repo}/xet-read-token/{COMMIT}",
         }
         return self.send(302, b"", body, headers)
 

@@ -6,24 +6,39 @@ several_runs.py COMMANDS.json, a list of [program, arguments] with program `main
 
 from __future__ import annotations
 
+import importlib
 import json
+import os
 import sys
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "code"), str(ROOT)]
 
-from item_caching import main as cache_main  # noqa: E402
-from main import main  # noqa: E402
-from REC.utils.errors import run_program  # noqa: E402
 
-PROGRAMS = {"main": main, "item_caching": cache_main}
+def divide_everything() -> None:
+    """Let ZeRO stage 3 divide the tests' small matrices too, which it would keep whole."""
+    from REC.trainer import zero
+
+    plain = zero.zero_settings
+
+    def settings(*arguments: Any) -> dict[str, Any]:
+        found = plain(*arguments)
+        found["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+        return found
+
+    zero.zero_settings = settings
 
 
 def run_all(path: str) -> int:
     """Run the commands of a file until one fails; return its exit code."""
+    from REC.utils.errors import run_program
+
+    Path(f"process-{os.environ['RANK']}.pid").write_text(str(os.getpid()))
+    divide_everything()
     for program, arguments in json.loads(Path(path).read_text()):
-        code = run_program(PROGRAMS[program], arguments)
+        code = run_program(importlib.import_module(program).main, arguments)
         if code:
             return code
     return 0

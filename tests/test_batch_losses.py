@@ -34,7 +34,7 @@ class RunningMean(SequenceEncoder):
         self.items = ItemTable(table)
         self.matrix = nn.Parameter(matrix)
 
-    def forward(self, history: Tensor) -> Tensor:
+    def forward(self, history: Tensor, positions: Tensor | None = None) -> Tensor:
         vectors = self.items(history)
         steps = torch.arange(1, history.shape[1] + 1).reshape(1, -1, 1)
         return (vectors.cumsum(dim=1) / steps) @ self.matrix

@@ -248,6 +248,8 @@ def test_from_the_hub_to_an_evaluation(hllm: TinyHllm, hub: Hub, project: Projec
     assert {str(names[u]): int(rank) for u, rank in zip(users, ranks, strict=True)} == wanted
     assert len(set(wanted.values())) > 3
     result = json.loads((root / "saved" / "tiny-baseline" / "result.json").read_text())
+    assert result["user_llm"]["source"] == manifest["source"]
+    assert result["cache"]["model_source"] == manifest["source"]["sha256"]
     metrics = result["rows"][0]["metrics"]
     values = np.array(list(wanted.values()))
     assert metrics["Recall@5"] == pytest.approx(np.mean(values <= 5))

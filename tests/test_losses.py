@@ -92,7 +92,11 @@ def check_gradients(
 ) -> None:
     """Compare every tensor's gradient with numeric derivatives of the reference."""
     for name, found in tensors.items():
-        wanted = numeric_gradient(lambda x, name=name: value({**values, name: x}), values[name])
+
+        def at(x: Array, name: str = name) -> float:
+            return value({**values, name: x})
+
+        wanted = numeric_gradient(at, values[name])
         close(found.grad, wanted.reshape(found.shape), rtol=2e-3, atol=2e-3)
 
 

@@ -19,6 +19,7 @@ from REC.model.backbone import LoraSettings, add_lora, load_decoder
 from REC.model.item_table import ItemTable
 from REC.model.recommender import LossSettings, Recommender
 from REC.model.user_llm import UserLLM
+from REC.trainer.micro_batch import count_sequences, unpack
 
 ITEMS, DIM = 20, 64
 LENGTHS = st.lists(st.integers(1, 9), min_size=1, max_size=8)
@@ -55,6 +56,7 @@ def collated(
         random_split=split,
         seed=seed,
         row_length=row_length,
+        pack_below=1.1,
     )
     return collate(np.arange(len(transitions)))
 
@@ -93,6 +95,15 @@ def test_packing_keeps_every_transition_and_starts_each_sequence_at_zero(
     assert sorted(found) == sorted(wanted)
 
 
+def test_a_batch_with_little_padding_is_left_padded() -> None:
+    data = interactions([9, 9, 9, 8], 0)
+    dataset = CachedEmbeddingTrainDataset(leave_one_out(data), max_length=9)
+    assert TrainCollate(dataset, row_length=18)(np.arange(4)).positions.numel() == 0
+    data = interactions([9, 2, 9, 2], 0)
+    dataset = CachedEmbeddingTrainDataset(leave_one_out(data), max_length=9)
+    assert TrainCollate(dataset, row_length=18)(np.arange(4)).history.shape == (2, 11)
+
+
 def test_packing_by_hand() -> None:
     # Dealt out as 5 | 4, then backwards 3 | 2: rows of 5 + 2 and 4 + 3.
     layout = pack(np.array([2, 5, 3, 4]), row_length=7)
@@ -119,7 +130,8 @@ def model(folder: Path, attention: str, quantised: str, loss: LossSettings) -> R
 
 @pytest.fixture(scope="module", params=[("sdpa", "none"), ("eager", "none"), ("sdpa", "nf4")])
 def models(request: pytest.FixtureRequest, llama: Path) -> dict[str, Recommender]:
-    return {name: model(llama, *request.param, loss) for name, loss in LOSSES.items()}
+    attention, quantised = request.param
+    return {name: model(llama, attention, quantised, loss) for name, loss in LOSSES.items()}
 
 
 @given(LENGTHS, st.integers(0, 99), st.integers(1, 40), st.sampled_from(list(LOSSES)))
@@ -190,3 +202,22 @@ def test_all_positions_are_trained_at_once(llama: Path, loss: str) -> None:
                     logits = torch.stack([positive, *rivals])
                     values.append((logits.logsumexp(0) - positive).item())
         assert recommender(whole).item() == pytest.approx(sum(values) / len(values), rel=1e-4)
+
+
+@given(LENGTHS, st.integers(0, 99), st.integers(1, 40))
+@settings(max_examples=40, deadline=None)
+def test_unpacking_gives_every_sequence_its_own_row_again(
+    transitions: list[int], seed: int, row_length: int
+) -> None:
+    padded = collated(transitions, seed, None, drawn=True, split=True)
+    packed = collated(transitions, seed, row_length, drawn=True, split=True)
+    found = unpack(packed)
+    assert count_sequences(packed) == count_sequences(padded) == len(transitions)
+    assert not found.positions.numel()
+    assert torch.equal(found.negatives, padded.negatives)
+
+    def rows(batch: TrainBatch) -> list[list[list[int]]]:
+        parts = (batch.history, batch.attention_mask, batch.targets, batch.loss_mask)
+        return sorted([part[n].int().tolist() for part in parts] for n in range(len(batch.history)))
+
+    assert rows(found) == rows(padded)

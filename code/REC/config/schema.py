@@ -154,6 +154,24 @@ class Config(_Section):
         "with a number when that exists",
     )
     overwrite: Bool = _key(False, "run", "replace an existing run folder named by run_name")
+    auto_resume: Bool = _key(
+        False,
+        "run",
+        "go on from the last complete checkpoint of the unfinished run named by run_name, or else "
+        "of the latest unfinished one of this dataset and kind with the same configuration; "
+        "without one, start anew",
+    )
+    checkpoint_every: Int = _key(
+        0, "run", "optimizer steps between resumable checkpoints; 0: none by steps", ge=0
+    )
+    checkpoint_minutes: Number = _key(
+        10.0,
+        "run",
+        "minutes between resumable checkpoints, besides the one at each epoch's end; 0: none by "
+        "time",
+        ge=0,
+    )
+    keep_last: PositiveInt = _key(2, "run", "resumable checkpoints kept", le=1000)
     device: Literal["auto", "cpu", "cuda"] = _key("auto", "run", "where the model runs")
     num_threads: Int | None = _key(
         None, "run", "CPU threads of torch; default: torch's own choice", ge=1, le=1024

@@ -8,12 +8,14 @@ holding `{item_id: tensor}`, as the published HSFT writes them, are read too.
 from __future__ import annotations
 
 import json
+import mmap
+import os
 import pickle
 import struct
 import warnings
 import zipfile
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,21 +24,15 @@ import numpy as np
 import pandas as pd
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from REC.utils.errors import InputError, one_line
 from REC.utils.files import atomic_path, is_file, require_file
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_SAFETENSORS_NAMES = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32"}
+_BYTES_KEPT_MAPPED = 64 << 20
 FORMAT = "hsft-item-cache-1"
-# Integers of a number type's size, and the bits of its infinity.
-_BITS = {
-    torch.float16: (torch.int16, 0x7C00),
-    torch.bfloat16: (torch.int16, 0x7F80),
-    torch.float32: (torch.int32, 0x7F800000),
-}
-_CHECKED_BYTES = 1 << 18
 
 
 @dataclass(frozen=True)
@@ -167,13 +163,103 @@ def save_cache(
         embeddings: [n, D], float16, bfloat16 or float32, on the CPU.
         metadata: text -> text; `format` and `dtype` are added.
     """
-    tensors = {
-        "embeddings": embeddings.contiguous(),
-        "item_ids": encode_ids(item_ids),
-    }
-    full = {**metadata, "format": FORMAT, "dtype": _DTYPE_NAMES[embeddings.dtype]}
     with atomic_path(path) as temporary:
-        save_file(tensors, temporary, metadata=full)
+        write_cache(
+            temporary,
+            item_ids,
+            embeddings.shape[1],
+            embeddings.dtype,
+            metadata,
+            [(np.arange(len(embeddings)), embeddings)],
+        )
+
+
+def write_cache(
+    path: Path,
+    item_ids: Sequence[str],
+    dim: int,
+    dtype: torch.dtype,
+    metadata: Mapping[str, str],
+    blocks: Iterable[tuple[np.ndarray, torch.Tensor]],
+) -> None:
+    """Write a native cache file block by block, so that the matrix is never in memory as a whole.
+
+    The same content gives the same bytes, whatever the blocks (safetensors' own writer orders
+    metadata at random).
+
+    Args:
+        path: file to write; the caller renames it when it is complete.
+        item_ids: n ids, none repeated.
+        dim: D.
+        dtype: float16, bfloat16 or float32.
+        metadata: text -> text; `format` and `dtype` are added.
+        blocks: (rows int64 [b], embeddings [b, D] of `dtype` on the CPU), each row in one of them.
+
+    Raises:
+        OSError: the disk is full or the file cannot be written.
+    """
+    ids = encode_ids(item_ids).numpy().tobytes()
+    matrix_bytes = len(item_ids) * dim * dtype.itemsize
+    full = {**metadata, "format": FORMAT, "dtype": _DTYPE_NAMES[dtype]}
+    header: dict[str, Any] = {
+        "__metadata__": dict(sorted(full.items())),
+        "embeddings": {
+            "dtype": _SAFETENSORS_NAMES[dtype],
+            "shape": [len(item_ids), dim],
+            "data_offsets": [0, matrix_bytes],
+        },
+        "item_ids": {
+            "dtype": "U8",
+            "shape": [len(ids)],
+            "data_offsets": [matrix_bytes, matrix_bytes + len(ids)],
+        },
+    }
+    encoded = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
+    # The format wants the data to begin at a multiple of 8 bytes.
+    encoded += b" " * (-len(encoded) % 8)
+    start = 8 + len(encoded)
+    with path.open("w+b") as file:
+        file.write(struct.pack("<Q", len(encoded)) + encoded)
+        file.flush()
+        _allocate(file.fileno(), start + matrix_bytes)
+        if matrix_bytes:
+            _fill(file.fileno(), start, len(item_ids), dim, dtype, blocks)
+        file.seek(start + matrix_bytes)
+        file.write(ids)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _allocate(file: int, size: int) -> None:
+    # On a full disk, writing to a mapped file that has holes would kill the process.
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(file, 0, size)
+    else:
+        os.truncate(file, size)
+
+
+def _fill(
+    file: int,
+    start: int,
+    count: int,
+    dim: int,
+    dtype: torch.dtype,
+    blocks: Iterable[tuple[np.ndarray, torch.Tensor]],
+) -> None:
+    kind = {2: (np.int16, torch.int16), 4: (np.int32, torch.int32)}[dtype.itemsize]
+    mapped = mmap.mmap(file, start + count * dim * dtype.itemsize)
+    matrix = np.frombuffer(mapped, kind[0], count * dim, start).reshape(count, dim)
+    written = 0
+    for rows, embeddings in blocks:
+        matrix[rows] = embeddings.contiguous().view(kind[1]).numpy()
+        written += embeddings.nbytes
+        if written >= _BYTES_KEPT_MAPPED:
+            written = 0
+            # Written pages stay with the system; this process need not hold them.
+            mapped.madvise(mmap.MADV_DONTNEED)
+    mapped.flush()
+    del matrix
+    mapped.close()
 
 
 def encode_ids(item_ids: Sequence[str]) -> torch.Tensor:
@@ -327,28 +413,16 @@ def _check_shape(path: Path, item_ids: list[str], embeddings: torch.Tensor) -> N
         )
 
 
-def _refuse_bad_values(cache: ItemCache, path: Path) -> None:
-    rows = max(1, _CHECKED_BYTES // (cache.dim * cache.embeddings.element_size()))
-    for start in range(0, len(cache), rows):
-        if not _all_finite(cache.embeddings[start : start + rows]):
-            part = cache.embeddings[start : start + rows]
-            bad = (~part.isfinite().all(dim=1)).nonzero()
-            item = one_line(cache.item_ids[start + int(bad[0])], 40)
+def _refuse_bad_values(cache: ItemCache, path: Path, rows_at_a_time: int = 4096) -> None:
+    # The extremes are NaN where any value is: one pass at the speed of memory, without a mask.
+    extremes = torch.stack(torch.aminmax(cache.embeddings))
+    if bool(extremes.isfinite().all()):
+        return
+    for start in range(0, len(cache), rows_at_a_time):
+        good = cache.embeddings[start : start + rows_at_a_time].isfinite().all(dim=1)
+        if not good.all():
+            item = one_line(cache.item_ids[start + int((~good).nonzero()[0])], 40)
             raise InputError(
                 f"item cache {path}: the embedding of item '{item}' holds NaN or infinity; make it "
                 f"anew with item_caching.py, with --item_cache_dtype float32 if it overflowed."
             )
-
-
-def _all_finite(values: torch.Tensor) -> bool:
-    """Say whether all values are finite, from their bits, at the speed of memory.
-
-    Infinity and NaN have the largest exponent there is (IEEE 754), so read as integers they are the
-    largest of their sign. Two maxima over values that stay in the processor's cache tell, without
-    converting a number.
-    """
-    integers, infinity = _BITS[values.dtype]
-    signed = values.contiguous().view(integers).numpy()
-    unsigned = signed.view(f"u{signed.itemsize}")
-    sign = 1 << (8 * signed.itemsize - 1)
-    return int(signed.max()) < infinity and int(unsigned.max()) < sign + infinity

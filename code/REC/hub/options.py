@@ -100,17 +100,17 @@ def _parser(side: Side, summary: str) -> argparse.ArgumentParser:
         "--dtype",
         choices=DTYPES,
         default="bfloat16",
-        help="number type of the weights written (default: %(default)s, what HLLM computed in and "
-        "what the default precision loads; float32 for --precision 32-true or to train all "
+        help="number type of the weights written (default: %(default)s, which HLLM computed in and "
+        "whose range holds every float32 weight; float32 for --precision 32-true or to train all "
         "weights; float16 for cards without bfloat16)",
     )
     parser.add_argument(
         "--max_shard_size",
         metavar="SIZE",
         type=_size,
-        default="500MB",
+        default="250MB",
         help="largest weights file, for example 500MB or 2GB (default: %(default)s); memory use "
-        "grows with it",
+        "grows with it: three times this when float32 becomes bfloat16",
     )
     source = parser.add_argument_group("where the checkpoint comes from")
     source.add_argument(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -16,6 +17,10 @@ from REC.model.backbone import load_decoder, read_extra
 from REC.utils.errors import InputError, one_line
 
 log = logging.getLogger(__name__)
+
+_MODEL_FILES = (".safetensors", ".bin", ".json", ".model", ".txt")
+_READ_WHOLE = 1 << 20
+_PAGE = 4096
 
 Pooling = Literal["emb_token", "mean"]
 
@@ -168,6 +173,28 @@ def emb_token(folder: str | Path, item_emb_token_n: int, dim: int) -> Tensor | N
             f"the checkpoint again."
         )
     return token.reshape(dim)
+
+
+def model_fingerprint(folder: str | Path) -> str:
+    """Return a SHA-256 that tells a model folder from others, whatever its name.
+
+    Of files above 1 MiB it reads the size and 64 pages spread over the file: retrained weights
+    differ everywhere, and a model of many gigabytes must not be read a second time.
+    """
+    digest = hashlib.sha256()
+    for path in sorted(Path(folder).iterdir()):
+        if not path.is_file() or path.suffix not in _MODEL_FILES:
+            continue
+        size = path.stat().st_size
+        digest.update(f"{path.name}\0{size}\0".encode())
+        with path.open("rb") as file:
+            if size <= _READ_WHOLE:
+                digest.update(file.read())
+                continue
+            for start in np.linspace(0, size - _PAGE, 64).astype(np.int64).tolist():
+                file.seek(start)
+                digest.update(file.read(_PAGE))
+    return digest.hexdigest()
 
 
 def length_batches(lengths: np.ndarray, max_tokens: int, extra: int = 0) -> Iterator[np.ndarray]:

@@ -210,7 +210,7 @@ class _ChunkScores(torch.autograd.Function):
         return (summed.log() + largest).squeeze(1), positive
 
     @staticmethod
-    def backward(  # type: ignore[override]
+    def backward(
         ctx: Any, g_total: Tensor, g_positive: Tensor
     ) -> tuple[Tensor | None, Tensor | None, None]:
         q, v, place, inside, softmax = ctx.saved_tensors

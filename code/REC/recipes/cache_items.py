@@ -2,23 +2,34 @@
 
 from __future__ import annotations
 
+import json
 import logging
+from datetime import timedelta
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from REC.config import Config
-from REC.data.build_cache import EncodingJob, encode_items
-from REC.data.cache import ItemCache, default_cache_path, save_cache
+from REC.data.build_cache import CacheBuild, EncodingJob, encode_items
+from REC.data.cache import ItemCache, default_cache_path, open_cache
 from REC.data.interactions import read_interactions
 from REC.data.item_text import ItemTexts, information_file, read_item_texts, with_items
+from REC.hub.manifest import origin
 from REC.model.backbone import choose_attention
-from REC.model.item_llm import ItemEncoder, load_item_encoder
+from REC.model.item_llm import ItemEncoder, load_item_encoder, model_fingerprint
 from REC.trainer.fabric import choose_device, compute_dtype
-from REC.utils.errors import InputError
+from REC.utils.errors import InputError, Interrupted
 from REC.utils.files import remove
+from REC.utils.processes import Processes, joined_processes, local_rank
+from REC.utils.signals import StopSignals
 
 log = logging.getLogger(__name__)
+
+# Shares end at different times on unlike machines; torchrun ends the run when one of them fails.
+_PATIENCE = timedelta(days=7)
+# Bytes of item information that are read in about a second.
+_QUICKLY_READ = 64 << 20
 
 
 def cache_path(config: Config) -> Path:
@@ -31,40 +42,122 @@ def cache_path(config: Config) -> Path:
 def write_item_cache(config: Config) -> Path:
     """Encode every item and write the cache file; an interrupted run is continued.
 
-    A `.pt` path in `item_cache_path` stands for the native file beside it, since pickles are not
-    written; `open_cache` finds it under either name.
+    Under torchrun the items are shared out. A `.pt` path in `item_cache_path` stands for the native
+    file beside it, since pickles are not written; `open_cache` finds it under either name.
 
     Returns:
-        The file written.
+        The file written; a file that is there already and is what would be written is left.
 
     Raises:
         InputError: a file or model folder is missing or unusable.
+        Interrupted: SIGINT or SIGTERM came; finished parts are kept.
     """
+    with StopSignals() as stop, joined_processes(_PATIENCE) as processes:
+        try:
+            return _write_item_cache(config, processes)
+        except Interrupted as stopped:
+            if not stop.received:
+                raise
+            done = "; what is encoded is kept, and the same command goes on from there"
+            raise stop.interruption(done=done) from stopped
+
+
+def _write_item_cache(config: Config, processes: Processes) -> Path:
     target = cache_path(config).with_suffix(".safetensors")
-    items = _catalogue(config)
-    encoder, job = _encoder(config, items)
-    parts = target.with_name(f"{target.name}.parts")
-    embeddings = encode_items(
-        encoder, items, job, parts_dir=parts, show_progress=config.show_progress
-    )
-    save_cache(target, items.item_ids, embeddings, job.metadata())
-    remove(parts)
-    log.info(
-        "wrote %s: %d items of %d dimensions in %s.",
-        target,
-        len(items),
-        embeddings.shape[1],
-        job.dtype,
-    )
+    parts_dir = target.with_name(f"{target.name}.parts")
+    # In process 0 alone: ids, texts and fingerprint.
+    found: list[ItemTexts] = []
+
+    def read() -> tuple[str, int]:
+        found.append(_catalogue(config))
+        return found[0].fingerprint, len(found[0])
+
+    fingerprint, count = processes.on_first(read)
+    item_ids = found[0].item_ids if found else []
+    encoder, job = _encoder(config, fingerprint, count)
+    if processes.on_first(lambda: _is_current(target, job, item_ids)):
+        log.info(
+            "%s holds these items encoded by this model already and is left as it is; remove it to "
+            "encode them again.",
+            target,
+        )
+    else:
+        build = CacheBuild(target, parts_dir, processes, config.show_progress)
+        build.run(encoder, job, item_ids, lambda: found.pop().texts)
+        log.info(
+            "wrote %s: %d items of %d dimensions in %s.", target, count, encoder.dim, job.dtype
+        )
+    if processes.first:
+        remove(parts_dir)
     return target
+
+
+def _is_current(target: Path, job: EncodingJob, item_ids: list[str]) -> bool:
+    if not target.is_file():
+        return False
+    try:
+        cache = open_cache(target)
+    except InputError:
+        return False
+    wanted = {**job.metadata(), "dtype": job.dtype}
+    return cache.item_ids == item_ids and wanted.items() <= cache.metadata.items()
 
 
 def encode_in_memory(config: Config) -> ItemCache:
     """Encode every item now, through the code that writes cache files (`use_item_cache: False`)."""
     items = _catalogue(config)
-    encoder, job = _encoder(config, items)
-    embeddings = encode_items(encoder, items, job, show_progress=config.show_progress)
+    encoder, job = _encoder(config, items.fingerprint, len(items))
+    embeddings = encode_items(
+        encoder, items, job, show_progress=config.show_progress, processes=Processes.here()
+    )
     return ItemCache(items.item_ids, embeddings, job.metadata())
+
+
+def warn_of_another_cache(config: Config, cache: ItemCache, item_ids: np.ndarray) -> None:
+    """Warn where a cache was made with other settings, another model or from other texts.
+
+    Texts are compared when the item information is small enough to be read in about a second.
+
+    Args:
+        config: the run's configuration.
+        cache: the cache that the run reads.
+        item_ids: str, ids of the interactions.
+    """
+    stated = cache.metadata
+    expected = {
+        "text_keys": ("text_keys", json.dumps(config.text_keys, ensure_ascii=False)),
+        "prompt": ("item_prompt", config.item_prompt),
+        "max_text_length": ("MAX_TEXT_LENGTH", str(config.MAX_TEXT_LENGTH)),
+    }
+    if config.item_emb_token_n == 0:
+        expected["pooling"] = ("item_emb_token_n", "mean")
+    if config.item_pretrain_dir and Path(config.item_pretrain_dir).is_dir():
+        mark = model_fingerprint(config.item_pretrain_dir)
+        expected["model_fingerprint"] = ("item_pretrain_dir", mark)
+    other = [
+        key for name, (key, value) in expected.items() if stated.get(name) not in (None, value)
+    ]
+    if not other and "fingerprint" in stated and _texts_differ(config, stated, item_ids):
+        other = ["text_path"]
+    if other:
+        log.warning(
+            "the item cache %s was not made with this configuration's %s; make it anew with "
+            "item_caching.py if that is not intended.",
+            cache.path,
+            " and ".join(other),
+        )
+
+
+def _texts_differ(config: Config, stated: dict[str, str], item_ids: np.ndarray) -> bool:
+    try:
+        path = information_file(config.text_path, config.dataset)
+        if path.stat().st_size > _QUICKLY_READ:
+            return False
+        items = read_item_texts(path, config.text_keys, config.item_prompt)
+    except InputError:
+        # The run does not need the file.
+        return False
+    return with_items(items, item_ids).fingerprint != stated["fingerprint"]
 
 
 def _catalogue(config: Config) -> ItemTexts:
@@ -77,12 +170,14 @@ def _catalogue(config: Config) -> ItemTexts:
     return with_items(items, read_interactions(interactions).item_ids[1:])
 
 
-def _encoder(config: Config, items: ItemTexts) -> tuple[ItemEncoder, EncodingJob]:
+def _encoder(config: Config, fingerprint: str, count: int) -> tuple[ItemEncoder, EncodingJob]:
     if not config.item_pretrain_dir:
         raise InputError(
             "no ItemLLM is named; give --item_pretrain_dir FOLDER (download_itemllm.py makes one)."
         )
     device = torch.device(choose_device(config))
+    if device.type == "cuda":
+        device = torch.device("cuda", local_rank() % torch.cuda.device_count())
     dtype = compute_dtype(config)
     attention = choose_attention(
         config.attn_implementation,
@@ -101,6 +196,7 @@ def _encoder(config: Config, items: ItemTexts) -> tuple[ItemEncoder, EncodingJob
     )
     if config.item_compile:
         encoder.compile()
+    imported = origin(config.item_pretrain_dir)
     job = EncodingJob(
         model=Path(config.item_pretrain_dir).name,
         text_keys=tuple(config.text_keys),
@@ -108,13 +204,15 @@ def _encoder(config: Config, items: ItemTexts) -> tuple[ItemEncoder, EncodingJob
         max_text_length=config.MAX_TEXT_LENGTH,
         dtype=config.item_cache_dtype,
         pooling=encoder.pooling,
-        fingerprint=items.fingerprint,
+        fingerprint=fingerprint,
+        model_fingerprint=model_fingerprint(config.item_pretrain_dir),
         batch_tokens=config.item_batch_tokens,
         compute_dtype=str(dtype).removeprefix("torch."),
+        source=imported["source"]["sha256"] if imported else "",
     )
     log.info(
         "encoding %d items with %s on %s in %s, %s pooling.",
-        len(items),
+        count,
         config.item_pretrain_dir,
         device,
         job.compute_dtype,

@@ -160,7 +160,7 @@ def _quick_caching(config: Config, found: Findings) -> None:
 
 def _run_dir(config: Config) -> Path:
     try:
-        return choose_run_dir(config)
+        return choose_run_dir(config).path
     except OSError as error:
         raise InputError(
             f"the run folder in {config.checkpoint_dir} cannot be made: {error.strerror}; change "

@@ -11,7 +11,17 @@ from REC.config import Config
 from REC.data.cache import DTYPES, read_header
 from REC.model.backbone import decoder_config
 from REC.recipes.cache_items import cache_path
-from REC.report.memory import GIB, MIB, TrainingShape, estimate, largest_batch, rows
+from REC.recipes.setup import packed_row_length
+from REC.report.memory import (
+    GIB,
+    MIB,
+    TrainingShape,
+    estimate,
+    largest_batch,
+    meta_decoder,
+    rows,
+    saved_bytes_per_token,
+)
 from REC.utils.errors import InputError
 
 CARDS_GB = (8, 10, 12, 16, 24)
@@ -31,7 +41,8 @@ def dry_run(config: Config) -> None:
 def training_shape(config: Config) -> TrainingShape:
     """Read what memory depends on from `config.json` and the item cache's header.
 
-    `precision: auto` is taken as bf16-mixed and `optimizer: auto` as on CUDA, wherever this runs.
+    Wherever this runs, `precision: auto` is taken as bf16-mixed, `optimizer: auto` as on CUDA and
+    attention as sdpa, which needs more memory than flash-attn.
     """
     if config.model != "HLLM" or config.val_only:
         raise InputError(
@@ -70,6 +81,7 @@ def training_shape(config: Config) -> TrainingShape:
         adapter=config.item_adapter,
         adapter_rank=config.item_adapter_rank,
         length=config.MAX_ITEM_LIST_LENGTH,
+        masked_row=packed_row_length(config, "sdpa"),
         negatives=config.effective_negatives,
         num_negatives=config.num_negatives or 0,
         budget_bytes=config.logits_budget_mb * MIB,
@@ -78,7 +90,10 @@ def training_shape(config: Config) -> TrainingShape:
 
 def describe(config: Config, shape: TrainingShape) -> str:
     """Write the estimate and the table of cards."""
-    found = estimate(shape, config.train_batch_size)
+    # Counted once: the same with and without gradient checkpointing, and for every batch size.
+    model = meta_decoder(shape.model_config)
+    counted = saved_bytes_per_token(shape)
+    found = estimate(shape, config.train_batch_size, model, counted)
     how = "gradient checkpointing" if shape.checkpointing else "no gradient checkpointing"
     lines = [
         f"Estimated GPU memory of a training step: batch {config.train_batch_size} x "
@@ -90,7 +105,7 @@ def describe(config: Config, shape: TrainingShape) -> str:
     ]
     both = [replace(shape, checkpointing=value) for value in (False, True)]
     for card in CARDS_GB:
-        sizes = [largest_batch(each, card * GIB) for each in both]
+        sizes = [largest_batch(each, card * GIB, model, counted) for each in both]
         cells = [f"{size:,}" if size else "none fits" for size in sizes]
         lines.append(f"{card:>5} GB {cells[0]:>12} {cells[1]:>12}")
     return "\n".join(lines) + "\n"

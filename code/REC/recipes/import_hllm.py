@@ -18,15 +18,15 @@ from transformers import AutoTokenizer
 from REC.hub import fetch as hub
 from REC.hub.convert import write_weights
 from REC.hub.layout import CONFIG_FILE, Layout, read_layout
+from REC.hub.manifest import MANIFEST_FILE, read_manifest
 from REC.hub.options import DTYPES, ImportOptions
 from REC.utils.environment import versions
 from REC.utils.errors import EXIT_SIGTERM, InputError, Interrupted
-from REC.utils.files import atomic_path, free_bytes, read_json, sha256
+from REC.utils.files import atomic_path, free_bytes, sha256
 from REC.utils.logs import set_up_logging
 
 log = logging.getLogger(__name__)
 
-MANIFEST_FILE = "import.json"
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -115,7 +115,8 @@ def _is_done(options: ImportOptions) -> bool:
             f"{out} exists and is no import of an HLLM checkpoint (it has no {MANIFEST_FILE}); "
             f"move it away or give another --out."
         )
-    files, manifest = _manifest_files(out)
+    manifest = read_manifest(out)
+    files = manifest["files"]
     if options.force:
         foreign = sorted({path.name for path in out.iterdir()} - {*files, MANIFEST_FILE})
         if foreign:
@@ -133,14 +134,6 @@ def _is_done(options: ImportOptions) -> bool:
     return True
 
 
-def _manifest_files(out: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    manifest = read_json(out / MANIFEST_FILE)
-    files = manifest.get("files") if isinstance(manifest, dict) else None
-    if not isinstance(files, dict):
-        raise InputError(f"{out / MANIFEST_FILE} is not as an import writes it; move {out} away.")
-    return files, manifest
-
-
 def _find_damage(folder: Path, files: Mapping[str, Any]) -> str | None:
     for name, entry in files.items():
         path = folder / name
@@ -153,8 +146,7 @@ def _find_damage(folder: Path, files: Mapping[str, Any]) -> str | None:
 
 
 def _refuse_other_request(options: ImportOptions, manifest: Mapping[str, Any]) -> None:
-    source = manifest.get("source")
-    there = source if isinstance(source, dict) else {}
+    there = manifest["source"]
     pairs: list[tuple[str, Any, Any]] = [
         ("side", manifest.get("side"), options.side),
         ("dtype", manifest.get("dtype"), options.dtype),

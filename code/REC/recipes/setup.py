@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from dataclasses import dataclass
 from typing import Any
@@ -29,9 +30,10 @@ from REC.model.backbone import (
 from REC.model.item_table import ItemTable, check_dim, table_from_cache
 from REC.model.recommender import LossSettings, Recommender, Similarity
 from REC.model.user_llm import UserLLM
-from REC.recipes.cache_items import cache_path, encode_in_memory
+from REC.recipes.cache_items import cache_path, encode_in_memory, warn_of_another_cache
 from REC.trainer.fabric import choose_precision, compute_dtype, peers_of
 from REC.utils.errors import InputError
+from REC.utils.processes import Processes
 
 log = logging.getLogger(__name__)
 
@@ -52,6 +54,24 @@ class Data:
     def interactions(self) -> Interactions:
         """All users' histories."""
         return self.split.interactions
+
+    def fingerprint(self) -> str:
+        """Return a SHA-256 over the interactions and a sample of the cache's rows.
+
+        A run is continued on the same data only.
+        """
+        data, digest = self.interactions, hashlib.sha256()
+        for ids in (data.user_ids, data.item_ids):
+            digest.update("\0".join(map(str, ids)).encode())
+        for array in (data.items, data.offsets):
+            digest.update(np.ascontiguousarray(array).data)
+        if self.cache is not None:
+            rows = torch.linspace(0, len(self.cache) - 1, min(len(self.cache), 1024)).long()
+            # Sorted, since safetensors gives the metadata in any order.
+            made = sorted(self.cache.metadata.items())
+            digest.update(str((tuple(self.cache.embeddings.shape), made)).encode())
+            digest.update(self.cache.embeddings[rows].float().numpy().tobytes())
+        return digest.hexdigest()
 
     def summary(self) -> dict[str, Any]:
         """Return the data's size for `result.json`."""
@@ -76,6 +96,8 @@ def load_data(config: Config, *, need_cache: bool) -> Data:
     if need_cache:
         cached = config.use_item_cache
         cache = open_cache(cache_path(config)) if cached else encode_in_memory(config)
+        if cached and Processes.here().first:
+            warn_of_another_cache(config, cache, interactions.item_ids[1:])
         interactions = match_cache(interactions, cache, config)
     split = leave_one_out(interactions)
     log.info(
@@ -203,6 +225,23 @@ def attention_kernel(config: Config, device: torch.device) -> str:
         device,
         half=compute_dtype(config) in (torch.bfloat16, torch.float16),
     )
+
+
+def packed_row_length(config: Config, kernel: str) -> int | None:
+    """Return the positions of a packed row, None where rows hold one sequence each.
+
+    The variable-length flash kernel takes one row whatever its length. Elsewhere attention computes
+    the whole square of a row, masked, so rows are only as long as packs them well.
+
+    Args:
+        config: the configuration.
+        kernel: as `attention_kernel` returns.
+    """
+    if not config.pack_sequences or config.model != "HLLM":
+        return None
+    if kernel == "flash_attention_2":
+        return config.train_batch_size * config.MAX_ITEM_LIST_LENGTH
+    return 4 * config.MAX_ITEM_LIST_LENGTH
 
 
 def build_user_llm(config: Config, data: Data, fabric: Fabric, *, train: bool) -> Recommender:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import gc
 import logging
 import sys
-import time
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +19,18 @@ from REC.config import Config
 from REC.data.dataset import CachedEmbeddingTrainDataset, TrainCollate
 from REC.data.negatives import NegativeSampler
 from REC.evaluator.evaluator import Evaluation, Evaluator, Scorer
+from REC.hub.manifest import origin
 from REC.model.recommender import Recommender
 from REC.model.reference import build_reference
 from REC.model.sasrec import build_sasrec
-from REC.recipes.run_dir import choose_run_dir, drop_empty_run, start_run_dir
+from REC.recipes.run_dir import (
+    RunDir,
+    choose_run_dir,
+    drop_empty_run,
+    has_checkpoint,
+    start_run_dir,
+)
+from REC.recipes.session import Session
 from REC.recipes.setup import (
     Data,
     attention_kernel,
@@ -29,38 +39,65 @@ from REC.recipes.setup import (
     eval_protocol,
     load_data,
     make_evaluator,
+    packed_row_length,
 )
-from REC.report.result import plain, write_result
+from REC.report.result import pack_evaluation, plain, unpack_evaluation, write_result
 from REC.report.table import gain_table
-from REC.trainer.fabric import choose_precision, make_fabric, peers_of, sum_over_processes
+from REC.trainer.checkpoint import CHECKPOINTS_DIR, Checkpoints, restore_rng, rng_state
+from REC.trainer.fabric import (
+    choose_precision,
+    gather_objects,
+    make_fabric,
+    peers_of,
+    sum_over_processes,
+)
 from REC.trainer.optim import build_optimizer, build_schedule, steps_per_epoch
 from REC.trainer.sampler import SequenceBatches
 from REC.trainer.trainer import Trainer, TrainState, count_trainable
 from REC.utils import environment
+from REC.utils.errors import InputError, Interrupted
+from REC.utils.lock import locked
 from REC.utils.processes import Processes
 from REC.utils.progress import format_seconds, meter
+from REC.utils.signals import StopSignals
 
 log = logging.getLogger(__name__)
 
 RESULT_FORMAT = 1
+UNTRAINED = "untrained"
 
 
-class Clock:
-    """Wall time of a run's stages, in seconds."""
+@dataclass(frozen=True)
+class Run:
+    """What the parts of one run share.
 
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self._last = time.perf_counter()
+    Attributes:
+        config: the configuration.
+        fabric: Lightning Fabric, launched.
+        place: the run's folder, and whether an earlier session is continued.
+        checkpoints: its resumable checkpoints.
+        stop: notices SIGINT and SIGTERM.
+        session: time and memory.
+    """
 
-    def lap(self, stage: str) -> None:
-        """Book the time since the last lap under a stage."""
-        now = time.perf_counter()
-        self.seconds[stage] = round(self.seconds.get(stage, 0.0) + now - self._last, 3)
-        self._last = now
+    config: Config
+    fabric: Fabric
+    place: RunDir
+    checkpoints: Checkpoints
+    stop: StopSignals
+    session: Session
+
+    @property
+    def folder(self) -> Path:
+        """The run's folder."""
+        return self.place.path
 
 
 def run(config: Config) -> Path:
     """Do what the configuration says and leave a run folder.
+
+    While it works it holds the lock of `checkpoint_dir`. SIGINT and SIGTERM end it in order: in
+    training after the step at hand, with a checkpoint; elsewhere at once.
 
     Returns:
         The run's folder, holding `result.json`, `ranks.safetensors`, `config.yaml`, `run.log` and,
@@ -68,72 +105,117 @@ def run(config: Config) -> Path:
 
     Raises:
         InputError: something in the configuration or its files has to be changed.
+        Interrupted: SIGINT or SIGTERM came; it says how to continue.
     """
-    fabric = make_fabric(config)
-    # Workers' seeds, dropout and LoRA's initial values follow from it.
-    fabric.seed_everything(config.seed, workers=True, verbose=False)
-    clock = Clock()
+    with StopSignals() as stop:
+        fabric = make_fabric(config)
+        # Workers' seeds, dropout and LoRA's initial values follow from it.
+        fabric.seed_everything(config.seed, workers=True, verbose=False)
+        session = Session(fabric.device)
+        with ExitStack() as held:
+            place = Processes.here().on_first(lambda: _lock_and_choose(config, held))
+            checkpoints = Checkpoints(place.path / CHECKPOINTS_DIR, config.keep_last)
+            work = Run(config, fabric, place, checkpoints, stop, session)
+            try:
+                _run(work)
+            except Interrupted as ending:
+                raise Interrupted(f"{ending}; {_how_to_continue(work)}", ending.exit_code) from None
+    return place.path
+
+
+def _lock_and_choose(config: Config, held: ExitStack) -> RunDir:
+    # Under torchrun the first process holds the lock for all of them.
+    held.enter_context(locked(config.checkpoint_dir))
+    return choose_run_dir(config)
+
+
+def _run(work: Run) -> None:
+    config, fabric = work.config, work.fabric
     if fabric.device.type == "cpu" and config.device == "auto":
         log.info(
             "no CUDA device found: running on the CPU with %d threads.", torch.get_num_threads()
         )
     data = load_data(config, need_cache=config.model in ("HLLM", "item_knn"))
     final = make_evaluator(config, data.split, config.eval_phase, fabric)
-    clock.lap("data")
-    folder = Processes.here().on_first(lambda: _make_run_dir(config))
+    work.session.lap("data")
     try:
-        rows, training = _rows(config, data, final, fabric, folder, clock)
+        Processes.here().on_first(lambda: start_run_dir(config, work.place))
+        rows, training = _rows(work, data, final)
         if fabric.is_global_zero:
-            _finish(config, data, final, rows, training, clock, folder, fabric)
-    except BaseException:
-        if fabric.is_global_zero:
-            drop_empty_run(folder)
+            _finish(work, data, final, rows, training)
+    except BaseException as error:
+        saved = isinstance(error, Interrupted) and has_checkpoint(work.folder)
+        if fabric.is_global_zero and not work.place.resume and not saved:
+            drop_empty_run(work.folder)
         raise
-    return folder
 
 
-def _make_run_dir(config: Config) -> Path:
-    folder = choose_run_dir(config)
-    start_run_dir(config, folder)
-    return folder
+def _how_to_continue(work: Run) -> str:
+    if not has_checkpoint(work.folder):
+        return "nothing was saved yet; start the same command again"
+    return f"to continue, add --run_name {work.folder.name} --auto_resume True to the same command"
 
 
 def _rows(
-    config: Config,
-    data: Data,
-    final: Evaluator,
-    fabric: Fabric,
-    folder: Path,
-    clock: Clock,
+    work: Run, data: Data, final: Evaluator
 ) -> tuple[dict[str, Evaluation], dict[str, Any] | None]:
     """Evaluate, train where asked, and return the table's rows and what is known of the training."""
+    config, fabric, session = work.config, work.fabric, work.session
     if config.model in ("pop", "random", "item_knn"):
         scorer = build_reference(config, data.split, data.cache, fabric.device)
         evaluation = evaluate(config, scorer, final, fabric)
-        clock.lap("evaluation")
+        session.lap("evaluation")
         return {config.model: evaluation}, None
     if config.model == "sasrec":
-        return _train_and_evaluate(config, data, final, fabric, folder, clock)
+        return _train_and_evaluate(work, data, final)
     if config.val_only:
         model = build_user_llm(config, data, fabric, train=False)
-        clock.lap("model")
+        session.lap("model")
         evaluation = evaluate(config, _for_evaluation(model, fabric), final, fabric)
-        clock.lap("evaluation")
+        session.lap("evaluation")
         return {"untrained": evaluation}, None
     rows: dict[str, Evaluation] = {}
     if config.eval_baseline:
-        baseline = build_user_llm(config, data, fabric, train=False)
-        rows["untrained"] = evaluate(config, _for_evaluation(baseline, fabric), final, fabric)
-        del baseline
-        _free_memory(fabric)
-        clock.lap("baseline")
-    tuned, training = _train_and_evaluate(config, data, final, fabric, folder, clock)
+        rows["untrained"] = _baseline(work, data, final)
+    tuned, training = _train_and_evaluate(work, data, final)
     return rows | tuned, training
 
 
+def _baseline(work: Run, data: Data, final: Evaluator) -> Evaluation:
+    """Evaluate the untrained UserLLM, once in all sessions of the run."""
+    config, fabric, store = work.config, work.fabric, work.checkpoints
+    fingerprint = data.fingerprint()
+    saved = None
+    if work.place.resume and fabric.is_global_zero:
+        saved = store.load_extra(UNTRAINED)
+    saved = fabric.broadcast(saved)
+    if saved and saved["fingerprint"] == fingerprint and len(saved["rng"]) == fabric.world_size:
+        log.info("the untrained UserLLM was evaluated before the interruption.")
+        # Building and evaluating it drew from the generators.
+        restore_rng(saved["rng"][fabric.global_rank], fabric.device)
+        work.session.continue_from(saved["record"])
+        return unpack_evaluation(saved["evaluation"])
+    model = build_user_llm(config, data, fabric, train=False)
+    found = evaluate(config, _for_evaluation(model, fabric), final, fabric)
+    del model
+    _free_memory(fabric)
+    work.session.lap("baseline")
+    generators = gather_objects(fabric, rng_state(fabric.device))
+    if fabric.is_global_zero:
+        content = {
+            "fingerprint": fingerprint,
+            "rng": generators,
+            "record": work.session.record(),
+            "evaluation": pack_evaluation(found),
+        }
+        store.save_extra(UNTRAINED, content)
+    return found
+
+
 def _train_and_evaluate(
-    config: Config, data: Data, final: Evaluator, fabric: Fabric, folder: Path, clock: Clock
+    work: Run, data: Data, final: Evaluator
 ) -> tuple[dict[str, Evaluation], dict[str, Any]]:
+    config, fabric = work.config, work.fabric
     if config.model == "sasrec":
         name = "sasrec"
         model = build_sasrec(config, data.interactions.num_items, peers_of(fabric))
@@ -141,12 +223,12 @@ def _train_and_evaluate(
     else:
         name = "fine-tuned"
         model = build_user_llm(config, data, fabric, train=True)
-    clock.lap("model")
-    state, training = _train(config, data, model, fabric, folder)
-    clock.lap("training")
+    work.session.lap("model")
+    state, training = _train(work, data, model)
+    work.session.lap("training")
     found = evaluate(config, model, final, fabric)
-    clock.lap("evaluation")
-    return {name: found}, {**training, **state.to_dict()}
+    work.session.lap("evaluation")
+    return {name: found}, {**training, **state.summary()}
 
 
 def _for_evaluation(model: Recommender, fabric: Fabric) -> Recommender:
@@ -161,18 +243,28 @@ def evaluate(
         scorer.eval()
     shown = config.show_progress and fabric.is_global_zero
     with meter(task, evaluator.own_users, "users", shown) as bar:
-        return evaluator.run(
-            scorer,
-            fabric.device,
-            gather=sum_over_processes(fabric),
-            on_batch=bar.advance,
-            autocast=fabric.autocast,
+        try:
+            return evaluator.run(
+                scorer,
+                fabric.device,
+                gather=sum_over_processes(fabric),
+                on_batch=bar.advance,
+                autocast=fabric.autocast,
+            )
+        except torch.OutOfMemoryError as error:
+            raise InputError(
+                f"CUDA ran out of memory in the {task}; lower --eval_batch_size or "
+                f"--logits_budget_mb."
+            ) from error
+
+
+def _train(work: Run, data: Data, model: Recommender) -> tuple[TrainState, dict[str, Any]]:
+    config, fabric = work.config, work.fabric
+    if config.strategy == "deepspeed" and config.auto_resume:
+        raise InputError(
+            "auto_resume is not supported under strategy: deepspeed, which spreads the state over "
+            "its processes; use strategy: ddp."
         )
-
-
-def _train(
-    config: Config, data: Data, model: Recommender, fabric: Fabric, folder: Path
-) -> tuple[TrainState, dict[str, Any]]:
     dataset = CachedEmbeddingTrainDataset(data.split, config.MAX_ITEM_LIST_LENGTH)
     check_training(config, data.split, dataset)
     loader = make_train_loader(config, dataset, data, fabric)
@@ -199,9 +291,13 @@ def _train(
         schedule=schedule,
         loader=loader,
         validate=lambda: evaluate(config, model, valid, fabric, "validation"),
-        run_dir=folder,
+        run_dir=work.folder,
+        checkpoints=work.checkpoints,
+        stop=work.stop,
+        fingerprint=data.fingerprint(),
+        record=(partial(work.session.record, "training"), work.session.continue_from),
     )
-    state = trainer.fit()
+    state = trainer.fit(resume=work.place.resume)
     return state, {
         "trainable_weights": trainable,
         "sequences": len(dataset),
@@ -221,7 +317,7 @@ def make_train_loader(
         num_negatives=-(-(config.num_negatives or 0) // rows),
         random_split=config.train_positions == "random_split",
         seed=config.seed,
-        row_length=packed_row_length(config, fabric.device),
+        row_length=packed_row_length(config, attention_kernel(config, fabric.device)),
     )
     batches = SequenceBatches(
         dataset.lengths,
@@ -240,20 +336,6 @@ def make_train_loader(
     )
 
 
-def packed_row_length(config: Config, device: torch.device) -> int | None:
-    """Return the positions of a packed row, None where rows hold one sequence each.
-
-    The variable-length flash kernel takes one row whatever its length. Elsewhere attention computes
-    the whole square of a row, masked, so rows are only as long as packs them well.
-    """
-    if not config.pack_sequences or config.model != "HLLM":
-        return None
-    kernel = attention_kernel(config, device)
-    if kernel == "flash_attention_2":
-        return config.train_batch_size * config.MAX_ITEM_LIST_LENGTH
-    return 4 * config.MAX_ITEM_LIST_LENGTH
-
-
 def _free_memory(fabric: Fabric) -> None:
     gc.collect()
     if fabric.device.type == "cuda":
@@ -261,15 +343,14 @@ def _free_memory(fabric: Fabric) -> None:
 
 
 def _finish(
-    config: Config,
+    work: Run,
     data: Data,
     final: Evaluator,
     rows: dict[str, Evaluation],
     training: dict[str, Any] | None,
-    clock: Clock,
-    folder: Path,
-    fabric: Fabric,
 ) -> None:
+    config, fabric, folder = work.config, work.fabric, work.folder
+    record = work.session.record()
     protocol = eval_protocol(config)
     users = len(final.dataset)
     result = {
@@ -287,9 +368,9 @@ def _finish(
         "config": config.model_dump(mode="json"),
         "data": data.summary(),
         "cache": data.cache.metadata if data.cache else None,
+        "user_llm": origin(config.user_pretrain_dir or "") if config.model == "HLLM" else None,
         "training": training,
-        "timings_s": clock.seconds,
-        "peak_memory": environment.peak_memory(fabric.device),
+        **record,
         "environment": {
             **environment.describe(fabric.device),
             "precision": choose_precision(config),
@@ -297,8 +378,10 @@ def _finish(
         },
     }
     write_result(folder, plain(result), rows)
+    # With its result written the run is finished; only now is there nothing to come back to.
+    work.checkpoints.remove()
     sys.stdout.write(
         f"\n{config.dataset}, {config.eval_phase}, {users} users, {protocol.describe()}\n\n"
         + gain_table([(name, found.metrics) for name, found in rows.items()])
-        + f"\nresult: {folder / 'result.json'} ({format_seconds(sum(clock.seconds.values()))})\n"
+        + f"\nresult: {folder / 'result.json'} ({format_seconds(sum(record['timings_s'].values()))})\n"
     )

@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import AutoModel
+from transformers import AttentionInterface, AttentionMaskInterface, AutoModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from REC.model.losses import chunk_shape
 
@@ -31,8 +32,13 @@ _TABLES = 4 * 16
 _NESTED_TABLES = 4 * 256 + 4
 # bitsandbytes keeps 32-bit state for tensors smaller than this; larger ones have blocks of 256.
 _SMALLEST_8BIT, _STATE_BLOCK = 4096, 256
-_TOKENS = 8
+# Rows of the fake batch: enough that what is saved once a layer hardly counts.
+_ROWS = 256
+_NO_MASK = "sdpa_without_mask"
 _LARGEST_BATCH = 1 << 16
+
+AttentionInterface.register(_NO_MASK, sdpa_attention_forward)
+AttentionMaskInterface.register(_NO_MASK, lambda *_, **__: None)
 
 QuantType = Literal["nf4", "fp4", "int8", "none"]
 
@@ -54,6 +60,7 @@ class TrainingShape:
         items: I; item_bytes: bytes per number of the item table; adapter: as `item_adapter`.
         adapter_rank: of `lowrank`.
         length: L, positions per sequence; every sequence is taken to be full.
+        masked_row: positions of a packed row whose attention takes a mask (sdpa); None: no mask.
         negatives: as `negatives`; num_negatives: drawn per step.
         budget_bytes: of logits.
     """
@@ -72,6 +79,7 @@ class TrainingShape:
     adapter: str
     adapter_rank: int
     length: int
+    masked_row: int | None
     negatives: str
     num_negatives: int
     budget_bytes: int
@@ -188,7 +196,8 @@ def saved_bytes_per_token(shape: TrainingShape) -> tuple[float, float]:
         (bytes per position and layer, bytes per position outside the layers).
     """
     one, two = (_saved(shape, layers) for layers in (1, 2))
-    return (two - one) / _TOKENS, (2 * one - two) / _TOKENS
+    positions = _ROWS * (shape.masked_row or shape.length)
+    return (two - one) / positions, (2 * one - two) / positions
 
 
 def estimate(
@@ -247,13 +256,24 @@ def estimate(
     )
 
 
-def largest_batch(shape: TrainingShape, bytes_available: int) -> int:
-    """Return the most sequences per forward pass that fit, 0 when not even one does."""
-    model = meta_decoder(shape.model_config)
-    per_token = saved_bytes_per_token(shape)
+def largest_batch(
+    shape: TrainingShape,
+    bytes_available: int,
+    model: nn.Module | None = None,
+    per_token: tuple[float, float] | None = None,
+) -> int:
+    """Return the most sequences per forward pass that fit, 0 when not even one does.
+
+    Args:
+        shape: the run.
+        bytes_available: of the card.
+        model, per_token: as for `estimate`.
+    """
+    model = meta_decoder(shape.model_config) if model is None else model
+    counted = saved_bytes_per_token(shape) if per_token is None else per_token
 
     def fits(size: int) -> bool:
-        return estimate(shape, size, model, per_token).total <= bytes_available
+        return estimate(shape, size, model, counted).total <= bytes_available
 
     low, high = 0, _LARGEST_BATCH
     while low < high:
@@ -283,21 +303,30 @@ def _linears(model: nn.Module) -> dict[str, nn.Linear]:
 
 
 def _saved(shape: TrainingShape, layers: int) -> int:
-    """Count the bytes that autograd saves in a fake model's forward pass over `_TOKENS` positions."""
+    """Count the bytes that autograd saves in a fake model's forward pass over `_ROWS` rows.
+
+    With a mask, transformers' sdpa repeats keys and values for grouped queries; without one, as in
+    the flash kernels, it does not.
+    """
     config = copy.deepcopy(shape.model_config)
     config.num_hidden_layers = layers
     if getattr(config, "layer_types", None):
         config.layer_types = config.layer_types[:layers]
     with torch.device("meta"):
         plain = AutoModel.from_config(
-            config, attn_implementation="sdpa", dtype=shape.residual_dtype
+            config,
+            attn_implementation="sdpa" if shape.masked_row else _NO_MASK,
+            dtype=shape.residual_dtype,
         )
         model = _adapted(plain, shape).train()
     with FakeTensorMode():
         _without_storage(model)
+        length = shape.masked_row or shape.length
         vectors = torch.zeros(
-            1, _TOKENS, config.hidden_size, dtype=shape.residual_dtype, requires_grad=True
+            _ROWS, length, config.hidden_size, dtype=shape.residual_dtype, requires_grad=True
         )
+        mask = torch.zeros(_ROWS, 1, length, length, dtype=torch.bool)
+        given = {"attention_mask": mask} if shape.masked_row else {}
         own = {_storage(weight) for weight in [*model.parameters(), *model.buffers()]}
         saved: dict[int, int] = {}
 
@@ -313,7 +342,7 @@ def _saved(shape: TrainingShape, layers: int) -> int:
         # float16 mode, and both types have two bytes.
         mixed = torch.autocast("cpu", torch.bfloat16, enabled=shape.mixed)
         with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), mixed:
-            model(inputs_embeds=vectors, use_cache=False)
+            model(inputs_embeds=vectors, use_cache=False, **given)
     return sum(saved.values())
 
 

@@ -115,6 +115,23 @@ def read_ranks(run_dir: str | Path, name: str) -> tuple[np.ndarray, np.ndarray]:
     return users, ranks
 
 
+def pack_evaluation(found: Evaluation) -> dict[str, Any]:
+    """Turn an evaluation into what a checkpoint can hold."""
+    return {
+        "phase": found.phase,
+        "users": torch.from_numpy(found.users.astype(np.int64)),
+        "ranks": torch.from_numpy(found.ranks.astype(np.int64)),
+        "metrics": {name: float(value) for name, value in found.metrics.items()},
+        "seconds": found.seconds,
+    }
+
+
+def unpack_evaluation(packed: dict[str, Any]) -> Evaluation:
+    """Return the evaluation that `pack_evaluation` was given."""
+    arrays = {name: packed[name].numpy() for name in ("users", "ranks")}
+    return Evaluation(**{**packed, **arrays})
+
+
 def plain(value: Any) -> Any:
     """Turn numpy and torch scalars into plain numbers, and non-finite ones into None."""
     if isinstance(value, dict):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import itertools
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -167,10 +167,10 @@ def sum_over_processes(fabric: Fabric) -> Any:
     return total
 
 
-def micro_batches(
-    fabric: Fabric, loader: Iterable[TrainBatch], accumulation: int
-) -> Iterator[tuple[TrainBatch, float, int, bool]]:
-    """Yield batches with their weight in the optimizer step that they belong to.
+def step_groups(
+    fabric: Fabric, batches: Iterator[TrainBatch], accumulation: int
+) -> Iterator[tuple[list[TrainBatch], list[int]]]:
+    """Yield the batches of each optimizer step with the positions that they count.
 
     A step's loss is the mean over all its positions, in whatever batches and processes they are:
     a batch weighs as much as it has positions, not one share in `accumulation` as if all were of
@@ -178,21 +178,17 @@ def micro_batches(
 
     Args:
         fabric: the processes.
-        loader: batches of this process; all processes have the same number.
+        batches: batches of this process; all processes have the same number.
         accumulation: batches per optimizer step; the last step may have fewer.
 
     Yields:
-        The batch, its weight, its positions in all processes, and whether it is its step's last.
+        The batches, and the positions of each in all processes.
     """
-    batches = iter(loader)
     while group := list(itertools.islice(batches, accumulation)):
         counts = torch.stack([batch.loss_mask.sum() for batch in group])
         if fabric.world_size > 1:
             counts = fabric.all_reduce(counts.to(fabric.device), reduce_op="sum")
-        positions = counts.tolist()
-        total = max(1, sum(positions))
-        for number, (batch, count) in enumerate(zip(group, positions, strict=True), start=1):
-            yield batch, count / total, count, number == len(group)
+        yield group, counts.tolist()
 
 
 @contextmanager
@@ -213,7 +209,24 @@ def gradient_sync(fabric: Fabric, wrapped: Any, last: bool) -> Iterator[None]:
             yield
 
 
-def clip_gradients(fabric: Fabric, wrapped: Any, optimizer: Any, max_norm: float) -> None:
-    """Scale gradients down to a norm of `max_norm`; 0 leaves them. DeepSpeed does so itself."""
-    if max_norm and not uses_deepspeed(fabric):
-        fabric.clip_gradients(wrapped, optimizer, max_norm=max_norm, error_if_nonfinite=False)
+def clip_gradients(fabric: Fabric, wrapped: Any, optimizer: Any, max_norm: float) -> Tensor | None:
+    """Scale gradients down to a norm of `max_norm`; 0 leaves them. DeepSpeed does so itself.
+
+    Returns:
+        The norm before clipping, where it was taken.
+    """
+    if not max_norm or uses_deepspeed(fabric):
+        return None
+    norm: Tensor | None = fabric.clip_gradients(
+        wrapped, optimizer, max_norm=max_norm, error_if_nonfinite=False
+    )
+    return norm
+
+
+def gather_objects(fabric: Fabric, value: Any) -> list[Any]:
+    """Return the value of every process, in their order. All processes have to call it."""
+    if fabric.world_size == 1:
+        return [value]
+    values: list[Any] = [None] * fabric.world_size
+    torch.distributed.all_gather_object(values, value)
+    return values

@@ -63,15 +63,26 @@ class SequenceBatches(Sampler[list[int]]):
 
     def __iter__(self) -> Iterator[list[int]]:
         """Yield this process's batches of the epoch, from `start_batch` on."""
+        order, step = self._epoch_order()
+        for batch in range(self.start_batch, len(self)):
+            yield self._share(order, step, batch)
+
+    def samples(self, batch: int) -> list[int]:
+        """Return the sample numbers of one batch of the epoch, from 0, in this process."""
+        return self._share(*self._epoch_order(), batch)
+
+    def _epoch_order(self) -> tuple[np.ndarray, int]:
         rng = np.random.default_rng([self.seed, self.epoch])
         order = rng.permutation(len(self.lengths))
         step = self.batch_size * self.world_size
         if self.group_by_length:
             order = self._grouped(order, step, rng)
-        for batch in range(self.start_batch, len(self)):
-            end = (batch + 1) * step if batch + 1 < len(self) else len(order)
-            whole = order[batch * step : end]
-            yield whole[self.rank :: self.world_size].tolist()
+        return order, step
+
+    def _share(self, order: np.ndarray, step: int, batch: int) -> list[int]:
+        end = (batch + 1) * step if batch + 1 < len(self) else len(order)
+        share: list[int] = order[batch * step : end][self.rank :: self.world_size].tolist()
+        return share
 
     def _grouped(self, order: np.ndarray, step: int, rng: np.random.Generator) -> np.ndarray:
         size = step * BATCHES_PER_GROUP

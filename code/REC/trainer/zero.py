@@ -32,10 +32,15 @@ def deepspeed_strategy(config: Config, device: str) -> Any:
         InputError: DeepSpeed is not installed, or cannot train this model.
     """
     require_deepspeed()
+    if config.stage == 3 and config.model == "sasrec":
+        raise InputError(
+            "model: sasrec reads its item vectors outside of a layer's forward pass, where ZeRO "
+            "stage 3 has them divided; use --stage 2 or --strategy ddp."
+        )
     from lightning.fabric.strategies import DeepSpeedStrategy
 
     class DeepSpeedOnCpu(DeepSpeedStrategy):
-        """Fabric's strategy without its two checks for GPUs."""
+        """Fabric's strategy without what it asks of GPUs: that there are any, and their numbers."""
 
         def setup_environment(self) -> None:
             self.accelerator.setup_device(self.root_device)
@@ -46,6 +51,21 @@ def deepspeed_strategy(config: Config, device: str) -> Any:
             self._init_deepspeed_distributed()
             self._format_config()
             self._config_initialized = True
+
+        def _initialize_engine(
+            self, model: nn.Module, optimizer: Any = None, scheduler: Any = None
+        ) -> tuple[Any, Any, Any]:
+            import deepspeed
+
+            engine, optimizer, _, scheduler = deepspeed.initialize(
+                model=model,
+                model_parameters=[p for p in model.parameters() if p.requires_grad],
+                optimizer=optimizer,
+                lr_scheduler=scheduler,
+                config=self.config,
+                dist_init_required=False,
+            )
+            return engine, optimizer, scheduler
 
     kind = DeepSpeedStrategy if device == "cuda" else DeepSpeedOnCpu
     # It announces every collective operation that it prepares.

@@ -63,8 +63,11 @@ def one_line(text: object, limit: int = 1000) -> str:
     )
 
 
-class Interrupted(Exception):
+class Interrupted(BaseException):
     """The run was asked to stop (SIGINT or SIGTERM) and has saved what it had.
+
+    Like KeyboardInterrupt it is no `Exception`: a handler for a library's errors must not take it
+    for one.
 
     Attributes:
         exit_code: 130 after SIGINT, 143 after SIGTERM.

@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from REC.utils.errors import InputError, one_line
 
 MAX_JSON_BYTES = 64 << 20
@@ -23,7 +25,7 @@ def atomic_path(target: str | Path) -> Iterator[Path]:
     """Give a temporary path beside `target`; rename it to `target` when the block succeeds.
 
     If the block raises, the temporary file or folder is removed and `target` stays as it was.
-    A folder replaces an older folder of that name.
+    A folder replaces an older folder of that name. What is renamed has reached the disk.
 
     Raises:
         InputError: the folder of `target` cannot be created or written, or the disk is full.
@@ -39,20 +41,28 @@ def atomic_path(target: str | Path) -> Iterator[Path]:
         yield temporary
         # mkstemp's 0600 would otherwise survive the rename and surprise people who share a folder.
         if temporary.is_file():
-            _fsync(temporary)
             temporary.chmod(0o666 & ~_umask())
+        _fsync(temporary)
         if temporary.is_dir() and target.is_dir():
             _replace_folder(temporary, target)
         else:
             os.replace(temporary, target)
-    except OSError as error:
-        reason = error.strerror or str(error)
+        _fsync_entry(target.parent)
+    except (OSError, SafetensorError) as error:
         raise InputError(
-            f"cannot write {target}: {reason}; free some space or choose another place."
+            f"cannot write {target}: {reason(error)}; free some space or choose another place."
         ) from error
     finally:
         if temporary is not None:
             remove(temporary)
+
+
+def reason(error: Exception) -> str:
+    """Return the system's words for why a file could not be written, such as "No space left"."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    # safetensors: "Error while serializing: I/O error: No space left on device (os error 28)"
+    return str(error).rpartition("error: ")[2].partition(" (os error")[0]
 
 
 def write_text(target: str | Path, text: str) -> None:
@@ -167,9 +177,35 @@ def _replace_folder(new: Path, target: Path) -> None:
     remove(old)
 
 
+def clear_leftovers(folder: Path) -> None:
+    """Remove what a killed process left of `atomic_path` in a folder. No process may write there."""
+    if not folder.is_dir():
+        return
+    for pattern in (".*.tmp", ".*.old"):
+        for path in folder.glob(pattern):
+            remove(path)
+
+
+def discard(path: Path) -> None:
+    """Remove a file or folder so that it is never seen half removed under its own name."""
+    hidden = path.with_name(f".{path.name}.{os.getpid()}.old")
+    os.replace(path, hidden)
+    remove(hidden)
+
+
 def _fsync(path: Path) -> None:
-    with path.open("rb") as stream:
-        os.fsync(stream.fileno())
+    if path.is_dir():
+        for inner in path.iterdir():
+            _fsync(inner)
+    _fsync_entry(path)
+
+
+def _fsync_entry(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def _umask() -> int:

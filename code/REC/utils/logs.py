@@ -18,6 +18,18 @@ _NOISY = (
 )
 
 
+class _RunLog(logging.FileHandler):
+    """A log file that gives up with one warning when it cannot be written, as on a full disk."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Stop writing the file; the terminal keeps every line."""
+        error = sys.exc_info()[1]
+        logging.getLogger().removeHandler(self)
+        logging.getLogger(__name__).warning(
+            "%s is no longer written: %s.", self.baseFilename, error
+        )
+
+
 def set_up_logging(log_file: Path | None = None, *, quiet: bool = False) -> None:
     """Send log lines to standard error, and to `log_file` too when one is given.
 
@@ -29,7 +41,7 @@ def set_up_logging(log_file: Path | None = None, *, quiet: bool = False) -> None
         warnings.simplefilter("ignore")
     handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)]
     if log_file is not None:
-        handlers.append(logging.FileHandler(log_file, encoding="utf-8"))
+        handlers.append(_RunLog(log_file, encoding="utf-8"))
     logging.basicConfig(
         level=logging.ERROR if quiet else logging.INFO,
         format="%(asctime)s %(message)s",

@@ -6,7 +6,8 @@ import hashlib
 import os
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -85,6 +86,23 @@ class Processes:
         """Wait until all processes are here."""
         self.gather(None)
 
+    def agreed(self, make: Callable[[], T]) -> T:
+        """Run `make` in every process and return its result.
+
+        Raises:
+            InputError: what the first process to fail raised, in every process.
+        """
+        value: T | None = None
+        problem: str | None = None
+        try:
+            value = make()
+        except InputError as error:
+            problem = str(error)
+        problems = [text for text in self.gather(problem) if text is not None]
+        if problems:
+            raise InputError(problems[0])
+        return value  # type: ignore[return-value]
+
     def on_first(self, make: Callable[[], T]) -> T:
         """Let process 0 alone run `make` and return its result in every process.
 
@@ -106,14 +124,23 @@ class Processes:
         return value  # type: ignore[return-value]
 
 
-def join_processes() -> Processes:
+@contextmanager
+def joined_processes(timeout: timedelta = TIMEOUT) -> Iterator[Processes]:
     """Join the processes that torchrun started, for messages between their CPUs (gloo).
 
-    Without torchrun, or when a group exists already, that is what is returned.
+    Without torchrun there is one process; a group that exists already is used as it is.
+
+    Args:
+        timeout: how long one process waits for another.
     """
-    if world_size() > 1 and not dist.is_initialized():
-        dist.init_process_group("gloo", timeout=TIMEOUT)
-    return Processes.here()
+    joins = world_size() > 1 and not dist.is_initialized()
+    if joins:
+        dist.init_process_group("gloo", timeout=timeout)
+    try:
+        yield Processes.here()
+    finally:
+        if joins:
+            dist.destroy_process_group()
 
 
 def say_once(line: str, *, at_once: bool = False) -> None:

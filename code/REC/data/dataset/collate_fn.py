@@ -78,6 +78,8 @@ class TrainCollate:
         seed: base seed.
         row_length: put several sequences into rows of about this many positions; None gives every
             sequence a row.
+        pack_below: leave a batch padded when at least this share of it is real: what packing
+            would save is then less than what the mask costs.
     """
 
     def __init__(
@@ -89,9 +91,10 @@ class TrainCollate:
         random_split: bool = False,
         seed: int = 0,
         row_length: int | None = None,
+        pack_below: float = 0.9,
     ) -> None:
         self.dataset = dataset
-        self.row_length = row_length
+        self.row_length, self.pack_below = row_length, pack_below
         self.sampler = sampler
         self.num_negatives = num_negatives
         self.random_split = random_split
@@ -118,7 +121,7 @@ class TrainCollate:
             if self.sampler:
                 negatives = self.sampler.draw(segments.users[indices], self.num_negatives, rng)
         positions = NOT_PACKED
-        if self.row_length is not None:
+        if self.row_length is not None and mask.mean() < self.pack_below:
             layout = pack(ends - starts - 1, self.row_length)
             history, targets, loss_mask = (
                 layout.place(padded, mask) for padded in (history, targets, loss_mask)

@@ -54,3 +54,8 @@ class CachedEmbeddingTrainDataset(Dataset[np.ndarray]):
     def lengths(self) -> np.ndarray:
         """int64 [S]: transitions of each sequence, 1..L."""
         return self.segments.ends - self.segments.starts - 1
+
+    def users_of(self, samples: Sequence[int]) -> list[str]:
+        """Return the user id of each sample."""
+        users = self.segments.users[np.asarray(samples, dtype=np.int64)]
+        return [str(user) for user in self.interactions.user_ids[users]]

@@ -1,0 +1,291 @@
+"""Item caching: killed anywhere and continued, damaged parts, signals, stale caches."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from item_caching import main as cache_main
+from REC.data import build_cache
+from REC.data.build_cache import share_out
+from REC.data.cache import open_cache, save_cache
+from tests.conftest import Project
+from tests.helpers import ROOT, make_dataset
+
+ITEMS = 400
+KILLS = 12
+
+
+class Runner:
+    """The helper program that forks a child for each command."""
+
+    def __init__(self, root: Path, llama: Path) -> None:
+        self.root = root
+        self.target = root / "cache.safetensors"
+        self.parts = root / "cache.safetensors.parts"
+        self.log = root / "log.txt"
+        self.argv = [
+            *("--dataset", "many", "--item_pretrain_dir", str(llama)),
+            *("--item_cache_path", str(self.target), "--item_batch_tokens", "64"),
+            *("--precision", "32-true", "--show_progress", "False", "--num_threads", "1"),
+        ]
+        self.process = subprocess.Popen(
+            [sys.executable, str(ROOT / "tests" / "fork_runner.py")],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+
+    def run(self, **order: Any) -> tuple[int, float]:
+        """Run the command once: exit code and seconds."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        order = {"argv": self.argv, "cwd": str(self.root), "log": str(self.log), **order}
+        self.process.stdin.write(json.dumps(order) + "\n")
+        self.process.stdin.flush()
+        answer = json.loads(self.process.stdout.readline())
+        return answer["code"], answer["seconds"]
+
+    @property
+    def encoded(self) -> int:
+        """Items that the last command encoded."""
+        return sum(map(int, Path(f"{self.log}.encoded").read_text().split()))
+
+    def whole_parts(self) -> int:
+        """Items in the parts that are on disk."""
+        return sum(len(load_file(path)["rows"]) for path in self.parts.glob("part-*"))
+
+
+@pytest.fixture(scope="module")
+def runner(tmp_path_factory: pytest.TempPathFactory, llama: Path) -> Iterator[Runner]:
+    root = make_dataset(tmp_path_factory.mktemp("kills"), "many", items=ITEMS)
+    made = Runner(root, llama)
+    yield made
+    assert made.process.stdin is not None
+    made.process.stdin.close()
+    made.process.wait(timeout=30)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(runner: Runner) -> tuple[bytes, float]:
+    """The bytes of a file written without interruption, and the seconds it took."""
+    code, seconds = runner.run()
+    assert code == 0, runner.log.read_text()
+    assert runner.encoded == ITEMS
+    assert not runner.parts.exists()
+    return runner.target.read_bytes(), seconds
+
+
+def test_killed_at_random_moments_the_file_is_the_same(
+    runner: Runner, uninterrupted: tuple[bytes, float]
+) -> None:
+    wanted, seconds = uninterrupted
+    rng = np.random.default_rng(0)
+    delays = rng.uniform(0.05, 1.0, size=KILLS) * seconds
+    killed = 0
+    runner.target.unlink()
+    for delay in delays:
+        code, _ = runner.run(delay=float(delay), signal=int(signal.SIGKILL))
+        killed += code == -signal.SIGKILL
+        if runner.target.exists():
+            assert runner.target.read_bytes() == wanted
+            runner.target.unlink()
+    assert killed >= KILLS // 2
+    before = runner.whole_parts() if runner.parts.exists() else 0
+    code, _ = runner.run()
+    assert code == 0, runner.log.read_text()
+    assert runner.encoded == ITEMS - before
+    assert runner.target.read_bytes() == wanted
+    assert not runner.parts.exists()
+    assert [path.name for path in runner.root.glob(".*")] == []
+
+
+@pytest.mark.parametrize(
+    ("trap", "count"), [("part", 1), ("part", 9), ("file", 1), ("remove", 1)], ids=str
+)
+def test_killed_while_writing(
+    runner: Runner, uninterrupted: tuple[bytes, float], trap: str, count: int
+) -> None:
+    runner.target.unlink(missing_ok=True)
+    code, _ = runner.run(trap=trap, count=count)
+    assert code == -signal.SIGKILL
+    before = runner.whole_parts()
+    assert before == (ITEMS if trap in ("file", "remove") else before)
+    assert runner.target.exists() == (trap == "remove")
+    code, _ = runner.run()
+    assert code == 0, runner.log.read_text()
+    assert runner.encoded == ITEMS - before
+    assert runner.target.read_bytes() == uninterrupted[0]
+    assert not runner.parts.exists()
+
+
+def test_damaged_parts_are_encoded_again(
+    runner: Runner, uninterrupted: tuple[bytes, float]
+) -> None:
+    runner.target.unlink(missing_ok=True)
+    assert runner.run(trap="file")[0] == -signal.SIGKILL
+    first, second, third, *_ = sorted(runner.parts.glob("part-*"))
+    lost = sum(len(load_file(path)["rows"]) for path in (first, second, third))
+    flipped = bytearray(first.read_bytes())
+    flipped[-1] ^= 1
+    first.write_bytes(flipped)
+    second.write_bytes(second.read_bytes()[:-5])
+    third.write_bytes(b"")
+    code, _ = runner.run()
+    assert code == 0, runner.log.read_text()
+    assert runner.encoded == lost
+    assert runner.log.read_text().count("encoded again") == 3
+    assert runner.target.read_bytes() == uninterrupted[0]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_in_one_line_and_keeps_the_parts(
+    runner: Runner, uninterrupted: tuple[bytes, float], number: signal.Signals
+) -> None:
+    runner.target.unlink(missing_ok=True)
+    code, _ = runner.run(delay=uninterrupted[1] * 0.7, signal=int(number))
+    assert code == 128 + number
+    log = runner.log.read_text()
+    assert log.splitlines()[-1].startswith(
+        f"interrupted: stopped by {number.name}; what is encoded"
+    )
+    assert "Traceback" not in log
+    before = runner.whole_parts()
+    assert runner.run()[0] == 0
+    assert runner.encoded == ITEMS - before
+    assert runner.target.read_bytes() == uninterrupted[0]
+
+
+def test_a_finished_file_is_left_and_other_texts_are_not_taken_for_it(
+    runner: Runner, uninterrupted: tuple[bytes, float]
+) -> None:
+    if not runner.target.exists():
+        runner.run()
+    assert runner.run()[0] == 0
+    assert runner.encoded == 0
+    assert "left as it is" in runner.log.read_text()
+    information = runner.root / "information" / "many.csv"
+    plain = information.read_text()
+    runner.target.unlink()
+    assert runner.run(trap="file")[0] == -signal.SIGKILL
+    information.write_text(plain.replace("item 7,", "item 8,", 1))
+    assert runner.run()[0] == 0
+    assert runner.encoded == ITEMS
+    assert runner.target.read_bytes() != uninterrupted[0]
+    information.write_text(plain)
+    assert runner.run()[0] == 0
+    assert runner.encoded == ITEMS
+    assert runner.target.read_bytes() == uninterrupted[0]
+
+
+def test_the_written_file_is_what_safetensors_reads(tmp_path: Path) -> None:
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        matrix = torch.randn(7, 5).to(dtype)
+        path = tmp_path / "cache.safetensors"
+        save_cache(path, [f"ä{n}" for n in range(7)], matrix, {"prompt": "é\n", "model": "m"})
+        assert torch.equal(load_file(path)["embeddings"], matrix)
+        cache = open_cache(path)
+        assert cache.item_ids == [f"ä{n}" for n in range(7)]
+        assert cache.metadata["prompt"] == "é\n"
+        assert int.from_bytes(path.read_bytes()[:8], "little") % 8 == 0
+
+
+def test_work_is_dealt_out_evenly_and_once() -> None:
+    rng = np.random.default_rng(1)
+    costs = rng.integers(1, 100, size=50).tolist()
+    owners = share_out(costs, 4)
+    loads = [sum(np.array(costs)[owners == rank]) for rank in range(4)]
+    assert sum(loads) == sum(costs)
+    # Longest first is within a third of the best split (Graham 1969); with many pieces much nearer.
+    assert max(loads) - min(loads) <= max(costs)
+    assert share_out([], 3).tolist() == []
+
+
+def make_item_cache(project: Project, *more: str) -> None:
+    (project.root / "dataset" / "tiny_item_embeddings.safetensors").unlink(missing_ok=True)
+    where = ("--item_pretrain_dir", str(project.llama))
+    code, _, err = project.call(cache_main, [*project.arguments, *where, *more])
+    assert code == 0, err
+
+
+WARNING = "was not made with this configuration's"
+
+
+def test_a_cache_of_this_configuration_gives_no_warning(project: Project) -> None:
+    make_item_cache(project)
+    code, _, err = project.run("--val_only", "True")
+    assert code == 0
+    assert WARNING not in err
+
+
+@pytest.mark.parametrize(
+    ("made", "used", "named"),
+    [
+        (("--item_prompt", "x: "), (), "item_prompt"),
+        (("--text_keys", "[title]"), (), "text_keys"),
+        (("--MAX_TEXT_LENGTH", "3"), (), "MAX_TEXT_LENGTH"),
+    ],
+)
+def test_a_cache_of_other_settings_gives_a_warning(
+    project: Project, made: tuple[str, ...], used: tuple[str, ...], named: str
+) -> None:
+    make_item_cache(project, *made)
+    code, _, err = project.run("--val_only", "True", *used)
+    assert code == 0
+    assert f"{WARNING} {named};" in err
+
+
+def test_a_cache_of_other_texts_or_another_model_gives_a_warning(
+    project: Project, tmp_path: Path
+) -> None:
+    make_item_cache(project)
+    information = project.root / "information" / "tiny.csv"
+    plain = information.read_text()
+    information.write_text(plain.replace("item 3", "item 4"))
+    _, _, err = project.run("--val_only", "True")
+    assert f"{WARNING} text_path;" in err
+    information.write_text("item_id\nbroken,\n")
+    code, _, err = project.run("--val_only", "True")
+    assert code == 0
+    assert WARNING not in err
+    information.write_text(plain)
+    other = tmp_path / "other"
+    other.mkdir()
+    for path in project.llama.iterdir():
+        (other / path.name).write_bytes(path.read_bytes())
+    weights = load_file(other / "model.safetensors")
+    weights["model.norm.weight"] += 1
+    save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
+    _, _, err = project.run("--val_only", "True", "--item_pretrain_dir", str(other))
+    assert f"{WARNING} item_pretrain_dir;" in err
+
+
+def test_a_full_disk_is_one_line(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    (project.root / "dataset" / "tiny_item_embeddings.safetensors").unlink()
+    monkeypatch.setattr("REC.data.cache.os.posix_fallocate", full)
+    where = ("--item_pretrain_dir", str(project.llama))
+    code, out, err = project.call(cache_main, [*project.arguments, *where])
+    assert code == 2
+    assert out == ""
+    assert "No space left on device" in err.splitlines()[-1]
+    assert "Traceback" not in err
+    monkeypatch.undo()
+    monkeypatch.chdir(project.root)
+    monkeypatch.setattr(build_cache, "encode_group", None)
+    code, _, err = project.call(cache_main, [*project.arguments, *where])
+    assert code == 0, err
