@@ -338,7 +338,7 @@ BAD_MODELS: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
     "hidden size negative": (set_config(hidden_size=-64), ["config.json"]),
     "code in the folder": (foreign_code, ["config.json", "trust_remote_code"]),
     "encoder": (set_config(model_type="bert"), ["type bert, an encoder"]),
-    "another encoder": (set_config(model_type="modernbert"), ["encoder"]),
+    "another encoder": (set_config(model_type="roberta"), ["encoder"]),
     "encoder and decoder": (set_config(model_type="t5"), ["encoder"]),
     "pictures": (set_config(model_type="vit"), ["type vit", "inputs_embeds"]),
     "looks ahead": (

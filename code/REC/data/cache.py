@@ -319,16 +319,16 @@ def _open_pt(path: Path) -> ItemCache:
                 content = torch.load(stream, map_location="cpu", weights_only=True)
     except InputError:
         raise
-    except pickle.UnpicklingError as error:
-        raise InputError(
-            f"item cache {path} holds more than tensors and was not opened, since such a file can "
-            f"run code; make it anew with item_caching.py."
-        ) from error
     except Exception as error:  # torch.load raises many kinds on damaged files
-        reason = one_line(" ".join(str(error).split()), 120)
+        reason = " ".join(str(error).split())
+        if isinstance(error, pickle.UnpicklingError) and "global" in reason.lower():
+            raise InputError(
+                f"item cache {path} holds more than tensors and was not opened, since such a file "
+                f"can run code; make it anew with item_caching.py."
+            ) from error
         raise InputError(
-            f"item cache {path} is damaged or no cache at all ({reason}); make it anew with "
-            f"item_caching.py."
+            f"item cache {path} is damaged or no cache at all ({one_line(reason, 120)}); make it "
+            f"anew with item_caching.py."
         ) from error
     if not isinstance(content, Mapping) or not content:
         raise InputError(
