@@ -172,7 +172,7 @@ BAD_COMMANDS: dict[str, tuple[list[str], list[str]]] = {
     "tag": (["--topk", "[!!python/name:os.system 1]"], ["--topk", "tag"]),
     "not UTF-8": (["--dataset", "\udcff"], ["dataset", "UTF-8"]),
     "control code": (["--dataset", "\x1b[2J"], ["\\x1b[2J"]),
-    "long name": (["--dataset", "x" * 5000], ["dataset"]),
+    "long name": (["--dataset", "x" * 5000, "--run_name", "r"], ["unknown dataset 'xxx"]),
     "very long name": (["--dataset", "x" * 50_000], ["dataset"]),
     "config file without a name": (["--config_file"], ["--config_file needs"]),
     "config file missing": (["--config_file", "none.yaml"], ["none.yaml does not exist"]),

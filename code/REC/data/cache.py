@@ -98,6 +98,23 @@ def find_cache(path: str | Path) -> Path:
     )
 
 
+def is_native(path: Path) -> bool:
+    """Say whether a file's first bytes are those of a native cache; else it is taken for a `.pt`.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    try:
+        with path.open("rb") as stream:
+            head = stream.read(16)
+    except OSError as error:
+        raise InputError(
+            f"item cache {path} cannot be read: {error.strerror}; change --item_cache_path."
+        ) from error
+    # A safetensors file begins with the length of its JSON header and then the header's brace.
+    return len(head) >= 9 and head[8:9] == b"{" and struct.unpack("<Q", head[:8])[0] < 1 << 30
+
+
 def open_cache(path: str | Path) -> ItemCache:
     """Open a cache file, native or `.pt`, told apart by content.
 
@@ -105,12 +122,7 @@ def open_cache(path: str | Path) -> ItemCache:
         InputError: the file is missing, damaged, of another kind, or holds NaN or infinity.
     """
     path = find_cache(path)
-    try:
-        with path.open("rb") as stream:
-            head = stream.read(16)
-    except OSError as error:
-        raise InputError(f"item cache {path} cannot be read: {error.strerror}.") from error
-    cache = _open_native(path) if _looks_native(head) else _open_pt(path)
+    cache = _open_native(path) if is_native(path) else _open_pt(path)
     _refuse_bad_values(cache, path)
     return cache
 
@@ -130,9 +142,9 @@ def read_header(path: str | Path) -> tuple[int, int, str]:
             part = file.get_slice("embeddings")
             items, dim = part.get_shape()
             dtype = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}[part.get_dtype()]
-    except (SafetensorError, OSError, ValueError, KeyError) as error:
+    except (SafetensorError, OSError, RuntimeError, ValueError, KeyError) as error:
         raise InputError(
-            f"{path} is no native item cache ({error}); make it with item_caching.py."
+            f"{path} is no native item cache ({one_line(error, 120)}); make it with item_caching.py."
         ) from error
     return items, dim, dtype
 
@@ -256,11 +268,6 @@ def encode_ids(item_ids: Sequence[str]) -> torch.Tensor:
     return torch.frombuffer(bytearray(encoded), dtype=torch.uint8)
 
 
-def _looks_native(head: bytes) -> bool:
-    # A safetensors file begins with the length of its JSON header and then the header's brace.
-    return len(head) >= 9 and head[8:9] == b"{" and struct.unpack("<Q", head[:8])[0] < 1 << 30
-
-
 def _open_native(path: Path) -> ItemCache:
     try:
         with safe_open(path, framework="pt") as file:
@@ -307,19 +314,21 @@ def _open_pt(path: Path) -> ItemCache:
         with warnings.catch_warnings():
             # Old storage classes make torch print warnings that only its own developers can act on.
             warnings.simplefilter("ignore")
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            # From a stream, since torch would go by the name's ending and not by the content.
+            with path.open("rb") as stream:
+                content = torch.load(stream, map_location="cpu", weights_only=True)
     except InputError:
         raise
-    except pickle.UnpicklingError as error:
-        raise InputError(
-            f"item cache {path} holds more than tensors and was not opened, since such a file can "
-            f"run code; make it anew with item_caching.py."
-        ) from error
     except Exception as error:  # torch.load raises many kinds on damaged files
-        reason = one_line(" ".join(str(error).split()), 120)
+        reason = " ".join(str(error).split())
+        if isinstance(error, pickle.UnpicklingError) and "global" in reason.lower():
+            raise InputError(
+                f"item cache {path} holds more than tensors and was not opened, since such a file "
+                f"can run code; make it anew with item_caching.py."
+            ) from error
         raise InputError(
-            f"item cache {path} is damaged or no cache at all ({reason}); make it anew with "
-            f"item_caching.py."
+            f"item cache {path} is damaged or no cache at all ({one_line(reason, 120)}); make it "
+            f"anew with item_caching.py."
         ) from error
     if not isinstance(content, Mapping) or not content:
         raise InputError(

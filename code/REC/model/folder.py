@@ -70,12 +70,12 @@ def check_files(folder: Path) -> Weights:
             f"the folder of its base model."
         )
     shards = {file.name for file in folder.glob("*.safetensors") if file.name != EXTRA_FILE}
-    if not shards and not any(folder.glob("pytorch_model*.bin")):
-        raise InputError(f"model folder {folder} holds no weights (*.safetensors); fetch it again.")
     listed: dict[str, str] = {}
     for name in _INDEXES:
         if is_file(folder / name):
             listed |= _read_index(folder, name)
+    if not shards and not any(folder.glob("pytorch_model*.bin")):
+        raise InputError(f"model folder {folder} holds no weights (*.safetensors); fetch it again.")
     if is_file(folder / "model.safetensors"):
         shards = {"model.safetensors"}
     elif any(shard.endswith(".safetensors") for shard in listed.values()):

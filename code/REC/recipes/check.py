@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from REC.config import Config
-from REC.data.cache import DTYPES, ItemCache, find_cache, open_cache, read_header
+from REC.data.cache import DTYPES, ItemCache, find_cache, is_native, open_cache, read_header
 from REC.data.dataset import CachedEmbeddingEvalDataset, CachedEmbeddingTrainDataset
 from REC.data.interactions import Interactions, dataset_file, read_interactions
 from REC.data.item_text import ItemTexts, information_file, read_item_texts
@@ -259,7 +259,7 @@ def _item_model(config: Config, found: Findings) -> None:
 
 def _cache_header(config: Config, hidden: int | None) -> None:
     path = find_cache(cache_path(config))
-    if hidden is None or path.suffix != ".safetensors":
+    if hidden is None or not is_native(path):
         return
     _, dim, _ = read_header(path)
     refuse_other_dim(path, dim, hidden, config.user_pretrain_dir or "")
@@ -356,7 +356,7 @@ def _memory(
         f"{total / GIB:.1f} GiB ({device})"
     )
     with found.collect():
-        if device == "cuda" and not config.val_only and cache.path.suffix == ".safetensors":  # type: ignore[union-attr]
+        if device == "cuda" and not config.val_only and cache.metadata:
             needed = estimate(training_shape(config), config.train_batch_size).total
             found.notes.append(f"memory: about {needed / GIB:.2f} GiB in a training step")
             if needed > total:
