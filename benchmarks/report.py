@@ -13,7 +13,10 @@ _COSTS = ("s", "MB")
 
 
 def agreement(results: Sequence[dict[str, Any]]) -> dict[str, str]:
-    """Say where HSFT and the naive way gave the same answers: what -> `n of m equal`."""
+    """Say where HSFT and the naive way gave the same answers: what -> `n of m equal`.
+
+    Ranks may differ by a place where two scores are equal but for their rounding.
+    """
     by_side = {(result["stage"], result["side"]): result.get("extra", {}) for result in results}
     found = {}
     for (stage, side), extra in by_side.items():
@@ -23,7 +26,10 @@ def agreement(results: Sequence[dict[str, Any]]) -> dict[str, str]:
             theirs = by_side.get((stage, "naive"), {}).get(name)
             if theirs is not None:
                 equal = sum(a == b for a, b in zip(ours, theirs, strict=True))
+                furthest = max(abs(a - b) for a, b in zip(ours, theirs, strict=True))
                 found[name] = f"{equal} of {len(ours)} equal"
+                if furthest:
+                    found[name] += f", the others within {furthest}"
     return found
 
 

@@ -13,7 +13,6 @@ import dataclasses
 import json
 import os
 import platform
-import resource
 import subprocess
 import sys
 import tempfile
@@ -45,7 +44,10 @@ def main(argv: Sequence[str]) -> int:
     began = time.perf_counter()
     if set(args.stages) & set(stages.SYNTHETIC_STAGES):
         _say(f"making the {args.size} files in {args.work} unless they are there")
-        stages.prepare(context)
+        # In a process of its own too: this one stays small.
+        failed = _measure(args, "prepare", "files").get("error")
+        if failed:
+            return 1
     results: list[dict[str, Any]] = []
     found: dict[str, Any] = {}
     for stage in args.stages:
@@ -144,6 +146,10 @@ def _child(args: argparse.Namespace) -> int:
     stage, side, file = args.child
     torch.set_num_threads(args.threads)
     context = _context(args)
+    if stage == "prepare":
+        stages.prepare(context)
+        write_json(file, {})
+        return 0
     result: dict[str, Any] = {"stage": stage, "side": side}
     try:
         figures = stages.STAGES[stage][side](context)
@@ -152,9 +158,7 @@ def _child(args: argparse.Namespace) -> int:
     else:
         result["figures"] = [figure.as_dict() for figure in figures]
         result["extra"] = context.extra
-    # ru_maxrss is in KiB on Linux and in bytes on macOS.
-    unit = 1 if sys.platform == "darwin" else 1024
-    result["peak_rss_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
+    result["peak_rss_mb"] = stages.peak_rss_mb()
     write_json(file, result)
     return 0
 

@@ -6,7 +6,9 @@ import contextlib
 import itertools
 import multiprocessing
 import random
+import resource
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -178,7 +180,7 @@ def cache_hsft(context: Context) -> list[Figure]:
     figures = [Figure("open the item cache", "s", context.seconds(lambda: open_cache(path)))]
     before = _memory([_own_memory()])
     cache = open_cache(path)
-    rows = np.random.default_rng(context.seed).integers(0, len(cache), size=(20, BATCH * 50))
+    rows = np.random.default_rng(context.seed).integers(0, len(cache), size=(100, BATCH * 10))
 
     def work() -> None:
         for batch in rows:
@@ -194,7 +196,7 @@ def cache_naive(context: Context) -> list[Figure]:
     before = _memory([_own_memory()])
     cache = naive.load_cache(path)
     ids = list(cache)
-    rows = np.random.default_rng(context.seed).integers(0, len(ids), size=(20, BATCH * 50))
+    rows = np.random.default_rng(context.seed).integers(0, len(ids), size=(100, BATCH * 10))
 
     def work() -> None:
         for batch in rows:
@@ -638,10 +640,13 @@ def rank_bare(context: Context) -> list[Figure]:
 def memory_hsft(context: Context) -> list[Figure]:
     """Measure what an evaluation adds to memory at several catalogue sizes, the table not counted."""
     figures = []
-    dim, users = (32, 64) if context.quick else (512, 512)
+    # Users enough to fill the budget at the smallest catalogue.
+    dim, users = (32, 64) if context.quick else (128, 3500)
     for items in (200, 400) if context.quick else (20_000, 96_282, 400_000):
         split = leave_one_out(_random_histories(users, items, context.seed))
         scorer = last_item_scorer(synthetic.random_embeddings(items + 1, dim, context.seed))
+        # Tried once before, so that what libraries allocate for good is not counted.
+        some_users(split, 8).run(scorer, torch.device("cpu"))
         evaluator = some_users(split, users)
         with _peak() as added:
             evaluator.run(scorer, torch.device("cpu"))
@@ -681,6 +686,16 @@ def _peak() -> Iterator[list[float]]:
     found = [0.0]
     yield found
     found[0] = (_status("VmHWM") - before) * 1024 / 1e6
+
+
+def peak_rss_mb() -> float:
+    """Return this process's peak resident memory in MB."""
+    if Path("/proc/self/status").is_file():
+        # Not ru_maxrss: on Linux a new process inherits the peak of the one that started it.
+        return _status("VmHWM") * 1024 / 1e6
+    # ru_maxrss is in KiB, but in bytes on macOS.
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
 
 
 def _status(name: str) -> int:
