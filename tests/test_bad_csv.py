@@ -154,6 +154,8 @@ BAD: dict[str, tuple[bytes, list[str]]] = {
     "infinity": (text("i1,x,inf") + MORE, ["row 2", "'inf'"]),
     "other digits": (text("i1,x,٣") + MORE, ["row 2", "٣"]),
     "beyond 64 bits": (text(f"i1,x,{2**63}") + MORE, ["row 2", str(2**63)]),
+    "beyond 64 bits with an exponent": (text("i1,x,1e30") + MORE, ["row 2", "1e30"]),
+    "beyond any number": (text("i1,x,1e999") + MORE, ["row 2", "1e999"]),
     "a thousand digits": (text(f"i1,x,{'9' * 1000}") + MORE, ["row 2", "9 ..."]),
     "the header again": (HEADER + MORE + HEADER + MORE, ["row 10", "timestamp 'timestamp'"]),
     "rows are counted": (text(*["i1,x,noon"] * 9) + MORE, ["row 2", "9 such rows: 2, 3, 4, 5, 6,"]),
@@ -192,6 +194,13 @@ def test_several_kinds_of_bad_rows_are_a_line_each(project: Project) -> None:
     assert [line.split(": ")[1].split(", ")[1] for line in lines] == [
         f"row {n}" for n in (2, 3, 4, 5)
     ]
+
+
+def test_users_who_have_every_item_leave_no_negatives_to_draw(project: Project) -> None:
+    rows = "".join(f"i{n % 4},u{user},{n}\n" for user in range(3) for n in range(8))
+    (project.root / CSV).write_bytes(HEADER + rows.encode())
+    more = ("--use_qlora", "True", "--num_negatives", "16", "--eval_baseline", "False")
+    expect_refusal(project, lambda: project.run(*more), ["3 users", "'u0'", "all 4 items"])
 
 
 def _to_folder(path: Path) -> None:
