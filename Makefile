@@ -8,6 +8,7 @@ help:
 	@echo "make demo       install, prepare data and LLM, cache, evaluate, fine-tune, compare"
 	@echo "make demo-full  the same with all layers and long histories (wants a GPU)"
 	@echo "make test       install, lint, type-check and run the whole test suite"
+	@echo "make bench      measure HSFT against the usual way (about an hour on two cores)"
 	@echo "make lint       ruff and mypy only"
 	@echo "make clean      remove the virtual environment, caches and demo runs"
 
@@ -20,7 +21,14 @@ demo-full: $(VENV)/demo.stamp
 test: lint
 	$(PY) demo/prepare_data.py
 	$(PY) demo/prepare_llm.py
-	$(PY) -m pytest
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --maxprocesses 4 --dist loadfile
+
+bench: $(VENV)/dev.stamp
+	$(PY) demo/prepare_data.py
+	$(PY) demo/prepare_llm.py
+	$(PY) benchmarks/run.py
+	$(PY) benchmarks/packing.py
+	$(PY) benchmarks/softmax_memory.py --positions 64 --budget_mb 64
 
 lint: $(VENV)/dev.stamp
 	$(PY) -m ruff check .

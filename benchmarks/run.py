@@ -46,31 +46,40 @@ def main(argv: Sequence[str]) -> int:
     if set(args.stages) & set(stages.SYNTHETIC_STAGES):
         _say(f"making the {args.size} files in {args.work} unless they are there")
         stages.prepare(context)
-    results = []
+    results: list[dict[str, Any]] = []
+    found: dict[str, Any] = {}
     for stage in args.stages:
         for side in stages.STAGES[stage]:
             results.append(_measure(args, stage, side))
-    found = {
-        "format": FORMAT,
-        "command": f"python benchmarks/run.py --size {args.size} --repeats {args.repeats}"
-        f" --threads {args.threads}",
-        "seed": args.seed,
-        "size": dataclasses.asdict(context.size),
-        "repeats": args.repeats,
-        "seconds": round(time.perf_counter() - began, 1),
-        "machine": machine(args.threads),
-        "versions": environment.versions(),
-        "git_revision": environment.git_revision(ROOT),
-        "results": results,
-        "agreement": report.agreement(results),
-    }
-    write_json(args.out / "results.json", found)
-    write_text(args.out / "results.md", report.markdown(found))
+        # After every stage, so that an interrupted run leaves what it measured.
+        found = {
+            "format": FORMAT,
+            "command": _command(args),
+            "seed": args.seed,
+            "size": dataclasses.asdict(context.size),
+            "repeats": args.repeats,
+            "seconds": round(time.perf_counter() - began, 1),
+            "machine": machine(args.threads),
+            "versions": environment.versions(),
+            "git_revision": environment.git_revision(ROOT),
+            "results": results,
+            "agreement": report.agreement(results),
+        }
+        write_json(args.out / "results.json", found)
+        write_text(args.out / "results.md", report.markdown(found))
     sys.stdout.write(report.markdown(found))
     if args.page:
         report.copy_into(args.page, args.size, report.markdown(found))
     _say(f"wrote {args.out / 'results.json'} and {args.out / 'results.md'}")
     return int(any("error" in result for result in results))
+
+
+def _command(args: argparse.Namespace) -> str:
+    chosen = "" if args.stages == list(stages.STAGES) else f" --stages {','.join(args.stages)}"
+    return (
+        f"python benchmarks/run.py --size {args.size} --repeats {args.repeats} "
+        f"--threads {args.threads}{chosen}"
+    )
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -55,7 +55,7 @@ def half_a_part(tensors: Any, path: Path, metadata: Any) -> None:
     die()
 
 
-PLAIN_SAVE = parts.save_file
+PLAIN_SAVE: Callable[..., None] = parts.save_file
 
 
 def some_blocks(*arguments: Any) -> None:
@@ -71,7 +71,7 @@ def some_blocks(*arguments: Any) -> None:
     PLAIN_WRITE(*others, cut())
 
 
-PLAIN_WRITE = build_cache.write_cache
+PLAIN_WRITE: Callable[..., None] = build_cache.write_cache
 
 
 def set_trap(name: str, count: int) -> None:
@@ -94,11 +94,12 @@ def child(order: dict[str, Any]) -> int:
     os.dup2(log, 2)
     build_cache.ITEMS_PER_PART = 16
     plain = ItemEncoder.encode
-    counter = Path(order["log"] + ".encoded").open("w")
+    counter = Path(order["log"] + ".encoded")
+    counter.write_text("")
 
     def encode(self: ItemEncoder, tokens: Any) -> Any:
-        counter.write(f"{len(tokens)}\n")
-        counter.flush()
+        with counter.open("a") as file:
+            file.write(f"{len(tokens)}\n")
         return plain(self, tokens)
 
     ItemEncoder.encode = encode  # type: ignore[method-assign]

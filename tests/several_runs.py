@@ -23,8 +23,8 @@ def divide_everything() -> None:
 
     plain = zero.zero_settings
 
-    def settings(*arguments: Any) -> dict[str, Any]:
-        found = plain(*arguments)
+    def settings(config: Any, device: str) -> dict[str, Any]:
+        found = plain(config, device)
         found["zero_optimization"]["stage3_param_persistence_threshold"] = 0
         return found
 

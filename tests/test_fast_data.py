@@ -218,6 +218,9 @@ def test_draws_are_those_of_a_loop_over_users(
         for (row, place), item in zip(bad, again, strict=True):
             wanted[row, place] = item
     np.testing.assert_array_equal(found, wanted)
+    every = np.broadcast_to(np.arange(1, 31), (5, 30))
+    owned = sampler.owns(np.broadcast_to(users[:, None], (5, 30)), every)
+    assert [set(every[row][owned[row]].tolist()) for row in range(5)] == own
 
 
 @quick

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -287,32 +288,58 @@ def test_chunks_stay_within_the_budget(positions: int, items: int, dim: int) -> 
         assert 4 * (2 * rows * size + 8 * size * dim) <= budget
 
 
-class Counting(TorchDispatchMode):
-    """Notes the largest tensor that any operation makes, in numbers."""
+class Living(TorchDispatchMode):
+    """Adds up the bytes of all tensors that operations made and that still live, and their peak."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.largest = 0
+        self.now = self.peak = self.largest = 0
+        self._seen: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         made = func(*args, **(kwargs or {}))
+        given = {arg.untyped_storage()._cdata for arg in args if isinstance(arg, torch.Tensor)}
         for tensor in made if isinstance(made, tuple | list) else (made,):
-            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().data_ptr() not in (
-                arg.untyped_storage().data_ptr() for arg in args if isinstance(arg, torch.Tensor)
-            ):
-                self.largest = max(self.largest, tensor.numel())
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                key, size = storage._cdata, storage.nbytes()
+                if key not in self._seen and key not in given:
+                    self._seen.add(key)
+                    self.now += size
+                    self.peak = max(self.peak, self.now)
+                    self.largest = max(self.largest, size)
+                    weakref.finalize(storage, self._drop, key, size)
         return made
 
+    def _drop(self, key: int, size: int) -> None:
+        self._seen.discard(key)
+        self.now -= size
 
-def test_no_operation_makes_all_logits_or_a_copy_of_the_catalogue() -> None:
-    items, dim, positions, budget = 4_000, 32, 300, 1 << 20
-    table = ItemTable(torch.randn(items + 1, dim).half(), "linear")
-    q = torch.randn(positions, dim, requires_grad=True)
-    targets = torch.randint(items, (positions,))
-    with Counting() as counted:
-        loss = losses.catalogue_softmax(q, table, targets, torch.tensor(1.0), budget_bytes=budget)
-        loss.backward()
-    rows, size = losses.chunk_shape(positions, items, dim, budget)
-    assert counted.largest <= max(rows * size, positions * dim)
-    assert counted.largest < items * dim
-    assert counted.largest < items * positions / 3
+
+@pytest.mark.parametrize("adapter", ["none", "linear"])
+def test_memory_is_within_the_budget_whatever_catalogue_and_batch(adapter: str) -> None:
+    dim, budget = 64, 4 << 20
+    peaks = {}
+    for items in (4_000, 16_000):
+        for positions in (100, 1_600):
+            table = ItemTable(torch.randn(items + 1, dim).half(), adapter)
+            q = torch.randn(positions, dim, requires_grad=True)
+            targets = torch.randint(items, (positions,))
+            with Living() as living:
+                loss = losses.catalogue_softmax(
+                    q, table, targets, torch.tensor(1.0), budget_bytes=budget
+                )
+                loss.backward()
+            # Queries, their gradients, and a few numbers per position and chunk come on top.
+            size = losses.chunk_shape(positions, items, dim, budget)[1]
+            small = 4 * positions * (8 * dim + 8 * math.ceil(items / size)) + (1 << 18)
+            peaks[items, positions] = living.peak - small
+            assert 0 < living.peak <= budget + small
+            assert living.largest < items * positions * 4
+            assert living.largest <= budget
+    for positions in (100, 1_600):
+        assert peaks[16_000, positions] <= peaks[4_000, positions] + (1 << 16)
+    with Living() as plain:
+        scale = torch.tensor(1.0)
+        plain_softmax(q, table.slice(1, items + 1), targets, scale, True).backward()
+    assert plain.peak > 4 * items * positions

@@ -36,6 +36,14 @@ class NegativeSampler:
         )
         self.available = self.num_items - np.diff(self._first)
 
+    def owns(self, users: np.ndarray, items: np.ndarray) -> np.ndarray:
+        """Say which items belong to the user beside them: bool, shape of `items`."""
+        if not len(self._pairs):
+            return np.zeros(items.shape, dtype=bool)
+        keys = users.astype(np.int64) * self._stride + items
+        at = np.searchsorted(self._pairs, keys)
+        return self._pairs[np.minimum(at, len(self._pairs) - 1)] == keys
+
     def draw(
         self, users: np.ndarray, count: int, rng: np.random.Generator, distinct: bool = False
     ) -> np.ndarray:

@@ -21,7 +21,7 @@ from REC.model.item_llm import ItemEncoder, load_item_encoder, model_fingerprint
 from REC.trainer.fabric import choose_device, compute_dtype
 from REC.utils.errors import InputError, Interrupted
 from REC.utils.files import remove
-from REC.utils.processes import Processes, joined_processes, local_rank
+from REC.utils.processes import Processes, join_processes, local_rank
 from REC.utils.signals import StopSignals
 
 log = logging.getLogger(__name__)
@@ -52,9 +52,9 @@ def write_item_cache(config: Config) -> Path:
         InputError: a file or model folder is missing or unusable.
         Interrupted: SIGINT or SIGTERM came; finished parts are kept.
     """
-    with StopSignals() as stop, joined_processes(_PATIENCE) as processes:
+    with StopSignals() as stop:
         try:
-            return _write_item_cache(config, processes)
+            return _write_item_cache(config, join_processes(_PATIENCE))
         except Interrupted as stopped:
             if not stop.received:
                 raise

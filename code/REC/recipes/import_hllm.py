@@ -6,11 +6,8 @@ import importlib.metadata
 import json
 import logging
 import shutil
-import signal
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from transformers import AutoTokenizer
@@ -21,9 +18,10 @@ from REC.hub.layout import CONFIG_FILE, Layout, read_layout
 from REC.hub.manifest import MANIFEST_FILE, read_manifest
 from REC.hub.options import DTYPES, ImportOptions
 from REC.utils.environment import versions
-from REC.utils.errors import EXIT_SIGTERM, InputError, Interrupted
+from REC.utils.errors import InputError, Interrupted
 from REC.utils.files import atomic_path, free_bytes, sha256
 from REC.utils.logs import set_up_logging
+from REC.utils.signals import StopSignals
 
 log = logging.getLogger(__name__)
 
@@ -51,26 +49,36 @@ def import_checkpoint(options: ImportOptions) -> bool:
     Raises:
         InputError: the checkpoint or base model is missing, damaged or does not fit, the disk is
             too small, or `out` holds something that must not be replaced.
-        Interrupted: SIGTERM came; nothing half-written is left.
+        Interrupted: SIGINT or SIGTERM came; nothing half-written is left.
     """
     set_up_logging()
-    with _sigterm_unwinds():
-        if _is_done(options):
-            return False
-        base, base_source = _base_files(options)
-        layout = read_layout(base[CONFIG_FILE].parent, options.side)
-        remote = None
-        if options.from_file is None:
-            remote = hub.look_up(options.repo, options.file, options.revision, options.cache)
-        elif not options.from_file.is_file():
-            raise InputError(f"--from_file {options.from_file} is not a file.")
-        _check_disk(options, layout, remote)
-        checkpoint, source = _checkpoint(options, remote)
-        with atomic_path(options.out) as folder:
-            folder.mkdir()
-            _write_config(folder, base, layout, options)
-            write_weights(folder, checkpoint, layout, DTYPES[options.dtype], options.shard_bytes)
-            _write_manifest(folder, options, source, base_source)
+    try:
+        with StopSignals():
+            return _import(options)
+    except Interrupted as ending:
+        raise Interrupted(
+            f"{ending}; no model folder was written, and what was downloaded is kept: run again",
+            ending.exit_code,
+        ) from None
+
+
+def _import(options: ImportOptions) -> bool:
+    if _is_done(options):
+        return False
+    base, base_source = _base_files(options)
+    layout = read_layout(base[CONFIG_FILE].parent, options.side)
+    remote = None
+    if options.from_file is None:
+        remote = hub.look_up(options.repo, options.file, options.revision, options.cache)
+    elif not options.from_file.is_file():
+        raise InputError(f"--from_file {options.from_file} is not a file.")
+    _check_disk(options, layout, remote)
+    checkpoint, source = _checkpoint(options, remote)
+    with atomic_path(options.out) as folder:
+        folder.mkdir()
+        _write_config(folder, base, layout, options)
+        write_weights(folder, checkpoint, layout, DTYPES[options.dtype], options.shard_bytes)
+        _write_manifest(folder, options, source, base_source)
     log.info("wrote %s: the %sLLM in %s.", options.out, options.side.capitalize(), options.dtype)
     if remote is not None:
         log.info(
@@ -81,28 +89,6 @@ def import_checkpoint(options: ImportOptions) -> bool:
             options.repo,
         )
     return True
-
-
-class _Terminated(KeyboardInterrupt):
-    """SIGTERM came. No `Exception`, lest it be taken for a failure of what it interrupts."""
-
-
-@contextmanager
-def _sigterm_unwinds() -> Iterator[None]:
-    """Let SIGTERM leave through the `finally` blocks, so that no temporary folder stays."""
-
-    def stop(_signal: int, _frame: FrameType | None) -> None:
-        raise _Terminated
-
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    except _Terminated as error:
-        raise Interrupted(
-            "no model folder was written; what was downloaded is kept, run again.", EXIT_SIGTERM
-        ) from error
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _is_done(options: ImportOptions) -> bool:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import os
 import socket
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -124,23 +124,24 @@ class Processes:
         return value  # type: ignore[return-value]
 
 
-@contextmanager
-def joined_processes(timeout: timedelta = TIMEOUT) -> Iterator[Processes]:
+def join_processes(timeout: timedelta = TIMEOUT) -> Processes:
     """Join the processes that torchrun started, for messages between their CPUs (gloo).
 
-    Without torchrun there is one process; a group that exists already is used as it is.
+    Without torchrun there is one process; a group that exists already is used as it is. The group
+    lasts until the program ends, since torchrun's store cannot set up a second one.
 
     Args:
         timeout: how long one process waits for another.
     """
-    joins = world_size() > 1 and not dist.is_initialized()
-    if joins:
+    if world_size() > 1 and not dist.is_initialized():
         dist.init_process_group("gloo", timeout=timeout)
-    try:
-        yield Processes.here()
-    finally:
-        if joins:
-            dist.destroy_process_group()
+        atexit.register(_leave)
+    return Processes.here()
+
+
+def _leave() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def say_once(line: str, *, at_once: bool = False) -> None:
