@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +11,7 @@ import pytest
 from item_caching import main as cache_main
 from REC.data.interactions import read_interactions
 from REC.data.item_text import read_item_texts
-from tests.bad_input import CSV, HEADER, INFORMATION, expect_refusal
+from tests.bad_input import CSV, HEADER, INFORMATION, expect_refusal, to_device, to_folder, to_pipe
 from tests.conftest import Project
 
 POP = ("--model", "pop")
@@ -203,21 +202,6 @@ def test_users_who_have_every_item_leave_no_negatives_to_draw(project: Project) 
     expect_refusal(project, lambda: project.run(*more), ["3 users", "'u0'", "all 4 items"])
 
 
-def _to_folder(path: Path) -> None:
-    path.unlink()
-    path.mkdir()
-
-
-def _to_pipe(path: Path) -> None:
-    path.unlink()
-    os.mkfifo(path)
-
-
-def _to_device(path: Path) -> None:
-    path.unlink()
-    path.symlink_to("/dev/zero")
-
-
 def _to_unreadable(path: Path) -> None:
     # A regular file whose first byte cannot be read, by root neither.
     path.unlink()
@@ -230,9 +214,9 @@ def _to_loop(path: Path) -> None:
 
 
 ODD_FILES: dict[str, tuple[Callable[[Path], None], list[str]]] = {
-    "folder": (_to_folder, ["unknown dataset 'tiny'"]),
-    "pipe": (_to_pipe, ["unknown dataset 'tiny'"]),
-    "device": (_to_device, ["unknown dataset 'tiny'"]),
+    "folder": (to_folder, ["unknown dataset 'tiny'"]),
+    "pipe": (to_pipe, ["unknown dataset 'tiny'"]),
+    "device": (to_device, ["unknown dataset 'tiny'"]),
     "loop of links": (_to_loop, ["unknown dataset 'tiny'"]),
     "unreadable": (_to_unreadable, ["cannot be read"]),
 }

@@ -31,7 +31,7 @@ quick = settings(
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 
-printable = st.characters(exclude_categories=("Cc", "Cs"))
+printable = st.characters(exclude_categories=["Cc", "Cs"])
 ids = st.one_of(
     st.integers(0, 30).map(str),
     st.integers(0, 30).map("0{}".format),
@@ -110,7 +110,7 @@ def test_interactions_are_grouped_and_sorted_as_plain_python_does(
     names=st.lists(ids, min_size=1, max_size=8, unique=True),
     texts=st.lists(
         # Python 3.11's csv.writer leaves a carriage return unquoted.
-        st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\0\r")),
+        st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0\r")),
         min_size=8,
     ),
     style=styles,
@@ -180,9 +180,7 @@ def test_any_command_line_is_read_or_refused(argv: list[str]) -> None:
         load_config((), line.overrides)
 
 
-plain_text = st.text(
-    st.characters(exclude_categories=("Cs",), exclude_characters="\0"), max_size=20
-)
+plain_text = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=20)
 good_values: dict[str, st.SearchStrategy[Any]] = {
     "seed": st.integers(0, 2**31 - 1),
     "dataset": st.one_of(
@@ -228,7 +226,7 @@ def test_text_given_on_the_command_line_is_taken_as_it_is(values: dict[str, Any]
 @quick
 @given(
     names=st.lists(
-        st.text(st.characters(exclude_categories=("Cs",))), min_size=1, max_size=9, unique=True
+        st.text(st.characters(exclude_categories=["Cs"])), min_size=1, max_size=9, unique=True
     ),
     dim=st.integers(1, 5),
     dtype=st.sampled_from([torch.float16, torch.bfloat16, torch.float32]),
