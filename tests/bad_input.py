@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -44,3 +45,21 @@ class Canary:
 
     def __reduce__(self) -> tuple[Callable[..., object], tuple[str, str]]:
         return open, (CANARY, "w")
+
+
+def to_folder(path: Path) -> None:
+    """Put a folder in a file's place."""
+    path.unlink()
+    path.mkdir()
+
+
+def to_pipe(path: Path) -> None:
+    """Put a named pipe in a file's place: opening it would wait for ever."""
+    path.unlink()
+    os.mkfifo(path)
+
+
+def to_device(path: Path) -> None:
+    """Put a link to an endless device in a file's place."""
+    path.unlink()
+    path.symlink_to("/dev/zero")

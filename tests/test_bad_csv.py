@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +11,7 @@ import pytest
 from item_caching import main as cache_main
 from REC.data.interactions import read_interactions
 from REC.data.item_text import read_item_texts
-from tests.bad_input import CSV, HEADER, INFORMATION, expect_refusal
+from tests.bad_input import CSV, HEADER, INFORMATION, expect_refusal, to_device, to_folder, to_pipe
 from tests.conftest import Project
 
 POP = ("--model", "pop")
@@ -154,6 +153,8 @@ BAD: dict[str, tuple[bytes, list[str]]] = {
     "infinity": (text("i1,x,inf") + MORE, ["row 2", "'inf'"]),
     "other digits": (text("i1,x,٣") + MORE, ["row 2", "٣"]),
     "beyond 64 bits": (text(f"i1,x,{2**63}") + MORE, ["row 2", str(2**63)]),
+    "beyond 64 bits with an exponent": (text("i1,x,1e30") + MORE, ["row 2", "1e30"]),
+    "beyond any number": (text("i1,x,1e999") + MORE, ["row 2", "1e999"]),
     "a thousand digits": (text(f"i1,x,{'9' * 1000}") + MORE, ["row 2", "9 ..."]),
     "the header again": (HEADER + MORE + HEADER + MORE, ["row 10", "timestamp 'timestamp'"]),
     "rows are counted": (text(*["i1,x,noon"] * 9) + MORE, ["row 2", "9 such rows: 2, 3, 4, 5, 6,"]),
@@ -194,19 +195,11 @@ def test_several_kinds_of_bad_rows_are_a_line_each(project: Project) -> None:
     ]
 
 
-def _to_folder(path: Path) -> None:
-    path.unlink()
-    path.mkdir()
-
-
-def _to_pipe(path: Path) -> None:
-    path.unlink()
-    os.mkfifo(path)
-
-
-def _to_device(path: Path) -> None:
-    path.unlink()
-    path.symlink_to("/dev/zero")
+def test_users_who_have_every_item_leave_no_negatives_to_draw(project: Project) -> None:
+    rows = "".join(f"i{n % 4},u{user},{n}\n" for user in range(3) for n in range(8))
+    (project.root / CSV).write_bytes(HEADER + rows.encode())
+    more = ("--use_qlora", "True", "--num_negatives", "16", "--eval_baseline", "False")
+    expect_refusal(project, lambda: project.run(*more), ["3 users", "'u0'", "all 4 items"])
 
 
 def _to_unreadable(path: Path) -> None:
@@ -221,9 +214,9 @@ def _to_loop(path: Path) -> None:
 
 
 ODD_FILES: dict[str, tuple[Callable[[Path], None], list[str]]] = {
-    "folder": (_to_folder, ["unknown dataset 'tiny'"]),
-    "pipe": (_to_pipe, ["unknown dataset 'tiny'"]),
-    "device": (_to_device, ["unknown dataset 'tiny'"]),
+    "folder": (to_folder, ["unknown dataset 'tiny'"]),
+    "pipe": (to_pipe, ["unknown dataset 'tiny'"]),
+    "device": (to_device, ["unknown dataset 'tiny'"]),
     "loop of links": (_to_loop, ["unknown dataset 'tiny'"]),
     "unreadable": (_to_unreadable, ["cannot be read"]),
 }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import pickle
 import shutil
 import struct
@@ -19,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from item_caching import main as cache_main
 from REC.data.cache import encode_ids, open_cache, save_cache
-from tests.bad_input import CACHE, Canary, expect_refusal
+from tests.bad_input import CACHE, Canary, expect_refusal, to_device, to_folder, to_pipe
 from tests.conftest import Project
 from tests.helpers import make_llama
 
@@ -167,9 +166,9 @@ BAD_CACHES: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
     "ids numbers": (lambda p: native(p, ids=bytes_tensor(b"[1, 2]")), ["not a list of texts"]),
     "ids nested": (lambda p: native(p, ids=bytes_tensor(b"[" * 100_000)), ["unreadable id list"]),
     "ids as floats": (lambda p: native(p, ids=vectors().bfloat16()), ["unreadable id list"]),
-    "pipe": (lambda p: (p.unlink(), os.mkfifo(p)), ["a pipe or device"]),
-    "folder": (lambda p: (p.unlink(), p.mkdir()), ["a folder, not a file"]),
-    "device": (lambda p: (p.unlink(), p.symlink_to("/dev/zero")), ["a pipe or device"]),
+    "pipe": (to_pipe, ["a pipe or device"]),
+    "folder": (to_folder, ["a folder, not a file"]),
+    "device": (to_device, ["a pipe or device"]),
     "hostile pickle": (pt({"i0": Canary()}), ["holds more than tensors", "can run code"]),
     "hostile raw pickle": (raw_pickle, ["item cache"]),
     "cut .pt": (lambda p: (pt(per_item())(p), edit(lambda b: b[: len(b) // 2])(p)), ["damaged"]),
@@ -313,6 +312,16 @@ def without(*names: str) -> Callable[[Path], None]:
     return apply
 
 
+def link_to_no_weights(folder: Path) -> None:
+    sharded("s.safetensors")(folder)
+    (folder / "s.safetensors").symlink_to("/etc/passwd")
+
+
+def without_tokenizer(folder: Path) -> None:
+    for path in folder.glob("tokenizer*"):
+        path.unlink()
+
+
 def foreign_code(folder: Path) -> None:
     write("odd.py", "open('canary', 'w')\n")(folder)
     set_config(
@@ -324,7 +333,7 @@ def foreign_code(folder: Path) -> None:
 BAD_MODELS: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
     "config missing": (lambda f: (f / "config.json").unlink(), ["has no config.json"]),
     "config a pipe": (
-        lambda f: ((f / "config.json").unlink(), os.mkfifo(f / "config.json")),
+        lambda f: to_pipe(f / "config.json"),
         ["has no config.json"],
     ),
     "config empty": (write("config.json", ""), ["config.json is not"]),
@@ -362,7 +371,7 @@ BAD_MODELS: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
         ["model.safetensors is damaged"],
     ),
     "weights a pipe": (
-        lambda f: ((f / "model.safetensors").unlink(), os.mkfifo(f / "model.safetensors")),
+        lambda f: to_pipe(f / "model.safetensors"),
         ["model.safetensors, a pipe or device"],
     ),
     "weights of something": (
@@ -384,10 +393,7 @@ BAD_MODELS: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
     "shard with a backslash": (sharded("..\\evil.safetensors"), ["points outside its folder"]),
     "shard's name nothing": (sharded(""), ["lacks the shard"]),
     "shard a link to no weights": (
-        lambda f: (
-            sharded("s.safetensors")(f),
-            (f / "s.safetensors").symlink_to("/etc/passwd"),
-        ),
+        link_to_no_weights,
         ["s.safetensors is damaged"],
     ),
     "weight not in its shard": (
@@ -428,7 +434,7 @@ def test_bad_model_folders_are_one_line(project: Project, case: str) -> None:
 BAD_ITEM_MODELS: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
     "hidden size of others": (set_config(hidden_size=128, head_dim=16), ["hidden size"]),
     "no tokenizer": (
-        lambda f: [path.unlink() for path in f.glob("tokenizer*")],
+        without_tokenizer,
         ["no usable tokenizer"],
     ),
     "tokenizer damaged": (write("tokenizer.json", "{"), ["no usable tokenizer"]),

@@ -18,12 +18,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
-sys.path.insert(0, str(ROOT / "code"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "code"))
 
 from REC.utils.errors import InputError, one_line, problems_of
 
+ROOT = Path(__file__).resolve().parents[2]
 # Values at which parsers go wrong more often than at others.
 ODD = [
     *(

@@ -9,6 +9,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 import yaml
 from pydantic import BaseModel
 
+from REC.config.loader import NUMBERS
 from REC.config.schema import Config
 
 
@@ -88,6 +89,15 @@ def key_table() -> str:
     return "\n".join(lines) + "\n"
 
 
+class _Dumper(yaml.SafeDumper):
+    """SafeDumper that also quotes what only the loader here takes for a number, such as `1e5`."""
+
+
+for _tag, _pattern, _first in NUMBERS:
+    _Dumper.add_implicit_resolver(_tag, _pattern, _first)
+
+
 def dump_config(config: Config) -> str:
     """Return the configuration as YAML text that `--config_file` reads back."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    values = config.model_dump(mode="json")
+    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True)

@@ -21,6 +21,7 @@ PAD = 0
 
 _WHOLE = re.compile(r"[ \t]*[+-]?[0-9]{1,40}[ \t]*")
 _DECIMAL = re.compile(r"[ \t]*[+-]?[0-9]{1,20}(?:\.[0-9]{0,20})?(?:[eE][+-]?[0-9]{1,2})?[ \t]*")
+_PARSER_ERRORS = (pd.errors.ParserError, pd.errors.ParserWarning)
 # Unix time of the year's beginning, in seconds, and how many of each unit are in a second.
 _YEAR_2000, _YEAR_2100 = 946_684_800, 4_102_444_800
 _UNITS = {
@@ -185,7 +186,7 @@ def _read_with_pandas(path: Path, header: list[str]) -> PlainColumns:
     """Read any CSV, or say which rows of it are wrong."""
     try:
         frame = _parse(path, header)
-    except (ValueError, OverflowError, pd.errors.ParserError, pd.errors.ParserWarning) as error:
+    except (ValueError, OverflowError, RuntimeWarning, *_PARSER_ERRORS) as error:
         explain(path, _CHECKS, str(error))
     if frame.empty:
         raise InputError(f"{path} has no interactions below its header line.")
@@ -202,6 +203,8 @@ def _parse(path: Path, header: list[str]) -> pd.DataFrame:
     dtypes = {**dict.fromkeys(header, "object"), "timestamp": "int64"}
     with warnings.catch_warnings():
         warnings.simplefilter("error", pd.errors.ParserWarning)
+        # A number like 1e30 becomes any integer, with no more than NumPy's warning.
+        warnings.simplefilter("error", RuntimeWarning)
         frame = pd.read_csv(
             path,
             dtype=dtypes,
