@@ -35,7 +35,7 @@ def run_all(path: str) -> int:
     """Run the commands of a file until one fails; return its exit code."""
     from REC.utils.errors import run_program
 
-    Path(f"process-{os.environ['RANK']}.pid").write_text(str(os.getpid()))
+    Path(f"process-{os.environ.get('RANK', '0')}.pid").write_text(str(os.getpid()))
     divide_everything()
     for program, arguments in json.loads(Path(path).read_text()):
         code = run_program(importlib.import_module(program).main, arguments)

@@ -16,6 +16,8 @@ from REC.config import Config
 from REC.utils.errors import InputError
 from REC.utils.processes import TIMEOUT
 
+_SHARED_MEMORY_OPERATOR = "deepspeed_shm_comm"
+
 
 def deepspeed_strategy(config: Config, device: str) -> Any:
     """Make the strategy of `strategy: deepspeed`.
@@ -47,6 +49,11 @@ def deepspeed_strategy(config: Config, device: str) -> Any:
             self._setup_distributed()
 
         def _setup_distributed(self) -> None:
+            import deepspeed
+
+            # Without it gloo adds up gradients. DeepSpeed would compile this operator at the first
+            # start, and a run that is killed meanwhile leaves a lock on which all later ones wait.
+            deepspeed.ops.__compatible_ops__[_SHARED_MEMORY_OPERATOR] = False
             self._set_world_ranks()
             self._init_deepspeed_distributed()
             self._format_config()
