@@ -245,7 +245,7 @@ def test_exit_code_and_message_reach_the_shell(project: Project) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=project.root)
     assert done.returncode == 2
     assert done.stdout == ""
-    assert done.stderr.splitlines()[-1].startswith("error: unknown dataset 'Nowhere'")
+    assert "\nerror: unknown dataset 'Nowhere'" in f"\n{done.stderr}"
 
 
 def test_a_missing_shard_is_named(project: Project, tmp_path: Path) -> None:

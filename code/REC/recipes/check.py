@@ -133,17 +133,21 @@ def check_caching(config: Config) -> None:
 def _quick_run(config: Config, found: Findings) -> None:
     with found.collect():
         check_device(config)
+    known = False
     with found.collect():
         dataset_file(config.data_path, config.dataset)
+        known = True
     with found.collect():
-        _writable(_run_dir(config), "run folder", "--checkpoint_dir")
+        _writable(choose_run_dir(config).path, "run folder", "--checkpoint_dir")
     hidden = None
     if config.model == "HLLM":
         hidden = _user_model(config, found)
     if config.model in ("HLLM", "item_knn"):
         if config.use_item_cache:
-            with found.collect():
-                _cache_header(config, hidden)
+            # The default cache of a dataset that is not there would only be a second complaint.
+            if known or config.item_cache_path:
+                with found.collect():
+                    _cache_header(config, hidden)
         else:
             _item_model(config, found)
 
@@ -156,16 +160,6 @@ def _quick_caching(config: Config, found: Findings) -> None:
     with found.collect():
         _writable(cache_path(config), "item cache", "--item_cache_path")
     _item_model(config, found)
-
-
-def _run_dir(config: Config) -> Path:
-    try:
-        return choose_run_dir(config).path
-    except OSError as error:
-        raise InputError(
-            f"the run folder in {config.checkpoint_dir} cannot be made: {error.strerror}; change "
-            f"--run_name or --checkpoint_dir."
-        ) from error
 
 
 def _writable(target: Path, name: str, key: str) -> None:

@@ -75,9 +75,19 @@ def choose_run_dir(config: Config) -> RunDir:
 
     Raises:
         InputError: `run_name` names an existing run and neither `overwrite` nor `auto_resume`
-            allows that, or the run to be continued has another configuration.
+            allows that, the run to be continued has another configuration, or the name is none
+            that the disk takes.
     """
-    parent = Path(config.checkpoint_dir)
+    try:
+        return _choose(config, Path(config.checkpoint_dir))
+    except OSError as error:
+        raise InputError(
+            f"the run folder in {config.checkpoint_dir} cannot be made: {error.strerror}; change "
+            f"--run_name or --checkpoint_dir."
+        ) from error
+
+
+def _choose(config: Config, parent: Path) -> RunDir:
     if config.run_name is not None:
         return _named_run(config, parent)
     name = f"{config.dataset}-{kind_of(config)}"
