@@ -1,8 +1,9 @@
 """Runs item_caching.py in forked children and kills them when told to.
 
 torch and transformers are imported once. Every line of standard input is an order (JSON): argv,
-cwd, log, and either `delay` and `signal`, or `trap` with `count`, or neither. The answer is a line
-with the child's exit code (negative: the signal that ended it) and its seconds.
+cwd, log, and either `signal` with `delay` (seconds) or `batch` (number of the batch to be encoded,
+from 1), or `trap` with `count`, or neither. The answer is a line with the child's exit code
+(negative: the signal that ended it) and its seconds.
 """
 
 from __future__ import annotations
@@ -97,7 +98,13 @@ def child(order: dict[str, Any]) -> int:
     counter = Path(order["log"] + ".encoded")
     counter.write_text("")
 
+    batches = 0
+
     def encode(self: ItemEncoder, tokens: Any) -> Any:
+        nonlocal batches
+        batches += 1
+        if batches == order.get("batch"):
+            os.kill(os.getpid(), order["signal"])
         with counter.open("a") as file:
             file.write(f"{len(tokens)}\n")
         return plain(self, tokens)

@@ -43,7 +43,7 @@ class Toy(SequenceEncoder):
         self.items = ItemTable(torch.randn(13, 6, generator=generator), "linear")
         self.map = torch.nn.Linear(6, 6)
 
-    def forward(self, history: Tensor) -> Tensor:
+    def forward(self, history: Tensor, positions: Tensor | None = None) -> Tensor:
         return self.map(self.items(history))
 
 
