@@ -242,14 +242,22 @@ def rank_users(
 
 @torch.inference_mode()
 def encode_texts(
-    model: Any, tokenizer: Any, texts: Sequence[str], max_length: int, batch_size: int = 64
+    model: Any,
+    tokenizer: Any,
+    texts: Sequence[str],
+    max_length: int,
+    batch_size: int = 64,
+    fixed_width: bool = False,
 ) -> Tensor:
-    """Mean-pool texts in file order, a fixed number at a time: float32 [n, D]."""
+    """Mean-pool texts in file order, a fixed number at a time: float32 [n, D].
+
+    Batches are padded to their longest text, or to `max_length` when `fixed_width` is set.
+    """
     encoded = []
     for start in range(0, len(texts), batch_size):
         batch = tokenizer(
             list(texts[start : start + batch_size]),
-            padding=True,
+            padding="max_length" if fixed_width else "longest",
             truncation=True,
             max_length=max_length,
             padding_side="right",

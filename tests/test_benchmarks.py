@@ -235,8 +235,11 @@ def test_both_sides_encode_items_alike(llama: Path) -> None:
     encoder.tokenizer.pad_token = "[UNK]"
     texts = [f"title : item {n} " + "tag 3 " * (n % 4) for n in range(9)]
     ours = encoder.encode(encoder.tokenize(texts))
-    theirs = naive.encode_texts(encoder.model, encoder.tokenizer, texts, 6, batch_size=4)
-    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
+    for fixed_width in (False, True):
+        theirs = naive.encode_texts(
+            encoder.model, encoder.tokenizer, texts, 6, batch_size=4, fixed_width=fixed_width
+        )
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
 
 
 def test_a_naive_training_step_trains(llama: Path) -> None:
