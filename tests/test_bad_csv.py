@@ -155,6 +155,16 @@ BAD: dict[str, tuple[bytes, list[str]]] = {
     "beyond 64 bits": (text(f"i1,x,{2**63}") + MORE, ["row 2", str(2**63)]),
     "beyond 64 bits with an exponent": (text("i1,x,1e30") + MORE, ["row 2", "1e30"]),
     "beyond any number": (text("i1,x,1e999") + MORE, ["row 2", "1e999"]),
+    "below 64 bits": (text(f"i1,x,{-(2**63) - 1}") + MORE, ["row 2", str(-(2**63) - 1)]),
+    "64 bits unsigned throughout": (
+        text(f"i1,x,{2**63}", f"i2,x,{2**64 - 1}"),
+        ["row 2", "2 such"],
+    ),
+    "true throughout": (text("i1,x,True", "i2,x,False"), ["row 2", "True"]),
+    "long ones among decimals": (
+        text(f"i1,x,{2**60 + 1}", "i2,x,1.0"),
+        ["more than 15 digits", "decimal point"],
+    ),
     "a thousand digits": (text(f"i1,x,{'9' * 1000}") + MORE, ["row 2", "9 ..."]),
     "the header again": (HEADER + MORE + HEADER + MORE, ["row 10", "timestamp 'timestamp'"]),
     "rows are counted": (text(*["i1,x,noon"] * 9) + MORE, ["row 2", "9 such rows: 2, 3, 4, 5, 6,"]),

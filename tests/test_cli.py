@@ -245,7 +245,11 @@ def test_exit_code_and_message_reach_the_shell(project: Project) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=project.root)
     assert done.returncode == 2
     assert done.stdout == ""
-    assert "\nerror: unknown dataset 'Nowhere'" in f"\n{done.stderr}"
+    lines = done.stderr.splitlines()
+    assert [line[:30] for line in lines if line.startswith("error: ")] == [
+        "error: unknown dataset 'Nowhere'"[:30],
+        "error: no UserLLM is named; give"[:30],
+    ]
 
 
 def test_a_missing_shard_is_named(project: Project, tmp_path: Path) -> None:

@@ -186,13 +186,13 @@ def _read_with_pandas(path: Path, header: list[str]) -> PlainColumns:
     """Read any CSV, or say which rows of it are wrong."""
     try:
         frame = _parse(path, header)
-    except (ValueError, OverflowError, RuntimeWarning, *_PARSER_ERRORS) as error:
+    except (ValueError, OverflowError, *_PARSER_ERRORS) as error:
         explain(path, _CHECKS, str(error))
     if frame.empty:
         raise InputError(f"{path} has no interactions below its header line.")
     items, users = (_factorize(frame[column]) for column in ("item_id", "user_id"))
     return PlainColumns(
-        (items[0], users[0]), (items[1], users[1]), frame["timestamp"].to_numpy(dtype=np.int64)
+        (items[0], users[0]), (items[1], users[1]), _whole_numbers(frame["timestamp"], path)
     )
 
 
@@ -200,14 +200,12 @@ def _parse(path: Path, header: list[str]) -> pd.DataFrame:
     # Ids are read as text. pandas' `category` would be quicker, but turns ids that all look like
     # numbers into numbers: `1`, `01` and `1.0` would be one user. All columns are read, since with
     # `usecols` pandas says nothing of a row with too many fields and shifts them.
-    dtypes = {**dict.fromkeys(header, "object"), "timestamp": "int64"}
+    texts = dict.fromkeys((name for name in header if name != "timestamp"), "object")
     with warnings.catch_warnings():
         warnings.simplefilter("error", pd.errors.ParserWarning)
-        # A number like 1e30 becomes any integer, with no more than NumPy's warning.
-        warnings.simplefilter("error", RuntimeWarning)
         frame = pd.read_csv(
             path,
-            dtype=dtypes,
+            dtype=texts,
             encoding="utf-8-sig",
             keep_default_na=False,
             na_filter=False,
@@ -216,6 +214,26 @@ def _parse(path: Path, header: list[str]) -> pd.DataFrame:
             low_memory=False,
         )
     return frame[list(COLUMNS)]
+
+
+def _whole_numbers(column: pd.Series, path: Path) -> np.ndarray:
+    """Return timestamps as int64 [N].
+
+    pandas is left to infer their type: asked for int64, some of its versions wrap numbers around.
+    """
+    values = column.to_numpy()
+    if values.dtype == np.int64:
+        return values
+    # Every whole number up to 2**53 is a double.
+    whole = (
+        values.dtype == np.float64
+        and ((np.abs(values) < 1 << 53) & (values == np.floor(values))).all()
+    )
+    if not whole:
+        explain(
+            path, _CHECKS, "timestamps of more than 15 digits stand among ones with a decimal point"
+        )
+    return values.astype(np.int64)
 
 
 def _factorize(column: pd.Series) -> tuple[np.ndarray, np.ndarray]:

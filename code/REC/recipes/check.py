@@ -91,14 +91,14 @@ def check_run(config: Config) -> None:
     interactions = _interactions(config, found)
     cache = None
     if config.model in ("HLLM", "item_knn"):
-        if config.use_item_cache:
+        if not config.use_item_cache:
+            _item_texts(config, found)
+        elif _has_cache_path(config):
             with found.collect():
                 cache = open_cache(cache_path(config))
                 found.notes.append(
                     f"item cache {cache.path}: {len(cache)} items of {cache.dim} dimensions"
                 )
-        else:
-            _item_texts(config, found)
     if interactions is not None:
         if cache is not None:
             with found.collect():
@@ -118,7 +118,7 @@ def check_caching(config: Config) -> None:
     _quick_caching(config, found)
     texts = _item_texts(config, found)
     interactions = None
-    if config.dataset and is_file(Path(config.data_path) / f"{config.dataset}.csv"):
+    if _has_interactions(config):
         interactions = _interactions(config, found)
     if texts is not None:
         known = set(texts.item_ids)
@@ -133,23 +133,19 @@ def check_caching(config: Config) -> None:
 def _quick_run(config: Config, found: Findings) -> None:
     with found.collect():
         check_device(config)
-    known = False
     with found.collect():
         dataset_file(config.data_path, config.dataset)
-        known = True
     with found.collect():
         _writable(choose_run_dir(config).path, "run folder", "--checkpoint_dir")
     hidden = None
     if config.model == "HLLM":
         hidden = _user_model(config, found)
     if config.model in ("HLLM", "item_knn"):
-        if config.use_item_cache:
-            # The default cache of a dataset that is not there would only be a second complaint.
-            if known or config.item_cache_path:
-                with found.collect():
-                    _cache_header(config, hidden)
-        else:
+        if not config.use_item_cache:
             _item_model(config, found)
+        elif _has_cache_path(config):
+            with found.collect():
+                _cache_header(config, hidden)
 
 
 def _quick_caching(config: Config, found: Findings) -> None:
@@ -160,6 +156,15 @@ def _quick_caching(config: Config, found: Findings) -> None:
     with found.collect():
         _writable(cache_path(config), "item cache", "--item_cache_path")
     _item_model(config, found)
+
+
+def _has_interactions(config: Config) -> bool:
+    return config.dataset is not None and is_file(Path(config.data_path) / f"{config.dataset}.csv")
+
+
+def _has_cache_path(config: Config) -> bool:
+    # The default cache of a dataset that is not there would only be a second problem.
+    return config.item_cache_path is not None or _has_interactions(config)
 
 
 def _writable(target: Path, name: str, key: str) -> None:
@@ -174,6 +179,13 @@ def _writable(target: Path, name: str, key: str) -> None:
         wrong, usable = f"cannot be used ({error.strerror})", False
     if not usable:
         raise InputError(f"the {name} {target} cannot be written: {parent} {wrong}; change {key}.")
+    longest = os.pathconf(parent, "PC_NAME_MAX")
+    # Temporary names and the numbers of runs are longer than the name itself.
+    if len(os.fsencode(target.name)) + 32 > longest:
+        raise InputError(
+            f"the {name} {target} cannot be made: the name is too long; shorten it with --run_name, "
+            f"--dataset or {key}."
+        )
     free = free_bytes(parent)
     if free < _SPARE_BYTES:
         raise InputError(
