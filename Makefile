@@ -2,12 +2,13 @@ PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 
-.PHONY: help demo demo-full test lint bench clean
+.PHONY: help demo demo-full test test-lowest lint bench clean
 
 help:
 	@echo "make demo       install, prepare data and LLM, cache, evaluate, fine-tune, compare"
 	@echo "make demo-full  the same with all layers and long histories (wants a GPU)"
 	@echo "make test       install, lint, type-check and run the whole test suite"
+	@echo "make test-lowest  the central tests on the lowest versions that the requirements allow"
 	@echo "make bench      measure HSFT against the usual way (about an hour on two cores)"
 	@echo "make lint       ruff and mypy only"
 	@echo "make clean      remove the virtual environment, caches and demo runs"
@@ -22,6 +23,18 @@ test: lint
 	$(PY) demo/prepare_data.py
 	$(PY) demo/prepare_llm.py
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --maxprocesses 4 --dist loadfile
+
+# The parts of the suite that meet the most of the dependencies, on their lowest versions.
+LOWEST_TESTS := $(addprefix tests/test_, cli.py user_llm.py item_llm.py import.py resume.py \
+	evaluator.py data.py losses.py memory.py bad_csv.py bad_models.py fast_data.py)
+
+test-lowest: .venv-lowest/stamp
+	OMP_NUM_THREADS=1 .venv-lowest/bin/python -m pytest -n auto --maxprocesses 4 --dist loadfile $(LOWEST_TESTS)
+
+.venv-lowest/stamp: requirements-lowest.txt
+	$(PYTHON) -m venv .venv-lowest
+	.venv-lowest/bin/python -m pip install --disable-pip-version-check -q -r requirements-lowest.txt
+	touch $@
 
 bench: $(VENV)/dev.stamp
 	$(PY) demo/prepare_data.py
@@ -47,4 +60,4 @@ $(VENV)/dev.stamp: requirements.txt requirements-demo.txt requirements-dev.txt |
 	touch $@
 
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .demo runs
+	rm -rf $(VENV) .venv-lowest .pytest_cache .mypy_cache .ruff_cache .hypothesis .demo runs
