@@ -10,9 +10,11 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModel, AutoTokenizer
 
-from REC.data.build_cache import EncodingJob, encode_items
+from REC.data.build_cache import CacheBuild, EncodingJob, encode_items
+from REC.data.cache import open_cache
 from REC.data.item_text import ItemTexts
 from REC.model.item_llm import ItemEncoder, length_batches, load_item_encoder
+from REC.utils.processes import Processes
 from tests.helpers import make_llama
 
 TEXTS = ["title : item 3", "tag : 1 2 3 4 5 6 7", "item", "title : 9 tag : 8 description : 7 6", ""]
@@ -110,17 +112,22 @@ def test_an_interrupted_encoding_is_continued(
         encoded.append(len(tokens))
         return plain(tokens)
 
-    parts = tmp_path / "parts"
+    def build() -> None:
+        target = tmp_path / "cache.safetensors"
+        made = CacheBuild(target, tmp_path / "parts", Processes(), show_progress=False)
+        made.run(found, job, items.item_ids, lambda: items.texts)
+
     monkeypatch.setattr(found, "encode", stops)
     with pytest.raises(KeyboardInterrupt):
-        encode_items(found, items, job, parts_dir=parts, show_progress=False)
+        build()
 
     def counts(tokens: list[np.ndarray]) -> torch.Tensor:
         encoded.append(9)
         return plain(tokens)
 
     monkeypatch.setattr(found, "encode", counts)
-    again = encode_items(found, items, job, parts_dir=parts, show_progress=False)
+    build()
+    again = open_cache(tmp_path / "cache.safetensors").embeddings
     # Two items were safe in a part; the third, encoded before the stop, had to be done again.
     assert encoded == [1, 1, 1, 9, 9, 9]
     assert torch.equal(again, whole)

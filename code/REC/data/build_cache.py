@@ -83,7 +83,6 @@ def encode_items(
     items: ItemTexts,
     job: EncodingJob,
     *,
-    parts_dir: Path | None = None,
     show_progress: bool = True,
     processes: Processes | None = None,
 ) -> Tensor:
@@ -92,8 +91,7 @@ def encode_items(
     Args:
         encoder: the ItemLLM.
         items: ids and texts.
-        job: settings, used to recognise finished parts of an interrupted run.
-        parts_dir: folder for finished parts, of a single process; None keeps everything in memory.
+        job: settings.
         show_progress: show a bar.
         processes: share the work; each returns the whole matrix.
 
@@ -106,27 +104,14 @@ def encode_items(
     processes = processes or Processes()
     _count_empty(items.texts, encoder)
     tokens = tokenize_in_memory(encoder.tokenize, items.texts)
-    dtype = DTYPES[job.dtype]
     groups = plan_groups(tokens.lengths, job.batch_tokens, encoder)
     owners = share_out(_costs(groups, tokens, encoder), processes.size)
-    parts = None
-    if parts_dir is not None:
-        parts = Parts(parts_dir, encoder.dim, dtype)
-        parts.claim(job.digest())
-    result = torch.zeros((len(items), encoder.dim), dtype=dtype)
+    result = torch.zeros((len(items), encoder.dim), dtype=DTYPES[job.dtype])
     own = np.flatnonzero(owners == processes.rank).tolist()
     with meter("encoding items", _rows_in(groups, own), "items", show_progress) as bar:
         for number in own:
-            rows = np.concatenate(groups[number])
-            found = parts.read(number, rows) if parts else None
-            if found is not None:
-                bar.skip(len(rows))
-            else:
-                found = encode_group(encoder, tokens, groups[number], job, items.item_ids)
-                bar.advance(len(rows))
-                if parts:
-                    parts.write(number, rows, found)
-            result[torch.from_numpy(rows)] = found
+            found = encode_group(encoder, tokens, groups[number], job, items.item_ids, bar.advance)
+            result[torch.from_numpy(np.concatenate(groups[number]))] = found
     if processes.size > 1:
         for owner, group in zip(owners.tolist(), groups, strict=True):
             place = torch.from_numpy(np.concatenate(group))

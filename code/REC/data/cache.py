@@ -31,6 +31,7 @@ from REC.utils.files import atomic_path, is_file, require_file
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _SAFETENSORS_NAMES = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32"}
+_NAMES_IN_FILES = {code: _DTYPE_NAMES[dtype] for dtype, code in _SAFETENSORS_NAMES.items()}
 _BYTES_KEPT_MAPPED = 64 << 20
 FORMAT = "hsft-item-cache-1"
 
@@ -141,7 +142,7 @@ def read_header(path: str | Path) -> tuple[int, int, str]:
         with safe_open(path, framework="pt") as file:
             part = file.get_slice("embeddings")
             items, dim = part.get_shape()
-            dtype = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}[part.get_dtype()]
+            dtype = _NAMES_IN_FILES[part.get_dtype()]
     except (SafetensorError, OSError, RuntimeError, ValueError, KeyError) as error:
         raise InputError(
             f"{path} is no native item cache ({one_line(error, 120)}); make it with item_caching.py."

@@ -12,10 +12,9 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from REC.hub.fetch import one_line
 from REC.hub.layout import EXTRAS, Layout, check_tensors, open_side
 from REC.model.folder import EXTRA_FILE
-from REC.utils.errors import InputError
+from REC.utils.errors import InputError, brief
 from REC.utils.progress import Meter, meter
 
 INDEX_FILE = "model.safetensors.index.json"
@@ -111,5 +110,5 @@ def _save(tensors: dict[str, Tensor], target: Path) -> None:
         save_file(tensors, target, metadata={"format": "pt"})
     except SafetensorError as error:
         raise InputError(
-            f"cannot write {target.name}: {one_line(error)}; free some space or give another --out."
+            f"cannot write {target.name}: {brief(error)}; free some space or give another --out."
         ) from error

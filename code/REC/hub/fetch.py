@@ -30,7 +30,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.file_download import http_get, repo_folder_name
 from huggingface_hub.utils import WeakFileLock, build_hf_headers
 
-from REC.utils.errors import InputError
+from REC.utils.errors import InputError, brief
 from REC.utils.files import sha256
 from REC.utils.progress import Meter, meter
 
@@ -208,12 +208,6 @@ def size_text(count: int) -> str:
     return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 
-def one_line(error: Any) -> str:
-    """Return an exception's text as one line of at most 200 characters, without a full stop."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return (text[:200] + " ...") if len(text) > 200 else text.rstrip(".")
-
-
 def _download(file: HubFile) -> str:
     """Download to the cache's blob, continuing what an earlier download left."""
     locks = file.cache / ".locks" / _repo_folder(file.repo)
@@ -359,11 +353,11 @@ def _refusal(repo: str, name: str, revision: str, error: Exception) -> InputErro
     if isinstance(error, RemoteEntryNotFoundError):
         return InputError(f"cannot fetch {where}: the repository has no such file; check the name.")
     if isinstance(error, HFValidationError):
-        return InputError(f"cannot fetch {where}: {one_line(error)}; write OWNER/NAME.")
+        return InputError(f"cannot fetch {where}: {brief(error)}; write OWNER/NAME.")
     if isinstance(error, LocalEntryNotFoundError) and error.__cause__ is not None:
         error = error.__cause__ if isinstance(error.__cause__, Exception) else error
     return InputError(
-        f"cannot fetch {where} from {_endpoint()}: {one_line(error)}; check the connection and "
+        f"cannot fetch {where} from {_endpoint()}: {brief(error)}; check the connection and "
         f"HF_ENDPOINT and run again (what was downloaded is kept), or give local files with "
         f"--from_file and --base_dir."
     )

@@ -19,9 +19,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModel
 
-from REC.hub.fetch import one_line
 from REC.model.backbone import load_model_config
-from REC.utils.errors import InputError
+from REC.utils.errors import InputError, brief
 
 Side = Literal["item", "user"]
 Shape = tuple[int, ...]
@@ -103,7 +102,7 @@ def read_layout(base: Path, side: Side) -> Layout:
             model = AutoModel.from_config(config, trust_remote_code=False)
     except Exception as error:  # transformers and torch refuse odd values in many ways
         raise InputError(
-            f"{base / CONFIG_FILE} does not describe a model that can be built: {one_line(error)}."
+            f"{base / CONFIG_FILE} does not describe a model that can be built: {brief(error)}."
         ) from error
     config.architectures = [type(model).__name__]
     shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
@@ -198,7 +197,7 @@ def _load(path: Path) -> Any:
                 f"and save it with torch 1.6 or later."
             ) from error
         raise InputError(
-            f"{path} is not a readable torch checkpoint (cut short?): {one_line(error)}; fetch it "
+            f"{path} is not a readable torch checkpoint (cut short?): {brief(error)}; fetch it "
             f"again."
         ) from error
 

@@ -9,13 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-import torch
-
+from REC.data.cache import DTYPES
 from REC.hub.fetch import default_cache
 from REC.hub.layout import Side
 from REC.utils.errors import InputError
 
-DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 DEFAULT_REPO = "ByteDance/HLLM"
 DEFAULT_FILE = "1B_Pixel8M/pytorch_model.bin"
 DEFAULT_BASE_REPO = "TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T"

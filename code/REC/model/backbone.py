@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,14 +15,19 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, BitsAndBytesConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from REC.model.folder import EXTRA_FILE, check_decoder, check_files, check_shapes
-from REC.utils.errors import InputError, one_line
+from REC.model.folder import (
+    EMBEDDING_KEYS,
+    EXTRA_FILE,
+    check_decoder,
+    check_files,
+    check_shapes,
+)
+from REC.utils.errors import InputError, brief, one_line
 from REC.utils.files import is_file, is_folder
 
 log = logging.getLogger(__name__)
 
 _CPU_KERNEL_SWITCH = "support_avx512bf16_for_cpu"
-_EMBEDDING_KEYS = ("embed_tokens", "wte", "word_embeddings", "embed_in")
 
 
 @dataclass(frozen=True)
@@ -65,11 +71,11 @@ def load_model_config(folder: str | Path, trust_remote_code: bool = False) -> An
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(
             f"{folder / 'config.json'} is not a model configuration that transformers can read: "
-            f"{_one_line(error)}."
+            f"{brief(error)}."
         ) from error
     except Exception as error:  # configs are validated by libraries that raise their own kinds
         raise InputError(
-            f"{folder / 'config.json'} is not a valid model configuration: {_one_line(error)}."
+            f"{folder / 'config.json'} is not a valid model configuration: {brief(error)}."
         ) from error
 
 
@@ -87,7 +93,8 @@ def decoder_config(
     """
     config = load_model_config(folder, trust_remote_code)
     check_decoder(config, Path(folder), layers)
-    _keep_layers(config, layers)
+    if layers is not None:
+        keep_layers(config, layers)
     if not keep_token_embedding:
         config.vocab_size = 1
         config.pad_token_id = None
@@ -156,7 +163,7 @@ def load_decoder(
                 f"since it can run code; fetch the model as safetensors."
             ) from error
         raise InputError(
-            f"model folder {folder} cannot be loaded: {_one_line(error)}; fetch it again or name "
+            f"model folder {folder} cannot be loaded: {brief(error)}; fetch it again or name "
             f"another folder."
         ) from error
     finally:
@@ -194,16 +201,27 @@ def add_lora(model: PreTrainedModel, lora: LoraSettings, gradient_checkpointing:
     try:
         adapted = get_peft_model(model, settings)
     except ValueError as error:
-        names = sorted(
-            {name.rpartition(".")[2] for name, part in model.named_modules() if _is_linear(part)}
-        )
-        raise InputError(
-            f"qlora_target_modules {targets} names no linear layer of the UserLLM; its linear "
-            f"layers are {', '.join(names)}, or write [all-linear]."
-        ) from error
+        raise InputError(lora_target_problem(targets, linear_names(model))) from error
     if gradient_checkpointing:
         enable_checkpointing(model)
     return adapted
+
+
+def linear_names(model: nn.Module) -> set[str]:
+    """Return the last part of the names of a model's linear layers, quantised ones included."""
+    return {
+        name.rpartition(".")[2]
+        for name, part in model.named_modules()
+        if isinstance(part, nn.Linear) or "Linear" in type(part).__name__
+    }
+
+
+def lora_target_problem(wanted: Sequence[str], names: Collection[str]) -> str:
+    """Say that none of the target names is one of the linear layers' names."""
+    return (
+        f"qlora_target_modules {wanted} names no linear layer of the UserLLM; its linear layers "
+        f"are {', '.join(sorted(names))}, or write [all-linear]."
+    )
 
 
 def enable_checkpointing(model: PreTrainedModel) -> None:
@@ -274,9 +292,8 @@ def read_extra(folder: str | Path) -> dict[str, Tensor]:
     return extra
 
 
-def _keep_layers(config: Any, layers: int | None) -> None:
-    if layers is None:
-        return
+def keep_layers(config: Any, layers: int) -> None:
+    """Cut a model configuration to its first decoder layers."""
     config.num_hidden_layers = layers
     if getattr(config, "layer_types", None):
         config.layer_types = config.layer_types[:layers]
@@ -295,7 +312,7 @@ def _quantization(lora: LoraSettings) -> BitsAndBytesConfig:
 
 def _refuse_incomplete(info: dict[str, Any], folder: Path, keep_token_embedding: bool) -> None:
     def allowed(key: str) -> bool:
-        return not keep_token_embedding and any(name in key for name in _EMBEDDING_KEYS)
+        return not keep_token_embedding and any(name in key for name in EMBEDDING_KEYS)
 
     missing = sorted(key for key in info.get("missing_keys", []) if not allowed(key))
     if missing:
@@ -318,11 +335,3 @@ def _keep_differentiable(model: nn.Module) -> None:
     for module in model.modules():
         if hasattr(module, _CPU_KERNEL_SWITCH):
             setattr(module, _CPU_KERNEL_SWITCH, False)
-
-
-def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) or "Linear" in type(module).__name__
-
-
-def _one_line(error: BaseException) -> str:
-    return one_line(" ".join(str(error).split()), 200).rstrip(".")

@@ -20,8 +20,10 @@ from REC.utils.files import is_file, read_json
 EXTRA_FILE = "hllm_extra.safetensors"
 _INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 _LAYER = re.compile(r"\blayers\.(\d+)\.")
-# Weights of the vocabulary's size: the UserLLM loads none of them.
-_VOCABULARY = ("embed_tokens", "wte", "word_embeddings", "embed_in", "lm_head")
+# Parts of the names of token embeddings, and with the output head of all weights of the vocabulary's
+# size: the UserLLM loads none of them.
+EMBEDDING_KEYS = ("embed_tokens", "wte", "word_embeddings", "embed_in")
+_VOCABULARY = (*EMBEDDING_KEYS, "lm_head")
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel
 
 from REC.model.backbone import load_decoder, read_extra
-from REC.utils.errors import InputError, one_line
+from REC.utils.errors import InputError, brief
 
 log = logging.getLogger(__name__)
 
@@ -144,9 +144,8 @@ def load_tokenizer(folder: str | Path, trust_remote_code: bool = False) -> Any:
         )
         tokenizer(["a"], truncation=False, padding=False)["input_ids"]
     except Exception as error:  # transformers raises many kinds for absent or damaged tokenizers
-        reason = one_line(" ".join(str(error).split()), 160).rstrip(".")
         raise InputError(
-            f"model folder {folder} has no usable tokenizer ({reason}); fetch the model again."
+            f"model folder {folder} has no usable tokenizer ({brief(error, 160)}); fetch the model again."
         ) from error
     return tokenizer
 

@@ -16,9 +16,8 @@ from REC.data.cache import ItemCache, default_cache_path, open_cache
 from REC.data.interactions import read_interactions
 from REC.data.item_text import ItemTexts, information_file, read_item_texts, with_items
 from REC.hub.manifest import origin
-from REC.model.backbone import choose_attention
 from REC.model.item_llm import ItemEncoder, load_item_encoder, model_fingerprint
-from REC.trainer.fabric import choose_device, compute_dtype
+from REC.trainer.fabric import attention_kernel, choose_device, compute_dtype
 from REC.utils.errors import InputError, Interrupted
 from REC.utils.files import remove
 from REC.utils.processes import Processes, join_processes, local_rank
@@ -179,19 +178,13 @@ def _encoder(config: Config, fingerprint: str, count: int) -> tuple[ItemEncoder,
     if device.type == "cuda":
         device = torch.device("cuda", local_rank() % torch.cuda.device_count())
     dtype = compute_dtype(config)
-    attention = choose_attention(
-        config.attn_implementation,
-        config.use_ft_flash_attn,
-        device,
-        half=dtype in (torch.bfloat16, torch.float16),
-    )
     encoder = load_item_encoder(
         config.item_pretrain_dir,
         item_emb_token_n=config.item_emb_token_n,
         max_text_length=config.MAX_TEXT_LENGTH,
         device=device,
         dtype=dtype,
-        attention=attention,
+        attention=attention_kernel(config, device),
         trust_remote_code=config.trust_remote_code,
     )
     if config.item_compile:

@@ -22,7 +22,13 @@ from REC.data.interactions import Interactions, dataset_file, read_interactions
 from REC.data.item_text import ItemTexts, information_file, read_item_texts
 from REC.data.split import Phase, Split, leave_one_out
 from REC.evaluator.evaluator import Evaluator
-from REC.model.backbone import choose_attention, load_model_config, read_extra
+from REC.model.backbone import (
+    keep_layers,
+    linear_names,
+    load_model_config,
+    lora_target_problem,
+    read_extra,
+)
 from REC.model.folder import Weights, check_decoder, check_files, check_shapes
 from REC.model.item_llm import emb_token, load_tokenizer
 from REC.model.item_table import refuse_other_dim
@@ -31,7 +37,7 @@ from REC.recipes.dry_run import training_shape
 from REC.recipes.run_dir import choose_run_dir
 from REC.recipes.setup import check_training, eval_protocol, match_cache
 from REC.report.memory import GIB, estimate, meta_decoder
-from REC.trainer.fabric import check_device, choose_device, compute_dtype
+from REC.trainer.fabric import attention_kernel, check_device, choose_device, compute_dtype
 from REC.utils.errors import InputError, problems_of, refuse
 from REC.utils.files import free_bytes, is_file
 from REC.utils.processes import global_rank
@@ -210,40 +216,21 @@ def _user_model(config: Config, found: Findings) -> int | None:
         weights = check_files(folder)
         check_shapes(model, weights, folder)
         if config.use_qlora and not config.val_only:
-            model.num_hidden_layers = 1
-            if getattr(model, "layer_types", None):
-                model.layer_types = model.layer_types[:1]
+            keep_layers(model, 1)
             _lora_targets(config, meta_decoder(model))
         _training_space(config, weights)
     with found.collect():
         read_extra(folder)
     with found.collect():
-        _attention(config)
+        attention_kernel(config, torch.device(choose_device(config)))
     return hidden
 
 
 def _lora_targets(config: Config, decoder: nn.Module) -> None:
-    names = {
-        name.rpartition(".")[2]
-        for name, part in decoder.named_modules()
-        if isinstance(part, nn.Linear) or "Linear" in type(part).__name__
-    }
+    names = linear_names(decoder)
     wanted = config.qlora_target_modules
     if wanted != ["all-linear"] and names and not names & set(wanted):
-        raise InputError(
-            f"qlora_target_modules {wanted} names no linear layer of the UserLLM; its linear "
-            f"layers are {', '.join(sorted(names))}, or write [all-linear]."
-        )
-
-
-def _attention(config: Config) -> None:
-    dtype = compute_dtype(config)
-    choose_attention(
-        config.attn_implementation,
-        config.use_ft_flash_attn,
-        torch.device(choose_device(config)),
-        half=dtype in (torch.bfloat16, torch.float16),
-    )
+        raise InputError(lora_target_problem(wanted, names))
 
 
 def _item_model(config: Config, found: Findings) -> None:
@@ -260,7 +247,7 @@ def _item_model(config: Config, found: Findings) -> None:
         load_tokenizer(folder, config.trust_remote_code)
         emb_token(folder, config.item_emb_token_n, int(model.hidden_size))
     with found.collect():
-        _attention(config)
+        attention_kernel(config, torch.device(choose_device(config)))
 
 
 def _cache_header(config: Config, hidden: int | None) -> None:

@@ -10,6 +10,7 @@ import torch
 from REC.config import Config
 from REC.data.cache import DTYPES, read_header
 from REC.model.backbone import decoder_config
+from REC.model.item_table import refuse_other_dim
 from REC.recipes.cache_items import cache_path
 from REC.recipes.setup import packed_row_length
 from REC.report.memory import (
@@ -57,12 +58,7 @@ def training_shape(config: Config) -> TrainingShape:
     )
     path = cache_path(config)
     items, dim, item_dtype = read_header(path)
-    if dim != model_config.hidden_size:
-        raise InputError(
-            f"item cache {path} has {dim} dimensions, but the UserLLM in "
-            f"{config.user_pretrain_dir} has hidden size {model_config.hidden_size}; make the cache "
-            f"with the ItemLLM that belongs to this UserLLM."
-        )
+    refuse_other_dim(path, dim, model_config.hidden_size, config.user_pretrain_dir)
     transformed = config.item_embedding_transform != "none"
     precision = "bf16-mixed" if config.precision == "auto" else config.precision
     return TrainingShape(

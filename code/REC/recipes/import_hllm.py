@@ -12,13 +12,14 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
+from REC.data.cache import DTYPES
 from REC.hub import fetch as hub
 from REC.hub.convert import write_weights
 from REC.hub.layout import CONFIG_FILE, Layout, read_layout
 from REC.hub.manifest import MANIFEST_FILE, read_manifest
-from REC.hub.options import DTYPES, ImportOptions
+from REC.hub.options import ImportOptions
 from REC.utils.environment import versions
-from REC.utils.errors import InputError, Interrupted
+from REC.utils.errors import InputError, Interrupted, brief
 from REC.utils.files import atomic_path, free_bytes, sha256
 from REC.utils.logs import set_up_logging
 from REC.utils.signals import StopSignals
@@ -252,8 +253,7 @@ def _write_config(
         )
     except Exception as error:  # transformers raises many kinds for damaged tokenizers
         raise InputError(
-            f"the tokenizer of {where} cannot be loaded: {hub.one_line(error)}; name HLLM's base "
-            f"model."
+            f"the tokenizer of {where} cannot be loaded: {brief(error)}; name HLLM's base model."
         ) from error
     if len(tokenizer) > layout.config.vocab_size:
         raise InputError(

@@ -172,7 +172,7 @@ def _flat(values: dict[str, Any], above: str = "") -> dict[str, Any]:
     return flat
 
 
-def start_run_dir(config: Config, place: RunDir, quiet: bool = False) -> None:
+def start_run_dir(config: Config, place: RunDir) -> None:
     """Create the run's folder with its `config.yaml`, or clean up the one that is continued, and
     log into it from now on.
 
@@ -188,7 +188,7 @@ def start_run_dir(config: Config, place: RunDir, quiet: bool = False) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         if not place.resume:
             write_text(folder / CONFIG_FILE, dump_config(config))
-        set_up_logging(folder / LOG_FILE, quiet=quiet)
+        set_up_logging(folder / LOG_FILE)
     except OSError as error:
         raise InputError(
             f"the run folder {folder} cannot be written: {error.strerror}; free some space or "

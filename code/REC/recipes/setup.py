@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,6 @@ from REC.evaluator.evaluator import EvalProtocol, Evaluator
 from REC.model.backbone import (
     LoraSettings,
     add_lora,
-    choose_attention,
     enable_checkpointing,
     load_decoder,
     load_model_config,
@@ -31,7 +31,7 @@ from REC.model.item_table import ItemTable, check_dim, table_from_cache
 from REC.model.recommender import LossSettings, Recommender, Similarity
 from REC.model.user_llm import UserLLM
 from REC.recipes.cache_items import cache_path, encode_in_memory, warn_of_another_cache
-from REC.trainer.fabric import choose_precision, compute_dtype, peers_of
+from REC.trainer.fabric import attention_kernel, choose_precision, compute_dtype, peers_of
 from REC.utils.errors import InputError
 from REC.utils.processes import Processes
 
@@ -55,8 +55,9 @@ class Data:
         """All users' histories."""
         return self.split.interactions
 
+    @cached_property
     def fingerprint(self) -> str:
-        """Return a SHA-256 over the interactions and a sample of the cache's rows.
+        """SHA-256 over the interactions and a sample of the cache's rows.
 
         A run is continued on the same data only.
         """
@@ -214,16 +215,6 @@ def lora_settings(config: Config) -> LoraSettings:
         quant_type=config.qlora_quant_type,
         compute_dtype=compute_dtype(config) if wanted == "auto" else getattr(torch, wanted),
         double_quant=config.qlora_double_quant,
-    )
-
-
-def attention_kernel(config: Config, device: torch.device) -> str:
-    """Return the UserLLM's `attn_implementation`, with `auto` resolved for this device."""
-    return choose_attention(
-        config.attn_implementation,
-        config.use_ft_flash_attn,
-        device,
-        half=compute_dtype(config) in (torch.bfloat16, torch.float16),
     )
 
 

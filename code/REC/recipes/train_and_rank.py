@@ -33,7 +33,6 @@ from REC.recipes.run_dir import (
 from REC.recipes.session import Session
 from REC.recipes.setup import (
     Data,
-    attention_kernel,
     build_user_llm,
     check_training,
     eval_protocol,
@@ -45,8 +44,8 @@ from REC.report.result import pack_evaluation, plain, unpack_evaluation, write_r
 from REC.report.table import gain_table
 from REC.trainer.checkpoint import CHECKPOINTS_DIR, Checkpoints, restore_rng, rng_state
 from REC.trainer.fabric import (
+    attention_kernel,
     choose_precision,
-    gather_objects,
     make_fabric,
     peers_of,
     sum_over_processes,
@@ -184,12 +183,15 @@ def _rows(
 def _baseline(work: Run, data: Data, final: Evaluator) -> Evaluation:
     """Evaluate the untrained UserLLM, once in all sessions of the run."""
     config, fabric, store = work.config, work.fabric, work.checkpoints
-    fingerprint = data.fingerprint()
     saved = None
     if work.place.resume and fabric.is_global_zero:
         saved = store.load_extra(UNTRAINED)
     saved = fabric.broadcast(saved)
-    if saved and saved["fingerprint"] == fingerprint and len(saved["rng"]) == fabric.world_size:
+    if (
+        saved
+        and saved["fingerprint"] == data.fingerprint
+        and len(saved["rng"]) == fabric.world_size
+    ):
         log.info("the untrained UserLLM was evaluated before the interruption.")
         # Building and evaluating it drew from the generators.
         restore_rng(saved["rng"][fabric.global_rank], fabric.device)
@@ -200,10 +202,10 @@ def _baseline(work: Run, data: Data, final: Evaluator) -> Evaluation:
     del model
     _free_memory(fabric)
     work.session.lap("baseline")
-    generators = gather_objects(fabric, rng_state(fabric.device))
+    generators = Processes.here().gather(rng_state(fabric.device))
     if fabric.is_global_zero:
         content = {
-            "fingerprint": fingerprint,
+            "fingerprint": data.fingerprint,
             "rng": generators,
             "record": work.session.record(),
             "evaluation": pack_evaluation(found),
@@ -294,7 +296,7 @@ def _train(work: Run, data: Data, model: Recommender) -> tuple[TrainState, dict[
         run_dir=work.folder,
         checkpoints=work.checkpoints,
         stop=work.stop,
-        fingerprint=data.fingerprint(),
+        fingerprint=data.fingerprint,
         record=(partial(work.session.record, "training"), work.session.continue_from),
     )
     state = trainer.fit(resume=work.place.resume)

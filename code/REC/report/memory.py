@@ -20,6 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AttentionInterface, AttentionMaskInterface, AutoModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from REC.model.backbone import keep_layers
 from REC.model.losses import chunk_shape
 
 GIB = 1 << 30
@@ -309,9 +310,7 @@ def _saved(shape: TrainingShape, layers: int) -> int:
     the flash kernels, it does not.
     """
     config = copy.deepcopy(shape.model_config)
-    config.num_hidden_layers = layers
-    if getattr(config, "layer_types", None):
-        config.layer_types = config.layer_types[:layers]
+    keep_layers(config, layers)
     with torch.device("meta"):
         plain = AutoModel.from_config(
             config,

@@ -17,8 +17,7 @@ from tensorboard.summary.writer.record_writer import (  # type: ignore[import-un
 )
 from torch.utils.tensorboard.summary import scalar
 
-from REC.utils.errors import InputError
-from REC.utils.files import reason
+from REC.utils.files import cannot_write
 
 SECONDS_BETWEEN_FLUSHES = 60.0
 
@@ -51,7 +50,7 @@ class Board:
             folder.mkdir(parents=True, exist_ok=True)
             self._writer = RecordWriter((folder / name).open("wb"))
         except OSError as error:
-            raise self._cannot(error) from error
+            raise cannot_write(self.folder, error) from error
         self._flushed = time.monotonic()
         self._add(Event(wall_time=time.time(), file_version="brain.Event:2"))
         if first_step is not None:
@@ -75,7 +74,7 @@ class Board:
         try:
             self._writer.flush()
         except OSError as error:
-            raise self._cannot(error) from error
+            raise cannot_write(self.folder, error) from error
 
     def __enter__(self) -> Board:
         return self
@@ -93,19 +92,14 @@ class Board:
         except OSError as failure:
             # The first error is the one to tell.
             if error is None:
-                raise self._cannot(failure) from failure
+                raise cannot_write(self.folder, failure) from failure
 
     def _add(self, event: Event) -> None:
         assert self._writer is not None
         try:
             self._writer.write(event.SerializeToString())
         except OSError as error:
-            raise self._cannot(error) from error
-
-    def _cannot(self, error: OSError) -> InputError:
-        return InputError(
-            f"cannot write {self.folder}: {reason(error)}; free some space or choose another place."
-        )
+            raise cannot_write(self.folder, error) from error
 
 
 def _newest(folder: Path) -> int:

@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from REC.config import Config
 from REC.data.dataset import TrainBatch
+from REC.model.backbone import choose_attention
 from REC.model.recommender import Peers
 from REC.trainer.zero import (
     deepspeed_strategy,
@@ -90,6 +91,20 @@ def check_device(config: Config) -> str:
     if config.strategy == "deepspeed":
         require_deepspeed()
     return device
+
+
+def attention_kernel(config: Config, device: torch.device) -> str:
+    """Return the configuration's `attn_implementation`, with `auto` resolved for this device.
+
+    Raises:
+        InputError: `flash_attention_2` was asked for and cannot run here.
+    """
+    return choose_attention(
+        config.attn_implementation,
+        config.use_ft_flash_attn,
+        device,
+        half=compute_dtype(config) in (torch.bfloat16, torch.float16),
+    )
 
 
 def make_fabric(config: Config) -> Fabric:
@@ -221,12 +236,3 @@ def clip_gradients(fabric: Fabric, wrapped: Any, optimizer: Any, max_norm: float
         wrapped, optimizer, max_norm=max_norm, error_if_nonfinite=False
     )
     return norm
-
-
-def gather_objects(fabric: Fabric, value: Any) -> list[Any]:
-    """Return the value of every process, in their order. All processes have to call it."""
-    if fabric.world_size == 1:
-        return [value]
-    values: list[Any] = [None] * fabric.world_size
-    torch.distributed.all_gather_object(values, value)
-    return values

@@ -33,7 +33,6 @@ from REC.trainer.checkpoint import (
 from REC.trainer.fabric import (
     choose_precision,
     clip_gradients,
-    gather_objects,
     gradient_sync,
     step_groups,
 )
@@ -43,6 +42,7 @@ from REC.trainer.sampler import SequenceBatches
 from REC.trainer.zero import whole_parameters
 from REC.utils.errors import InputError
 from REC.utils.files import remove
+from REC.utils.processes import Processes
 from REC.utils.progress import meter
 from REC.utils.signals import StopSignals
 
@@ -372,7 +372,7 @@ class Trainer:
 
     def _end_if_asked(self) -> None:
         """End after a signal that came while the epoch's end was saved."""
-        received = max(gather_objects(self.fabric, self.stop.received))
+        received = max(Processes.here().gather(self.stop.received))
         if received:
             raise self.stop.interruption(received, f" after optimizer step {self.state.step}")
 
@@ -381,7 +381,7 @@ class Trainer:
         self._read_pending(board)
         if not self._resumable:
             return
-        generators = gather_objects(self.fabric, rng_state(self.fabric.device))
+        generators = Processes.here().gather(rng_state(self.fabric.device))
         if self.fabric.is_global_zero:
             weights = trainable_state(self.model)
             bad = [name for name, value in weights.items() if not value.isfinite().all()]

@@ -63,6 +63,11 @@ def one_line(text: object, limit: int = 1000) -> str:
     )
 
 
+def brief(error: object, limit: int = 200) -> str:
+    """Write a library's error as part of a sentence: one line, not too long, no full stop."""
+    return one_line(" ".join(str(error).split()) or type(error).__name__, limit).rstrip(".")
+
+
 class Interrupted(BaseException):
     """The run was asked to stop (SIGINT or SIGTERM) and has saved what it had.
 

@@ -49,16 +49,21 @@ def atomic_path(target: str | Path) -> Iterator[Path]:
             os.replace(temporary, target)
         _fsync_entry(target.parent)
     except (OSError, SafetensorError) as error:
-        raise InputError(
-            f"cannot write {target}: {reason(error)}; free some space or choose another place."
-        ) from error
+        raise cannot_write(target, error) from error
     finally:
         if temporary is not None:
             remove(temporary)
 
 
-def reason(error: Exception) -> str:
-    """Return the system's words for why a file could not be written, such as "No space left"."""
+def cannot_write(target: Path, error: Exception) -> InputError:
+    """Return the error that says why a file or folder could not be written."""
+    return InputError(
+        f"cannot write {target}: {_reason(error)}; free some space or choose another place."
+    )
+
+
+def _reason(error: Exception) -> str:
+    # The system's words, such as "No space left on device".
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     # safetensors: "Error while serializing: I/O error: No space left on device (os error 28)"
