@@ -2,32 +2,25 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+from REC.config.options import Parser
 from REC.report.compare import load_comparison, markdown, save_comparison
-from REC.utils.errors import EXIT_OK, InputError, run_program
+from REC.utils.errors import EXIT_OK, run_program
 
-
-class _Parser(argparse.ArgumentParser):
-    """argparse whose errors are this program's: one line and exit code 2."""
-
-    def error(self, message: str) -> NoReturn:
-        raise InputError(f"{message}; see --help.")
+EXAMPLES = (
+    "python code/compare.py saved/Pixel200K-pop saved/Pixel200K-qlora",
+    "python code/compare.py saved/a saved/b saved/c --out tables",
+)
 
 
 def main(argv: Sequence[str]) -> int:
     """Run the program with its arguments and return the exit code."""
-    parser = _Parser(
-        prog="python code/compare.py",
-        description=__doc__,
-        epilog="example: python code/compare.py saved/Pixel200K-pop saved/Pixel200K-qlora",
-    )
+    parser = Parser("python code/compare.py", __doc__ or "", EXAMPLES)
     parser.add_argument(
         "runs",
         nargs="+",

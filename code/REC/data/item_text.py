@@ -81,6 +81,16 @@ def read_item_texts(path: str | Path, text_keys: Sequence[str], item_prompt: str
     return ItemTexts(ids, texts, _fingerprint(ids, texts))
 
 
+def read_item_titles(path: str | Path, key: str) -> dict[str, str]:
+    """Read one column of an information CSV: item id -> its text, for people to read.
+
+    Raises:
+        InputError: as `read_item_texts`.
+    """
+    table = _read(Path(path), list(dict.fromkeys(["item_id", key])))
+    return dict(zip(table["item_id"], table[key], strict=True))
+
+
 def with_items(items: ItemTexts, item_ids: Sequence[str] | np.ndarray) -> ItemTexts:
     """Return the items with those of `item_ids` added, without text, that are not among them."""
     known = set(items.item_ids)

@@ -7,12 +7,11 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
 
+from REC.config.options import Parser
 from REC.data.cache import DTYPES
 from REC.hub.fetch import default_cache
 from REC.hub.layout import Side
-from REC.utils.errors import InputError
 
 DEFAULT_REPO = "ByteDance/HLLM"
 DEFAULT_FILE = "1B_Pixel8M/pytorch_model.bin"
@@ -39,13 +38,6 @@ class ImportOptions:
     dtype: str
     shard_bytes: int
     force: bool
-
-
-class _Parser(argparse.ArgumentParser):
-    """Ends on bad options as on all bad input: with one line."""
-
-    def error(self, message: str) -> NoReturn:
-        raise InputError(f"{message}; see python {self.prog} --help.")
 
 
 def parse_options(side: Side, argv: Sequence[str], summary: str) -> ImportOptions:
@@ -76,12 +68,11 @@ def parse_options(side: Side, argv: Sequence[str], summary: str) -> ImportOption
 
 def _parser(side: Side, summary: str) -> argparse.ArgumentParser:
     name = f"{side.capitalize()}LLM"
-    program = f"download_{side}llm.py"
-    parser = _Parser(
-        prog=program,
-        description=summary,
-        epilog=f"example: python {program} --from_file pytorch_model.bin --base_dir TinyLlama-1.1B",
-        allow_abbrev=False,
+    program = f"python download_{side}llm.py"
+    parser = Parser(
+        program,
+        summary,
+        [program, f"{program} --from_file pytorch_model.bin --base_dir TinyLlama-1.1B"],
     )
     parser.add_argument(
         "--out",

@@ -1,0 +1,170 @@
+"""Open a finished run's folder: its data and its models, ready to score."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.fabric import Fabric
+
+from REC.config import Config, load_config
+from REC.data.item_text import information_file, read_item_titles
+from REC.evaluator.evaluator import Scorer
+from REC.evaluator.recommend import Recommendations, recommend
+from REC.model.reference import build_reference
+from REC.model.sasrec import build_sasrec
+from REC.model.weights import load_trained
+from REC.recipes.run_dir import CONFIG_FILE
+from REC.recipes.setup import Data, build_user_llm, load_data
+from REC.trainer.fabric import make_fabric, peers_of
+from REC.trainer.trainer import BEST_DIR
+from REC.utils.errors import InputError
+from REC.utils.files import is_file
+
+UNTRAINED, TUNED = "untrained", "fine-tuned"
+
+
+@dataclass(frozen=True)
+class OpenRun:
+    """A run's configuration, data and models.
+
+    Attributes:
+        folder: the run's folder.
+        config: its configuration, with what moved since.
+        data: interactions, split and, where the model needs it, the item cache.
+        fabric: Lightning Fabric, launched.
+    """
+
+    folder: Path
+    config: Config
+    data: Data
+    fabric: Fabric
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """Names of the models that can be built, as the rows of its `result.json` are named.
+
+        A fine-tuning run has `untrained` too, whether or not it was evaluated.
+        """
+        if self.config.model != "HLLM":
+            return (self.config.model,)
+        return (UNTRAINED,) if self.config.val_only else (UNTRAINED, TUNED)
+
+    @cached_property
+    def titles(self) -> dict[str, str]:
+        """Item id -> title (the first of `text_keys`), empty without an information file."""
+        try:
+            path = information_file(self.config.text_path, self.config.dataset)
+        except InputError:
+            return {}
+        return read_item_titles(path, self.config.text_keys[0])
+
+    def build(self, name: str) -> Scorer:
+        """Build one of `models`, in evaluation mode, on the device.
+
+        Raises:
+            InputError: there is no such model in this run, or its files are missing or damaged.
+        """
+        if name not in self.models:
+            raise InputError(
+                f"{self.folder} has no model '{name}'; it has {', '.join(self.models)}."
+            )
+        config, data, device = self.config, self.data, self.fabric.device
+        if config.model in ("pop", "random", "item_knn"):
+            return build_reference(config, data.split, data.cache, device)
+        if config.model == "sasrec":
+            model = build_sasrec(config, data.interactions.num_items, peers_of(self.fabric))
+        else:
+            model = build_user_llm(config, data, self.fabric, train=name == TUNED)
+        if name != UNTRAINED:
+            load_trained(model, self.folder / BEST_DIR)
+        return model.to(device).eval()
+
+    def recommend(
+        self,
+        scorer: Scorer,
+        histories: Sequence[np.ndarray],
+        topk: int,
+        exclude_seen: bool = True,
+    ) -> Recommendations:
+        """Return the best items for histories of item numbers, under the run's precision."""
+        with self.fabric.autocast():
+            return recommend(
+                scorer,
+                histories,
+                topk=topk,
+                max_length=self.config.MAX_ITEM_LIST_LENGTH,
+                device=self.fabric.device,
+                exclude_seen=exclude_seen,
+                batch_size=self.config.eval_batch_size,
+                budget_bytes=self.config.logits_budget_mb << 20,
+            )
+
+    def history(self, user_id: str) -> np.ndarray:
+        """Return all items of a user, oldest first: int32 [n].
+
+        Raises:
+            InputError: the data has no such user.
+        """
+        data = self.data.interactions
+        rows = np.flatnonzero(data.user_ids == user_id)
+        if not len(rows):
+            some = ", ".join(map(str, data.user_ids[:5]))
+            raise InputError(
+                f"{self.config.dataset} has no user '{user_id}'; its users are, for example, {some}."
+            )
+        user = rows[0]
+        return data.items[data.offsets[user] : data.offsets[user + 1]]
+
+    def item_numbers(self, item_ids: Sequence[str]) -> np.ndarray:
+        """Return the numbers of item ids: int64 [n].
+
+        Raises:
+            InputError: the data has no such item.
+        """
+        known = self._number_of
+        unknown = [item for item in item_ids if item not in known]
+        if unknown:
+            some = ", ".join(map(str, self.data.interactions.item_ids[1:6]))
+            raise InputError(
+                f"{self.config.dataset} has no item '{unknown[0]}'; its items are, for example, {some}."
+            )
+        return np.array([known[item] for item in item_ids], dtype=np.int64)
+
+    @cached_property
+    def _number_of(self) -> dict[str, int]:
+        ids = self.data.interactions.item_ids
+        return {str(item): number for number, item in enumerate(ids[1:], start=1)}
+
+
+def open_run(folder: str | Path, overrides: Mapping[str, Any] | None = None) -> OpenRun:
+    """Open a run that `main.py` made.
+
+    Paths in its configuration are relative to the folder in which it was started.
+
+    Args:
+        folder: the run's folder; a run that was stopped can be opened once it has a `best/`.
+        overrides: configuration keys with other values, such as a path that moved.
+
+    Raises:
+        InputError: the folder is no run, or its data or models are missing.
+    """
+    folder = Path(folder)
+    if not is_file(folder / CONFIG_FILE):
+        raise InputError(
+            f"{folder} is no run: it has no {CONFIG_FILE}; name a folder that main.py made."
+        )
+    alone = {"strategy": "ddp", "show_progress": False, **(overrides or {})}
+    config, _ = load_config([folder / CONFIG_FILE], alone)
+    if config.num_threads is not None:
+        torch.set_num_threads(config.num_threads)
+    fabric = make_fabric(config)
+    # The random reference draws from it.
+    fabric.seed_everything(config.seed, workers=True, verbose=False)
+    data = load_data(config, need_cache=config.model in ("HLLM", "item_knn"))
+    return OpenRun(folder, config, data, fabric)
