@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
-from transformers import AutoModel, AutoTokenizer
+from transformers import AutoModel, AutoTokenizer, MistralConfig, MistralModel
 
 from REC.data.build_cache import CacheBuild, EncodingJob, encode_items
 from REC.data.cache import open_cache
 from REC.data.item_text import ItemTexts
 from REC.model.item_llm import ItemEncoder, length_batches, load_item_encoder
+from REC.model.prefix import encode_prefix
 from REC.utils.processes import Processes
 from tests.helpers import make_llama
 
@@ -93,6 +95,65 @@ def test_embeddings_do_not_depend_on_the_batch_size(hllm: Path, budget: int) -> 
     rows = encode_items(found, items, job, show_progress=False)
     wanted = torch.stack([found.encode(found.tokenize([text]))[0] for text in TEXTS])
     torch.testing.assert_close(rows, wanted, rtol=1e-4, atol=1e-5)
+
+
+BEGUN = ["title : item 3 tag : 1", "title : item 3", "title : item 3 tag : 2 3 4 5", ""]
+
+
+@pytest.mark.parametrize("emb_token_n", [0, 1], ids=["mean", "emb_token"])
+def test_a_shared_beginning_changes_nothing(hllm: Path, emb_token_n: int) -> None:
+    found = encoder(hllm, emb_token_n)
+    tokens = found.tokenize([*BEGUN, *TEXTS])
+    wanted = found.encode(tokens)
+    found.share_prefix(tokens[1])
+    widths: list[int] = []
+    forward = found._forward
+
+    def watched(**inputs: Any) -> Any:
+        widths.append(inputs["inputs_embeds"].shape[1])
+        return forward(**inputs)
+
+    found._forward = watched
+    torch.testing.assert_close(found.encode(tokens), wanted, rtol=1e-4, atol=1e-5)
+    # A second batch, of another size, does not see the first one's keys and values.
+    torch.testing.assert_close(found.encode(tokens[:3]), wanted[:3], rtol=1e-4, atol=1e-5)
+    extra = found.pooling == "emb_token"
+    # Of the longest text, 10 tokens, 4 are the beginning; texts that begin otherwise are read whole.
+    assert widths == [6 + extra, 10 + extra, 6 + extra]
+
+
+def test_items_of_one_beginning_are_encoded_as_one_by_one(
+    hllm: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = encoder(hllm)
+    wanted = torch.stack([found.encode(found.tokenize([text]))[0] for text in BEGUN])
+    shared: list[list[int]] = []
+    plain = found.share_prefix
+
+    def watched(tokens: np.ndarray) -> None:
+        shared.append(tokens.tolist())
+        plain(tokens)
+
+    monkeypatch.setattr(found, "share_prefix", watched)
+    items = ItemTexts([str(n) for n in range(len(BEGUN))], BEGUN, "f")
+    job = EncodingJob("m", ("title",), "", 64, "float32", found.pooling, "f", 10_000)
+    rows = encode_items(found, items, job, show_progress=False)
+    torch.testing.assert_close(rows, wanted, rtol=1e-4, atol=1e-5)
+    assert shared == [found.tokenize(BEGUN)[1].tolist()]
+
+
+def test_a_model_with_sliding_windows_shares_nothing(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = MistralConfig(
+        vocab_size=50,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        sliding_window=4,
+    )
+    assert encode_prefix(MistralModel(config).eval(), np.arange(8)) is None
 
 
 def test_an_interrupted_encoding_is_continued(

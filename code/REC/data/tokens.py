@@ -38,6 +38,20 @@ class Tokens:
         end = int(self._ends[index])
         return self._flat[end - int(self.lengths[index]) : end]
 
+    def common_prefix(self) -> np.ndarray:
+        """Return what all texts that are not empty begin with: int64 [0..shortest of them]."""
+        rows = np.flatnonzero(self.lengths)
+        if not len(rows):
+            return np.empty(0, dtype=np.int64)
+        starts = self._ends[rows] - self.lengths[rows]
+        shared: list[int] = []
+        for place in range(int(self.lengths[rows].min())):
+            tokens = self._flat[starts + place]
+            if (tokens != tokens[0]).any():
+                break
+            shared.append(int(tokens[0]))
+        return np.array(shared, dtype=np.int64)
+
 
 def tokenize_in_memory(tokenize: Tokenize, texts: Sequence[str]) -> Tokens:
     """Tokenise texts a chunk at a time: 4 bytes a token are all that is kept."""

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel
 
 from REC.model.backbone import load_decoder, read_extra
+from REC.model.prefix import Prefix, encode_prefix
 from REC.utils.errors import InputError, brief
 
 log = logging.getLogger(__name__)
@@ -49,6 +50,7 @@ class ItemEncoder:
         self.max_text_length = max_text_length
         self.dim = int(model.config.hidden_size)
         self._forward: Callable[..., Any] = model
+        self._prefix: Prefix | None = None
 
     @property
     def pooling(self) -> Pooling:
@@ -66,6 +68,15 @@ class ItemEncoder:
         encoded = self.tokenizer(list(texts), truncation=False, padding=False)["input_ids"]
         return [np.asarray(ids[: self.max_text_length], dtype=np.int64) for ids in encoded]
 
+    def share_prefix(self, tokens: np.ndarray) -> None:
+        """Encode what the coming texts begin with once, where that pays: int64 [P] token ids.
+
+        Texts that begin otherwise are encoded whole.
+        """
+        # torch.compile would trace the key-value cache again for each of its sizes.
+        compiled = self._forward is not self.model
+        self._prefix = None if compiled else encode_prefix(self.model, tokens)
+
     @torch.inference_mode()
     def encode(self, tokens: Sequence[np.ndarray]) -> Tensor:
         """Encode one batch.
@@ -77,6 +88,21 @@ class ItemEncoder:
         Returns:
             float32 [B, D] on the CPU.
         """
+        prefix = self._prefix
+        if prefix is None:
+            return self._encode(tokens, None)
+        size = len(prefix)
+        shared = np.array([np.array_equal(ids[:size], prefix.tokens) for ids in tokens], dtype=bool)
+        found = torch.empty((len(tokens), self.dim))
+        for rows, part in ((np.flatnonzero(shared), prefix), (np.flatnonzero(~shared), None)):
+            if len(rows):
+                cut = len(part) if part else 0
+                rest = [tokens[row][cut:] for row in rows.tolist()]
+                found[torch.from_numpy(rows)] = self._encode(rest, part)
+        return found
+
+    def _encode(self, tokens: Sequence[np.ndarray], prefix: Prefix | None) -> Tensor:
+        """Encode what comes after the prefix in each text."""
         extra = 0 if self.emb_token is None else 1
         lengths = np.array([len(ids) for ids in tokens])
         width = max(int(lengths.max(initial=0)) + extra, 1)
@@ -89,11 +115,14 @@ class ItemEncoder:
         rows = torch.arange(len(tokens), device=device)
         if self.emb_token is not None:
             inputs[rows, ends] = self.emb_token.to(inputs)
-        states = self._forward(inputs_embeds=inputs, use_cache=False).last_hidden_state
+        given = {"use_cache": False} if prefix is None else {"use_cache": True, **prefix.given}
+        states = self._forward(inputs_embeds=inputs, **given).last_hidden_state
         if self.emb_token is not None:
             return states[rows, ends].float().cpu()
         mask = torch.from_numpy(filled).to(device).unsqueeze(-1)
         summed = states.float().masked_fill(~mask, 0.0).sum(dim=1)
+        if prefix is not None:
+            summed, ends = summed + prefix.summed, ends + len(prefix)
         return (summed / ends.clamp_min(1).unsqueeze(-1)).cpu()
 
 
