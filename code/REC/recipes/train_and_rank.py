@@ -250,9 +250,8 @@ def evaluate(
     if isinstance(scorer, torch.nn.Module):
         scorer.eval()
     shown = config.show_progress and fabric.is_global_zero
-    if fabric.world_size > 1:
-        task = f"{task} (share of process 0)"
-    with meter(task, evaluator.own_users, "users", shown, device=fabric.device) as bar:
+    share = " (share of process 0)" if fabric.world_size > 1 else ""
+    with meter(f"{task}{share}", evaluator.own_users, "users", shown, device=fabric.device) as bar:
         try:
             return evaluator.run(
                 scorer,

@@ -51,6 +51,9 @@ class WandbLog:
 
     Leaving its `with` block ends the run at W&B. What fails after `open` costs one warning, never
     the training.
+
+    W&B takes nothing back: steps that a killed session did after its last checkpoint are there
+    twice once they are done again, where TensorBoard hides the first ones.
     """
 
     def __init__(self) -> None:

@@ -125,9 +125,13 @@ class Meter:
         if self.device is None:
             return
         kind = "gpu_bytes" if self.device.type == "cuda" else "host_bytes"
-        peak = format_bytes(peak_memory(self.device)[kind])
+        peak = peak_memory(self.device)[kind]
         now = current_memory(self.device).get(kind)
-        yield f"peak memory {peak}" if now is None else f"memory {format_bytes(now)} (peak {peak})"
+        if now is None:
+            yield f"peak memory {format_bytes(peak)}"
+        else:
+            # Linux brings the peak up to date less often.
+            yield f"memory {format_bytes(now)} (peak {format_bytes(max(now, peak))})"
 
 
 class _Display(Progress):
