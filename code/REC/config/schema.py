@@ -177,6 +177,15 @@ class Config(_Section):
         None, "run", "CPU threads of torch; default: torch's own choice", ge=1, le=1024
     )
     show_progress: Bool = _key(True, "run", "show live progress with rate and ETA")
+    log_wandb: Bool = _key(
+        False,
+        "run",
+        "send the scalars of training to Weights & Biases too, beside TensorBoard; needs the package "
+        "wandb",
+    )
+    wandb_project: Text | None = _key(
+        None, "run", "project at Weights & Biases; default: W&B's own choice (WANDB_PROJECT)"
+    )
     trust_remote_code: Bool = _key(
         False, "run", "let transformers run Python code found in a model folder"
     )
@@ -436,6 +445,11 @@ class Config(_Section):
         if self.loss == "nce" and self.similarity == "dot" and self.model == "HLLM":
             raise ValueError("loss: nce compares by cosine; similarity: dot needs loss: bce")
         return self
+
+    @property
+    def trains(self) -> bool:
+        """Whether main.py trains a model, and does not only evaluate one."""
+        return self.model in ("HLLM", "sasrec") and not self.val_only
 
     @property
     def effective_negatives(self) -> Literal["in_batch", "sampled", "catalogue"]:

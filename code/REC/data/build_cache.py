@@ -109,7 +109,14 @@ def encode_items(
     owners = share_out(_costs(groups, tokens, encoder), processes.size)
     result = torch.zeros((len(items), encoder.dim), dtype=DTYPES[job.dtype])
     own = np.flatnonzero(owners == processes.rank).tolist()
-    with meter("encoding items", _rows_in(groups, own), "items", show_progress) as bar:
+    with meter(
+        "encoding items",
+        _rows_in(groups, own),
+        "items",
+        show_progress,
+        device=encoder.model.device,
+        tokens=_tokens_in(groups, own, tokens, encoder),
+    ) as bar:
         for number in own:
             found = encode_group(encoder, tokens, groups[number], job, items.item_ids, bar.advance)
             result[torch.from_numpy(np.concatenate(groups[number]))] = found
@@ -180,7 +187,14 @@ class CacheBuild:
         there = len(tokens) - _rows_in(groups, missing) if processes.size == 1 else 0
         total = there + _rows_in(groups, own)
         share = f" (share of process {processes.rank})" if processes.size > 1 else ""
-        with meter(f"encoding items{share}", total, "items", self.show_progress) as bar:
+        with meter(
+            f"encoding items{share}",
+            total,
+            "items",
+            self.show_progress,
+            device=encoder.model.device,
+            tokens=_tokens_in(groups, own, tokens, encoder),
+        ) as bar:
             bar.skip(there)
             for number in own:
                 rows = np.concatenate(groups[number])
@@ -228,7 +242,7 @@ def encode_group(
     group: Group,
     job: EncodingJob,
     item_ids: Sequence[str],
-    on_batch: Callable[[int], None] = lambda items: None,
+    on_batch: Callable[[int, int], None] = lambda items, tokens: None,
 ) -> Tensor:
     """Encode a group of batches: [b, D] in the job's dtype.
 
@@ -238,7 +252,7 @@ def encode_group(
         group: batches of item numbers.
         job: for the dtype.
         item_ids: to name an item in an error; its number is given where they are not at hand.
-        on_batch: called with the number of items just encoded.
+        on_batch: called with the number of items just encoded and of the tokens in them.
 
     Raises:
         InputError: an embedding does not fit in the dtype.
@@ -246,7 +260,7 @@ def encode_group(
     encoded = []
     for batch in group:
         encoded.append(encoder.encode([tokens[int(i)] for i in batch]))
-        on_batch(len(batch))
+        on_batch(len(batch), _tokens_of(batch, tokens, encoder))
     done = torch.cat(encoded).to(DTYPES[job.dtype])
     bad = (~done.isfinite().all(dim=1)).nonzero()
     if len(bad):
@@ -297,6 +311,18 @@ def _costs(groups: Sequence[Group], tokens: Tokens, encoder: ItemEncoder) -> lis
 
 def _rows_in(groups: Sequence[Group], numbers: Sequence[int]) -> int:
     return sum(len(batch) for number in numbers for batch in groups[number])
+
+
+def _tokens_in(
+    groups: Sequence[Group], numbers: Sequence[int], tokens: Tokens, encoder: ItemEncoder
+) -> int:
+    return sum(_tokens_of(batch, tokens, encoder) for number in numbers for batch in groups[number])
+
+
+def _tokens_of(batch: np.ndarray, tokens: Tokens, encoder: ItemEncoder) -> int:
+    """Count the positions that the ItemLLM reads: text and emb token, without padding."""
+    extra = len(batch) if encoder.pooling == "emb_token" else 0
+    return int(tokens.lengths[batch].sum()) + extra
 
 
 def _missing(parts: Parts, groups: Sequence[Group]) -> list[int]:

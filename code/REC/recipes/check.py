@@ -38,6 +38,7 @@ from REC.recipes.run_dir import choose_run_dir
 from REC.recipes.setup import check_training, eval_protocol, match_cache
 from REC.report.memory import GIB, estimate, meta_decoder
 from REC.trainer.fabric import attention_kernel, check_device, choose_device, compute_dtype
+from REC.trainer.wandb_log import load_wandb
 from REC.utils.errors import InputError, problems_of, refuse
 from REC.utils.files import free_bytes, is_file
 from REC.utils.processes import global_rank
@@ -143,6 +144,9 @@ def _quick_run(config: Config, found: Findings) -> None:
         dataset_file(config.data_path, config.dataset)
     with found.collect():
         _writable(choose_run_dir(config).path, "run folder", "--checkpoint_dir")
+    if config.trains and config.log_wandb:
+        with found.collect():
+            load_wandb()
     hidden = None
     if config.model == "HLLM":
         hidden = _user_model(config, found)
@@ -281,14 +285,13 @@ def _item_texts(config: Config, found: Findings) -> ItemTexts | None:
 
 
 def _split(config: Config, split: Split, found: Findings) -> None:
-    trains = config.model in ("HLLM", "sasrec") and not config.val_only
-    phases: set[Phase] = {config.eval_phase} | ({"valid"} if trains else set())
+    phases: set[Phase] = {config.eval_phase} | ({"valid"} if config.trains else set())
     for phase in sorted(phases):
         with found.collect():
             dataset = CachedEmbeddingEvalDataset(split, phase, config.MAX_ITEM_LIST_LENGTH)
             Evaluator(dataset, eval_protocol(config), batch_size=config.eval_batch_size)
             found.notes.append(f"{phase}: {len(dataset)} users are scored")
-    if not trains:
+    if not config.trains:
         return
     sequences = CachedEmbeddingTrainDataset(split, config.MAX_ITEM_LIST_LENGTH)
     found.notes.append(

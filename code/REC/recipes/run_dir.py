@@ -31,12 +31,14 @@ MAY_CHANGE = frozenset(
         "eval_batch_size",
         "gradient_checkpointing",
         "keep_last",
+        "log_wandb",
         "logits_budget_mb",
         "num_threads",
         "num_workers",
         "overwrite",
         "run_name",
         "show_progress",
+        "wandb_project",
     }
 )
 

@@ -53,6 +53,7 @@ from REC.trainer.fabric import (
 from REC.trainer.optim import build_optimizer, build_schedule, steps_per_epoch
 from REC.trainer.sampler import SequenceBatches
 from REC.trainer.trainer import Trainer, TrainState, count_trainable
+from REC.trainer.wandb_log import WandbLog
 from REC.utils import environment
 from REC.utils.errors import InputError, Interrupted
 from REC.utils.lock import locked
@@ -77,6 +78,7 @@ class Run:
         checkpoints: its resumable checkpoints.
         stop: notices SIGINT and SIGTERM.
         session: time and memory.
+        wandb: the run at Weights & Biases, in process 0 and where `log_wandb` asks for it.
     """
 
     config: Config
@@ -85,6 +87,7 @@ class Run:
     checkpoints: Checkpoints
     stop: StopSignals
     session: Session
+    wandb: WandbLog
 
     @property
     def folder(self) -> Path:
@@ -114,7 +117,7 @@ def run(config: Config) -> Path:
         with ExitStack() as held:
             place = Processes.here().on_first(lambda: _lock_and_choose(config, held))
             checkpoints = Checkpoints(place.path / CHECKPOINTS_DIR, config.keep_last)
-            work = Run(config, fabric, place, checkpoints, stop, session)
+            work = Run(config, fabric, place, checkpoints, stop, session, WandbLog())
             try:
                 _run(work)
             except Interrupted as ending:
@@ -139,9 +142,12 @@ def _run(work: Run) -> None:
     work.session.lap("data")
     try:
         Processes.here().on_first(lambda: start_run_dir(config, work.place))
-        rows, training = _rows(work, data, final)
-        if fabric.is_global_zero:
-            _finish(work, data, final, rows, training)
+        with work.wandb:
+            if config.trains and config.log_wandb:
+                Processes.here().on_first(lambda: work.wandb.open(config, work.folder))
+            rows, training = _rows(work, data, final)
+            if fabric.is_global_zero:
+                _finish(work, data, final, rows, training)
     except BaseException as error:
         saved = isinstance(error, Interrupted) and has_checkpoint(work.folder)
         if fabric.is_global_zero and not work.place.resume and not saved:
@@ -244,7 +250,8 @@ def evaluate(
     if isinstance(scorer, torch.nn.Module):
         scorer.eval()
     shown = config.show_progress and fabric.is_global_zero
-    with meter(task, evaluator.own_users, "users", shown) as bar:
+    share = " (share of process 0)" if fabric.world_size > 1 else ""
+    with meter(f"{task}{share}", evaluator.own_users, "users", shown, device=fabric.device) as bar:
         try:
             return evaluator.run(
                 scorer,
@@ -297,6 +304,7 @@ def _train(work: Run, data: Data, model: Recommender) -> tuple[TrainState, dict[
         checkpoints=work.checkpoints,
         stop=work.stop,
         fingerprint=data.fingerprint,
+        wandb=work.wandb,
         record=(partial(work.session.record, "training"), work.session.continue_from),
     )
     state = trainer.fit(resume=work.place.resume)
@@ -380,6 +388,8 @@ def _finish(
         },
     }
     write_result(folder, plain(result), rows)
+    *_, last = rows.values()
+    work.wandb.summarise({f"{config.eval_phase}/{k}": v for k, v in last.metrics.items()})
     # With its result written the run is finished; only now is there nothing to come back to.
     work.checkpoints.remove()
     sys.stdout.write(

@@ -67,6 +67,11 @@ class SequenceBatches(Sampler[list[int]]):
         for batch in range(self.start_batch, len(self)):
             yield self._share(order, step, batch)
 
+    def sequences(self, batches: int) -> int:
+        """Return how many sequences the first batches of an epoch hold, in all processes."""
+        every = len(self.lengths)
+        return batches * self.batch_size * self.world_size if batches < len(self) else every
+
     def samples(self, batch: int) -> list[int]:
         """Return the sample numbers of one batch of the epoch, from 0, in this process."""
         return self._share(*self._epoch_order(), batch)

@@ -37,8 +37,10 @@ from REC.trainer.fabric import (
     step_groups,
 )
 from REC.trainer.micro_batch import count_sequences, split_batch
+from REC.trainer.optim import steps_per_epoch
 from REC.trainer.pending import PendingStep, StepReport
 from REC.trainer.sampler import SequenceBatches
+from REC.trainer.wandb_log import WandbLog
 from REC.trainer.zero import whole_parameters
 from REC.utils.errors import InputError
 from REC.utils.files import remove
@@ -104,6 +106,7 @@ class Trainer:
         checkpoints: the run's resumable checkpoints.
         stop: notices SIGINT and SIGTERM.
         fingerprint: tells the training data; a checkpoint of other data is refused.
+        wandb: takes the scalars that TensorBoard gets.
         record: returns and restores what else has to survive an interruption: the run's timings.
     """
 
@@ -122,6 +125,7 @@ class Trainer:
         checkpoints: Checkpoints,
         stop: StopSignals,
         fingerprint: str,
+        wandb: WandbLog,
         record: tuple[Callable[[], dict[str, Any]], Callable[[dict[str, Any]], None]],
     ) -> None:
         self.fabric = fabric
@@ -134,6 +138,7 @@ class Trainer:
         self.checkpoints = checkpoints
         self.stop = stop
         self.fingerprint = fingerprint
+        self.wandb = wandb
         self._record, self._restore_record = record
         self.state = TrainState()
         # ZeRO spreads weights and optimizer over the processes; no checkpoint gathers them.
@@ -215,9 +220,11 @@ class Trainer:
             self._rng = None
         task = f"epoch {state.epoch + 1} of {config.epochs}"
         shown = config.show_progress and self.fabric.is_global_zero
-        with meter(task, len(batches), "batches", shown) as bar:
-            bar.skip(state.batch)
-            accumulation = config.gradient_accumulation_steps
+        accumulation = config.gradient_accumulation_steps
+        steps = config.epochs * steps_per_epoch(len(batches), accumulation)
+        total = batches.sequences(len(batches))
+        with meter(task, total, "sequences", shown, device=self.fabric.device) as bar:
+            bar.skip(batches.sequences(state.batch))
             for group, positions in step_groups(self.fabric, stream, accumulation):
                 rate = float(self.schedule.get_last_lr()[0])
                 losses = self._accumulate(group, positions)
@@ -235,10 +242,25 @@ class Trainer:
                     due=self._time_is_up(),
                 )
                 state.batch += len(group)
-                bar.advance(len(group), f"loss {state.loss_sum / max(state.positions, 1):.4f}")
+                done = batches.sequences(state.batch)
+                tokens = self._count_tokens(group) if bar.shown else 0
+                bar.advance(done - bar.done, tokens, partial(self._step_facts, steps, rate))
                 self._save_if_asked(board, before, last=state.batch == len(batches))
         self._read_pending(board)
         return state.loss_sum / max(state.positions, 1)
+
+    def _count_tokens(self, group: list[TrainBatch]) -> int:
+        """Count the real positions of a step, in all processes: they have about the same number."""
+        own = sum(int(batch.attention_mask.sum()) for batch in group)
+        return own * self.fabric.world_size
+
+    def _step_facts(self, steps: int, rate: float) -> list[str]:
+        state = self.state
+        facts = [f"step {state.step:,} of {steps:,}"]
+        # A step's loss is known one step later.
+        if state.positions:
+            facts.append(f"loss {state.loss_sum / state.positions:.4f}")
+        return [*facts, f"learning rate {rate:.2e}"]
 
     def _accumulate(self, group: list[TrainBatch], positions: list[int]) -> list[Tensor]:
         """Add up the gradients of a step; on too little GPU memory, again in smaller parts."""
@@ -325,8 +347,8 @@ class Trainer:
         for loss, positions in zip(report.losses, report.positions, strict=True):
             self.state.loss_sum += loss * positions
             self.state.positions += positions
-        board.add_scalar("train/loss", report.loss, report.step)
-        board.add_scalar("train/learning_rate", report.rate, report.step)
+        values = {"train/loss": report.loss, "train/learning_rate": report.rate}
+        self._log(board, values, report.step)
         return report
 
     def _diverged(self, report: StepReport) -> str:
@@ -455,8 +477,8 @@ class Trainer:
         state = self.state
         self.wrapped.eval()
         found = self.validate().metrics
-        for name, value in found.items():
-            board.add_scalar(f"valid/{name}", value, state.step)
+        values = {f"valid/{name}": value for name, value in found.items()}
+        self._log(board, values, state.step)
         value = found[self.config.valid_metric]
         if value > state.best_value:
             state.best_value, state.best_epoch = value, state.epoch + 1
@@ -470,6 +492,11 @@ class Trainer:
         else:
             state.bad_validations += 1
         return found
+
+    def _log(self, board: Board, values: dict[str, float], step: int) -> None:
+        for tag, value in values.items():
+            board.add_scalar(tag, value, step)
+        self.wandb.add_scalars(values, step)
 
     def _optimizer(self) -> Any:
         # Fabric's wrapper around the optimizer that was built.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import platform
 import resource
@@ -68,6 +69,22 @@ def peak_memory(device: torch.device) -> dict[str, int]:
     if device.type == "cuda":
         peak["gpu_bytes"] = torch.cuda.max_memory_allocated(device)
     return peak
+
+
+def current_memory(device: torch.device) -> dict[str, int]:
+    """Return this process's resident memory and the GPU memory in use, in bytes.
+
+    The keys are those of `peak_memory`; a system that does not say leaves its key out. Neither
+    number waits for the GPU.
+    """
+    found: dict[str, int] = {}
+    # Linux alone has it: the second field counts resident pages.
+    with contextlib.suppress(OSError):
+        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+        found["host_bytes"] = pages * resource.getpagesize()
+    if device.type == "cuda":
+        found["gpu_bytes"] = torch.cuda.memory_allocated(device)
+    return found
 
 
 def describe(device: torch.device) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import logging
 import sys
 import warnings
 from pathlib import Path
+from typing import TextIO
 
 _NOISY = (
     "httpx",
@@ -16,6 +17,21 @@ _NOISY = (
     "matplotlib",
     "urllib3",
 )
+
+
+class _Terminal(logging.StreamHandler[TextIO]):
+    """Writes to whatever standard error is at the moment.
+
+    A live display puts itself in its place, so that lines appear above the bar.
+    """
+
+    def __init__(self) -> None:
+        logging.Handler.__init__(self)
+
+    @property
+    def stream(self) -> TextIO:  # type: ignore[override]
+        """The stream to write to."""
+        return sys.stderr
 
 
 class _RunLog(logging.FileHandler):
@@ -39,7 +55,7 @@ def set_up_logging(log_file: Path | None = None, *, quiet: bool = False) -> None
     """
     if quiet:
         warnings.simplefilter("ignore")
-    handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)]
+    handlers: list[logging.Handler] = [_Terminal()]
     if log_file is not None:
         handlers.append(_RunLog(log_file, encoding="utf-8"))
     logging.basicConfig(
