@@ -81,7 +81,9 @@ def fake_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Calls:
     record = tmp_path / "calls.jsonl"
     record.touch()
     monkeypatch.syspath_prepend(str(package))
-    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    # Set first, so that the fake is gone from there after the test.
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    monkeypatch.delitem(sys.modules, "wandb")
     monkeypatch.setenv("FAKE_WANDB", str(record))
 
     def calls(kind: str) -> list[dict[str, Any]]:
