@@ -232,6 +232,18 @@ def test_a_cache_of_this_configuration_gives_no_warning(project: Project) -> Non
     assert WARNING not in err
 
 
+def test_a_cache_of_more_items_than_the_data_has_gives_no_warning(project: Project) -> None:
+    make_item_cache(project)
+    for folder in ("dataset", "information"):
+        lines = (project.root / folder / "tiny.csv").read_text().splitlines()
+        kept = [line for line in lines if not line.startswith("i7,")]
+        (project.root / folder / "part.csv").write_text("\n".join(kept) + "\n")
+    more = ("--dataset", "part", "--item_cache_path", "dataset/tiny_item_embeddings.safetensors")
+    code, _, err = project.run("--val_only", "True", *more)
+    assert code == 0, err
+    assert WARNING not in err
+
+
 @pytest.mark.parametrize(
     ("made", "used", "named"),
     [

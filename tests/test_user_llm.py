@@ -11,7 +11,7 @@ from transformers import AutoModel
 
 from REC.data.dataset import TrainBatch
 from REC.model.backbone import LoraSettings, add_lora, load_decoder
-from REC.model.item_table import ItemTable, standardize, whiten
+from REC.model.item_table import ItemTable, fit_standardize, fit_whiten
 from REC.model.recommender import LossSettings, Recommender
 from REC.model.user_llm import UserLLM
 from REC.model.weights import load_trained, save_trained
@@ -177,8 +177,8 @@ def test_an_untrained_adapter_changes_nothing(llama: Path) -> None:
 def test_standardize_and_whiten() -> None:
     rows = torch.randn(500, 6) @ torch.randn(6, 6) + 3
     flat = torch.cat([rows, torch.full((500, 1), 4.0)], dim=1)
-    scaled = standardize(flat)
+    scaled = fit_standardize(flat)(flat)
     torch.testing.assert_close(scaled[:, :6].std(dim=0, correction=0), torch.ones(6))
     assert scaled[:, 6].abs().max() == 0
-    white = whiten(rows, floor=0.0)
+    white = fit_whiten(rows, floor=0.0)(rows)
     torch.testing.assert_close(white.T @ white / 500, torch.eye(6), rtol=1e-3, atol=1e-3)

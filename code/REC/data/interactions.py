@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -156,6 +156,19 @@ def drop_items(interactions: Interactions, keep: np.ndarray) -> Interactions:
         offsets=np.concatenate([[0], np.cumsum(counts[users])]).astype(np.int64),
         dropped=int((~kept_rows).sum()),
     )
+
+
+def renumber(interactions: Interactions, item_ids: np.ndarray) -> Interactions:
+    """Return the same interactions with another catalogue's item numbers.
+
+    Args:
+        interactions: what to renumber.
+        item_ids: str [J + 1], entry 0 the padding item; has every item of the interactions.
+    """
+    numbers = pd.Index(item_ids[1:]).get_indexer(pd.Index(interactions.item_ids[1:])) + 1
+    assert (numbers > PAD).all()
+    numbers = np.concatenate([[PAD], numbers]).astype(np.int32)
+    return replace(interactions, item_ids=item_ids, items=numbers[interactions.items])
 
 
 def _by_user_and_time(users: np.ndarray, timestamps: np.ndarray) -> np.ndarray:

@@ -93,13 +93,17 @@ class ItemTable(nn.Module):
         return self
 
 
-def table_from_cache(cache: ItemCache, item_ids: np.ndarray, transform: str = "none") -> Tensor:
+def table_from_cache(
+    cache: ItemCache, item_ids: np.ndarray, transform: str = "none", own_items: int | None = None
+) -> Tensor:
     """Gather the catalogue's rows of a cache into one matrix.
 
     Args:
         cache: the item cache.
         item_ids: str [I + 1], entry 0 the padding item; every other id is in the cache.
-        transform: `none`, `standardize` or `whiten`, fitted on the catalogue's rows.
+        transform: `none`, `standardize` or `whiten`.
+        own_items: the transform is fitted on the first n items and applied to all; None fits it on
+            all of them.
 
     Returns:
         [I + 1, D], row 0 zeros; the cache's dtype, or float32 after a transform.
@@ -110,28 +114,47 @@ def table_from_cache(cache: ItemCache, item_ids: np.ndarray, transform: str = "n
     if transform == "none":
         return table
     table = table.float()
-    table[1:] = standardize(table[1:]) if transform == "standardize" else whiten(table[1:])
+    fit = fit_standardize if transform == "standardize" else fit_whiten
+    end = len(table) if own_items is None else own_items + 1
+    table[1:] = fit(table[1:end])(table[1:])
     table[PAD] = 0.0
     return table
 
 
-def standardize(vectors: Tensor) -> Tensor:
-    """Give every dimension mean 0 and variance 1 over the rows; constant ones become 0."""
-    centred = vectors - vectors.mean(dim=0)
-    deviation = centred.pow(2).mean(dim=0).sqrt()
-    return torch.where(deviation > 1e-6, centred / deviation.clamp_min(1e-6), 0.0)
+# A fixed map of vectors: float32 [n, D] -> float32 [n, D].
+Transform = Callable[[Tensor], Tensor]
 
 
-def whiten(vectors: Tensor, floor: float = 1e-3) -> Tensor:
-    """PCA-whiten the rows: [n, D] -> [n, D] with a covariance near the identity.
+def fit_standardize(rows: Tensor) -> Transform:
+    """Fit the map that gives every dimension mean 0 and variance 1 over `rows`, float32 [n, D].
+
+    Dimensions that are constant over the rows become 0, whatever else is mapped.
+    """
+    mean = rows.mean(dim=0)
+    deviation = (rows - mean).pow(2).mean(dim=0).sqrt()
+
+    def apply(vectors: Tensor) -> Tensor:
+        centred = vectors - mean
+        return torch.where(deviation > 1e-6, centred / deviation.clamp_min(1e-6), 0.0)
+
+    return apply
+
+
+def fit_whiten(rows: Tensor, floor: float = 1e-3) -> Transform:
+    """Fit the PCA map that gives `rows`, float32 [n, D], a covariance near the identity.
 
     Directions with less than `floor` of the mean variance are damped rather than blown up.
     """
-    centred = (vectors - vectors.mean(dim=0)).double()
+    mean = rows.mean(dim=0)
+    centred = (rows - mean).double()
     covariance = centred.T @ centred / len(centred)
     values, directions = torch.linalg.eigh(covariance)
     scale = (values.clamp_min(0) + floor * values.mean()).rsqrt()
-    return ((centred @ directions) * scale).float()
+
+    def apply(vectors: Tensor) -> Tensor:
+        return (((vectors - mean).double() @ directions) * scale).float()
+
+    return apply
 
 
 def check_dim(cache: ItemCache, hidden_size: int, user_dir: str) -> None:

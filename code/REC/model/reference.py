@@ -116,13 +116,22 @@ class ItemKNN:
 
 
 def build_reference(
-    config: Config, split: Split, cache: ItemCache | None, device: torch.device
+    config: Config,
+    split: Split,
+    cache: ItemCache | None,
+    device: torch.device,
+    own_items: int | None = None,
 ) -> Scorer:
-    """Make the reference model that the configuration's `model` names: pop, random or item_knn."""
+    """Make the reference model that the configuration's `model` names: pop, random or item_knn.
+
+    `own_items` is as in `table_from_cache`.
+    """
     if config.model == "pop":
         return Popularity(torch.from_numpy(train_item_counts(split)).to(device))
     if config.model == "random":
         return RandomScores(split.interactions.num_items, config.seed, device)
     assert cache is not None
-    table = table_from_cache(cache, split.interactions.item_ids, config.item_embedding_transform)
+    table = table_from_cache(
+        cache, split.interactions.item_ids, config.item_embedding_transform, own_items
+    )
     return ItemKNN(table.to(device), config.knn_history)

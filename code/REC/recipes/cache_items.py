@@ -104,7 +104,15 @@ def _is_current(target: Path, job: EncodingJob, item_ids: list[str]) -> bool:
 
 def encode_in_memory(config: Config) -> ItemCache:
     """Encode every item now, through the code that writes cache files (`use_item_cache: False`)."""
-    items = _catalogue(config)
+    return encode_texts(config, _catalogue(config))
+
+
+def encode_texts(config: Config, items: ItemTexts) -> ItemCache:
+    """Encode texts with the configuration's ItemLLM, into memory.
+
+    Raises:
+        InputError: the model folder is unusable, or an embedding does not fit in the dtype.
+    """
     encoder, job = _encoder(config, items.fingerprint, len(items))
     embeddings = encode_items(
         encoder, items, job, show_progress=config.show_progress, processes=Processes.here()
@@ -136,7 +144,7 @@ def warn_of_another_cache(config: Config, cache: ItemCache, item_ids: np.ndarray
     other = [
         key for name, (key, value) in expected.items() if stated.get(name) not in (None, value)
     ]
-    if not other and "fingerprint" in stated and _texts_differ(config, stated, item_ids):
+    if not other and "fingerprint" in stated and _texts_differ(config, cache, item_ids):
         other = ["text_path"]
     if other:
         log.warning(
@@ -147,7 +155,7 @@ def warn_of_another_cache(config: Config, cache: ItemCache, item_ids: np.ndarray
         )
 
 
-def _texts_differ(config: Config, stated: dict[str, str], item_ids: np.ndarray) -> bool:
+def _texts_differ(config: Config, cache: ItemCache, item_ids: np.ndarray) -> bool:
     try:
         path = information_file(config.text_path, config.dataset)
         if path.stat().st_size > _QUICKLY_READ:
@@ -156,7 +164,11 @@ def _texts_differ(config: Config, stated: dict[str, str], item_ids: np.ndarray) 
     except InputError:
         # The run does not need the file.
         return False
-    return with_items(items, item_ids).fingerprint != stated["fingerprint"]
+    items = with_items(items, item_ids)
+    # A cache of more items, as of a data set that this one was cut from, says nothing of these.
+    if len(items) < len(cache) and set(items.item_ids) < set(cache.item_ids):
+        return False
+    return items.fingerprint != cache.metadata["fingerprint"]
 
 
 def _catalogue(config: Config) -> ItemTexts:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ import torch
 from lightning.fabric import Fabric
 
 from REC.config import Config, load_config
+from REC.data.cache import ItemCache
 from REC.data.item_text import information_file, read_item_titles
 from REC.evaluator.evaluator import Scorer
 from REC.evaluator.recommend import Recommendations, recommend
@@ -27,6 +28,8 @@ from REC.utils.errors import InputError
 from REC.utils.files import is_file
 
 UNTRAINED, TUNED = "untrained", "fine-tuned"
+# Models that know an item by its embedding, so that an item they never met can be scored.
+READS_EMBEDDINGS = ("HLLM", "item_knn")
 
 
 @dataclass(frozen=True)
@@ -38,12 +41,14 @@ class OpenRun:
         config: its configuration, with what moved since.
         data: interactions, split and, where the model needs it, the item cache.
         fabric: Lightning Fabric, launched.
+        new_titles: item id -> title of items added after the run.
     """
 
     folder: Path
     config: Config
     data: Data
     fabric: Fabric
+    new_titles: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def models(self) -> tuple[str, ...]:
@@ -61,8 +66,73 @@ class OpenRun:
         try:
             path = information_file(self.config.text_path, self.config.dataset)
         except InputError:
-            return {}
-        return read_item_titles(path, self.config.text_keys[0])
+            return dict(self.new_titles)
+        return {**read_item_titles(path, self.config.text_keys[0]), **self.new_titles}
+
+    @property
+    def own_items(self) -> int:
+        """Number of the run's own items; items with higher numbers were added to it."""
+        own = self.data.own_items
+        return self.data.interactions.num_items if own is None else own
+
+    def refuse_new_items(self) -> None:
+        """Refuse a run whose model cannot score items that it was not trained with.
+
+        Raises:
+            InputError: the run's model knows items by their ids only.
+        """
+        if self.config.model not in READS_EMBEDDINGS:
+            raise InputError(
+                f"{self.folder} is a run of {self.config.model}, which knows items by their ids "
+                f"and cannot score new ones; name a run of {' or '.join(READS_EMBEDDINGS)}."
+            )
+
+    def refuse_known(self, item_ids: Sequence[str]) -> None:
+        """Refuse ids of items that are in the catalogue.
+
+        Raises:
+            InputError: there are some.
+        """
+        again = [item for item in item_ids if item in self._number_of]
+        if again:
+            raise InputError(
+                f"{len(again)} of {len(item_ids)} new items are in the catalogue of "
+                f"{self.config.dataset} already, for example '{again[0]}'; leave them out."
+            )
+
+    def with_items(self, new: ItemCache, titles: Mapping[str, str] | None = None) -> OpenRun:
+        """Return the run with items added to its catalogue, without interactions.
+
+        The run's items keep their numbers and the new ones follow, so that a model built from the
+        result scores the run's items as before.
+
+        Args:
+            new: ids and embeddings, made as the run's item cache was.
+            titles: item id -> title of the new items.
+
+        Raises:
+            InputError: the run's model cannot score new items, an id is in the catalogue, or the
+                embeddings have other dimensions.
+        """
+        self.refuse_new_items()
+        self.refuse_known(new.item_ids)
+        cache = self.data.cache
+        assert cache is not None
+        whole = self.data.interactions
+        own = torch.from_numpy(cache.rows_of(whole.item_ids[1:]))
+        if new.dim != cache.dim:
+            raise InputError(
+                f"the new items' embeddings have {new.dim} dimensions, the item cache "
+                f"{cache.path or 'made now'} has {cache.dim}; encode them with the same ItemLLM."
+            )
+        embeddings = torch.cat([cache.embeddings[own], new.embeddings])
+        item_ids = np.concatenate([whole.item_ids, np.array(new.item_ids, dtype=object)])
+        data = Data(
+            replace(self.data.split, interactions=replace(whole, item_ids=item_ids)),
+            ItemCache(item_ids[1:].tolist(), embeddings, cache.metadata, cache.path),
+            self.own_items,
+        )
+        return replace(self, data=data, new_titles={**self.new_titles, **(titles or {})})
 
     def build(self, name: str) -> Scorer:
         """Build one of `models`, in evaluation mode, on the device.
@@ -76,7 +146,7 @@ class OpenRun:
             )
         config, data, device = self.config, self.data, self.fabric.device
         if config.model in ("pop", "random", "item_knn"):
-            return build_reference(config, data.split, data.cache, device)
+            return build_reference(config, data.split, data.cache, device, data.own_items)
         if config.model == "sasrec":
             model = build_sasrec(config, data.interactions.num_items, peers_of(self.fabric))
         else:
@@ -166,5 +236,5 @@ def open_run(folder: str | Path, overrides: Mapping[str, Any] | None = None) -> 
     fabric = make_fabric(config)
     # The random reference draws from it.
     fabric.seed_everything(config.seed, workers=True, verbose=False)
-    data = load_data(config, need_cache=config.model in ("HLLM", "item_knn"))
+    data = load_data(config, need_cache=config.model in READS_EMBEDDINGS)
     return OpenRun(folder, config, data, fabric)

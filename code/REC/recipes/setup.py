@@ -45,10 +45,13 @@ class Data:
     Attributes:
         split: interactions, split leave-one-out.
         cache: item embeddings; None for models that need none.
+        own_items: the run's own items are numbers 1..own_items; later ones were added to a
+            finished run and no fixed map is fitted on them. None: all are the run's own.
     """
 
     split: Split
     cache: ItemCache | None
+    own_items: int | None = None
 
     @property
     def interactions(self) -> Interactions:
@@ -278,7 +281,12 @@ def build_user_llm(config: Config, data: Data, fabric: Fabric, *, train: bool) -
     elif not train:
         decoder.requires_grad_(False)
     table = ItemTable(
-        table_from_cache(data.cache, data.interactions.item_ids, config.item_embedding_transform),
+        table_from_cache(
+            data.cache,
+            data.interactions.item_ids,
+            config.item_embedding_transform,
+            data.own_items,
+        ),
         config.item_adapter if train else "none",
         config.item_adapter_rank,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 
 import numpy as np
 from torch.utils.data import Dataset
@@ -31,6 +32,13 @@ class CachedEmbeddingEvalDataset(Dataset[np.ndarray]):
         self.segments: Segments = split.eval_segments(phase)
         self.max_length = max_length
         self.phase = phase
+
+    def keep(self, wanted: np.ndarray) -> CachedEmbeddingEvalDataset:
+        """Return the dataset with some of its users only: bool [E], True for those that stay."""
+        kept = copy(self)
+        whole = self.segments
+        kept.segments = Segments(whole.users[wanted], whole.starts[wanted], whole.ends[wanted])
+        return kept
 
     def __len__(self) -> int:
         return len(self.segments)

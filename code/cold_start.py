@@ -1,0 +1,46 @@
+"""Measure how a finished run ranks items that were held out from its data."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from REC.config.options import Parser, add_places, places
+from REC.recipes.cold_start import cold_start, markdown
+from REC.utils.errors import EXIT_OK, run_program
+from REC.utils.logs import set_up_logging
+
+EXAMPLES = (
+    "python code/cold_start.py --run saved/Pixel200K-warm-qlora --dataset Pixel200K"
+    " --item_cache_path dataset/pixel200k_item_embeddings.safetensors",
+)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the program with its arguments and return the exit code."""
+    parser = Parser("python code/cold_start.py", __doc__ or "", EXAMPLES)
+    parser.add_argument(
+        "--run",
+        metavar="RUN_DIR",
+        required=True,
+        help="folder that main.py made, on data without some items",
+    )
+    parser.add_argument(
+        "--dataset", metavar="FULL", required=True, help="name of the data with those items"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON and nothing else")
+    add_places(parser)
+    options = parser.parse_args(argv)
+    set_up_logging()
+    rows = cold_start(options.run, options.dataset, {"show_progress": True, **places(options)})
+    text = json.dumps(rows, indent=2) + "\n" if options.json else markdown(rows)
+    sys.stdout.write(text)
+    return EXIT_OK
+
+
+if __name__ == "__main__":
+    sys.exit(run_program(main))
