@@ -81,9 +81,7 @@ def fake_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Calls:
     record = tmp_path / "calls.jsonl"
     record.touch()
     monkeypatch.syspath_prepend(str(package))
-    # Set first, so that the fake is gone from there after the test.
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    monkeypatch.delitem(sys.modules, "wandb")
+    forget_wandb(monkeypatch)
     monkeypatch.setenv("FAKE_WANDB", str(record))
 
     def calls(kind: str) -> list[dict[str, Any]]:
@@ -91,6 +89,12 @@ def fake_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Calls:
         return [call for call in found if call["kind"] == kind]
 
     return calls
+
+
+def forget_wandb(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have wandb imported anew, and what is imported gone again after the test."""
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    monkeypatch.delitem(sys.modules, "wandb")
 
 
 class Clock:
@@ -463,7 +467,7 @@ def test_a_missing_wandb_is_said_at_the_start(
 def test_a_folder_called_wandb_is_not_the_package(
     project: Project, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    forget_wandb(monkeypatch)
     (project.root / "wandb").mkdir()
     monkeypatch.setattr(sys, "path", [str(project.root)])
     code, _, err = project.run(*SASREC, *WANDB)
