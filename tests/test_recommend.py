@@ -223,6 +223,13 @@ ADD = ("--history", "i1", "--add_items", "new.csv")
 BAD = {
     "nothing asked": ((), "", ["name either a user", "--history"]),
     "both asked": (("--user", "u1", "--history", "i1"), "", ["not both"]),
+    "page and answer": (
+        ("--serve", "0", "--user", "u1"),
+        "",
+        ["--user has no meaning with --serve"],
+    ),
+    "page and JSON": (("--serve", "0", "--json"), "", ["--json has no meaning with --serve"]),
+    "port": (("--serve", "70000"), "", ["--serve 70000 is no port"]),
     "user": (("--user", "u99"), "", ["no user 'u99'", "u0"]),
     "item": (("--history", "i1,x9"), "", ["no item 'x9'"]),
     "empty history": (("--history", " "), "", ["--history is empty"]),

@@ -24,11 +24,11 @@ import pytest
 
 from main import main
 from REC.recipes.open_run import OpenRun, open_run
-from REC.recipes.serve import PageHandler, PageServer, serve
+from REC.recipes.serve import PageHandler, PageServer
 from REC.recipes.serve_api import Catalogue, ServeApi
 from REC.report.result import read_ranks
 from REC.utils.errors import InputError, run_program
-from REC.utils.logs import set_up_logging
+from recommend import main as recommend_main
 from tests.browser import open_browser
 from tests.conftest import Project
 from tests.helpers import ROOT, make_cache, make_dataset
@@ -444,7 +444,9 @@ def test_a_signal_ends_it(
     host: str,
     code: int,
     capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.chdir(served.run.folder.parents[1])
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
     statuses = []
@@ -468,12 +470,8 @@ def test_a_signal_ends_it(
     thread = threading.Thread(target=stop)
     thread.start()
 
-    def program(argv: object) -> int:
-        set_up_logging()
-        serve(served.run, port, host)
-        return 0
-
-    assert run_program(program, []) == code
+    command = ["--run", "saved/run", "--serve", str(port), "--host", host]
+    assert run_program(recommend_main, command) == code
     thread.join()
     logging.basicConfig(handlers=[logging.NullHandler()], force=True)
     out, err = capsys.readouterr()

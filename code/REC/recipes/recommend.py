@@ -16,6 +16,7 @@ from REC.data.interactions import PAD
 from REC.evaluator.evaluator import Scorer
 from REC.recipes.new_items import add_items
 from REC.recipes.open_run import OpenRun, open_run
+from REC.recipes.serve import serve
 from REC.report.result import plain
 from REC.utils.errors import InputError, one_line
 
@@ -60,6 +61,20 @@ def add_options(parser: Parser) -> None:
         "encoded with the ItemLLM and recommended along with the others",
     )
     parser.add_argument("--json", action="store_true", help="print JSON and nothing else")
+    page = parser.add_argument_group("a page to look at, instead of one answer")
+    page.add_argument(
+        "--serve",
+        type=int,
+        metavar="PORT",
+        help="serve a local page on this port (0: a free one): put a history together or take a "
+        "user's, and see the run's models side by side; Ctrl-C ends it",
+    )
+    page.add_argument(
+        "--host",
+        default="127.0.0.1",
+        help="name or address to serve on (default: %(default)s, this machine only; there is no "
+        "password)",
+    )
     add_places(parser)
 
 
@@ -68,15 +83,16 @@ def run_recommend(options: argparse.Namespace) -> None:
 
     Raises:
         InputError: something the user can mend.
+        Interrupted: a signal ended `--serve`.
     """
-    if (options.user is None) == (options.history is None):
-        raise InputError(
-            "name either a user (--user ID) or a history (--history ID,ID,...), and not both."
-        )
+    _refuse_contradictions(options)
     asked = None if options.history is None else split_ids(options.history)
     run = open_run(options.run, {"show_progress": True, **places(options)})
     if options.add_items is not None:
         run = add_items(run, options.add_items)
+    if options.serve is not None:
+        serve(run, options.serve, options.host, options.topk)
+        return
     history = run.history(options.user) if asked is None else run.item_numbers(asked)
     model = options.model or run.models[-1]
     answer = {
@@ -93,6 +109,20 @@ def run_recommend(options: argparse.Namespace) -> None:
     else:
         text = as_text(answer, run.config.MAX_ITEM_LIST_LENGTH)
     sys.stdout.write(text)
+
+
+def _refuse_contradictions(options: argparse.Namespace) -> None:
+    one_answer = {name: getattr(options, name) for name in ("user", "history", "model")}
+    given = [name for name, value in one_answer.items() if value is not None]
+    if options.serve is not None and (given or options.json):
+        raise InputError(
+            f"--{given[0] if given else 'json'} has no meaning with --serve; leave one of them out."
+        )
+    if options.serve is None and (options.user is None) == (options.history is None):
+        raise InputError(
+            "name either a user (--user ID) or a history (--history ID,ID,...), and not both; or "
+            "open a page with --serve PORT."
+        )
 
 
 def split_ids(text: str) -> list[str]:
