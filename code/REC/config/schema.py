@@ -6,7 +6,7 @@ Keys that HLLM's YAML files know keep their names and meaning (arXiv 2409.12740'
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
     AfterValidator,
@@ -19,7 +19,8 @@ from pydantic import (
     model_validator,
 )
 
-METRIC_NAMES = ("Recall", "NDCG", "MRR", "HitRate", "Coverage")
+MetricName = Literal["Recall", "NDCG", "MRR", "HitRate", "Coverage"]
+METRIC_NAMES = get_args(MetricName)
 METRIC_PATTERN = re.compile(rf"^({'|'.join(METRIC_NAMES)})@([1-9][0-9]*)$")
 
 
@@ -383,7 +384,7 @@ class Config(_Section):
         [5, 10, 20], "evaluation", "cut-offs K of the metrics"
     )
     metrics: Annotated[
-        list[Literal["Recall", "NDCG", "MRR", "HitRate", "Coverage"]],
+        list[MetricName],
         Field(min_length=1),
         AfterValidator(_not_repeated),
     ] = _key(["Recall", "NDCG"], "evaluation", "metrics reported at every K")
