@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +32,18 @@ class Row:
         name: run folder and, where a run has several rows, the row's name.
         users, ranks: int64 [E].
         settings: the training's settings in one line; empty for a model that was not trained.
+        folder: the run's folder.
+        model: the row's name in the run.
+        metrics: `NAME@K` -> value, as the run recorded them.
     """
 
     name: str
     users: np.ndarray
     ranks: np.ndarray
     settings: str = ""
+    folder: Path = Path()
+    model: str = ""
+    metrics: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -90,7 +96,18 @@ def load_comparison(run_dirs: Sequence[str | Path]) -> Comparison:
             name = Path(run_dir).name
             alone = len(result["rows"]) == 1
             settings = _settings(result) if entry["name"] in TRAINED else ""
-            rows.append(Row(name if alone else f"{name}: {entry['name']}", users, ranks, settings))
+            shown = name if alone else f"{name}: {entry['name']}"
+            rows.append(
+                Row(
+                    shown,
+                    users,
+                    ranks,
+                    settings,
+                    Path(run_dir),
+                    entry["name"],
+                    entry.get("metrics", {}),
+                )
+            )
     assert first is not None
     config = first["config"]
     columns = [(m, k) for m in config["metrics"] if m in list(PER_USER) for k in config["topk"]]
