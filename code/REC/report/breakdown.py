@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,12 +21,12 @@ class Group:
     Attributes:
         name: what they have in common.
         members: bool [E].
-        items: items of the group, where it is one of items.
+        notes: what else to say of it, such as how many items it is about.
     """
 
     name: str
     members: np.ndarray
-    items: int | None = None
+    notes: Sequence[str] = ()
 
     @property
     def size(self) -> int:
@@ -83,7 +84,7 @@ def history_groups(lengths: np.ndarray, parts: int = 4) -> list[Group]:
     group_of = np.searchsorted(cuts, lengths)
     first = [int(lengths.min()), *(int(cut) + 1 for cut in cuts[:-1])]
     return [
-        Group(_span(low, int(high)), group_of == number)
+        Group(f"{_span(low, int(high))} {'item' if high == 1 else 'items'}", group_of == number)
         for number, (low, high) in enumerate(zip(first, cuts, strict=True))
     ]
 
@@ -116,9 +117,8 @@ def popularity_groups(counts: np.ndarray, targets: np.ndarray) -> list[Group]:
     of_user = of_item[targets - 1]
     names = ("head", "middle", "tail", "never in training")
     return [
-        Group(_with_counts(name, counts[1:][of_item == number]), of_user == number, items)
+        Group(name, of_user == number, _about(counts[1:][of_item == number]))
         for number, name in enumerate(names)
-        for items in [int((of_item == number).sum())]
     ]
 
 
@@ -142,11 +142,19 @@ def recall_curve(
     return RecallCurve(np.arange(1, deepest + 1), values, low, high)
 
 
+def counted(number: int, unit: str) -> str:
+    """Write a number with its unit: `1 item`, `1,200 items`."""
+    return f"{number:,} {unit}" if number == 1 else f"{number:,} {unit}s"
+
+
 def _span(low: int, high: int) -> str:
     return f"{low}" if low == high else f"{low} to {high}"
 
 
-def _with_counts(name: str, counts: np.ndarray) -> str:
-    if not len(counts) or counts.max() == 0:
-        return name
-    return f"{name} (met {_span(int(counts.min()), int(counts.max()))} times)"
+def _about(counts: np.ndarray) -> list[str]:
+    """Say how many items a group has and how often they were met."""
+    notes = [counted(len(counts), "item")]
+    if len(counts) and counts.max() > 0:
+        span = _span(int(counts.min()), int(counts.max()))
+        notes.append("met once" if span == "1" else f"met {span} times")
+    return notes

@@ -21,7 +21,7 @@ from REC.utils.errors import one_line
 COLOURS = 8
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<")
 _DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (6, 1.5, 1, 1.5)), (0, (8, 3)))
-_WIDTH = 4.8
+_WIDTH = 4.4
 # Stand-ins that matplotlib writes and the style sheet's names take the place of.
 _INK, _GRID = "#0a0bf0", "#0a0bf1"
 _SERIES = [f"#0a0b{number:02x}" for number in range(COLOURS)]

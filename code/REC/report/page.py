@@ -33,7 +33,7 @@ class Table:
     """
 
     caption: str
-    header: Sequence[str]
+    header: Sequence[str | Cell]
     rows: Sequence[Sequence[str | Cell]]
     numeric: bool = True
     folded: bool = False

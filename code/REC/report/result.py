@@ -70,9 +70,14 @@ def _first_wrong(result: Any) -> str | None:
         return "a row has no name"
     if not all(_is_numbers(row.get("metrics", {})) for row in rows):
         return "a row's metrics are no numbers"
-    for key in ("data", "timings_s", "peak_memory"):
-        if not isinstance(result.get(key, {}), dict):
-            return f"its {key} is no mapping"
+    if not isinstance(result.get("data", {}), dict):
+        return "its data is no mapping"
+    for key in ("timings_s", "peak_memory"):
+        if not _is_numbers(result.get(key, {})):
+            return f"its {key} are no numbers"
+    training = result.get("training") or {}
+    if not isinstance(training, dict) or not _is_history(training.get("history", [])):
+        return "its training has no history"
     if not isinstance(config, dict) or not isinstance(config.get("optim_args", {}), dict):
         return "it has no config"
     if not isinstance(result.get("environment", {}), dict):
@@ -83,6 +88,15 @@ def _first_wrong(result: Any) -> str | None:
     if not isinstance(topk, list) or not topk or not all(map(_is_cut_off, topk)):
         return "its config has no topk"
     return None
+
+
+def _is_history(records: Any) -> bool:
+    return isinstance(records, list) and all(
+        isinstance(record, dict)
+        and _is_numbers({"epoch": record.get("epoch"), "loss": record.get("loss") or 0.0})
+        and _is_numbers(record.get("valid") or {})
+        for record in records
+    )
 
 
 def _is_numbers(values: Any) -> bool:

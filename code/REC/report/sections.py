@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from REC.evaluator.metrics import PER_USER
-from REC.report.breakdown import Estimate, Group, group_estimate, recall_curve
+from REC.report.breakdown import Estimate, Group, counted, group_estimate, recall_curve
 from REC.report.charts import Series, group_chart, line_chart
 from REC.report.compare import TRAINED, Comparison, records
 from REC.report.page import Cell, Chart, Section, Table
@@ -178,9 +178,7 @@ def group_section(
             )
             for number, (row, estimates) in enumerate(zip(comparison.rows, found, strict=True))
         ]
-        labels = [
-            f"{group.name.replace(' (', chr(10) + '(')}\nn = {group.size}" for group in filled
-        ]
+        labels = [f"{group.name}\nn = {group.size}" for group in filled]
         charts.append(
             Chart(
                 group_chart(labels, series, metric),
@@ -233,13 +231,12 @@ def environment_section(results: Results) -> Section:
 
 
 def _environment(result: Mapping[str, Any]) -> dict[str, str]:
-    found = result.get("environment") or {}
-    data = result.get("data") or {}
-    short = data.get("users_too_short") or {}
-    cache, user_llm = result.get("cache") or {}, result.get("user_llm") or {}
+    found, data = _mapping(result.get("environment")), _mapping(result.get("data"))
+    cache, user_llm = _mapping(result.get("cache")), _mapping(result.get("user_llm"))
+    short = _mapping(data.get("users_too_short"))
     shown = {
         "finished": _time(str(result["finished"])) if result.get("finished") else "not recorded",
-        **{name: f"{data[name]:,}" for name in ("users", "items", "interactions") if name in data},
+        **{name: data.get(name) for name in ("users", "items", "interactions")},
         "interactions dropped": data.get("dropped_interactions"),
         "users too short for " + ", ".join(short): ", ".join(map(str, short.values())),
         **{f"item cache: {key}": value for key, value in sorted(cache.items())},
@@ -251,7 +248,7 @@ def _environment(result: Mapping[str, Any]) -> dict[str, str]:
         "threads": found.get("threads"),
         "processes": found.get("processes"),
         "precision": found.get("precision"),
-        **(found.get("versions") or {}),
+        **_mapping(found.get("versions")),
         **{f"time: {key}": format_seconds(s) for key, s in (result.get("timings_s") or {}).items()},
         **{
             f"peak memory: {key.removesuffix('_bytes')}": f"{size / (1 << 30):.2f} GiB"
@@ -275,6 +272,10 @@ def _training(
     return None
 
 
+def _mapping(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
 def _metric_cell(entry: Mapping[str, Any]) -> Cell:
     small = [f"[{entry['low']:.4f}, {entry['high']:.4f}]"]
     if entry["p_value"] is not None:
@@ -287,9 +288,8 @@ def _estimate_cell(one: Estimate) -> Cell:
     return Cell(f"{one.value:.4f}", [f"[{one.low:.4f}, {one.high:.4f}]"])
 
 
-def _group_header(group: Group) -> str:
-    items = "" if group.items is None else f", {group.items} items"
-    return f"{group.name}: {group.size} users{items}"
+def _group_header(group: Group) -> Cell:
+    return Cell(group.name, [counted(group.size, "user"), *group.notes])
 
 
 def _columns(estimates: Sequence[Estimate]) -> Iterator[Any]:
