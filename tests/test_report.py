@@ -26,7 +26,10 @@ from report import main
 from tests.browser import open_browser
 from tests.conftest import Project
 
-TRAIN = ("--use_qlora", "True", "--epochs", "2", "--optim_args.learning_rate", "1e-2")
+TRAIN = (
+    *("--use_qlora", "True", "--qlora_quant_type", "none", "--epochs", "1"),
+    *("--optim_args.learning_rate", "1e-2"),
+)
 HOSTILE = "<script>alert(1)</script> & \"item\" 'x'"
 VOID = {"meta", "br", "img", "link", "input", "hr"}
 
@@ -93,7 +96,7 @@ def test_history_groups_by_hand() -> None:
 def test_users_of_one_length_stay_together(lengths: list[int], expected: dict[str, int]) -> None:
     groups = history_groups(np.array(lengths))
     assert {group.name: group.size for group in groups} == expected
-    assert sum(group.members for group in groups).tolist() == [1] * len(lengths)
+    assert np.sum([group.members for group in groups], axis=0).tolist() == [1] * len(lengths)
 
 
 def test_popularity_groups_by_hand() -> None:
@@ -111,7 +114,7 @@ def test_popularity_groups_by_hand() -> None:
 
 
 def test_popularity_has_a_middle_and_one_level_is_the_middle() -> None:
-    # 100 interactions: 20, 20, 20, 20 and twenty items of 1, whose shares above are 0 and 80 %.
+    # 100 interactions: items of 30, 25 and 25, and twenty of 1.
     counts = np.array([0, 30, 25, 25, *([1] * 20)])
     sizes = {g.name: g.size for g in popularity_groups(counts, np.arange(1, 24))}
     # 25s: 30 % above and 20 % below, which is not fewer than 20 %.
@@ -212,6 +215,25 @@ def test_named_users_show_history_lists_and_the_held_out_item(project: Project) 
     assert f"Rank of the held-out item: {ranks[users.tolist().index(4)]}." in card
 
 
+def test_the_held_out_item_is_marked_at_its_rank(project: Project) -> None:
+    assert project.run("--model", "item_knn", "--run_name", "run")[0] == 0
+    code, _, err = project.call(main, ["saved/run", "--examples", "30"])
+    assert code == 0, err
+    html = Path("saved/run/report.html").read_text(encoding="utf-8")
+    users, ranks = read_ranks("saved/run", "item_knn")
+    places = {}
+    for card in html.split("<h3>User u")[1:]:
+        listed = re.findall("<li>(.*)</li>", card.partition("<ol>")[2].partition("</ol>")[0])
+        marks = [place for place, item in enumerate(listed, start=1) if "(held out)" in item]
+        places[int(card.partition("<")[0])] = marks
+    assert list(places) == users.tolist()
+    assert places == {
+        int(user): [int(rank)] if rank <= 10 else []
+        for user, rank in zip(users, ranks, strict=True)
+    }
+    assert any(places.values())
+
+
 @pytest.mark.parametrize(
     ("more", "words"),
     [
@@ -231,6 +253,27 @@ def test_runs_of_one_model(project: Project, more: tuple[str, ...], words: str) 
     read = read_page(Path("page.html"))
     assert words in read.text
     assert "differ from" not in read.text
+
+
+def test_runs_of_one_name_are_told_apart(project: Project) -> None:
+    for parent in ("a", "b"):
+        more = ("--checkpoint_dir", parent, "--run_name", "run", "--epochs", "1")
+        seed = ("--seed", "1" if parent == "a" else "2")
+        assert project.run("--model", "sasrec", *more, *seed)[0] == 0
+    arguments = ["a/run", "b/run", "b/run/", "--out", "page.html", "--examples", "0"]
+    code, _, err = project.call(main, arguments)
+    assert code == 0, err
+    html = Path("page.html").read_text(encoding="utf-8")
+    assert "<dd>a/run, b/run</dd>" in html
+    losses = [
+        json.loads(Path(run, "result.json").read_text())["training"]["history"][0]["loss"]
+        for run in ("a/run", "b/run")
+    ]
+    table = html.partition("<caption>Loss and validation by epoch</caption>")[2].partition(
+        "</table>"
+    )[0]
+    shown = re.findall(r'<th scope="row">(.*)</th>\s*<td>1</td>\s*<td>(.*)</td>', table)
+    assert shown == [("a/run", f"{losses[0]:.4f}"), ("b/run", f"{losses[1]:.4f}")]
 
 
 def test_what_changed_since_the_run_is_said(project: Project) -> None:
@@ -349,7 +392,7 @@ def test_a_damaged_training_history_is_refused(project: Project) -> None:
 
 def test_the_page_in_a_browser(project: Project, tmp_path: Path) -> None:
     rename_item(project, "i3", HOSTILE)
-    assert project.run(*TRAIN, "--run_name", "run")[0] == 0
+    assert project.run("--model", "sasrec", "--epochs", "3", "--run_name", "run")[0] == 0
     code, _, err = project.call(main, ["saved/run", "--out", "page.html"])
     assert code == 0, err
     with open_browser(tmp_path) as browser:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from REC.data.dataset import CachedEmbeddingEvalDataset
-from REC.data.split import train_item_counts
+from REC.data.split import Phase, train_item_counts
 from REC.recipes.example_users import (
     Scored,
     choose_models,
@@ -19,7 +19,7 @@ from REC.recipes.example_users import (
 from REC.recipes.open_run import OpenRun, open_run, run_config
 from REC.recipes.setup import Data, load_data
 from REC.report.breakdown import history_groups, popularity_groups
-from REC.report.compare import Comparison, load_comparison
+from REC.report.compare import Comparison, load_comparison, run_names
 from REC.report.page import Page, Section, render
 from REC.report.result import read_result
 from REC.report.sections import (
@@ -75,6 +75,8 @@ def write_report(
     if target.suffix.lower() not in (".html", ".htm"):
         raise InputError(f"--out {target} does not end in .html; name an HTML file.")
     with StopSignals():
+        # A run named twice would only stand twice in the tables.
+        run_dirs = list(dict.fromkeys(map(Path, run_dirs)))
         comparison = load_comparison(run_dirs)
         results = _named_results(run_dirs)
         log.info("report on %s.", comparison.title)
@@ -89,7 +91,7 @@ def write_report(
             environment_section(results),
         ]
         page = Page(
-            f"HSFT report: {results[0][1]['dataset']}",
+            f"HSFT report: {results[0][2]['dataset']}",
             facts(comparison, results),
             [section for section in sections if section is not None],
         )
@@ -98,7 +100,10 @@ def write_report(
 
 
 def _named_results(run_dirs: Sequence[str | Path]) -> Results:
-    return [(Path(run_dir).name, read_result(run_dir)) for run_dir in run_dirs]
+    return [
+        (name, Path(run_dir), read_result(run_dir))
+        for name, run_dir in zip(run_names(run_dirs), run_dirs, strict=True)
+    ]
 
 
 def _breakdowns(
@@ -212,10 +217,10 @@ def _evaluation_users(
         InputError: the data are not those of the run.
     """
     result = read_result(run_dir)
-    phase = "valid" if result["phase"] == "valid" else "test"
+    phase: Phase = "valid" if result["phase"] == "valid" else "test"
     dataset = CachedEmbeddingEvalDataset(data.split, phase, max_length)
-    then, now = result.get("data"), data.summary()
-    changed = [key for key in now if then and key in then and then[key] != now[key]]
+    then, now = result.get("data", {}), data.summary()
+    changed = [key for key in now if key in then and then[key] != now[key]]
     if changed:
         key = changed[0]
         raise InputError(

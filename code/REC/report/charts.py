@@ -25,7 +25,7 @@ _WIDTH = 4.4
 # Stand-ins that matplotlib writes and the style sheet's names take the place of.
 _INK, _GRID = "#0a0bf0", "#0a0bf1"
 _SERIES = [f"#0a0b{number:02x}" for number in range(COLOURS)]
-_STYLE = {
+_STYLE: Any = {
     "svg.fonttype": "none",
     "font.size": 9,
     "text.parse_math": False,

@@ -75,7 +75,7 @@ def load_comparison(run_dirs: Sequence[str | Path]) -> Comparison:
     rows: list[Row] = []
     kinds: set[tuple[str, bytes]] = set()
     first: dict[str, Any] | None = None
-    for run_dir in run_dirs:
+    for name, run_dir in zip(run_names(run_dirs), run_dirs, strict=True):
         result = read_result(run_dir)
         first = first or result
         for key in _SHARED:
@@ -93,7 +93,6 @@ def load_comparison(run_dirs: Sequence[str | Path]) -> Comparison:
             if (entry["name"], ranks.tobytes()) in kinds:
                 continue
             kinds.add((entry["name"], ranks.tobytes()))
-            name = Path(run_dir).name
             alone = len(result["rows"]) == 1
             settings = _settings(result) if entry["name"] in TRAINED else ""
             shown = name if alone else f"{name}: {entry['name']}"
@@ -113,6 +112,15 @@ def load_comparison(run_dirs: Sequence[str | Path]) -> Comparison:
     columns = [(m, k) for m in config["metrics"] if m in list(PER_USER) for k in config["topk"]]
     title = f"{first['dataset']}, {first['phase']}, {len(rows[0].users)} users, {first['protocol']}"
     return Comparison(title, rows, columns)
+
+
+def run_names(run_dirs: Sequence[str | Path]) -> list[str]:
+    """Name runs by their folders, or by the whole path where two folders have the same name."""
+    names = [Path(run_dir).absolute().name for run_dir in run_dirs]
+    return [
+        name if names.count(name) == 1 else str(run_dir)
+        for name, run_dir in zip(names, run_dirs, strict=True)
+    ]
 
 
 def _settings(result: dict[str, Any]) -> str:

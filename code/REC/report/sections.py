@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,21 +20,21 @@ _PLACES = frozenset({"run_name", "overwrite", "auto_resume", "show_progress"})
 _CURVE_TICKS = (1, 2, 5, 10, 20, 50, 100)
 _NONE = "none"
 
-# (run's name, result.json)
-Results = Sequence[tuple[str, Mapping[str, Any]]]
+# (run's name, its folder, result.json)
+Results = Sequence[tuple[str, Path, Mapping[str, Any]]]
 
 
 def facts(comparison: Comparison, results: Results) -> list[tuple[str, str]]:
     """Say what was measured, on whom, and when."""
-    first = results[0][1]
-    ended = sorted(str(result["finished"]) for _, result in results if result.get("finished"))
+    first = results[0][2]
+    ended = sorted(str(result["finished"]) for _, _, result in results if result.get("finished"))
     return [
         ("Dataset", str(first["dataset"])),
         ("Held-out items", f"{first['phase']}, leave-one-out by time"),
         ("Users", f"{len(comparison.rows[0].users):,}"),
         ("Protocol", str(first["protocol"])),
-        ("Runs", ", ".join(name for name, _ in results)),
-        ("Seeds", ", ".join(dict.fromkeys(str(result.get("seed")) for _, result in results))),
+        ("Runs", ", ".join(name for name, _, _ in results)),
+        ("Seeds", ", ".join(dict.fromkeys(str(result.get("seed")) for _, _, result in results))),
         ("Last run finished", _time(ended[-1]) if ended else "not recorded"),
     ]
 
@@ -76,7 +77,7 @@ def training_section(comparison: Comparison, results: Results) -> Section | None
     losses, valid, rows = [], [], []
     metrics = []
     for number, row in enumerate(comparison.rows):
-        training = _training(row.folder.name, row.model, results)
+        training = _training(row.folder, row.model, results)
         if training is None:
             continue
         history, best, metric = training
@@ -190,19 +191,19 @@ def group_section(
             [row.name, *(_NONE if one is None else _estimate_cell(one) for one in estimates)]
             for row, estimates in zip(comparison.rows, found, strict=True)
         ]
-        header = ["model", *(_group_header(group) for group in groups)]
+        header: list[str | Cell] = ["model", *(_group_header(group) for group in groups)]
         tables.append(Table(f"{metric} by group", header, rows))
     return Section(title, text, charts, tables)
 
 
 def config_section(results: Results) -> Section:
     """Where the runs' configurations differ, and all keys."""
-    flat = [_flat(result["config"]) for _, result in results]
+    flat = [_flat(result["config"]) for _, _, result in results]
     keys = list(dict.fromkeys(key for one in flat for key in one))
     different = [
         key for key in keys if key not in _PLACES and len({_shown(one, key) for one in flat}) > 1
     ]
-    header = ["key", *(name for name, _ in results)]
+    header = ["key", *(name for name, _, _ in results)]
 
     def table(caption: str, chosen: Sequence[str], folded: bool) -> Table:
         rows = [[key, *(_shown(one, key) for one in flat)] for key in chosen]
@@ -220,10 +221,10 @@ def config_section(results: Results) -> Section:
 
 def environment_section(results: Results) -> Section:
     """Data, versions, hardware, time and memory of each run."""
-    columns = [_environment(result) for _, result in results]
+    columns = [_environment(result) for _, _, result in results]
     keys = list(dict.fromkeys(key for column in columns for key in column))
     rows = [[key, *(column.get(key, _NONE) for column in columns)] for key in keys]
-    header = ["", *(name for name, _ in results)]
+    header = ["", *(name for name, _, _ in results)]
     return Section(
         "Environment",
         tables=[Table("Data, software and hardware of the runs", header, rows, numeric=False)],
@@ -259,14 +260,14 @@ def _environment(result: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _training(
-    run: str, model: str, results: Results
+    folder: Path, model: str, results: Results
 ) -> tuple[list[dict[str, Any]], int, str] | None:
     """Return a trained row's history, best epoch and validation metric."""
     if model not in TRAINED:
         return None
-    for name, result in results:
+    for _, other, result in results:
         training = result.get("training")
-        if name == run and isinstance(training, dict) and training.get("history"):
+        if other == folder and isinstance(training, dict) and training.get("history"):
             metric = str(result["config"].get("valid_metric"))
             return training["history"], training.get("best_epoch", 0), metric
     return None
