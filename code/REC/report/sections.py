@@ -35,8 +35,16 @@ def facts(comparison: Comparison, results: Results) -> list[tuple[str, str]]:
         ("Protocol", str(first["protocol"])),
         ("Runs", ", ".join(name for name, _, _ in results)),
         ("Seeds", ", ".join(dict.fromkeys(str(result.get("seed")) for _, _, result in results))),
-        ("Last run finished", _time(ended[-1]) if ended else "not recorded"),
+        ("Last run finished", _last(ended, len(results))),
     ]
+
+
+def _last(ended: Sequence[str], runs: int) -> str:
+    """Say when the last run ended, as far as runs recorded it."""
+    if not ended:
+        return "not recorded"
+    some = "" if len(ended) == runs else f" ({len(ended)} of {runs} runs recorded it)"
+    return f"{_time(ended[-1])}{some}"
 
 
 def metric_section(comparison: Comparison) -> Section:
