@@ -129,6 +129,8 @@ class Evaluator:
             is counted exactly once. All processes encode the same number of users, the last of
             them possibly one whose score is thrown away, since under ZeRO stage 3 the model runs
             in all of them together.
+        candidates: int64 [E, C], the users' lists of `sampled`, where the dataset is a part of the
+            users for whom they were drawn; drawn here when None.
 
     Raises:
         InputError: there are no users to score, or too few items for the candidate lists.
@@ -143,6 +145,7 @@ class Evaluator:
         num_workers: int = 0,
         rank: int = 0,
         world_size: int = 1,
+        candidates: np.ndarray | None = None,
     ) -> None:
         if not len(dataset):
             raise InputError(
@@ -153,7 +156,8 @@ class Evaluator:
         self.protocol = protocol
         self.world_size = world_size
         self._own = np.arange(rank, len(dataset), world_size)
-        candidates = draw_candidates(dataset, protocol) if protocol.kind == "sampled" else None
+        if candidates is None and protocol.kind == "sampled":
+            candidates = draw_candidates(dataset, protocol)
         self._loader: DataLoader[Any] = DataLoader(
             dataset,
             batch_size=batch_size,

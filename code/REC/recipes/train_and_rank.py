@@ -366,6 +366,7 @@ def _finish(
     result = {
         "format": RESULT_FORMAT,
         "run": folder.name,
+        "finished": environment.now(),
         "dataset": config.dataset,
         "model": config.model,
         "phase": config.eval_phase,

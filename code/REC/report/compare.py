@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +32,18 @@ class Row:
         name: run folder and, where a run has several rows, the row's name.
         users, ranks: int64 [E].
         settings: the training's settings in one line; empty for a model that was not trained.
+        folder: the run's folder.
+        model: the row's name in the run.
+        metrics: `NAME@K` -> value, as the run recorded them.
     """
 
     name: str
     users: np.ndarray
     ranks: np.ndarray
     settings: str = ""
+    folder: Path = Path()
+    model: str = ""
+    metrics: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -69,7 +75,7 @@ def load_comparison(run_dirs: Sequence[str | Path]) -> Comparison:
     rows: list[Row] = []
     kinds: set[tuple[str, bytes]] = set()
     first: dict[str, Any] | None = None
-    for run_dir in run_dirs:
+    for name, run_dir in zip(run_names(run_dirs), run_dirs, strict=True):
         result = read_result(run_dir)
         first = first or result
         for key in _SHARED:
@@ -87,15 +93,34 @@ def load_comparison(run_dirs: Sequence[str | Path]) -> Comparison:
             if (entry["name"], ranks.tobytes()) in kinds:
                 continue
             kinds.add((entry["name"], ranks.tobytes()))
-            name = Path(run_dir).name
             alone = len(result["rows"]) == 1
             settings = _settings(result) if entry["name"] in TRAINED else ""
-            rows.append(Row(name if alone else f"{name}: {entry['name']}", users, ranks, settings))
+            shown = name if alone else f"{name}: {entry['name']}"
+            rows.append(
+                Row(
+                    shown,
+                    users,
+                    ranks,
+                    settings,
+                    Path(run_dir),
+                    entry["name"],
+                    entry.get("metrics", {}),
+                )
+            )
     assert first is not None
     config = first["config"]
     columns = [(m, k) for m in config["metrics"] if m in list(PER_USER) for k in config["topk"]]
     title = f"{first['dataset']}, {first['phase']}, {len(rows[0].users)} users, {first['protocol']}"
     return Comparison(title, rows, columns)
+
+
+def run_names(run_dirs: Sequence[str | Path]) -> list[str]:
+    """Name runs by their folders, or by the whole path where two folders have the same name."""
+    names = [Path(run_dir).absolute().name for run_dir in run_dirs]
+    return [
+        name if names.count(name) == 1 else str(run_dir)
+        for name, run_dir in zip(names, run_dirs, strict=True)
+    ]
 
 
 def _settings(result: dict[str, Any]) -> str:

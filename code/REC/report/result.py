@@ -66,9 +66,18 @@ def _first_wrong(result: Any) -> str | None:
     rows, config = result.get("rows"), result.get("config")
     if not isinstance(rows, list) or not rows:
         return "it has no rows"
-    names = [row.get("name") if isinstance(row, dict) else None for row in rows]
-    if not all(isinstance(name, str) for name in names):
+    if not all(isinstance(row, dict) and isinstance(row.get("name"), str) for row in rows):
         return "a row has no name"
+    if not all(_is_numbers(row.get("metrics", {})) for row in rows):
+        return "a row's metrics are no numbers"
+    if not isinstance(result.get("data", {}), dict):
+        return "its data is no mapping"
+    for key in ("timings_s", "peak_memory"):
+        if not _is_numbers(result.get(key, {})):
+            return f"its {key} are no numbers"
+    training = result.get("training") or {}
+    if not isinstance(training, dict) or not _is_history(training.get("history", [])):
+        return "its training has no history"
     if not isinstance(config, dict) or not isinstance(config.get("optim_args", {}), dict):
         return "it has no config"
     if not isinstance(result.get("environment", {}), dict):
@@ -79,6 +88,21 @@ def _first_wrong(result: Any) -> str | None:
     if not isinstance(topk, list) or not topk or not all(map(_is_cut_off, topk)):
         return "its config has no topk"
     return None
+
+
+def _is_history(records: Any) -> bool:
+    return isinstance(records, list) and all(
+        isinstance(record, dict)
+        and _is_numbers({"epoch": record.get("epoch"), "loss": record.get("loss") or 0.0})
+        and _is_numbers(record.get("valid") or {})
+        for record in records
+    )
+
+
+def _is_numbers(values: Any) -> bool:
+    return isinstance(values, dict) and all(
+        isinstance(value, int | float) and not isinstance(value, bool) for value in values.values()
+    )
 
 
 def _is_cut_off(value: Any) -> bool:

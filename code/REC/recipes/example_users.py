@@ -1,0 +1,219 @@
+"""What the models of finished runs recommend to some users, beside the item that was held out."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from REC.data.dataset import CachedEmbeddingEvalDataset
+from REC.data.split import Segments
+from REC.evaluator.evaluator import Evaluator, draw_candidates
+from REC.evaluator.recommend import Recommendations
+from REC.recipes.open_run import TUNED, UNTRAINED, OpenRun
+from REC.recipes.setup import eval_protocol
+from REC.recipes.train_and_rank import evaluate
+from REC.report.compare import Row
+from REC.report.page import Example, Listed, Listing
+from REC.report.result import read_ranks, read_result
+from REC.utils.errors import InputError
+
+log = logging.getLogger(__name__)
+
+LISTED = 10
+_SHOWN_HISTORY = 10
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A model's recommendations to B users.
+
+    Attributes:
+        name: the model's name.
+        best: the best items of the whole catalogue.
+        ranks: int64 [B], rank of the held-out item, recomputed; None where that is not possible.
+        recorded: int64 [B], the ranks in `ranks.safetensors`; None where the run did not score it.
+    """
+
+    name: str
+    best: Recommendations
+    ranks: np.ndarray | None
+    recorded: np.ndarray | None
+
+    @property
+    def differing(self) -> int:
+        """Users whose recomputed rank is not the recorded one."""
+        if self.ranks is None or self.recorded is None:
+            return 0
+        return int((self.ranks != self.recorded).sum())
+
+
+def choose_models(rows: Sequence[Row]) -> list[tuple[Path, str]]:
+    """Choose whose recommendations are shown: (run folder, model).
+
+    The last fine-tuned row, beside the untrained model of its run; without one the first and the
+    last row.
+    """
+    tuned = [row.folder for row in rows if row.model == TUNED]
+    if tuned:
+        return [(tuned[-1], UNTRAINED), (tuned[-1], TUNED)]
+    return list(dict.fromkeys((row.folder, row.model) for row in (rows[0], rows[-1])))
+
+
+def choose_users(
+    run: OpenRun, dataset: CachedEmbeddingEvalDataset, count: int, ids: Sequence[str], seed: int
+) -> tuple[np.ndarray, str]:
+    """Choose users, and say how.
+
+    Args:
+        run: an opened run.
+        dataset: its evaluation users.
+        count: users drawn where `ids` is empty.
+        ids: user ids, or none.
+        seed: of the draw.
+
+    Returns:
+        int64 [B], positions in `dataset`, and a sentence.
+
+    Raises:
+        InputError: there is no such user, or it was not scored.
+    """
+    if not ids:
+        rng = np.random.default_rng(seed)
+        count = min(count, len(dataset))
+        chosen = np.sort(rng.choice(len(dataset), count, replace=False))
+        rule = (
+            f"{count} of the {len(dataset):,} users, drawn uniformly at random with seed {seed}; "
+            f"none was picked or left out by hand."
+        )
+        return chosen, rule
+    known = {str(user): number for number, user in enumerate(run.data.interactions.user_ids)}
+    for user in ids:
+        if user not in known:
+            some = ", ".join(list(known)[:5])
+            raise InputError(
+                f"--users: {run.config.dataset} has no user '{user}'; its users are, for example, "
+                f"{some}."
+            )
+    numbers = np.array([known[user] for user in ids], dtype=np.int64)
+    missing = [
+        user for user, n in zip(ids, numbers, strict=True) if n not in dataset.segments.users
+    ]
+    if missing:
+        raise InputError(
+            f"--users: user '{missing[0]}' has too few items to have a {dataset.phase} target; "
+            f"name others."
+        )
+    chosen = np.searchsorted(dataset.segments.users, numbers)
+    return chosen, f"{len(ids)} of the {len(dataset):,} users, named with --users."
+
+
+def score(
+    run: OpenRun, model: str, dataset: CachedEmbeddingEvalDataset, chosen: np.ndarray
+) -> Scored:
+    """Recommend to users and rank their held-out items again.
+
+    Args:
+        run: the run.
+        model: one of its models.
+        dataset: its evaluation users.
+        chosen: int64 [B], positions in `dataset`.
+
+    Raises:
+        InputError: the model is missing or damaged, or does not fit into memory.
+    """
+    log.info("examples: %s of %s.", model, run.folder)
+    scorer = run.build(model)
+    best = run.recommend(scorer, [dataset[int(row)][:-1] for row in chosen], topk=LISTED)
+    ranks = None
+    # It draws another order at every scoring.
+    if model != "random":
+        protocol = eval_protocol(run.config)
+        sampled = protocol.kind == "sampled"
+        evaluator = Evaluator(
+            _part(dataset, chosen),
+            protocol,
+            batch_size=run.config.eval_batch_size,
+            candidates=draw_candidates(dataset, protocol)[chosen] if sampled else None,
+        )
+        ranks = evaluate(run.config, scorer, evaluator, run.fabric, "examples").ranks
+    recorded = None
+    if any(row["name"] == model for row in read_result(run.folder)["rows"]):
+        recorded = read_ranks(run.folder, model)[1][chosen]
+    return Scored(f"{run.folder.name}: {model}", best, ranks, recorded)
+
+
+def _part(dataset: CachedEmbeddingEvalDataset, chosen: np.ndarray) -> CachedEmbeddingEvalDataset:
+    part = copy.copy(dataset)
+    all_users = dataset.segments
+    part.segments = Segments(
+        all_users.users[chosen], all_users.starts[chosen], all_users.ends[chosen]
+    )
+    return part
+
+
+def example_cards(
+    run: OpenRun,
+    dataset: CachedEmbeddingEvalDataset,
+    chosen: np.ndarray,
+    scored: Sequence[Scored],
+) -> list[Example]:
+    """Put history, recommendations and held-out item of each user together, in words.
+
+    Args:
+        run: whose items and titles these are.
+        dataset, chosen: as for `score`.
+        scored: one a model.
+    """
+    titles, ids = run.titles, run.data.interactions.item_ids
+
+    def title(item: int) -> str:
+        return titles.get(str(ids[item])) or f"item {ids[item]}"
+
+    cards = []
+    for place, row in enumerate(chosen):
+        items = dataset[int(row)]
+        target = int(items[-1])
+        user = dataset.segments.users[row]
+        listings = [
+            Listing(
+                one.name,
+                [
+                    Listed(title(int(item)), int(item) == target)
+                    for item in one.best.items[place]
+                    if item
+                ],
+                _verdict(one, place, target),
+            )
+            for one in scored
+        ]
+        history = [title(int(item)) for item in items[:-1][-_SHOWN_HISTORY:]]
+        cards.append(
+            Example(
+                str(run.data.interactions.user_ids[user]),
+                history,
+                len(items) - 1 - len(history),
+                title(target),
+                listings,
+            )
+        )
+    return cards
+
+
+def _verdict(one: Scored, place: int, target: int) -> str:
+    found = None if one.ranks is None else int(one.ranks[place])
+    recorded = None if one.recorded is None else int(one.recorded[place])
+    if recorded is None:
+        text = "Rank of the held-out item: not recorded by the run"
+        return f"{text}; computed now: {found}." if found is not None else f"{text}."
+    text = f"Rank of the held-out item: {recorded}"
+    if found is not None and found != recorded:
+        return f"{text} recorded by the run, {found} computed now."
+    listed = np.flatnonzero(one.best.items[place] == target)
+    if found is not None and len(listed) and listed[0] + 1 < found:
+        return f"{text}, ties and the protocol's candidates counted as in the metrics."
+    return f"{text}."

@@ -1,0 +1,342 @@
+"""The report's sections that need only what runs left behind: result.json and ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from REC.evaluator.metrics import PER_USER
+from REC.report.breakdown import Estimate, Group, counted, group_estimate, recall_curve
+from REC.report.charts import Series, group_chart, line_chart
+from REC.report.compare import TRAINED, Comparison, records
+from REC.report.page import Cell, Chart, Section, Table
+from REC.utils.progress import format_seconds
+
+# Keys of a configuration that say where a run goes, not what it is.
+_PLACES = frozenset({"run_name", "overwrite", "auto_resume", "show_progress"})
+_CURVE_TICKS = (1, 2, 5, 10, 20, 50, 100)
+_NONE = "none"
+
+# (run's name, its folder, result.json)
+Results = Sequence[tuple[str, Path, Mapping[str, Any]]]
+
+
+def facts(comparison: Comparison, results: Results) -> list[tuple[str, str]]:
+    """Say what was measured, on whom, and when."""
+    first = results[0][2]
+    ended = sorted(str(result["finished"]) for _, _, result in results if result.get("finished"))
+    return [
+        ("Dataset", str(first["dataset"])),
+        ("Held-out items", f"{first['phase']}, leave-one-out by time"),
+        ("Users", f"{len(comparison.rows[0].users):,}"),
+        ("Protocol", str(first["protocol"])),
+        ("Runs", ", ".join(name for name, _, _ in results)),
+        ("Seeds", ", ".join(dict.fromkeys(str(result.get("seed")) for _, _, result in results))),
+        ("Last run finished", _last(ended, len(results))),
+    ]
+
+
+def _last(ended: Sequence[str], runs: int) -> str:
+    """Say when the last run ended, as far as runs recorded it."""
+    if not ended:
+        return "not recorded"
+    some = "" if len(ended) == runs else f" ({len(ended)} of {runs} runs recorded it)"
+    return f"{_time(ended[-1])}{some}"
+
+
+def metric_section(comparison: Comparison) -> Section:
+    """Every metric of every row, with interval, gain and p-value against the first row."""
+    names = [f"{name}@{k}" for name, k in comparison.columns]
+    entries = iter(records(comparison))
+    rows: list[list[str | Cell]] = [
+        [row.name, *(_metric_cell(next(entries)) for _ in names)] for row in comparison.rows
+    ]
+    tables = [Table("Metrics over all users", ["model", *names], rows)]
+    extra = list(
+        dict.fromkeys(
+            name
+            for row in comparison.rows
+            for name in row.metrics
+            if name.partition("@")[0] not in PER_USER
+        )
+    )
+    if extra:
+        others: list[list[str | Cell]] = [
+            [row.name, *(_number(row.metrics.get(name)) for name in extra)]
+            for row in comparison.rows
+        ]
+        tables.append(Table("Metrics over all users together", ["model", *extra], others))
+    base = comparison.rows[0].name
+    text = [
+        "In brackets: 95 % percentile bootstrap interval over users (10,000 draws). "
+        f"Below it: relative gain over the first row, {base}, and the p-value of a two-sided paired "
+        "randomisation test against it, not corrected for the number of comparisons."
+    ]
+    if len({str(row.folder.name) for row in comparison.rows}) < 2 and len(comparison.rows) < 2:
+        text = ["In brackets: 95 % percentile bootstrap interval over users (10,000 draws)."]
+    return Section("Metrics", text, tables=tables)
+
+
+def training_section(comparison: Comparison, results: Results) -> Section | None:
+    """Loss and validation metric by epoch of the runs that trained; None when none did."""
+    losses, valid, rows = [], [], []
+    metrics = []
+    for number, row in enumerate(comparison.rows):
+        training = _training(row.folder, row.model, results)
+        if training is None:
+            continue
+        history, best, metric = training
+        metrics.append(metric)
+        epochs = np.array([record["epoch"] for record in history], dtype=np.float64)
+        loss = _column(record.get("loss") for record in history)
+        values = _column((record.get("valid") or {}).get(metric) for record in history)
+        measured = ~np.isnan(values)
+        losses.append(Series(row.name, number, loss, epochs))
+        marked = np.flatnonzero(epochs[measured] == best).tolist()
+        valid.append(Series(row.name, number, values[measured], epochs[measured], marked=marked))
+        rows += [
+            [
+                row.name,
+                f"{epoch:.0f}",
+                _number(one),
+                _number(two),
+                "kept" if epoch == best else "",
+            ]
+            for epoch, one, two in zip(epochs, loss, values, strict=True)
+        ]
+    if not losses:
+        return None
+    kinds = list(dict.fromkeys(metrics))
+    metric = " or ".join(kinds)
+    charts = [
+        Chart(
+            line_chart(losses, "epoch", "training loss"),
+            "Training loss, mean over each epoch.",
+            "Line chart of the training loss by epoch; the numbers are in the table below.",
+        ),
+    ]
+    if any(len(series.values) for series in valid):
+        charts.append(
+            Chart(
+                line_chart(valid, "epoch", f"validation {metric}"),
+                f"{metric} on the validation items; the epoch that was kept is ringed.",
+                f"Line chart of validation {metric} by epoch; the numbers are in the table below.",
+            )
+        )
+    text = ["Losses can be compared between runs with the same loss and negatives only."]
+    header = ["model", "epoch", "loss", f"validation {metric}", "best"]
+    return Section(
+        "Training", text, charts, [Table("Loss and validation by epoch", header, rows, folded=True)]
+    )
+
+
+def recall_section(comparison: Comparison) -> Section:
+    """Recall@K against K."""
+    curves = [recall_curve(row.ranks) for row in comparison.rows]
+    series = [
+        Series(row.name, number, curve.values, curve.cuts, curve.low, curve.high)
+        for number, (row, curve) in enumerate(zip(comparison.rows, curves, strict=True))
+    ]
+    chart = Chart(
+        line_chart(series, "K", "Recall@K", ticks=_CURVE_TICKS),
+        "Recall@K for K from 1 to 100 (logarithmic axis); bands are 95 % bootstrap intervals at "
+        "each K by itself.",
+        "Line chart of Recall@K against K; the numbers at some K are in the table below.",
+    )
+    rows: list[list[str | Cell]] = [
+        [
+            row.name,
+            *(
+                _estimate_cell(
+                    Estimate(
+                        *(float(part[k - 1]) for part in (curve.values, curve.low, curve.high))
+                    )
+                )
+                for k in _CURVE_TICKS
+            ),
+        ]
+        for row, curve in zip(comparison.rows, curves, strict=True)
+    ]
+    header = ["model", *(f"K = {k}" for k in _CURVE_TICKS)]
+    return Section(
+        "Recall@K against K", charts=[chart], tables=[Table("Recall@K", header, rows, folded=True)]
+    )
+
+
+def group_section(
+    title: str, text: Sequence[str], groups: Sequence[Group], comparison: Comparison
+) -> Section:
+    """Metrics at one cut-off in each group of users, as charts and one table a metric."""
+    k = _middle_cut([cut for _, cut in comparison.columns])
+    charts, tables = [], []
+    filled = [group for group in groups if group.size]
+    for name in dict.fromkeys(name for name, _ in comparison.columns):
+        metric = f"{name}@{k}"
+        found = [
+            [group_estimate(group, name, row.ranks, k) for group in groups]
+            for row in comparison.rows
+        ]
+        series = [
+            Series(
+                row.name,
+                number,
+                *_columns([one for one in estimates if one is not None]),
+            )
+            for number, (row, estimates) in enumerate(zip(comparison.rows, found, strict=True))
+        ]
+        labels = [f"{group.name}\nn = {group.size}" for group in filled]
+        charts.append(
+            Chart(
+                group_chart(labels, series, metric),
+                f"{metric} with 95 % bootstrap intervals; n: users.",
+                f"Chart of {metric} by group for each model; the numbers are in the table below.",
+            )
+        )
+        rows: list[list[str | Cell]] = [
+            [row.name, *(_NONE if one is None else _estimate_cell(one) for one in estimates)]
+            for row, estimates in zip(comparison.rows, found, strict=True)
+        ]
+        header: list[str | Cell] = ["model", *(_group_header(group) for group in groups)]
+        tables.append(Table(f"{metric} by group", header, rows))
+    return Section(title, text, charts, tables)
+
+
+def config_section(results: Results) -> Section:
+    """Where the runs' configurations differ, and all keys."""
+    flat = [_flat(result["config"]) for _, _, result in results]
+    keys = list(dict.fromkeys(key for one in flat for key in one))
+    different = [
+        key for key in keys if key not in _PLACES and len({_shown(one, key) for one in flat}) > 1
+    ]
+    header = ["key", *(name for name, _, _ in results)]
+
+    def table(caption: str, chosen: Sequence[str], folded: bool) -> Table:
+        rows = [[key, *(_shown(one, key) for one in flat)] for key in chosen]
+        return Table(caption, header, rows, numeric=False, folded=folded)
+
+    tables = [table("Keys that differ between the runs", different, False)] if different else []
+    text = []
+    if len(results) < 2:
+        text = ["There is one run, so there is nothing to compare its configuration with."]
+    elif not different:
+        text = ["The runs' configurations do not differ."]
+    tables.append(table("All keys", keys, True))
+    return Section("Configuration", text, tables=tables)
+
+
+def environment_section(results: Results) -> Section:
+    """Data, versions, hardware, time and memory of each run."""
+    columns = [_environment(result) for _, _, result in results]
+    keys = list(dict.fromkeys(key for column in columns for key in column))
+    rows = [[key, *(column.get(key, _NONE) for column in columns)] for key in keys]
+    header = ["", *(name for name, _, _ in results)]
+    return Section(
+        "Environment",
+        tables=[Table("Data, software and hardware of the runs", header, rows, numeric=False)],
+    )
+
+
+def _environment(result: Mapping[str, Any]) -> dict[str, str]:
+    found, data = _mapping(result.get("environment")), _mapping(result.get("data"))
+    cache, user_llm = _mapping(result.get("cache")), _mapping(result.get("user_llm"))
+    short = _mapping(data.get("users_too_short"))
+    shown = {
+        "finished": _time(str(result["finished"])) if result.get("finished") else "not recorded",
+        **{name: data.get(name) for name in ("users", "items", "interactions")},
+        "interactions dropped": data.get("dropped_interactions"),
+        "users too short for " + ", ".join(short): ", ".join(map(str, short.values())),
+        **{f"item cache: {key}": value for key, value in sorted(cache.items())},
+        **{f"UserLLM: {key}": value for key, value in sorted(user_llm.items())},
+        "git revision": found.get("git_revision"),
+        "device": found.get("device"),
+        "processor or GPU": found.get("device_name"),
+        "platform": found.get("platform"),
+        "threads": found.get("threads"),
+        "processes": found.get("processes"),
+        "precision": found.get("precision"),
+        **_mapping(found.get("versions")),
+        **{f"time: {key}": format_seconds(s) for key, s in (result.get("timings_s") or {}).items()},
+        **{
+            f"peak memory: {key.removesuffix('_bytes')}": f"{size / (1 << 30):.2f} GiB"
+            for key, size in (result.get("peak_memory") or {}).items()
+        },
+    }
+    return {key: str(value) for key, value in shown.items() if value not in (None, "")}
+
+
+def _training(
+    folder: Path, model: str, results: Results
+) -> tuple[list[dict[str, Any]], int, str] | None:
+    """Return a trained row's history, best epoch and validation metric."""
+    if model not in TRAINED:
+        return None
+    for _, other, result in results:
+        training = result.get("training")
+        if other == folder and isinstance(training, dict) and training.get("history"):
+            metric = str(result["config"].get("valid_metric"))
+            return training["history"], training.get("best_epoch", 0), metric
+    return None
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _metric_cell(entry: Mapping[str, Any]) -> Cell:
+    small = [f"[{entry['low']:.4f}, {entry['high']:.4f}]"]
+    if entry["p_value"] is not None:
+        p = entry["p_value"]
+        small.append(f"{entry['gain']}, {'p < 0.001' if p < 0.001 else f'p = {p:.3f}'}")
+    return Cell(f"{entry['value']:.4f}", small)
+
+
+def _estimate_cell(one: Estimate) -> Cell:
+    return Cell(f"{one.value:.4f}", [f"[{one.low:.4f}, {one.high:.4f}]"])
+
+
+def _group_header(group: Group) -> Cell:
+    return Cell(group.name, [counted(group.size, "user"), *group.notes])
+
+
+def _columns(estimates: Sequence[Estimate]) -> Iterator[Any]:
+    """Give the fields of `Series` after its style: values, no positions, low, high."""
+    yield np.array([one.value for one in estimates])
+    yield None
+    yield np.array([one.low for one in estimates])
+    yield np.array([one.high for one in estimates])
+
+
+def _column(values: Any) -> np.ndarray:
+    return np.array([np.nan if value is None else value for value in values], dtype=np.float64)
+
+
+def _middle_cut(cuts: Sequence[int]) -> int:
+    """Return 10 where it is among the cut-offs, else the middle one."""
+    known = sorted(set(cuts))
+    return 10 if 10 in known else known[len(known) // 2]
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None or np.isnan(value) else f"{value:.4f}"
+
+
+def _time(text: str) -> str:
+    return text.replace("T", " ").replace("+00:00", " UTC")
+
+
+def _shown(config: Mapping[str, Any], key: str) -> str:
+    value = config.get(key, _NONE)
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
+    return _NONE if value is None else str(value)
+
+
+def _flat(values: Mapping[str, Any], above: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        name = f"{above}{key}"
+        flat.update(_flat(value, f"{name}.") if isinstance(value, dict) else {name: value})
+    return flat

@@ -1,0 +1,62 @@
+"""Write the report of one or more finished runs: one HTML page that needs nothing beside it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from REC.config.options import Parser, add_places, places
+from REC.recipes.write_report import write_report
+from REC.utils.errors import EXIT_OK, InputError, run_program
+from REC.utils.logs import set_up_logging
+
+EXAMPLES = (
+    "python code/report.py saved/Pixel200K-qlora",
+    "python code/report.py saved/Pixel200K-pop saved/Pixel200K-qlora --out report.html",
+    "python code/report.py saved/Pixel200K-qlora --users 17,42 --out report.html",
+)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the program with its arguments and return the exit code."""
+    parser = Parser("python code/report.py", __doc__ or "", EXAMPLES)
+    parser.add_argument(
+        "runs",
+        nargs="+",
+        help="run folders; the others are compared with the first one's first row",
+    )
+    parser.add_argument("--out", help="the page (default: report.html in the last run's folder)")
+    parser.add_argument(
+        "--examples",
+        type=int,
+        default=12,
+        metavar="N",
+        help="example users, drawn at random; 0 shows none and loads no model (default: 12)",
+    )
+    parser.add_argument("--users", default="", metavar="ID,ID", help="show these users instead")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="seed of the draw of example users (default: 0)"
+    )
+    add_places(parser)
+    args = parser.parse_args(argv)
+    for name in ("examples", "seed"):
+        if getattr(args, name) < 0:
+            raise InputError(f"--{name} is {getattr(args, name)}; give a number from 0 up.")
+    set_up_logging()
+    target = write_report(
+        args.runs,
+        Path(args.out or Path(args.runs[-1]) / "report.html"),
+        examples=args.examples,
+        users=list(dict.fromkeys(user for user in args.users.split(",") if user)),
+        seed=args.seed,
+        overrides=places(args),
+    )
+    sys.stdout.write(f"report: {target}\n")
+    return EXIT_OK
+
+
+if __name__ == "__main__":
+    sys.exit(run_program(main))
