@@ -17,6 +17,7 @@ EXAMPLES = (
     "python code/report.py saved/Pixel200K-qlora",
     "python code/report.py saved/Pixel200K-pop saved/Pixel200K-qlora --out report.html",
     "python code/report.py saved/Pixel200K-qlora --users 17,42 --out report.html",
+    "python code/report.py saved/Pixel200K-warm-qlora --cold_start Pixel200K",
 )
 
 
@@ -40,6 +41,12 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--seed", type=int, default=0, help="seed of the draw of example users (default: 0)"
     )
+    parser.add_argument(
+        "--cold_start",
+        metavar="DATASET",
+        help="add how the last run ranks items that were held out from its data; DATASET is the "
+        "data with those items (prepare_data.py hold-out makes such data)",
+    )
     add_places(parser)
     args = parser.parse_args(argv)
     for name in ("examples", "seed"):
@@ -53,6 +60,7 @@ def main(argv: Sequence[str]) -> int:
         users=list(dict.fromkeys(user for user in args.users.split(",") if user)),
         seed=args.seed,
         overrides=places(args),
+        full_dataset=args.cold_start,
     )
     sys.stdout.write(f"report: {target}\n")
     return EXIT_OK

@@ -15,6 +15,7 @@ from REC.data.interactions import read_interactions, renumber
 from REC.model.reference import ItemKNN
 from REC.recipes.cold_start import ColdOnly, cold_start
 from REC.recipes.open_run import open_run
+from report import main as report_main
 from tests.conftest import Project
 from tests.helpers import ROOT, make_dataset
 
@@ -181,3 +182,26 @@ def test_what_cannot_be_measured(project: Project) -> None:
     code, _, err = project.call(cold_start_main, ["--run", "saved/ids", "--dataset", "tiny"])
     assert code == 2
     assert "knows items by their ids" in err
+
+
+def test_the_report_has_the_same_numbers(project: Project) -> None:
+    warm_run(project, "--val_only", "True")
+    code, _, err = project.call(
+        report_main, [RUN, "--out", "page.html", "--examples", "0", "--cold_start", "tiny"]
+    )
+    assert code == 0, err
+    page = (project.root / "page.html").read_text()
+    rows = cold_start(RUN, "tiny")
+    section = page[page.index("Cold start") :]
+    assert f"{rows[0]['users']} users of tiny" in section
+    for row in rows:
+        for value in row["metrics"].values():
+            assert f"{value['value']:.4f}" in section
+            assert f"[{value['low']:.4f}, {value['high']:.4f}]" in section
+    assert project.run("--model", "pop", "--dataset", "warm", "--run_name", "pop")[0] == 0
+    code, _, err = project.call(
+        report_main, ["saved/pop", "--out", "p.html", "--cold_start", "tiny"]
+    )
+    assert code == 2
+    assert "none of the runs reads item embeddings" in err
+    assert not (project.root / "p.html").exists()

@@ -9,6 +9,7 @@ from typing import Any
 
 from REC.data.dataset import CachedEmbeddingEvalDataset
 from REC.data.split import Phase, train_item_counts
+from REC.recipes.cold_start import cold_start
 from REC.recipes.example_users import (
     Scored,
     choose_models,
@@ -16,7 +17,7 @@ from REC.recipes.example_users import (
     example_cards,
     score,
 )
-from REC.recipes.open_run import OpenRun, open_run, run_config
+from REC.recipes.open_run import READS_EMBEDDINGS, OpenRun, open_run, run_config
 from REC.recipes.setup import Data, load_data
 from REC.report.breakdown import history_groups, popularity_groups
 from REC.report.compare import Comparison, load_comparison, run_names
@@ -24,6 +25,7 @@ from REC.report.page import Page, Section, render
 from REC.report.result import read_result
 from REC.report.sections import (
     Results,
+    cold_start_section,
     config_section,
     environment_section,
     facts,
@@ -50,7 +52,7 @@ def write_report(
     users: Sequence[str] = (),
     seed: int = 0,
     overrides: Mapping[str, Any] | None = None,
-    extra: Sequence[Section] = (),
+    full_dataset: str | None = None,
 ) -> Path:
     """Write the report of runs on the same users to an HTML file.
 
@@ -63,13 +65,15 @@ def write_report(
         users: ids of the users to show instead.
         seed: of the draw.
         overrides: configuration keys with other values, such as a path that moved.
-        extra: sections put after the examples.
+        full_dataset: the data from which items were held out to make the runs' data; adds how the
+            last run that reads item embeddings ranks them.
 
     Returns:
         `target`.
 
     Raises:
-        InputError: the runs cannot be compared, a user is unknown, or the file cannot be written.
+        InputError: the runs cannot be compared, a user is unknown, cold start cannot be measured,
+            or the file cannot be written.
         Interrupted: SIGINT or SIGTERM came; nothing was written.
     """
     if target.suffix.lower() not in (".html", ".htm"):
@@ -86,7 +90,7 @@ def write_report(
             recall_section(comparison),
             *_breakdowns(comparison, run_dirs[0], overrides),
             _examples(comparison, examples, users, seed, overrides),
-            *extra,
+            _cold_start(results, full_dataset, overrides),
             config_section(results),
             environment_section(results),
         ]
@@ -189,6 +193,21 @@ def _examples(
     return Section(
         EXAMPLES, text, examples=example_cards(opened[first], datasets[first], chosen, scored)
     )
+
+
+def _cold_start(
+    results: Results, full_dataset: str | None, overrides: Mapping[str, Any] | None
+) -> Section | None:
+    if full_dataset is None:
+        return None
+    able = [run for run in results if run[2]["config"].get("model") in READS_EMBEDDINGS]
+    if not able:
+        raise InputError(
+            "--cold_start: none of the runs reads item embeddings, so none can rank items that its "
+            "data never had; name a fine-tuning run or a baseline."
+        )
+    name, folder, _ = able[-1]
+    return cold_start_section(name, full_dataset, cold_start(folder, full_dataset, overrides))
 
 
 def _agreement(scored: Sequence[Scored]) -> list[str]:

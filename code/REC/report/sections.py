@@ -204,6 +204,40 @@ def group_section(
     return Section(title, text, charts, tables)
 
 
+def cold_start_section(
+    run: str, full_dataset: str, measured: Sequence[Mapping[str, Any]]
+) -> Section:
+    """How a run ranks items that its data never had.
+
+    Args:
+        run: the run's name.
+        full_dataset: the data with those items.
+        measured: rows of `REC.recipes.cold_start.cold_start`.
+    """
+    tables = []
+    for kind in dict.fromkeys(row["candidates"] for row in measured):
+        own = [row for row in measured if row["candidates"] == kind]
+        rows: list[list[str | Cell]] = [
+            [
+                str(row["model"]),
+                *(
+                    Cell(_number(value["value"]), [f"[{value['low']:.4f}, {value['high']:.4f}]"])
+                    for value in row["metrics"].values()
+                ),
+            ]
+            for row in own
+        ]
+        caption = f"Ranked among {kind} ({own[0]['items']:,})"
+        tables.append(Table(caption, ["model", *own[0]["metrics"]], rows))
+    text = [
+        f"{measured[0]['users']:,} users of {full_dataset} whose held-out item was left out of the "
+        f"data of {run} altogether. The models of {run} know such an item by its text alone; pop, "
+        f"which counts interactions, has none to count, and a model on item ids cannot score it. In "
+        f"brackets: 95 % bootstrap interval over users."
+    ]
+    return Section("Cold start", text, tables=tables)
+
+
 def config_section(results: Results) -> Section:
     """Where the runs' configurations differ, and all keys."""
     flat = [_flat(result["config"]) for _, _, result in results]
