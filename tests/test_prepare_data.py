@@ -395,6 +395,10 @@ def test_hold_out_ignores_the_order_of_rows(capsys: pytest.CaptureFixture[str]) 
         ),
         ('item_id,user_id,timestamp\n"i,u,1\n', "row 2: not well-formed CSV"),
         ("item_id,user_id,timestamp\ni\0,u,1\n", "row 2: holds a NUL byte"),
+        (
+            "item_id,user_id,timestamp\ni,u,1600000000\ni,v,1600000000000\ni,w,1600000001000\n",
+            "mix units: 2 rows are in milliseconds and 1 in seconds, first at interaction 1",
+        ),
         ("item_id,user_id,timestamp\ni,u,99999999999999999999\n", "within 64 bits"),
     ],
 )
@@ -416,7 +420,7 @@ def test_bad_files(capsys: pytest.CaptureFixture[str]) -> None:
     command = ("amazon2023", "--reviews", "r.jsonl.gz", "--meta", "m.jsonl")
     Path("r.jsonl.gz").write_bytes(gzip.compress(json.dumps(REVIEW_2023).encode() * 99)[:-20])
     assert "r.jsonl.gz is damaged or incomplete" in refused(command, capsys)
-    Path("r.jsonl.gz").write_text('{"user_id": "u", "timestamp": 1}\n{oops\n')
+    Path("r.jsonl.gz").write_text('{"user_id": "u", "parent_asin": ["a"], "timestamp": 1}\n{oops\n')
     err = refused(command, capsys)
     assert "row 1: lacks the field parent_asin" in err
     assert "row 2: '{oops' is not a complete JSON object" in err

@@ -138,7 +138,11 @@ def _json_events(
     for row, record in _records(source, "reading interactions", found, parse):
         values = [next((record[k] for k in names if k in record), None) for names in fields]
         lacking = next(
-            (names[0] for names, value in zip(fields[:3], values, strict=False) if value is None),
+            (
+                names[0]
+                for names, value in zip(fields[:3], values, strict=False)
+                if not _scalar(value)
+            ),
             None,
         )
         if lacking is None:
@@ -150,7 +154,7 @@ def _json_events(
 
 def _items(source: Source, found: RowProblems, parse: Parse, key: str) -> Iterator[Item]:
     for row, record in _records(source, "reading items", found, parse):
-        if record.get(key) is None:
+        if not _scalar(record.get(key)):
             found.add(f"lacks {key}", row, f"lacks the field {key}")
             continue
         # `category` and `feature` are the names in the edition of 2018.
@@ -166,6 +170,10 @@ def _items(source: Source, found: RowProblems, parse: Parse, key: str) -> Iterat
             joined([*_strings(record.get("main_category")), *tags], ", "),
             joined(texts, " "),
         )
+
+
+def _scalar(value: object) -> bool:
+    return isinstance(value, str | int | float)
 
 
 def _records(

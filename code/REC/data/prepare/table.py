@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from REC.data.csv_rows import RowProblems, all_ids_sound, id_problem
-from REC.data.interactions import timestamp_problem
+from REC.data.interactions import refuse_mixed_units, timestamp_problem
 from REC.data.prepare.rows import Event
 from REC.utils.errors import InputError, one_line, refuse
 
@@ -107,7 +107,8 @@ def read_events(
         The interactions, and how many were left out for their rating.
 
     Raises:
-        InputError: there are bad rows, or no rows; `InputErrors` for several kinds of bad rows.
+        InputError: there are bad rows, no rows, or timestamps of several units; `InputErrors` for
+            several kinds of bad rows.
     """
     items, users = _Ids("item id", found), _Ids("user id", found)
     columns = array("i"), array("i"), array("q")
@@ -138,6 +139,7 @@ def read_events(
         np.frombuffer(columns[1], dtype=np.int32),
         np.frombuffer(columns[2], dtype=np.int64),
     )
+    refuse_mixed_units(table.timestamps, found.path)
     return table, low
 
 

@@ -16,10 +16,11 @@ from REC.data.prepare.rows import Item
 from REC.data.prepare.table import Table
 from REC.utils.errors import InputError
 from REC.utils.files import atomic_path
+from REC.utils.progress import meter
 from REC.utils.signals import StopSignals
 
 TEXT_COLUMNS = ("item_id", "title", "tag", "description")
-_ROWS_AT_ONCE = 1 << 19
+_ROWS_AT_ONCE = 1 << 17
 
 
 @dataclass(frozen=True)
@@ -86,12 +87,16 @@ def both_files(target: Target) -> Iterator[Target]:
 def write_interactions(path: Path, table: Table) -> None:
     """Write `item_id,user_id,timestamp` rows in the table's order, a block at a time."""
     item_ids, user_ids = (np.array(ids, dtype=object) for ids in (table.item_ids, table.user_ids))
-    with path.open("w", encoding="utf-8", newline="") as stream:
+    with (
+        path.open("w", encoding="utf-8", newline="") as stream,
+        meter("writing interactions", len(table), "rows") as bar,
+    ):
         for begin in range(0, len(table), _ROWS_AT_ONCE):
             rows = slice(begin, begin + _ROWS_AT_ONCE)
             values = (item_ids[table.items[rows]], user_ids[table.users[rows]])
             frame = pd.DataFrame(dict(zip(COLUMNS, (*values, table.timestamps[rows]), strict=True)))
             frame.to_csv(stream, index=False, header=begin == 0, lineterminator="\n")
+            bar.advance(len(frame))
 
 
 @dataclass
