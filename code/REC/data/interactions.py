@@ -114,7 +114,7 @@ def read_interactions(path: str | Path) -> Interactions:
     if not (all_ids_sound(item_ids) and all_ids_sound(user_ids)):
         explain(path, _CHECKS, "an id is not usable")
     timestamps = columns.numbers
-    _refuse_mixed_units(timestamps, path)
+    refuse_mixed_units(timestamps, path)
     order = _by_user_and_time(user_codes, timestamps)
     counts = np.bincount(user_codes, minlength=len(user_ids))
     return Interactions(
@@ -273,7 +273,7 @@ def timestamp_problem(text: str) -> str | None:
 _CHECKS = {"item_id": id_problem, "user_id": id_problem, "timestamp": timestamp_problem}
 
 
-def _refuse_mixed_units(timestamps: np.ndarray, path: Path) -> None:
+def refuse_mixed_units(timestamps: np.ndarray, path: Path) -> None:
     """Refuse a file in which some rows are in seconds and others in milliseconds, or the like.
 
     Such rows would be sorted by unit, not by time, and leave-one-out would hold out the wrong
