@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from REC.data.cache import default_cache_path
 from REC.data.csv_rows import RowProblems
 from REC.data.interactions import dataset_file, read_interactions
 from REC.data.item_text import information_file
@@ -36,6 +37,7 @@ from REC.utils.errors import InputError, refuse
 
 log = logging.getLogger(__name__)
 
+_CONFIG = ("code/overall/LLM_ddp.yaml", "code/HLLM/HLLM.yaml")
 _DOWNLOADS: dict[str, Callable[[argparse.Namespace], Download]] = {
     "pixelrec": lambda given: pixelrec(Path(given.interactions), Path(given.items)),
     "amazon2014": lambda given: amazon2014(Path(given.reviews), Path(given.meta), given.item_first),
@@ -151,7 +153,12 @@ def _hold_out(options: argparse.Namespace) -> Statistics:
         format_rows(f"{target.data} and {target.text}", statistics_rows(numbers, with_text))
     )
     sys.stdout.write(format_rows(f"taken out of {options.dataset}", taken))
-    _write_next(name, options)
+    # Embeddings of the full data hold the rest's, and are what the items taken out are ranked by.
+    cache = str(default_cache_path(options.data_path, options.dataset))
+    words = ["python", "code/main.py", "--config_file", *_CONFIG, "--dataset", name]
+    words += [*_paths(options), "--item_cache_path", cache]
+    words += ["--user_pretrain_dir", "model_checkpoints/UserLLM_complete/", "--use_qlora", "True"]
+    sys.stdout.write(f"\nnext, with the item cache of {options.dataset}: {shlex.join(words)}\n")
     return numbers
 
 
@@ -160,11 +167,12 @@ def _share(part: int, whole: int) -> str:
 
 
 def _write_next(name: str, options: argparse.Namespace) -> None:
-    words = ["python", "item_caching.py", "--config_file"]
-    words += ["code/overall/LLM_ddp.yaml", "code/HLLM/HLLM.yaml", "--dataset", name]
-    if options.data_path != "dataset":
-        words += ["--data_path", options.data_path]
-    if options.text_path != "information":
-        words += ["--text_path", options.text_path]
-    words += ["--item_pretrain_dir", "model_checkpoints/ItemLLM_complete/"]
+    words = ["python", "item_caching.py", "--config_file", *_CONFIG, "--dataset", name]
+    words += [*_paths(options), "--item_pretrain_dir", "model_checkpoints/ItemLLM_complete/"]
     sys.stdout.write(f"\nnext: {shlex.join(words)}\n")
+
+
+def _paths(options: argparse.Namespace) -> list[str]:
+    given = {"data_path": options.data_path, "text_path": options.text_path}
+    usual = {"data_path": "dataset", "text_path": "information"}
+    return [word for key in given if given[key] != usual[key] for word in (f"--{key}", given[key])]
