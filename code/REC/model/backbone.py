@@ -299,6 +299,20 @@ def keep_layers(config: Any, layers: int) -> None:
         config.layer_types = config.layer_types[:layers]
 
 
+def check_quantization(quant_type: str) -> None:
+    """Refuse a quantised UserLLM where its kernels are missing.
+
+    Raises:
+        InputError: bitsandbytes is not installed; some systems have no build of it.
+    """
+    if quant_type != "none" and importlib.util.find_spec("bitsandbytes") is None:
+        raise InputError(
+            f"qlora_quant_type: {quant_type} needs the package bitsandbytes, which is not installed; "
+            f"install it with pip install bitsandbytes, or, where there is no build for this system, "
+            f"set --qlora_quant_type none (plain LoRA)."
+        )
+
+
 def _quantization(lora: LoraSettings) -> BitsAndBytesConfig:
     if lora.quant_type == "int8":
         return BitsAndBytesConfig(load_in_8bit=True)

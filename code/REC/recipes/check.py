@@ -23,6 +23,7 @@ from REC.data.item_text import ItemTexts, information_file, read_item_texts
 from REC.data.split import Phase, Split, leave_one_out
 from REC.evaluator.evaluator import Evaluator
 from REC.model.backbone import (
+    check_quantization,
     keep_layers,
     linear_names,
     load_model_config,
@@ -147,6 +148,9 @@ def _quick_run(config: Config, found: Findings) -> None:
     if config.trains and config.log_wandb:
         with found.collect():
             load_wandb()
+    if config.trains and config.use_qlora:
+        with found.collect():
+            check_quantization(config.qlora_quant_type)
     hidden = None
     if config.model == "HLLM":
         hidden = _user_model(config, found)

@@ -1,0 +1,45 @@
+"""The first thing that goes wrong on another platform is said in one line."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from tests.conftest import Project
+from tests.helpers import ROOT
+
+
+def test_windows_is_pointed_to_wsl() -> None:
+    program = "import runpy, sys; sys.platform = 'win32'; sys.argv = ['main.py', '--help']"
+    done = subprocess.run(
+        [sys.executable, "-c", f"{program}; runpy.run_path('code/main.py', run_name='__main__')"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: HSFT runs on Linux and macOS")
+    assert "WSL2" in line
+
+
+def test_a_system_without_bitsandbytes(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    find = importlib.util.find_spec
+
+    def without(name: str, *more: Any) -> Any:
+        return None if name == "bitsandbytes" else find(name, *more)
+
+    monkeypatch.setattr(importlib.util, "find_spec", without)
+    code, out, err = project.run("--use_qlora", "True")
+    assert (code, out) == (2, "")
+    assert len(err.splitlines()) == 1
+    assert "qlora_quant_type: nf4 needs the package bitsandbytes" in err
+    assert "--qlora_quant_type none" in err
+    assert not (project.root / "saved").exists()
+    # What does not quantise does not need it.
+    assert project.run("--val_only", "True")[0] == 0
