@@ -42,12 +42,24 @@ def steps(full: bool) -> list[list[str]]:
             for name, flags in ROWS.items()
         ),
         ["code/compare.py", *(f"{RUNS}/{run}" for run in runs.values()), "--out", RUNS],
+        [
+            "code/report.py",
+            *(f"{RUNS}/{run}" for run in runs.values()),
+            "--out",
+            f"{RUNS}/report.html",
+        ],
+        ["code/recommend.py", "--run", f"{RUNS}/{runs['qlora']}", "--user", "196"],
     ]
 
 
 def main(argv: Sequence[str]) -> int:
     """Run the program with its arguments and return the first failing step's exit code, or 0."""
-    parser = argparse.ArgumentParser(prog="python demo/run.py", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python demo/run.py",
+        description=__doc__,
+        epilog="examples:\n  python demo/run.py\n  python demo/run.py --full",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument(
         "--full", action="store_true", help="all layers and long histories (hours on a CPU)"
     )
