@@ -399,6 +399,15 @@ def flat_fields() -> dict[str, Any]:
     return flat
 
 
+def flat_values(values: Mapping[str, Any], above: str = "") -> dict[str, Any]:
+    """Return a dumped configuration's values by `key` or `section.key`."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        name = f"{above}{key}"
+        flat.update(flat_values(value, f"{name}.") if isinstance(value, dict) else {name: value})
+    return flat
+
+
 def _kind(value: Any) -> str:
     names = {dict: "mapping", list: "list", str: "text", bool: "boolean", int: "number"}
     return names.get(type(value), type(value).__name__)

@@ -10,6 +10,7 @@ from typing import Any
 
 from REC.config import Config, load_config
 from REC.config.help import dump_config
+from REC.config.loader import flat_values
 from REC.report.result import RESULT_FILE
 from REC.trainer.checkpoint import CHECKPOINTS_DIR
 from REC.utils.errors import InputError
@@ -152,7 +153,10 @@ def changed_key(config: Config, folder: Path) -> tuple[str, Any, Any] | None:
         InputError: the run's config.yaml is not a configuration of this program.
     """
     before, _ = load_config([folder / CONFIG_FILE])
-    old, new = _flat(before.model_dump(mode="json")), _flat(config.model_dump(mode="json"))
+    old, new = (
+        flat_values(before.model_dump(mode="json")),
+        flat_values(config.model_dump(mode="json")),
+    )
     for key, value in new.items():
         if key.partition(".")[0] not in MAY_CHANGE and old[key] != value:
             return key, old[key], value
@@ -164,14 +168,6 @@ def _refusal(config: Config, folder: Path) -> str:
     assert difference is not None
     key, old, new = difference
     return f"{folder} has {key} {old!r}, now it is {new!r}; give --{key} its old value"
-
-
-def _flat(values: dict[str, Any], above: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        name = f"{above}{key}"
-        flat.update(_flat(value, f"{name}.") if isinstance(value, dict) else {name: value})
-    return flat
 
 
 def start_run_dir(config: Config, place: RunDir) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from REC.config.loader import flat_values
 from REC.evaluator.metrics import PER_USER
 from REC.report.breakdown import Estimate, Group, counted, group_estimate, recall_curve
 from REC.report.charts import Series, group_chart, line_chart
@@ -240,7 +241,7 @@ def cold_start_section(
 
 def config_section(results: Results) -> Section:
     """Where the runs' configurations differ, and all keys."""
-    flat = [_flat(result["config"]) for _, _, result in results]
+    flat = [flat_values(result["config"]) for _, _, result in results]
     keys = list(dict.fromkeys(key for one in flat for key in one))
     different = [
         key for key in keys if key not in _PLACES and len({_shown(one, key) for one in flat}) > 1
@@ -366,11 +367,3 @@ def _shown(config: Mapping[str, Any], key: str) -> str:
     if isinstance(value, list):
         return ", ".join(map(str, value))
     return _NONE if value is None else str(value)
-
-
-def _flat(values: Mapping[str, Any], above: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        name = f"{above}{key}"
-        flat.update(_flat(value, f"{name}.") if isinstance(value, dict) else {name: value})
-    return flat
