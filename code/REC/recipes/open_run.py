@@ -155,12 +155,7 @@ def open_run(folder: str | Path, overrides: Mapping[str, Any] | None = None) -> 
         InputError: the folder is no run, or its data or models are missing.
     """
     folder = Path(folder)
-    if not is_file(folder / CONFIG_FILE):
-        raise InputError(
-            f"{folder} is no run: it has no {CONFIG_FILE}; name a folder that main.py made."
-        )
-    alone = {"strategy": "ddp", "show_progress": False, **(overrides or {})}
-    config, _ = load_config([folder / CONFIG_FILE], alone)
+    config = run_config(folder, overrides)
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
     fabric = make_fabric(config)
@@ -168,3 +163,22 @@ def open_run(folder: str | Path, overrides: Mapping[str, Any] | None = None) -> 
     fabric.seed_everything(config.seed, workers=True, verbose=False)
     data = load_data(config, need_cache=config.model in ("HLLM", "item_knn"))
     return OpenRun(folder, config, data, fabric)
+
+
+def run_config(folder: Path, overrides: Mapping[str, Any] | None = None) -> Config:
+    """Read a run's configuration, for use in one process.
+
+    Args:
+        folder: the run's folder.
+        overrides: configuration keys with other values.
+
+    Raises:
+        InputError: the folder is no run, or a value is none that its key takes.
+    """
+    if not is_file(folder / CONFIG_FILE):
+        raise InputError(
+            f"{folder} is no run: it has no {CONFIG_FILE}; name a folder that main.py made."
+        )
+    alone = {"strategy": "ddp", "show_progress": False, **(overrides or {})}
+    config, _ = load_config([folder / CONFIG_FILE], alone)
+    return config
