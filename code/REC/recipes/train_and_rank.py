@@ -52,7 +52,7 @@ from REC.trainer.fabric import (
 )
 from REC.trainer.optim import build_optimizer, build_schedule, steps_per_epoch
 from REC.trainer.sampler import SequenceBatches
-from REC.trainer.trainer import Trainer, TrainState, count_trainable
+from REC.trainer.trainer import KeepGoing, Trainer, TrainState, count_trainable
 from REC.utils import environment
 from REC.utils.errors import InputError, Interrupted
 from REC.utils.lock import locked
@@ -77,6 +77,7 @@ class Run:
         checkpoints: its resumable checkpoints.
         stop: notices SIGINT and SIGTERM.
         session: time and memory.
+        keep_going: asked after each validation whether training goes on; None: it does.
     """
 
     config: Config
@@ -85,6 +86,7 @@ class Run:
     checkpoints: Checkpoints
     stop: StopSignals
     session: Session
+    keep_going: KeepGoing | None = None
 
     @property
     def folder(self) -> Path:
@@ -92,11 +94,16 @@ class Run:
         return self.place.path
 
 
-def run(config: Config) -> Path:
+def run(config: Config, keep_going: KeepGoing | None = None) -> Path:
     """Do what the configuration says and leave a run folder.
 
     While it works it holds the lock of `checkpoint_dir`. SIGINT and SIGTERM end it in order: in
     training after the step at hand, with a checkpoint; elsewhere at once.
+
+    Args:
+        config: the configuration.
+        keep_going: asked after each validation with the epoch and the metrics; False ends training,
+            and the best epoch so far is evaluated.
 
     Returns:
         The run's folder, holding `result.json`, `ranks.safetensors`, `config.yaml`, `run.log` and,
@@ -114,7 +121,7 @@ def run(config: Config) -> Path:
         with ExitStack() as held:
             place = Processes.here().on_first(lambda: _lock_and_choose(config, held))
             checkpoints = Checkpoints(place.path / CHECKPOINTS_DIR, config.keep_last)
-            work = Run(config, fabric, place, checkpoints, stop, session)
+            work = Run(config, fabric, place, checkpoints, stop, session, keep_going=keep_going)
             try:
                 _run(work)
             except Interrupted as ending:
@@ -298,6 +305,7 @@ def _train(work: Run, data: Data, model: Recommender) -> tuple[TrainState, dict[
         stop=work.stop,
         fingerprint=data.fingerprint,
         record=(partial(work.session.record, "training"), work.session.continue_from),
+        keep_going=work.keep_going,
     )
     state = trainer.fit(resume=work.place.resume)
     return state, {
