@@ -113,6 +113,9 @@ def test_training_goes_on_from_an_exported_item_adapter(project: Project) -> Non
         adapter = open_run(f"saved/{kind}").build("fine-tuned").encoder.items.adapter  # type: ignore[attr-defined]
         assert torch.equal(adapter.weight, start) == (kind == "none")
         assert not torch.equal(adapter.weight, torch.zeros_like(start))
+    code, err = export(project, "--run", "saved/none", "--format", "adapter")
+    assert code == 2
+    assert "comes with an item adapter" in err
     code, _, err = project.run(*TRAIN, *from_there, "--item_adapter", "lowrank")
     assert code == 2
     assert "comes with a trained item adapter (linear)" in err
@@ -144,7 +147,7 @@ def test_the_merged_model_of_qlora_is_measured(project: Project) -> None:
     for entry in result["rows"]:
         row = next(line for line in content.splitlines() if line.startswith(f"| {entry['name']} |"))
         assert f"| {entry['metrics']['NDCG@10']:.4f}" in row
-    header = ModelCard(content).data
+    header: Any = ModelCard(content).data
     assert header.library_name == "transformers"
     assert header.license is None
     listed = {found.metric_type: found.metric_value for found in header.eval_results}
@@ -168,9 +171,9 @@ def test_an_adapter_is_peft_s(project: Project, monkeypatch: pytest.MonkeyPatch)
     assert str(project.root) not in written
     assert str(project.llama.parent) not in written
     assert yaml.safe_load((out / "config.yaml").read_text())["qlora_quant_type"] == "nf4"
-    card = ModelCard((out / "README.md").read_text())
-    assert card.data.library_name == "peft"
-    assert {found.metric_type for found in card.data.eval_results} >= {"NDCG@10", "Recall@20"}
+    header: Any = ModelCard((out / "README.md").read_text()).data
+    assert header.library_name == "peft"
+    assert {found.metric_type for found in header.eval_results} >= {"NDCG@10", "Recall@20"}
     model = open_run(run).build("fine-tuned")
     found = run_snippet(out, monkeypatch, project.llama)["user_vector"]
     torch.testing.assert_close(found.float(), user_vector(model), rtol=1e-3, atol=1e-3)

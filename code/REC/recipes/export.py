@@ -191,7 +191,9 @@ def _write_merged(run: _TrainedRun, folder: Path) -> str:
     if config.use_qlora:
         log.info("merging the adapter.")
         decoder = decoder.merge_and_unload()
-    decoder.config.use_cache = getattr(load_model_config(run.base), "use_cache", True)
+    # Turned off for training alone.
+    own = load_model_config(run.base, config.trust_remote_code)
+    decoder.config.use_cache = getattr(own, "use_cache", True)
     log.info("writing %s in %s.", run.options.out, run.options.dtype)
     decoder.to(dtype)
     _refuse_overflow(decoder, run.options.dtype)
@@ -257,6 +259,11 @@ def _refuse_overflow(decoder: torch.nn.Module, dtype: str) -> None:
 
 def _write_adapter(run: _TrainedRun, folder: Path) -> str:
     """Copy the adapter and what else was trained; return the kind of item adapter."""
+    if run.config.item_adapter == "none" and _adapter_of(run) != "none":
+        raise InputError(
+            f"{run.base} comes with an item adapter, which {run.folder} used and did not train, so "
+            f"the LoRA adapter alone is not its model; use --format merged."
+        )
     for source in (
         *(run.best / ADAPTER_DIR / name for name in _ADAPTER_FILES),
         run.best / REST_FILE,

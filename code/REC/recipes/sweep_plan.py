@@ -374,4 +374,4 @@ def _load(path: Path, files: Sequence[str], overrides: Mapping[str, Any]) -> Con
 
 
 def _word(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value)
+    return str(value) if isinstance(value, str | bool) else json.dumps(value)

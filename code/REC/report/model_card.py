@@ -105,7 +105,8 @@ def _metadata(exported: Exported) -> ModelCardData:
         datasets=[str(config.dataset)],
         metrics=[name for name in config.metrics if name in list(PER_USER)],
         # The hub asks for a name wherever there are results.
-        **({"model_name": exported.name, "eval_results": found} if found else {}),
+        model_name=exported.name if found else None,
+        eval_results=found or None,
     )
 
 

@@ -86,8 +86,8 @@ def _markdown(comparison: Comparison, trials: Sequence[Trial], metric: str, comm
     lines = [f"{trial.name} failed: {trial.problem} ({trial.settings})" for trial in failed]
     counted = sum(trial.state == "complete" for trial in trials)
     end = (
-        f"{best.name} has the best {metric} of {counted} complete trials, on the validation users "
-        f"that chose it: the test users tell what it is worth, once:\n\n    {command}\n"
+        f"{best.name} has the best {metric} of {counted} complete trials. The validation users chose "
+        f"it, so its values are flattered; score it once on the test users:\n\n    {command}\n"
     )
     return "\n".join([markdown(comparison), *(f"{line}\n" for line in lines), end])
 
