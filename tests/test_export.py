@@ -83,6 +83,7 @@ def test_a_merged_model_is_the_run(
     layers = 1 if "--user_llm_layers" in more else 2
     assert AutoModel.from_pretrained(out).config.num_hidden_layers == layers
     assert sum(path.name.startswith("model") for path in out.iterdir()) == 1
+    assert len({path.stat().st_mode for path in out.iterdir()}) == 1
 
     # As a user_pretrain_dir, with the settings that lie beside it.
     code, _, err = project.run(
