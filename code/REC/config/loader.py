@@ -284,13 +284,16 @@ def _is_section(annotation: Any) -> bool:
 
 
 def load_config(
-    files: Sequence[str | Path] = (), overrides: Mapping[str, Any] | None = None
+    files: Sequence[str | Path] = (),
+    overrides: Mapping[str, Any] | None = None,
+    where: str = "the command line",
 ) -> tuple[Config, list[str]]:
     """Merge files and overrides, later ones winning key by key, and check the result.
 
     Args:
         files: YAML files.
         overrides: `key` or `section.key` -> value, applied after the files.
+        where: what to call the overrides' source in an error.
 
     Returns:
         The configuration, and warnings about accepted keys that have no effect.
@@ -305,11 +308,11 @@ def load_config(
         _merge(merged, origin, read_yaml_file(file), str(file))
     for key, value in (overrides or {}).items():
         if key.count(".") > MAX_DEPTH:
-            raise InputError(f"unknown key '{one_line(key, 40)}' on the command line.")
+            raise InputError(f"unknown key '{one_line(key, 40)}' in {where}.")
         nested: Any = value
         for part in reversed(key.split(".")):
             nested = {part: nested}
-        _merge(merged, origin, nested, "the command line")
+        _merge(merged, origin, nested, where)
     warnings = []
     for key in sorted(HLLM_KEYS_WITHOUT_EFFECT & merged.keys()):
         del merged[key]

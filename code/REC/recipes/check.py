@@ -31,6 +31,7 @@ from REC.model.backbone import (
     read_extra,
 )
 from REC.model.folder import Weights, check_decoder, check_files, check_shapes
+from REC.model.item_adapter import adapter_shape
 from REC.model.item_llm import emb_token, load_tokenizer
 from REC.model.item_table import refuse_other_dim
 from REC.recipes.cache_items import cache_path
@@ -228,7 +229,9 @@ def _user_model(config: Config, found: Findings) -> int | None:
             _lora_targets(config, meta_decoder(model))
         _training_space(config, weights)
     with found.collect():
-        read_extra(folder)
+        extra = read_extra(folder)
+        if hidden is not None:
+            adapter_shape(config, extra, folder, train=not config.val_only)
     with found.collect():
         attention_kernel(config, torch.device(choose_device(config)))
     return hidden

@@ -27,6 +27,7 @@ from REC.model.backbone import (
     load_model_config,
     read_extra,
 )
+from REC.model.item_adapter import adapter_shape, load_adapter
 from REC.model.item_table import ItemTable, check_dim, table_from_cache
 from REC.model.recommender import LossSettings, Recommender, Similarity
 from REC.model.user_llm import UserLLM
@@ -259,6 +260,7 @@ def build_user_llm(config: Config, data: Data, fabric: Fabric, *, train: bool) -
     check_dim(
         data.cache, int(load_model_config(folder, config.trust_remote_code).hidden_size), folder
     )
+    extra = read_extra(folder)
     half = compute_dtype(config)
     lora = lora_settings(config) if train and config.use_qlora else None
     # Weights that are trained whole stay in float32 under mixed precision; frozen ones need not.
@@ -287,10 +289,10 @@ def build_user_llm(config: Config, data: Data, fabric: Fabric, *, train: bool) -
             config.item_embedding_transform,
             data.own_items,
         ),
-        config.item_adapter if train else "none",
-        config.item_adapter_rank,
+        *adapter_shape(config, extra, folder, train=train),
     )
-    scale = read_extra(folder).get("logit_scale")
+    load_adapter(table, extra, trained=train and config.item_adapter != "none")
+    scale = extra.get("logit_scale")
     settings = loss_settings(config, scored_by="cosine" if not train else None)
     model = Recommender(
         UserLLM(decoder, table),

@@ -52,7 +52,7 @@ from REC.trainer.fabric import (
 )
 from REC.trainer.optim import build_optimizer, build_schedule, steps_per_epoch
 from REC.trainer.sampler import SequenceBatches
-from REC.trainer.trainer import Trainer, TrainState, count_trainable
+from REC.trainer.trainer import KeepGoing, Trainer, TrainState, count_trainable
 from REC.trainer.wandb_log import WandbLog
 from REC.utils import environment
 from REC.utils.errors import InputError, Interrupted
@@ -79,6 +79,7 @@ class Run:
         stop: notices SIGINT and SIGTERM.
         session: time and memory.
         wandb: the run at Weights & Biases, in process 0 and where `log_wandb` asks for it.
+        keep_going: asked after each validation whether training goes on; None: it does.
     """
 
     config: Config
@@ -88,6 +89,7 @@ class Run:
     stop: StopSignals
     session: Session
     wandb: WandbLog
+    keep_going: KeepGoing | None = None
 
     @property
     def folder(self) -> Path:
@@ -95,11 +97,16 @@ class Run:
         return self.place.path
 
 
-def run(config: Config) -> Path:
+def run(config: Config, keep_going: KeepGoing | None = None) -> Path:
     """Do what the configuration says and leave a run folder.
 
     While it works it holds the lock of `checkpoint_dir`. SIGINT and SIGTERM end it in order: in
     training after the step at hand, with a checkpoint; elsewhere at once.
+
+    Args:
+        config: the configuration.
+        keep_going: asked after each validation with the epoch and the metrics; False ends training,
+            and the best epoch so far is evaluated.
 
     Returns:
         The run's folder, holding `result.json`, `ranks.safetensors`, `config.yaml`, `run.log` and,
@@ -117,7 +124,7 @@ def run(config: Config) -> Path:
         with ExitStack() as held:
             place = Processes.here().on_first(lambda: _lock_and_choose(config, held))
             checkpoints = Checkpoints(place.path / CHECKPOINTS_DIR, config.keep_last)
-            work = Run(config, fabric, place, checkpoints, stop, session, WandbLog())
+            work = Run(config, fabric, place, checkpoints, stop, session, WandbLog(), keep_going)
             try:
                 _run(work)
             except Interrupted as ending:
@@ -306,6 +313,7 @@ def _train(work: Run, data: Data, model: Recommender) -> tuple[TrainState, dict[
         fingerprint=data.fingerprint,
         wandb=work.wandb,
         record=(partial(work.session.record, "training"), work.session.continue_from),
+        keep_going=work.keep_going,
     )
     state = trainer.fit(resume=work.place.resume)
     return state, {

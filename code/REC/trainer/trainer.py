@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -51,6 +51,9 @@ from REC.utils.signals import StopSignals
 log = logging.getLogger(__name__)
 
 BEST_DIR = "best"
+
+# Asked after each validation with the epoch's number, from 1, and the metrics; False ends training.
+KeepGoing = Callable[[int, Mapping[str, float]], bool]
 
 
 @dataclass
@@ -108,6 +111,7 @@ class Trainer:
         fingerprint: tells the training data; a checkpoint of other data is refused.
         wandb: takes the scalars that TensorBoard gets.
         record: returns and restores what else has to survive an interruption: the run's timings.
+        keep_going: asked after each validation; None trains to the end.
     """
 
     def __init__(
@@ -127,6 +131,7 @@ class Trainer:
         fingerprint: str,
         wandb: WandbLog,
         record: tuple[Callable[[], dict[str, Any]], Callable[[dict[str, Any]], None]],
+        keep_going: KeepGoing | None = None,
     ) -> None:
         self.fabric = fabric
         self.config = config
@@ -140,6 +145,7 @@ class Trainer:
         self.fingerprint = fingerprint
         self.wandb = wandb
         self._record, self._restore_record = record
+        self._keep_going = keep_going
         self.state = TrainState()
         # ZeRO spreads weights and optimizer over the processes; no checkpoint gathers them.
         self._resumable = config.strategy != "deepspeed"
@@ -189,6 +195,9 @@ class Trainer:
                 state.epoch += 1
                 state.batch, state.loss_sum, state.positions = 0, 0.0, 0
                 log.info("epoch %d: %s", state.epoch, _describe(record, config.valid_metric))
+                if self._is_ended(record):
+                    log.info("training is ended after epoch %d.", state.epoch)
+                    break
             if state.bad_validations >= config.stopping_step:
                 log.info(
                     "stopping early: %s has not improved for %d validations.",
@@ -206,6 +215,10 @@ class Trainer:
     def _finished(self) -> bool:
         state, config = self.state, self.config
         return state.epoch >= config.epochs or state.bad_validations >= config.stopping_step
+
+    def _is_ended(self, record: dict[str, Any]) -> bool:
+        asked = self._keep_going is not None and "valid" in record
+        return asked and not self._keep_going(record["epoch"], record["valid"])  # type: ignore[misc]
 
     def _train_epoch(self, board: Board) -> float:
         state, config = self.state, self.config

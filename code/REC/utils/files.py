@@ -39,9 +39,10 @@ def atomic_path(target: str | Path) -> Iterator[Path]:
         temporary = Path(name)
         temporary.unlink()
         yield temporary
-        # mkstemp's 0600 would otherwise survive the rename and surprise people who share a folder.
-        if temporary.is_file():
-            temporary.chmod(0o666 & ~_umask())
+        # mkstemp's and safetensors' 0600 would otherwise surprise people who share a folder.
+        for path in (temporary, *temporary.rglob("*")):
+            if path.is_file() and not path.is_symlink():
+                path.chmod(0o666 & ~_umask())
         _fsync(temporary)
         if temporary.is_dir() and target.is_dir():
             _replace_folder(temporary, target)

@@ -20,13 +20,17 @@ log = logging.getLogger(__name__)
 
 
 @contextmanager
-def locked(folder: str | Path) -> Iterator[None]:
+def locked(folder: str | Path, key: str = "--checkpoint_dir") -> Iterator[None]:
     """Hold the lock of a folder, which is made if it is missing.
 
     The lock is the file `.lock`: JSON with the owner's process id, host, boot and start time. It
     is stale, and taken over with a line in the log, when its process is gone or its number now
     belongs to a process that started at another time. A lock of another host cannot be checked
     and counts as held.
+
+    Args:
+        folder: the folder.
+        key: what names it, for errors.
 
     Raises:
         InputError: another run holds the lock, or the folder cannot be written.
@@ -37,11 +41,11 @@ def locked(folder: str | Path) -> Iterator[None]:
     made = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _acquire(path, own)
+        _acquire(path, own, key)
     except OSError as error:
         raise InputError(
             f"the folder {folder} cannot be written: {error.strerror or error}; free some space or "
-            f"change --checkpoint_dir."
+            f"change {key}."
         ) from error
     try:
         yield
@@ -60,13 +64,13 @@ def _identity() -> dict[str, Any]:
     }
 
 
-def _acquire(path: Path, own: dict[str, Any]) -> None:
+def _acquire(path: Path, own: dict[str, Any], key: str) -> None:
     with _guarded(path) as handle:
         owner = _parse(os.read(handle, 1 << 16))
         if owner is not None and _alive(owner, own):
             raise InputError(
                 f"another run (process {owner['pid']} on {owner['host']}) is writing to "
-                f"{path.parent}; wait for it or give this run its own --checkpoint_dir"
+                f"{path.parent}; wait for it or give this run its own {key}"
                 + ("." if owner["host"] == own["host"] else f", or delete {path} if it is gone.")
             )
         if owner is not None:

@@ -1,0 +1,76 @@
+"""Export a fine-tuned UserLLM: a plain model folder, or the adapter, with a model card."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from REC.config.options import Parser, add_places, places, true_or_false
+from REC.data.cache import DTYPES
+from REC.recipes.export import ExportOptions, export
+from REC.utils.errors import EXIT_OK, run_program
+from REC.utils.logs import set_up_logging
+
+EXAMPLES = (
+    "python code/export.py --run saved/Pixel200K-qlora",
+    "python code/export.py --run saved/Pixel200K-qlora --dtype float32 --evaluate True",
+    "python code/export.py --run saved/Pixel200K-qlora --format adapter --out UserLLM-lora",
+)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the program with its arguments and return the exit code."""
+    parser = Parser("python code/export.py", __doc__ or "", EXAMPLES)
+    parser.add_argument("--run", required=True, metavar="DIR", help="folder of a finished run")
+    parser.add_argument("--out", metavar="DIR", help="folder to write (default: RUN/export)")
+    parser.add_argument(
+        "--format",
+        choices=("merged", "adapter"),
+        default="merged",
+        help="merged: one transformers model, without quantisation; adapter: LoRA in peft's format "
+        "(default: %(default)s)",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=tuple(DTYPES),
+        default="bfloat16",
+        help="number type of merged weights (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--evaluate",
+        type=true_or_false,
+        default=False,
+        metavar="True|False",
+        help="score the merged model as the run was scored, for the card's table "
+        "(default: %(default)s)",
+    )
+    parser.add_argument(
+        "--overwrite",
+        type=true_or_false,
+        default=False,
+        metavar="True|False",
+        help="replace an earlier export (default: %(default)s)",
+    )
+    add_places(parser)
+    args = parser.parse_args(list(argv))
+    set_up_logging()
+    out = export(
+        ExportOptions(
+            run=Path(args.run),
+            out=Path(args.out) if args.out else Path(args.run) / "export",
+            format=args.format,
+            dtype=args.dtype,
+            evaluate=args.evaluate,
+            overwrite=args.overwrite,
+            places=places(args),
+        )
+    )
+    sys.stdout.write(f"exported: {out}\n")
+    return EXIT_OK
+
+
+if __name__ == "__main__":
+    sys.exit(run_program(main))

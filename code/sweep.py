@@ -1,0 +1,35 @@
+"""Search configuration keys with Optuna, on the validation users only."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from REC.config.options import Parser
+from REC.recipes.sweep import sweep
+from REC.recipes.sweep_plan import read_plan
+from REC.utils.errors import EXIT_OK, run_program
+from REC.utils.logs import set_up_logging
+
+EXAMPLES = ("python code/sweep.py code/overall/sweep_example.yaml",)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the program with its arguments and return the exit code."""
+    parser = Parser("python code/sweep.py", __doc__ or "", EXAMPLES)
+    parser.add_argument(
+        "plan",
+        metavar="SWEEP.yaml",
+        help="what is searched; the same command again goes on where it was interrupted",
+    )
+    args = parser.parse_args(list(argv))
+    set_up_logging()
+    sweep(read_plan(args.plan))
+    return EXIT_OK
+
+
+if __name__ == "__main__":
+    sys.exit(run_program(main))
