@@ -241,8 +241,11 @@ class Config(_Section):
         le=1,
     )
     item_cache_dtype: DType = _key("float16", "item cache", "number type stored in the cache")
-    item_batch_tokens: PositiveInt = _key(
-        8192, "item cache", "tokens encoded at a time, padding included", le=10_000_000
+    item_batch_tokens: PositiveInt | None = _key(
+        None,
+        "item cache",
+        "tokens encoded at a time, padding included; default: 8192 on a GPU, 2048 on a CPU",
+        le=10_000_000,
     )
     item_compile: Bool = _key(False, "item cache", "encode items with torch.compile")
     item_embedding_transform: Literal["none", "standardize", "whiten"] = _key(
