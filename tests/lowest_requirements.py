@@ -30,7 +30,7 @@ def lowest(path: Path) -> Iterator[str]:
         ValueError: a requirement has no lower bound.
     """
     for line in path.read_text(encoding="utf-8").splitlines():
-        line = line.partition("#")[0].strip()
+        line = line.partition("#")[0].partition(";")[0].strip()
         if line.startswith("-r "):
             yield from lowest(path.parent / line[3:].strip())
         elif line:
