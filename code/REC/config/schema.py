@@ -22,6 +22,8 @@ from pydantic import (
 MetricName = Literal["Recall", "NDCG", "MRR", "HitRate", "Coverage"]
 METRIC_NAMES = get_args(MetricName)
 METRIC_PATTERN = re.compile(rf"^({'|'.join(METRIC_NAMES)})@([1-9][0-9]*)$")
+# Models that know items by their embeddings, so that an item they never met can be scored.
+READS_EMBEDDINGS = ("HLLM", "item_knn")
 
 
 def _number(value: Any) -> Any:
@@ -449,6 +451,11 @@ class Config(_Section):
         if self.loss == "nce" and self.similarity == "dot" and self.model == "HLLM":
             raise ValueError("loss: nce compares by cosine; similarity: dot needs loss: bce")
         return self
+
+    @property
+    def reads_embeddings(self) -> bool:
+        """Whether the model knows items by their embeddings, and so needs the item cache."""
+        return self.model in READS_EMBEDDINGS
 
     @property
     def trains(self) -> bool:

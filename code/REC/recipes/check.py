@@ -99,7 +99,7 @@ def check_run(config: Config) -> None:
     _quick_run(config, found)
     interactions = _interactions(config, found)
     cache = None
-    if config.model in ("HLLM", "item_knn"):
+    if config.reads_embeddings:
         if not config.use_item_cache:
             _item_texts(config, found)
         elif _has_cache_path(config):
@@ -155,7 +155,7 @@ def _quick_run(config: Config, found: Findings) -> None:
     hidden = None
     if config.model == "HLLM":
         hidden = _user_model(config, found)
-    if config.model in ("HLLM", "item_knn"):
+    if config.reads_embeddings:
         if not config.use_item_cache:
             _item_model(config, found)
         elif _has_cache_path(config):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,15 +10,14 @@ from pathlib import Path
 import numpy as np
 
 from REC.data.dataset import CachedEmbeddingEvalDataset
-from REC.data.split import Segments
 from REC.evaluator.evaluator import Evaluator, draw_candidates
 from REC.evaluator.recommend import Recommendations
-from REC.recipes.open_run import TUNED, UNTRAINED, OpenRun
+from REC.recipes.open_run import OpenRun
 from REC.recipes.setup import eval_protocol
 from REC.recipes.train_and_rank import evaluate
 from REC.report.compare import Row
 from REC.report.page import Example, Listed, Listing
-from REC.report.result import read_ranks, read_result
+from REC.report.result import TUNED, UNTRAINED, read_ranks, read_result
 from REC.utils.errors import InputError
 
 log = logging.getLogger(__name__)
@@ -135,7 +133,7 @@ def score(
         protocol = eval_protocol(run.config)
         sampled = protocol.kind == "sampled"
         evaluator = Evaluator(
-            _part(dataset, chosen),
+            dataset.keep(chosen),
             protocol,
             batch_size=run.config.eval_batch_size,
             candidates=draw_candidates(dataset, protocol)[chosen] if sampled else None,
@@ -145,15 +143,6 @@ def score(
     if any(row["name"] == model for row in read_result(run.folder)["rows"]):
         recorded = read_ranks(run.folder, model)[1][chosen]
     return Scored(f"{run.folder.name}: {model}", best, ranks, recorded)
-
-
-def _part(dataset: CachedEmbeddingEvalDataset, chosen: np.ndarray) -> CachedEmbeddingEvalDataset:
-    part = copy.copy(dataset)
-    all_users = dataset.segments
-    part.segments = Segments(
-        all_users.users[chosen], all_users.starts[chosen], all_users.ends[chosen]
-    )
-    return part
 
 
 def example_cards(

@@ -28,13 +28,13 @@ from REC.model.item_table import ItemTable
 from REC.model.recommender import Recommender
 from REC.model.user_llm import UserLLM
 from REC.model.weights import ADAPTER_DIR, REST_FILE, load_trained
-from REC.recipes.open_run import TUNED, open_run, run_config
+from REC.recipes.open_run import open_run, run_config
 from REC.recipes.run_dir import CONFIG_FILE
 from REC.recipes.setup import build_user_llm, lora_settings, loss_settings, make_evaluator
 from REC.recipes.train_and_rank import evaluate
 from REC.report.compare import Comparison, Row, load_comparison
-from REC.report.model_card import Exported, Format, model_card
-from REC.report.result import read_ranks, read_result
+from REC.report.model_card import EXPORTED, Exported, Format, model_card
+from REC.report.result import TUNED, read_ranks, read_result
 from REC.trainer.trainer import BEST_DIR
 from REC.utils.environment import versions
 from REC.utils.errors import InputError, Interrupted
@@ -44,7 +44,6 @@ from REC.utils.signals import StopSignals
 log = logging.getLogger(__name__)
 
 MANIFEST_FILE = "export.json"
-EXPORTED = "exported"
 # Keys that belong to the run's machine and not to its model.
 _LOCAL_KEYS = (
     *PLACES,
@@ -328,6 +327,7 @@ def _write_about(
         base=run.base.resolve().name,
         base_repo=_base_repo(run),
         item_adapter=item_adapter,
+        similarity=loss_settings(run.config).similarity,
         other_ranks=changed,
     )
     (folder / "README.md").write_text(model_card(card), encoding="utf-8")

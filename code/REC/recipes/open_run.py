@@ -13,6 +13,7 @@ import torch
 from lightning.fabric import Fabric
 
 from REC.config import Config, load_config
+from REC.config.schema import READS_EMBEDDINGS
 from REC.data.cache import ItemCache
 from REC.data.item_text import information_file, read_item_titles
 from REC.evaluator.evaluator import Scorer
@@ -22,14 +23,11 @@ from REC.model.sasrec import build_sasrec
 from REC.model.weights import load_trained
 from REC.recipes.run_dir import CONFIG_FILE
 from REC.recipes.setup import Data, build_user_llm, load_data
+from REC.report.result import TUNED, UNTRAINED
 from REC.trainer.fabric import make_fabric, peers_of
 from REC.trainer.trainer import BEST_DIR
 from REC.utils.errors import InputError
 from REC.utils.files import is_file
-
-UNTRAINED, TUNED = "untrained", "fine-tuned"
-# Models that know an item by its embedding, so that an item they never met can be scored.
-READS_EMBEDDINGS = ("HLLM", "item_knn")
 
 
 @dataclass(frozen=True)
@@ -81,7 +79,7 @@ class OpenRun:
         Raises:
             InputError: the run's model knows items by their ids only.
         """
-        if self.config.model not in READS_EMBEDDINGS:
+        if not self.config.reads_embeddings:
             raise InputError(
                 f"{self.folder} is a run of {self.config.model}, which knows items by their ids "
                 f"and cannot score new ones; name a run of {' or '.join(READS_EMBEDDINGS)}."
@@ -231,7 +229,7 @@ def open_run(folder: str | Path, overrides: Mapping[str, Any] | None = None) -> 
     fabric = make_fabric(config)
     # The random reference draws from it.
     fabric.seed_everything(config.seed, workers=True, verbose=False)
-    data = load_data(config, need_cache=config.model in READS_EMBEDDINGS)
+    data = load_data(config, need_cache=config.reads_embeddings)
     return OpenRun(folder, config, data, fabric)
 
 

@@ -40,7 +40,14 @@ from REC.recipes.setup import (
     make_evaluator,
     packed_row_length,
 )
-from REC.report.result import pack_evaluation, plain, unpack_evaluation, write_result
+from REC.report.result import (
+    TUNED,
+    UNTRAINED,
+    pack_evaluation,
+    plain,
+    unpack_evaluation,
+    write_result,
+)
 from REC.report.table import gain_table
 from REC.trainer.checkpoint import CHECKPOINTS_DIR, Checkpoints, restore_rng, rng_state
 from REC.trainer.fabric import (
@@ -64,7 +71,6 @@ from REC.utils.signals import StopSignals
 log = logging.getLogger(__name__)
 
 RESULT_FORMAT = 1
-UNTRAINED = "untrained"
 
 
 @dataclass(frozen=True)
@@ -144,7 +150,7 @@ def _run(work: Run) -> None:
         log.info(
             "no CUDA device found: running on the CPU with %d threads.", torch.get_num_threads()
         )
-    data = load_data(config, need_cache=config.model in ("HLLM", "item_knn"))
+    data = load_data(config, need_cache=config.reads_embeddings)
     final = make_evaluator(config, data.split, config.eval_phase, fabric)
     work.session.lap("data")
     try:
@@ -185,10 +191,10 @@ def _rows(
         session.lap("model")
         evaluation = evaluate(config, _for_evaluation(model, fabric), final, fabric)
         session.lap("evaluation")
-        return {"untrained": evaluation}, None
+        return {UNTRAINED: evaluation}, None
     rows: dict[str, Evaluation] = {}
     if config.eval_baseline:
-        rows["untrained"] = _baseline(work, data, final)
+        rows[UNTRAINED] = _baseline(work, data, final)
     tuned, training = _train_and_evaluate(work, data, final)
     return rows | tuned, training
 
@@ -236,7 +242,7 @@ def _train_and_evaluate(
         model = build_sasrec(config, data.interactions.num_items, peers_of(fabric))
         model.to(fabric.device)
     else:
-        name = "fine-tuned"
+        name = TUNED
         model = build_user_llm(config, data, fabric, train=True)
     work.session.lap("model")
     state, training = _train(work, data, model)

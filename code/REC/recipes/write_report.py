@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from REC.config.schema import READS_EMBEDDINGS
 from REC.data.dataset import CachedEmbeddingEvalDataset
 from REC.data.split import Phase, train_item_counts
 from REC.recipes.cold_start import cold_start
@@ -17,7 +18,7 @@ from REC.recipes.example_users import (
     example_cards,
     score,
 )
-from REC.recipes.open_run import READS_EMBEDDINGS, OpenRun, open_run, run_config
+from REC.recipes.open_run import OpenRun, open_run, run_config
 from REC.recipes.setup import Data, load_data
 from REC.report.breakdown import history_groups, popularity_groups
 from REC.report.compare import Comparison, load_comparison, run_names
@@ -117,7 +118,7 @@ def _breakdowns(
     try:
         config = run_config(Path(run_dir), overrides)
         # Only then does the item cache decide which interactions there are.
-        dropping = config.missing_items == "drop" and config.model in ("HLLM", "item_knn")
+        dropping = config.missing_items == "drop" and config.reads_embeddings
         data = load_data(config, need_cache=dropping)
         dataset = _evaluation_users(data, run_dir, config.MAX_ITEM_LIST_LENGTH)
     except InputError as error:

@@ -13,13 +13,13 @@ import numpy as np
 
 from REC.evaluator.intervals import bootstrap_interval, paired_p_value
 from REC.evaluator.metrics import PER_USER, per_user
-from REC.report.result import read_ranks, read_result
+from REC.report.result import TUNED, read_ranks, read_result
 from REC.report.table import relative_gain
 from REC.utils.errors import InputError
 from REC.utils.files import atomic_path, write_text
 
 # Names that the recipes give to rows of trained models.
-TRAINED = ("fine-tuned", "sasrec")
+TRAINED = (TUNED, "sasrec")
 # What every row of a comparison must share.
 _SHARED = ("dataset", "phase", "protocol")
 

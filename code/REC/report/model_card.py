@@ -15,6 +15,8 @@ from REC.utils.errors import one_line
 
 Format = Literal["merged", "adapter"]
 
+# Name of the row that was measured on an exported folder itself.
+EXPORTED = "exported"
 # Metadata of the cards: what the hub sorts models by.
 _TAGS = ("sequential-recommendation", "recommender-system", "hllm")
 
@@ -35,6 +37,7 @@ class Exported:
         base_repo: the hub's name of the checkpoint that it was imported from, where known.
         item_adapter: `none`, or the kind of the adapter that `hllm_extra.safetensors` or
             `trained.safetensors` holds.
+        similarity: how its user and item vectors are compared, `cosine` or `dot`.
         other_ranks: users whose target ranks elsewhere than in the run; None: not scored.
     """
 
@@ -48,6 +51,7 @@ class Exported:
     base: str
     base_repo: str | None
     item_adapter: str
+    similarity: str
     other_ranks: int | None = None
 
     @property
@@ -56,17 +60,9 @@ class Exported:
         return self.config.use_qlora and self.config.qlora_quant_type != "none"
 
     @property
-    def similarity(self) -> str:
-        """How its user and item vectors are compared."""
-        config = self.config
-        if config.similarity != "auto":
-            return config.similarity
-        return "cosine" if config.loss == "nce" else "dot"
-
-    @property
     def own_row(self) -> Row | None:
         """The row that was measured on what the folder holds, None when nothing was."""
-        wanted = "exported" if self.format == "merged" else self.tuned
+        wanted = EXPORTED if self.format == "merged" else self.tuned
         return next((row for row in self.table.rows if row.name == wanted), None)
 
 

@@ -16,6 +16,8 @@ from REC.utils.files import atomic_path, is_file, read_json, require_file, write
 
 RESULT_FILE = "result.json"
 RANKS_FILE = "ranks.safetensors"
+# Names of the UserLLM's rows: as it was loaded, and trained.
+UNTRAINED, TUNED = "untrained", "fine-tuned"
 
 
 def write_result(run_dir: Path, result: dict[str, Any], evaluations: dict[str, Evaluation]) -> None:

@@ -76,7 +76,7 @@ def metric_section(comparison: Comparison) -> Section:
         f"Below it: relative gain over the first row, {base}, and the p-value of a two-sided paired "
         "randomisation test against it, not corrected for the number of comparisons."
     ]
-    if len({str(row.folder.name) for row in comparison.rows}) < 2 and len(comparison.rows) < 2:
+    if len(comparison.rows) < 2:
         text = ["In brackets: 95 % percentile bootstrap interval over users (10,000 draws)."]
     return Section("Metrics", text, tables=tables)
 

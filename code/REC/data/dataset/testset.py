@@ -34,7 +34,11 @@ class CachedEmbeddingEvalDataset(Dataset[np.ndarray]):
         self.phase = phase
 
     def keep(self, wanted: np.ndarray) -> CachedEmbeddingEvalDataset:
-        """Return the dataset with some of its users only: bool [E], True for those that stay."""
+        """Return the dataset with some of its users only.
+
+        Args:
+            wanted: bool [E], True for those that stay, or int64 [B], their sample numbers.
+        """
         kept = copy(self)
         whole = self.segments
         kept.segments = Segments(whole.users[wanted], whole.starts[wanted], whole.ends[wanted])

@@ -80,13 +80,16 @@ def copy_information(source: Path, path: Path, wanted: set[str]) -> int:
     with_text = 0
     with path.open("w", encoding="utf-8", newline="") as stream:
         writer = csv.writer(stream, lineterminator="\n")
-        for row, cells in csv_rows(source):
+        writer.writerow(header)
+        rows = csv_rows(source)
+        next(rows)
+        for row, cells in rows:
             if len(cells) != len(header):
                 raise InputError(
                     f"{source}, row {row}: has {len(cells)} fields where the header has "
                     f"{len(header)}; mend the row."
                 )
-            if cells == header or cells[place] in wanted:
+            if cells[place] in wanted:
                 writer.writerow(cells)
-                with_text += cells != header and sum(map(bool, cells)) > 1
+                with_text += sum(map(bool, cells)) > 1
     return with_text
