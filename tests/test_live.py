@@ -27,7 +27,7 @@ from REC.trainer.wandb_log import ID_FILE
 from REC.utils import progress
 from REC.utils.environment import current_memory, peak_memory
 from REC.utils.logs import set_up_logging
-from REC.utils.progress import Meter, format_bytes, meter
+from REC.utils.progress import Meter, format_bytes
 from tests.conftest import Project
 
 CPU = torch.device("cpu")
@@ -138,7 +138,7 @@ def take_terminal(monkeypatch: pytest.MonkeyPatch) -> Terminal:
 
 def test_a_line_says_rates_and_time_left(clock: Clock, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
-    with meter("epoch 1 of 2", 1100, "sequences") as bar:
+    with Meter("epoch 1 of 2", 1100, "sequences") as bar:
         bar.skip(100)
         clock.now = 14.9
         bar.advance(100, 5000, lambda: pytest.fail("text is made that nobody sees"))
@@ -160,7 +160,7 @@ def test_time_left_follows_from_tokens_where_they_are_known(
     clock: Clock, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
-    with meter("encoding items", 100, "items", tokens=1000) as bar:
+    with Meter("encoding items", 100, "items", tokens=1000) as bar:
         clock.now = 30.0
         bar.advance(10, 600)
     # The ten longest items had 600 of the 1000 tokens: 400 are left at 20 a second.
@@ -187,7 +187,7 @@ def test_a_terminal_gets_a_bar_and_log_lines_above_it(
 ) -> None:
     terminal = take_terminal(monkeypatch)
     set_up_logging()
-    with meter("evaluation", 2000, "users", device=CPU) as bar:
+    with Meter("evaluation", 2000, "users", device=CPU) as bar:
         clock.now = 2.0
         bar.advance(500, note=lambda: ["loss 0.2500"])
         assert bar._display is not None
@@ -209,7 +209,7 @@ def test_a_terminal_that_cannot_move_its_cursor_gets_lines(
 ) -> None:
     take_terminal(monkeypatch)
     monkeypatch.setenv("TERM", "dumb")
-    with meter("evaluation", 10, "users") as bar:
+    with Meter("evaluation", 10, "users") as bar:
         assert bar._display is None
         assert bar.shown
 
@@ -389,15 +389,21 @@ def test_a_resumed_run_goes_on_at_wandb(
     assert there == pytest.approx(scalars(project))
 
 
-def test_wandb_may_be_asked_for_later(
-    project: Project, fake_wandb: Calls, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def interrupt(project: Project, monkeypatch: pytest.MonkeyPatch, *flags: str) -> None:
+    """Do a run that is interrupted at the end of its first epoch."""
+
     def fail(self: Trainer) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "_end_if_asked", fail)
-        assert project.run(*SASREC)[0] == 130
+        assert project.run(*flags)[0] == 130
+
+
+def test_wandb_may_be_asked_for_later(
+    project: Project, fake_wandb: Calls, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    interrupt(project, monkeypatch, *SASREC)
     assert not fake_wandb("init")
     code, _, err = project.run(*SASREC, *WANDB, "--auto_resume", "True")
     assert code == 0, err
@@ -434,12 +440,7 @@ def test_wandb_that_does_not_start_is_said_before_the_work(
 def test_a_damaged_run_id_is_refused(
     project: Project, fake_wandb: Calls, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(self: Trainer) -> None:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_end_if_asked", fail)
-        assert project.run(*SASREC, *WANDB)[0] == 130
+    interrupt(project, monkeypatch, *SASREC, *WANDB)
     (project.root / "saved" / "run" / ID_FILE).write_text("a/b\n")
     code, _, err = project.run(*SASREC, *WANDB, "--auto_resume", "True")
     assert code == 2

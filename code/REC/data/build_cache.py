@@ -22,7 +22,7 @@ from REC.data.tokens import Tokens, open_tokens, tokenize_in_memory, tokenize_to
 from REC.model.item_llm import ItemEncoder, length_batches
 from REC.utils.errors import InputError
 from REC.utils.processes import Processes
-from REC.utils.progress import meter
+from REC.utils.progress import Meter
 
 log = logging.getLogger(__name__)
 
@@ -109,7 +109,7 @@ def encode_items(
     owners = share_out(_costs(groups, tokens, encoder), processes.size)
     result = torch.zeros((len(items), encoder.dim), dtype=DTYPES[job.dtype])
     own = np.flatnonzero(owners == processes.rank).tolist()
-    with meter(
+    with Meter(
         "encoding items",
         _rows_in(groups, own),
         "items",
@@ -187,7 +187,7 @@ class CacheBuild:
         there = len(tokens) - _rows_in(groups, missing) if processes.size == 1 else 0
         total = there + _rows_in(groups, own)
         share = f" (share of process {processes.rank})" if processes.size > 1 else ""
-        with meter(
+        with Meter(
             f"encoding items{share}",
             total,
             "items",

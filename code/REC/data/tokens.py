@@ -10,7 +10,7 @@ import numpy as np
 
 from REC.utils.errors import InputError
 from REC.utils.files import read_json, write_json
-from REC.utils.progress import meter
+from REC.utils.progress import Meter
 
 TEXTS_AT_A_TIME = 16384
 
@@ -81,7 +81,7 @@ def tokenize_to_folder(
     try:
         with (
             (folder / "tokens.bin").open("wb") as file,
-            meter("tokenising", len(texts), "items", show_progress) as bar,
+            Meter("tokenising", len(texts), "items", show_progress) as bar,
         ):
             for start in range(0, len(texts), TEXTS_AT_A_TIME):
                 chunk = tokenize(texts[start : start + TEXTS_AT_A_TIME])

@@ -15,7 +15,7 @@ from torch import Tensor
 from REC.hub.layout import EXTRAS, Layout, check_tensors, open_side
 from REC.model.folder import EXTRA_FILE
 from REC.utils.errors import InputError, brief
-from REC.utils.progress import Meter, meter
+from REC.utils.progress import Meter
 
 INDEX_FILE = "model.safetensors.index.json"
 
@@ -54,7 +54,7 @@ def write_weights(
         filename_pattern="model{suffix}.safetensors",
         max_shard_size=shard_bytes,
     )
-    with meter("converting", len(layout.shapes), "tensors") as shown:
+    with Meter("converting", len(layout.shapes), "tensors") as shown:
         for file, names in plan.filename_to_tensors.items():
             _write_shard(folder / file, names, checkpoint, layout, dtype, shown)
     if plan.is_sharded:

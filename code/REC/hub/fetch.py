@@ -32,7 +32,7 @@ from huggingface_hub.utils import WeakFileLock, build_hf_headers
 
 from REC.utils.errors import InputError, brief
 from REC.utils.files import sha256
-from REC.utils.progress import Meter, meter
+from REC.utils.progress import Meter
 
 log = logging.getLogger(__name__)
 
@@ -279,7 +279,7 @@ class _ByteCount:
 
 @contextlib.contextmanager
 def _byte_meter(task: str, total: int, done: int = 0) -> Any:
-    with meter(task, total // MB, "MB", enabled=total >= _SMALL_BYTES) as shown:
+    with Meter(task, total // MB, "MB", enabled=total >= _SMALL_BYTES) as shown:
         yield _ByteCount(shown, done)
 
 

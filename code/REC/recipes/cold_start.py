@@ -21,7 +21,7 @@ from REC.evaluator.metrics import per_user
 from REC.model.reference import build_reference
 from REC.recipes.open_run import OpenRun, open_run
 from REC.utils.errors import InputError, one_line
-from REC.utils.progress import meter
+from REC.utils.progress import Meter
 
 log = logging.getLogger(__name__)
 
@@ -201,7 +201,7 @@ def _models(run: OpenRun) -> list[tuple[str, Callable[[], Scorer]]]:
 def _rank(
     run: OpenRun, evaluator: Evaluator, scorer: Scorer, task: str
 ) -> dict[str, dict[str, float]]:
-    with meter(f"ranking: {task}", evaluator.own_users, "users", run.config.show_progress) as bar:
+    with Meter(f"ranking: {task}", evaluator.own_users, "users", run.config.show_progress) as bar:
         found = evaluator.run(
             scorer, run.fabric.device, on_batch=bar.advance, autocast=run.fabric.autocast
         )

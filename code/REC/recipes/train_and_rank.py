@@ -65,7 +65,7 @@ from REC.utils import environment
 from REC.utils.errors import InputError, Interrupted
 from REC.utils.lock import locked
 from REC.utils.processes import Processes
-from REC.utils.progress import format_seconds, meter
+from REC.utils.progress import Meter, format_seconds
 from REC.utils.signals import StopSignals
 
 log = logging.getLogger(__name__)
@@ -264,7 +264,7 @@ def evaluate(
         scorer.eval()
     shown = config.show_progress and fabric.is_global_zero
     share = " (share of process 0)" if fabric.world_size > 1 else ""
-    with meter(f"{task}{share}", evaluator.own_users, "users", shown, device=fabric.device) as bar:
+    with Meter(f"{task}{share}", evaluator.own_users, "users", shown, device=fabric.device) as bar:
         try:
             return evaluator.run(
                 scorer,

@@ -45,7 +45,7 @@ from REC.trainer.zero import whole_parameters
 from REC.utils.errors import InputError
 from REC.utils.files import remove
 from REC.utils.processes import Processes
-from REC.utils.progress import meter
+from REC.utils.progress import Meter
 from REC.utils.signals import StopSignals
 
 log = logging.getLogger(__name__)
@@ -236,7 +236,7 @@ class Trainer:
         accumulation = config.gradient_accumulation_steps
         steps = config.epochs * steps_per_epoch(len(batches), accumulation)
         total = batches.sequences(len(batches))
-        with meter(task, total, "sequences", shown, device=self.fabric.device) as bar:
+        with Meter(task, total, "sequences", shown, device=self.fabric.device) as bar:
             bar.skip(batches.sequences(state.batch))
             for group, positions in step_groups(self.fabric, stream, accumulation):
                 rate = float(self.schedule.get_last_lr()[0])

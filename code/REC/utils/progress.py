@@ -6,7 +6,7 @@ import logging
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from types import TracebackType
 
 import torch
 from rich.console import Console, RenderableType
@@ -24,6 +24,8 @@ SECONDS_BETWEEN_FRAMES = 0.25
 
 class Meter:
     """Counts finished units of one task and shows them, with rates, memory and the time left.
+
+    Leaving its `with` block takes the bar away.
 
     Rates are means since the start. Counting is a few additions; text is made only when something
     is shown.
@@ -109,6 +111,17 @@ class Meter:
         if self._display is not None:
             self._display.stop()
 
+    def __enter__(self) -> Meter:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
     def _rates(self, now: float) -> Iterator[str]:
         seconds = max(now - self._began, 1e-9)
         yield f"{(self.done - self._skipped) / seconds:,.1f} {self.unit}/s"
@@ -169,24 +182,6 @@ class _Display(Progress):
 def _can_animate() -> bool:
     console = Console(stderr=True)
     return sys.stderr.isatty() and console.is_terminal and not console.is_dumb_terminal
-
-
-@contextmanager
-def meter(
-    task: str,
-    total: int,
-    unit: str,
-    enabled: bool = True,
-    *,
-    device: torch.device | None = None,
-    tokens: int | None = None,
-) -> Iterator[Meter]:
-    """Show a `Meter` for the length of a block."""
-    shown = Meter(task, total, unit, enabled, device=device, tokens=tokens)
-    try:
-        yield shown
-    finally:
-        shown.close()
 
 
 def format_seconds(seconds: float) -> str:

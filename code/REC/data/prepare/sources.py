@@ -15,7 +15,7 @@ from typing import BinaryIO, cast
 from REC.data.csv_rows import MAX_FIELD, RowProblems
 from REC.utils.errors import InputError, brief
 from REC.utils.files import require_file
-from REC.utils.progress import meter
+from REC.utils.progress import Meter
 
 _GZIP = b"\x1f\x8b"
 _BOM = b"\xef\xbb\xbf"
@@ -54,7 +54,7 @@ class Source:
             with ExitStack() as stack:
                 stream, position, size = self._open(stack)
                 megabytes = max(1, size // 10**6)
-                bar = stack.enter_context(meter(task, megabytes, "MB", enabled=bool(task)))
+                bar = stack.enter_context(Meter(task, megabytes, "MB", enabled=bool(task)))
                 for number, line in enumerate(_lines(stream), start=1):
                     if number == 1:
                         line = line.removeprefix(_BOM)

@@ -16,7 +16,7 @@ from REC.data.prepare.rows import Item
 from REC.data.prepare.table import Table
 from REC.utils.errors import InputError
 from REC.utils.files import atomic_path
-from REC.utils.progress import meter
+from REC.utils.progress import Meter
 from REC.utils.signals import StopSignals
 
 TEXT_COLUMNS = ("item_id", "title", "tag", "description")
@@ -89,7 +89,7 @@ def write_interactions(path: Path, table: Table) -> None:
     item_ids, user_ids = (np.array(ids, dtype=object) for ids in (table.item_ids, table.user_ids))
     with (
         path.open("w", encoding="utf-8", newline="") as stream,
-        meter("writing interactions", len(table), "rows") as bar,
+        Meter("writing interactions", len(table), "rows") as bar,
     ):
         for begin in range(0, len(table), _ROWS_AT_ONCE):
             rows = slice(begin, begin + _ROWS_AT_ONCE)
