@@ -58,6 +58,19 @@ def test_chunked_scores_equal_the_plain_product() -> None:
 
 
 @pytest.mark.parametrize(
+    ("dim", "budget", "device", "wanted"),
+    [
+        (2048, 1 << 28, "cpu", 256),
+        (2048, 1 << 28, "cuda", 8192),
+        (2048, 1 << 20, "cpu", 32),
+        (2048, 1, "cpu", 1),
+    ],
+)
+def test_items_prepared_at_once(dim: int, budget: int, device: str, wanted: int) -> None:
+    assert ranking.items_at_a_time(dim, budget, torch.device(device)) == wanted
+
+
+@pytest.mark.parametrize(
     ("name", "wanted"),
     [
         ("Recall", 2 / 4),

@@ -52,6 +52,22 @@ def test_states_equal_plain_transformers_on_the_item_vectors(llama: Path) -> Non
         torch.testing.assert_close(model.encoder(history), wanted)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_scoring_normalises_items_and_leaves_the_table_alone(
+    llama: Path, dtype: torch.dtype
+) -> None:
+    model = build(llama, None).eval()
+    model.encoder.items = ItemTable(model.encoder.items.slice(0, 21).to(dtype), "none")
+    before = model.encoder.items.slice(0, 21).clone()
+    with torch.no_grad():
+        scored = model.item_slice(3, 9)
+        single = model.item_vectors(torch.arange(3, 9))
+    wanted = before[3:9].double() / before[3:9].double().norm(dim=1, keepdim=True)
+    torch.testing.assert_close(scored, wanted.float())
+    assert torch.equal(scored, single)
+    assert torch.equal(model.encoder.items.slice(0, 21), before)
+
+
 def test_padding_and_batch_mates_change_nothing(llama: Path) -> None:
     model = build(llama, None).eval()
     with torch.no_grad():

@@ -258,7 +258,7 @@ class Evaluator:
         most = self._users_at_a_time(scorer, dim)
         # Parts of equal size: a last part of a few users would cost as much as a full one.
         size = -(-len(users) // -(-len(users) // most))
-        at_a_time = ranking.items_at_a_time(dim, self.protocol.budget_bytes)
+        at_a_time = ranking.items_at_a_time(dim, self.protocol.budget_bytes, users.device)
         buffer = users.new_empty((size, scorer.num_items + 1))
         found = []
         for start in range(0, len(users), size):

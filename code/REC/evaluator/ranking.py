@@ -17,6 +17,10 @@ from REC.data.interactions import PAD
 
 ItemSlice = Callable[[int, int], Tensor]
 
+# 2 MB of float32 vectors at 2,048 dimensions. Larger pieces leave the processor's caches, and the C
+# library's allocator then asks the system for fresh pages again and again.
+_ITEMS_IN_CACHE = 256
+
 
 def full_scores(
     users: Tensor,
@@ -41,7 +45,9 @@ def full_scores(
     scores = users.new_empty((len(users), num_items + 1)) if out is None else out[: len(users)]
     for start in range(0, num_items + 1, items_at_a_time):
         end = min(start + items_at_a_time, num_items + 1)
-        torch.mm(users, item_slice(start, end).T, out=scores[:, start:end])
+        # Items times users: the CPU's matrix product is a quarter slower the other way round.
+        # `contiguous` turns it in blocks, which writing into a slice of `scores` would not.
+        scores[:, start:end] = (item_slice(start, end) @ users.T).T.contiguous()
     scores[:, PAD] = -torch.inf
     return scores
 
@@ -97,9 +103,11 @@ def users_at_a_time(num_items: int, budget_bytes: int, dim: int = 0) -> int:
     return max(1, budget_bytes // (4 * (num_items + 1 + dim)))
 
 
-def items_at_a_time(dim: int, budget_bytes: int) -> int:
-    """Return how many item vectors fit in a quarter of a budget: at least 1.
+def items_at_a_time(dim: int, budget_bytes: int, device: torch.device) -> int:
+    """Return how many item vectors to prepare at once: at least 1.
 
-    A quarter, since normalising them holds a copy or two beside them.
+    As many as fit in a quarter of the budget, since normalising them holds a copy or two beside
+    them; on the CPU no more than its caches hold between normalising and scoring.
     """
-    return max(1, budget_bytes // (16 * dim))
+    fitting = max(1, budget_bytes // (16 * dim))
+    return min(fitting, _ITEMS_IN_CACHE) if device.type == "cpu" else fitting

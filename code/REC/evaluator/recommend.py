@@ -92,7 +92,7 @@ def _best(
             vectors[first : first + size],
             scorer.item_slice,
             scorer.num_items,
-            ranking.items_at_a_time(dim, budget_bytes),
+            ranking.items_at_a_time(dim, budget_bytes, device),
         )
         if exclude_seen:
             own = (owner >= first) & (owner < first + size)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from REC.data.dataset import TrainBatch
@@ -186,9 +187,10 @@ class Recommender(nn.Module):
         return self._for_scoring(self.encoder.items(items))
 
     def _for_scoring(self, vectors: Tensor) -> Tensor:
-        if self.settings.similarity == "cosine":
-            return losses.normalize(vectors)
-        return vectors.float()
+        if self.settings.similarity != "cosine":
+            return vectors.float()
+        own = vectors.to(torch.float32, copy=True)
+        return F.normalize(own, dim=-1, out=own)
 
     @property
     def num_items(self) -> int:
