@@ -1,3 +1,4 @@
+# PYTHON_ARGCOMPLETE_OK
 """Fetch HLLM's pretrained checkpoint and write its UserLLM as a transformers model folder."""
 
 from __future__ import annotations
@@ -9,13 +10,16 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent / "code"))
 
 from REC.hub.options import parse_options
-from REC.recipes.import_hllm import import_checkpoint
 from REC.utils.errors import EXIT_OK, run_program
 
 
 def main(argv: Sequence[str]) -> int:
     """Run the program with its arguments and return the exit code."""
-    import_checkpoint(parse_options("user", argv, __doc__ or ""))
+    options = parse_options("user", argv, __doc__ or "")
+    # Imported here, so that --help and a mistyped option need not wait for torch.
+    from REC.recipes.import_hllm import import_checkpoint
+
+    import_checkpoint(options)
     return EXIT_OK
 
 

@@ -1,3 +1,4 @@
+# PYTHON_ARGCOMPLETE_OK
 """Encode a dataset's items once with the ItemLLM and write the item cache."""
 
 from __future__ import annotations
@@ -9,8 +10,6 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent / "code"))
 
 from REC.config.program import program_config
-from REC.recipes.cache_items import write_item_cache
-from REC.recipes.check import check_caching, quick_caching_problems
 from REC.utils.errors import EXIT_OK, refuse, run_program
 
 EXAMPLES = (
@@ -24,6 +23,10 @@ def main(argv: Sequence[str]) -> int:
     config = program_config(argv, "item_caching.py", __doc__ or "", EXAMPLES)
     if config is None:
         return EXIT_OK
+    # Imported here, so that --help and a mistyped option need not wait for torch.
+    from REC.recipes.cache_items import write_item_cache
+    from REC.recipes.check import check_caching, quick_caching_problems
+
     if config.check:
         check_caching(config)
     else:

@@ -1,3 +1,4 @@
+# PYTHON_ARGCOMPLETE_OK
 """Measure how a finished run ranks items that were held out from its data."""
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from REC.config.options import Parser, add_places, places
-from REC.recipes.cold_start import cold_start, markdown
 from REC.utils.errors import EXIT_OK, run_program
 from REC.utils.logs import set_up_logging
 
@@ -35,6 +35,9 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--json", action="store_true", help="print JSON and nothing else")
     add_places(parser)
     options = parser.parse_args(argv)
+    # Imported here, so that --help and a mistyped option need not wait for torch.
+    from REC.recipes.cold_start import cold_start, markdown
+
     set_up_logging()
     rows = cold_start(options.run, options.dataset, {"show_progress": True, **places(options)})
     text = json.dumps(rows, indent=2) + "\n" if options.json else markdown(rows)

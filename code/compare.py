@@ -1,3 +1,4 @@
+# PYTHON_ARGCOMPLETE_OK
 """Print and save the table of several runs, with intervals and paired tests."""
 
 from __future__ import annotations
@@ -9,7 +10,6 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from REC.config.options import Parser
-from REC.report.compare import load_comparison, markdown, save_comparison
 from REC.utils.errors import EXIT_OK, run_program
 
 EXAMPLES = (
@@ -30,6 +30,9 @@ def main(argv: Sequence[str]) -> int:
         "--out", help="folder of comparison.md, .csv and .png (default: the last run's folder)"
     )
     args = parser.parse_args(argv)
+    # Imported here, so that --help and a mistyped option need not wait for torch.
+    from REC.report.compare import load_comparison, markdown, save_comparison
+
     comparison = load_comparison(args.runs)
     sys.stdout.write(markdown(comparison))
     paths = save_comparison(comparison, Path(args.out or args.runs[-1]))

@@ -1,3 +1,4 @@
+# PYTHON_ARGCOMPLETE_OK
 """Export a fine-tuned UserLLM: a plain model folder, or the adapter, with a model card."""
 
 from __future__ import annotations
@@ -5,12 +6,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import get_args
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from REC.config.options import Parser, add_places, places, true_or_false
-from REC.data.cache import DTYPES
-from REC.recipes.export import ExportOptions, export
+from REC.config.schema import DType
 from REC.utils.errors import EXIT_OK, run_program
 from REC.utils.logs import set_up_logging
 
@@ -35,7 +36,7 @@ def main(argv: Sequence[str]) -> int:
     )
     parser.add_argument(
         "--dtype",
-        choices=tuple(DTYPES),
+        choices=get_args(DType),
         default="bfloat16",
         help="number type of merged weights (default: %(default)s)",
     )
@@ -56,6 +57,9 @@ def main(argv: Sequence[str]) -> int:
     )
     add_places(parser)
     args = parser.parse_args(list(argv))
+    # Imported here, so that --help and a mistyped option need not wait for torch.
+    from REC.recipes.export import ExportOptions, export
+
     set_up_logging()
     out = export(
         ExportOptions(

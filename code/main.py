@@ -1,3 +1,4 @@
+# PYTHON_ARGCOMPLETE_OK
 """Evaluate or fine-tune the UserLLM, or a reference model, on cached item embeddings."""
 
 from __future__ import annotations
@@ -9,9 +10,6 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from REC.config.program import program_config
-from REC.recipes.check import check_run, quick_problems
-from REC.recipes.dry_run import dry_run
-from REC.recipes.train_and_rank import run
 from REC.utils.errors import EXIT_OK, refuse, run_program
 
 _START = (
@@ -32,6 +30,11 @@ def main(argv: Sequence[str]) -> int:
     config = program_config(argv, "python code/main.py", __doc__ or "", EXAMPLES)
     if config is None:
         return EXIT_OK
+    # Imported here, so that --help and a mistyped option need not wait for torch.
+    from REC.recipes.check import check_run, quick_problems
+    from REC.recipes.dry_run import dry_run
+    from REC.recipes.train_and_rank import run
+
     if config.check:
         check_run(config)
     elif config.dry_run:

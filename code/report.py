@@ -1,3 +1,4 @@
+# PYTHON_ARGCOMPLETE_OK
 """Write the report of one or more finished runs: one HTML page that needs nothing beside it."""
 
 from __future__ import annotations
@@ -9,7 +10,6 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from REC.config.options import Parser, add_places, places
-from REC.recipes.write_report import write_report
 from REC.utils.errors import EXIT_OK, InputError, run_program
 from REC.utils.logs import set_up_logging
 
@@ -52,6 +52,9 @@ def main(argv: Sequence[str]) -> int:
     for name in ("examples", "seed"):
         if getattr(args, name) < 0:
             raise InputError(f"--{name} is {getattr(args, name)}; give a number from 0 up.")
+    # Imported here, so that --help and a mistyped option need not wait for torch.
+    from REC.recipes.write_report import write_report
+
     set_up_logging()
     target = write_report(
         args.runs,

@@ -1,3 +1,4 @@
+# PYTHON_ARGCOMPLETE_OK
 """Search configuration keys with Optuna, on the validation users only."""
 
 from __future__ import annotations
@@ -9,8 +10,6 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from REC.config.options import Parser
-from REC.recipes.sweep import sweep
-from REC.recipes.sweep_plan import read_plan
 from REC.utils.errors import EXIT_OK, run_program
 from REC.utils.logs import set_up_logging
 
@@ -26,6 +25,10 @@ def main(argv: Sequence[str]) -> int:
         help="what is searched; the same command again goes on where it was interrupted",
     )
     args = parser.parse_args(list(argv))
+    # Imported here, so that --help and a mistyped option need not wait for torch.
+    from REC.recipes.sweep import sweep
+    from REC.recipes.sweep_plan import read_plan
+
     set_up_logging()
     sweep(read_plan(args.plan))
     return EXIT_OK

@@ -18,8 +18,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 TARGET = ROOT / "requirements-lowest.txt"
 # They take no part in the test run on the lowest versions: some look at the code, and the tests of
-# the pages and of sweeps are not among those.
-LINTERS = {"ruff", "mypy", "pandas-stubs", "types-pyyaml", "selenium", "optuna"}
+# the pages, of sweeps and of completion are not among those.
+LINTERS = {"ruff", "mypy", "pandas-stubs", "types-pyyaml", "selenium", "optuna", "argcomplete"}
 _LINE = re.compile(r"([A-Za-z0-9._-]+)\s*(>=|==)\s*([0-9][0-9A-Za-z.]*)(?:,<[0-9.]+)?")
 
 

@@ -8,6 +8,7 @@ import json
 import re
 import runpy
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 
@@ -53,6 +54,27 @@ def test_every_program_has_help_with_examples(
     shown = help_of(program, capsys)
     examples = shown[shown.index("examples:") :].splitlines()[1:]
     assert examples[0].strip().startswith(f"python {program}")
+
+
+def test_help_and_a_mistyped_option_do_not_wait_for_torch() -> None:
+    code = (
+        "import runpy, sys\n"
+        "sys.modules['torch'] = None\n"  # any import of it now fails
+        "programs = sys.argv[1:]\n"
+        "for option, wanted in (('--help', 0), ('--no_such_option', 2)):\n"
+        "    for program in programs:\n"
+        "        sys.argv = [program, option]\n"
+        "        try:\n"
+        "            runpy.run_path(program, run_name='__main__')\n"
+        "        except SystemExit as ended:\n"
+        "            assert ended.code == wanted, (program, ended.code)\n"
+    )
+    ours = [program for program in programs() if program != "demo/run.py"]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *ours], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("error: ") == len(ours)
 
 
 def commands() -> list[tuple[str, list[str]]]:

@@ -12,6 +12,8 @@ from pydantic import BaseModel
 from REC.config.loader import NUMBERS
 from REC.config.schema import Config
 
+_OPEN_KINDS = ("text", "integer", "number")
+
 
 def describe_type(annotation: Any) -> str:
     """Say a field's type in words a user of YAML understands."""
@@ -76,6 +78,17 @@ def help_text(
             lines.append(f"  --{name}  ({kind}; default {default})")
             lines.append(f"      {description}")
     return "\n".join(lines) + "\n"
+
+
+def key_values() -> list[tuple[str, list[str]]]:
+    """Return every key with the values that it may have, none when they are not a short list."""
+    found = []
+    for rows in _rows().values():
+        for name, kind, _, _ in rows:
+            few = " | " in kind and not kind.startswith("list of ")
+            words = [word for word in kind.split(" | ") if word not in _OPEN_KINDS]
+            found.append((name, words if few and len(words) == len(kind.split(" | ")) else []))
+    return found
 
 
 def key_table() -> str:

@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
+from REC.config.completion import answer_shell
 from REC.utils.errors import InputError
 
 # Keys of a run's configuration that say where things are; they do not enter its numbers.
@@ -37,6 +38,13 @@ class Parser(argparse.ArgumentParser):
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
+
+    def parse_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, namespace: Any = None
+    ) -> argparse.Namespace:
+        """Parse as argparse does, or answer a shell that asks how a word could end."""
+        answer_shell(self)
+        return super().parse_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
         """Raise instead of printing the usage.

@@ -6,13 +6,12 @@ import logging
 import sys
 from collections.abc import Sequence
 
-import torch
-
-from REC.config.help import dump_config, help_text
+from REC.config.completion import answer_shell, key_parser
+from REC.config.help import dump_config, help_text, key_values
 from REC.config.loader import load_config, parse_command_line
 from REC.config.schema import Config
 from REC.utils.logs import set_up_logging
-from REC.utils.processes import global_rank
+from REC.utils.torchrun import global_rank
 
 log = logging.getLogger(__name__)
 
@@ -29,6 +28,7 @@ def program_config(
     Raises:
         InputError: the command line or a YAML file is not a valid configuration.
     """
+    answer_shell(key_parser(program, key_values()))
     line = parse_command_line(argv)
     speaks = global_rank() == 0
     if line.show_help:
@@ -42,5 +42,8 @@ def program_config(
     for warning in warnings:
         log.warning(warning)
     if config.num_threads is not None:
+        # Here, so that --help and a mistyped key need not wait for torch.
+        import torch
+
         torch.set_num_threads(config.num_threads)
     return config

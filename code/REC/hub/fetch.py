@@ -97,11 +97,6 @@ class HubFile:
         return f"{self.name} of {self.repo}"
 
 
-def default_cache() -> Path:
-    """Return the user's Hugging Face cache folder."""
-    return Path(constants.HF_HUB_CACHE)
-
-
 def look_up(repo: str, name: str, revision: str, cache: Path) -> HubFile:
     """Ask the hub, or the cache when the hub is out of reach, for a file without fetching it.
 

@@ -7,11 +7,15 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, get_args
+
+from huggingface_hub import constants
 
 from REC.config.options import Parser
-from REC.data.cache import DTYPES
-from REC.hub.fetch import default_cache
-from REC.hub.layout import Side
+from REC.config.schema import DType
+
+if TYPE_CHECKING:
+    from REC.hub.layout import Side
 
 DEFAULT_REPO = "ByteDance/HLLM"
 DEFAULT_FILE = "1B_Pixel8M/pytorch_model.bin"
@@ -59,7 +63,7 @@ def parse_options(side: Side, argv: Sequence[str], summary: str) -> ImportOption
         base_repo=args.base_repo,
         base_revision=args.base_revision,
         base_dir=Path(args.base_dir) if args.base_dir else None,
-        cache=Path(args.cache_dir or default_cache()).expanduser().absolute(),
+        cache=Path(args.cache_dir or constants.HF_HUB_CACHE).expanduser().absolute(),
         dtype=args.dtype,
         shard_bytes=args.max_shard_size,
         force=args.force,
@@ -87,7 +91,7 @@ def _parser(side: Side, summary: str) -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--dtype",
-        choices=DTYPES,
+        choices=get_args(DType),
         default="bfloat16",
         help="number type of the weights written (default: %(default)s, which HLLM computed in and "
         "whose range holds every float32 weight; float32 for --precision 32-true or to train all "

@@ -20,8 +20,9 @@ from REC.model.item_llm import ItemEncoder, load_item_encoder, model_fingerprint
 from REC.trainer.fabric import attention_kernel, choose_device, compute_dtype
 from REC.utils.errors import InputError, Interrupted
 from REC.utils.files import remove
-from REC.utils.processes import Processes, join_processes, local_rank
+from REC.utils.processes import Processes, join_processes
 from REC.utils.signals import StopSignals
+from REC.utils.torchrun import local_rank
 
 log = logging.getLogger(__name__)
 

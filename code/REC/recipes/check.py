@@ -43,7 +43,7 @@ from REC.trainer.fabric import attention_kernel, check_device, choose_device, co
 from REC.trainer.wandb_log import load_wandb
 from REC.utils.errors import InputError, problems_of, refuse
 from REC.utils.files import free_bytes, is_file
-from REC.utils.processes import global_rank
+from REC.utils.torchrun import global_rank
 
 # Beside what a run's own files need: logs, tensorboard, result, an adapter.
 _SPARE_BYTES = 64 << 20

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from rich.cells import cell_len
 
-from REC.config.options import Parser, add_places, places, true_or_false
+from REC.config.options import places
 from REC.data.interactions import PAD
 from REC.evaluator.evaluator import Scorer
 from REC.recipes.new_items import add_items
@@ -22,60 +22,6 @@ from REC.utils.errors import InputError, one_line
 
 # What the text output shows of a history, and of a title.
 _SHOWN_HISTORY, _SHOWN_TITLE = 5, 70
-
-
-def add_options(parser: Parser) -> None:
-    """Add the program's options to its parser."""
-    parser.add_argument("--run", metavar="RUN_DIR", required=True, help="folder that main.py made")
-    parser.add_argument(
-        "--user",
-        metavar="ID",
-        help="recommend to this user of the data, from all of the user's items, those included "
-        "that were held out to evaluate the model",
-    )
-    parser.add_argument(
-        "--history",
-        metavar="ID,ID,...",
-        help="recommend for these items, oldest first; ids are separated by commas",
-    )
-    parser.add_argument(
-        "--topk", type=_positive, default=10, metavar="K", help="items to recommend (default: 10)"
-    )
-    parser.add_argument(
-        "--exclude_seen",
-        type=true_or_false,
-        default=True,
-        metavar="True|False",
-        help="leave the history's items out (default: True)",
-    )
-    parser.add_argument(
-        "--model",
-        metavar="NAME",
-        help="which of the run's models: untrained or fine-tuned (default: fine-tuned, where the "
-        "run has one)",
-    )
-    parser.add_argument(
-        "--add_items",
-        metavar="FILE.csv",
-        help="items that the data does not have, with the columns item_id and text_keys: they are "
-        "encoded with the ItemLLM and recommended along with the others",
-    )
-    parser.add_argument("--json", action="store_true", help="print JSON and nothing else")
-    page = parser.add_argument_group("a page to look at, instead of one answer")
-    page.add_argument(
-        "--serve",
-        type=int,
-        metavar="PORT",
-        help="serve a local page on this port (0: a free one): put a history together or take a "
-        "user's, and see the run's models side by side; Ctrl-C ends it",
-    )
-    page.add_argument(
-        "--host",
-        default="127.0.0.1",
-        help="name or address to serve on (default: %(default)s, this machine only; there is no "
-        "password)",
-    )
-    add_places(parser)
 
 
 def run_recommend(options: argparse.Namespace) -> None:
@@ -224,13 +170,3 @@ def _columns(rows: Sequence[Sequence[str]]) -> list[str]:
 
 def _shown(text: str) -> str:
     return one_line(text, _SHOWN_TITLE)
-
-
-def _positive(text: str) -> int:
-    try:
-        value = int(text)
-    except ValueError:
-        value = 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number of at least 1")
-    return value

@@ -26,9 +26,9 @@ from REC.utils.errors import InputError, Interrupted, brief, problems_of, refuse
 from REC.utils.files import is_file, remove
 from REC.utils.lock import locked
 from REC.utils.logs import set_up_logging
-from REC.utils.processes import world_size
 from REC.utils.progress import format_seconds
 from REC.utils.signals import StopSignals
+from REC.utils.torchrun import world_size
 
 if TYPE_CHECKING:
     import optuna

@@ -28,7 +28,8 @@ from REC.trainer.zero import (
     uses_deepspeed,
 )
 from REC.utils.errors import InputError
-from REC.utils.processes import TIMEOUT, world_size
+from REC.utils.processes import TIMEOUT
+from REC.utils.torchrun import world_size
 
 Precision = Literal["bf16-mixed", "bf16-true", "16-mixed", "32-true"]
 

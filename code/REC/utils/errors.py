@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 
+from REC.utils.torchrun import world_size
+
 EXIT_OK = 0
 EXIT_FAILURE = 1
 EXIT_BAD_INPUT = 2
@@ -97,27 +99,37 @@ def run_program(main: Callable[[Sequence[str]], int], argv: Sequence[str] | None
         process of the run has gone. Any other exception is a defect of the program and keeps its
         traceback.
     """
-    # Here, since it needs this module's InputError.
-    from REC.utils.processes import is_lost_process, say_once
-
     try:
         return main(sys.argv[1:] if argv is None else argv)
     except InputError as error:
         for problem in problems_of(error):
-            say_once(f"error: {one_line(problem)}")
+            _say_once(f"error: {one_line(problem)}")
         return EXIT_BAD_INPUT
     except Interrupted as stop:
-        say_once(f"interrupted: {stop}")
+        _say_once(f"interrupted: {stop}")
         return stop.exit_code
     except KeyboardInterrupt:
-        say_once("interrupted")
+        _say_once("interrupted")
         return EXIT_SIGINT
     except RuntimeError as error:
+        from REC.utils.processes import is_lost_process
+
         if not is_lost_process(error):
             raise
-        say_once(
+        _say_once(
             "error: another process of this run has ended or does not answer, so the run stops; "
             "the lines above or torchrun's summary below say which one and why.",
             at_once=True,
         )
         return EXIT_FAILURE
+
+
+def _say_once(line: str, *, at_once: bool = False) -> None:
+    if world_size() == 1:
+        sys.stderr.write(f"{line}\n")
+        sys.stderr.flush()
+        return
+    # Here, since torch takes seconds to import and a mistyped option should not.
+    from REC.utils.processes import say_once
+
+    say_once(line, at_once=at_once)

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 from torch import distributed as dist
 
 from REC.utils.errors import InputError
+from REC.utils.torchrun import global_rank, world_size
 
 T = TypeVar("T")
 
@@ -23,21 +24,6 @@ T = TypeVar("T")
 # to be longer than anything that one process does alone, such as writing a large model.
 TIMEOUT = timedelta(minutes=30)
 _PATIENCE = timedelta(seconds=5)
-
-
-def global_rank() -> int:
-    """Return this process's number among all, 0 without torchrun."""
-    return int(os.environ.get("RANK", "0"))
-
-
-def world_size() -> int:
-    """Return the number of processes that torchrun started, 1 without it."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def local_rank() -> int:
-    """Return this process's number among those of its machine, 0 without torchrun."""
-    return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
 from REC.utils.environment import current_memory, peak_memory
-from REC.utils.processes import global_rank
+from REC.utils.torchrun import global_rank
 
 log = logging.getLogger(__name__)
 

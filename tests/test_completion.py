@@ -1,0 +1,64 @@
+"""Shell completion: what a shell gets that asks as argcomplete's script does."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.helpers import ROOT
+
+pytest.importorskip("argcomplete", reason="argcomplete is not installed (requirements-extra.txt)")
+
+
+def offered(words: str, tmp_path: Path) -> list[str]:
+    """Return the completions of a command line `python PROGRAM ...` with the cursor at its end."""
+    line = f"python {words}"
+    answer = tmp_path / "answer"
+    asking = {
+        "_ARGCOMPLETE": "2",  # the program is the second word
+        "_ARGCOMPLETE_IFS": "\n",
+        "_ARGCOMPLETE_STDOUT_FILENAME": str(answer),
+        "COMP_LINE": line,
+        "COMP_POINT": str(len(line)),
+        "COMP_TYPE": "9",
+    }
+    program = ROOT / words.split()[0]
+    # The answer must not need torch: a folder in front of it on the path would be imported instead.
+    (tmp_path / "torch.py").write_text("raise ImportError('torch is not for completion')\n")
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, str(program)],
+        env={**os.environ, **asking, "PYTHONPATH": path},
+        cwd=ROOT,
+        capture_output=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return [word.strip() for word in answer.read_text().split("\n") if word.strip()]
+
+
+@pytest.mark.parametrize(
+    ("words", "wanted"),
+    [
+        ("code/main.py --MAX_IT", ["--MAX_ITEM_LIST_LENGTH"]),
+        ("code/main.py --qlora_quant_type ", ["nf4", "fp4", "int8", "none"]),
+        ("code/main.py --val_only T", ["True"]),
+        ("item_caching.py --optim_args.l", ["--optim_args.learning_rate"]),
+        ("code/recommend.py --exc", ["--exclude_seen"]),
+        ("code/export.py --format ", ["merged", "adapter"]),
+        ("prepare_data.py hold", ["hold-out"]),
+        ("download_userllm.py --dt", ["--dtype"]),
+    ],
+)
+def test_keys_options_and_values_are_offered(words: str, wanted: list[str], tmp_path: Path) -> None:
+    assert offered(words, tmp_path) == wanted
+
+
+def test_programs_say_that_they_take_part() -> None:
+    for program in (*ROOT.glob("*.py"), *(ROOT / "code").glob("*.py")):
+        assert "PYTHON_ARGCOMPLETE_OK" in program.read_text(encoding="utf-8")[:1024], program
