@@ -9,6 +9,7 @@ import json
 import logging
 import re
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -486,3 +487,15 @@ def test_the_real_wandb_offline(project: Project, monkeypatch: pytest.MonkeyPatc
     folder = project.root / "saved" / "run"
     name = (folder / ID_FILE).read_text().strip()
     assert list(folder.glob(f"wandb/offline-run-*-{name}/run-{name}.wandb"))
+
+
+def test_libraries_deprecations_stay_off_the_terminal_and_ours_do_not() -> None:
+    def warned(module: str) -> int:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.resetwarnings()
+            set_up_logging()
+            warnings.warn_explicit("soon gone", FutureWarning, "file.py", 1, module)
+        return len(caught)
+
+    assert [warned("transformers.modeling_utils"), warned("torch")] == [0, 0]
+    assert [warned("torchmetrics"), warned("REC.data.cache")] == [1, 1]

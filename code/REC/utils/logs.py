@@ -17,6 +17,7 @@ _NOISY = (
     "matplotlib",
     "urllib3",
 )
+_LIBRARIES = r"(bitsandbytes|deepspeed|lightning|peft|torch|transformers)(\.|$)"
 
 
 class _Terminal(logging.StreamHandler[TextIO]):
@@ -53,6 +54,9 @@ def set_up_logging(log_file: Path | None = None, *, quiet: bool = False) -> None
         log_file: appended to.
         quiet: errors only, for the processes after the first: they would repeat every line.
     """
+    # What libraries have to say to each other's authors: nothing a run's user can mend.
+    for category in (FutureWarning, DeprecationWarning):
+        warnings.filterwarnings("ignore", category=category, module=_LIBRARIES)
     if quiet:
         warnings.simplefilter("ignore")
     handlers: list[logging.Handler] = [_Terminal()]
