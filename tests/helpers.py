@@ -57,9 +57,12 @@ def make_dataset(
     return root
 
 
-def make_cache(path: Path, *, items: int = 20, dim: int = 64, seed: int = 0) -> Path:
+def make_cache(
+    path: Path, *, items: int = 20, dim: int = 64, seed: int = 0, pooling: str | None = None
+) -> Path:
     """Write a native item cache of random vectors for the items of `make_dataset`."""
     generator = torch.Generator().manual_seed(seed)
     vectors = torch.randn(items, dim, generator=generator)
-    save_cache(path, [f"i{n}" for n in range(items)], vectors, {"model": "random"})
+    metadata = {"model": "random"} | ({} if pooling is None else {"pooling": pooling})
+    save_cache(path, [f"i{n}" for n in range(items)], vectors, metadata)
     return path

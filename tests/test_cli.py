@@ -63,6 +63,20 @@ def test_fine_tuning_learns_and_reports_the_gain(project: Project) -> None:
     assert len(result(project, "tiny-qlora")["training"]["history"]) <= 12
 
 
+def test_plain_items_are_warned_of_and_the_shipped_settings_mend_it(project: Project) -> None:
+    path = project.root / "dataset" / "tiny_item_embeddings.safetensors"
+    make_cache(path, pooling="mean")
+    code, _, err = project.run(*TRAIN, "--epochs", "1")
+    assert code == 0, err
+    assert "the item cache is mean-pooled" in err
+    files = [f"{ROOT}/code/{name}" for name in ("overall/LLM_ddp.yaml", "HLLM/HLLM.yaml")]
+    files.append(f"{ROOT}/code/HLLM/plain_llm.yaml")
+    code, _, err = project.run("--config_file", *files, "--use_qlora", "True", "--epochs", "1")
+    assert code == 0, err
+    assert "the item cache is mean-pooled" not in err
+    assert result(project, "tiny-qlora-2")["config"]["item_adapter"] == "linear"
+
+
 def test_the_untrained_row_is_the_baseline_run(project: Project) -> None:
     project.run("--val_only", "True")
     project.run(*TRAIN, "--epochs", "1")
@@ -271,6 +285,7 @@ def test_compare_prints_and_saves_the_table(project: Project) -> None:
     assert "| tiny-pop |" in out
     assert "| tiny-qlora: fine-tuned |" in out
     assert "tiny-qlora: fine-tuned: epochs 2," in out
+    assert f"tiny-qlora: untrained: user_pretrain_dir {project.llama}," in out
     assert "qlora_r 8" in out
     saved = project.root / "saved" / "tiny-qlora"
     assert {"comparison.md", "comparison.csv", "comparison.png"} <= {

@@ -170,6 +170,17 @@ def check_training(config: Config, split: Split, sequences: CachedEmbeddingTrain
         )
 
 
+def warn_of_plain_items(config: Config, cache: ItemCache | None) -> None:
+    """Warn before a UserLLM is trained on embeddings of an LLM that was not trained to embed."""
+    if cache is None or cache.metadata.get("pooling") != "mean" or config.item_adapter != "none":
+        return
+    log.warning(
+        "the item cache is mean-pooled, from an LLM that was not trained to embed items; trained on "
+        "as it is, the UserLLM learns little. Add code/HLLM/plain_llm.yaml to --config_file, or set "
+        "--item_embedding_transform standardize --item_adapter linear."
+    )
+
+
 def eval_protocol(config: Config) -> EvalProtocol:
     """Return how users are scored."""
     return EvalProtocol(

@@ -39,6 +39,7 @@ from REC.recipes.setup import (
     load_data,
     make_evaluator,
     packed_row_length,
+    warn_of_plain_items,
 )
 from REC.report.result import (
     TUNED,
@@ -243,6 +244,7 @@ def _train_and_evaluate(
         model.to(fabric.device)
     else:
         name = TUNED
+        warn_of_plain_items(config, data.cache)
         model = build_user_llm(config, data, fabric, train=True)
     work.session.lap("model")
     state, training = _train(work, data, model)

@@ -13,7 +13,7 @@ import numpy as np
 
 from REC.evaluator.intervals import bootstrap_interval, paired_p_value
 from REC.evaluator.metrics import PER_USER, per_user
-from REC.report.result import TUNED, read_ranks, read_result
+from REC.report.result import TUNED, UNTRAINED, read_ranks, read_result
 from REC.report.table import relative_gain
 from REC.utils.errors import InputError
 from REC.utils.files import atomic_path, write_text
@@ -31,7 +31,7 @@ class Row:
     Attributes:
         name: run folder and, where a run has several rows, the row's name.
         users, ranks: int64 [E].
-        settings: the training's settings in one line; empty for a model that was not trained.
+        settings: what decides the row, in one line; empty for a model without settings.
         folder: the run's folder.
         model: the row's name in the run.
         metrics: `NAME@K` -> value, as the run recorded them.
@@ -94,7 +94,7 @@ def load_comparison(run_dirs: Sequence[str | Path]) -> Comparison:
                 continue
             kinds.add((entry["name"], ranks.tobytes()))
             alone = len(result["rows"]) == 1
-            settings = _settings(result) if entry["name"] in TRAINED else ""
+            settings = _settings(result, entry["name"])
             shown = name if alone else f"{name}: {entry['name']}"
             rows.append(
                 Row(
@@ -123,9 +123,15 @@ def run_names(run_dirs: Sequence[str | Path]) -> list[str]:
     ]
 
 
-def _settings(result: dict[str, Any]) -> str:
-    """Name the settings that decide a trained row, as they stand in its configuration."""
+def _settings(result: dict[str, Any], row: str) -> str:
+    """Name the settings that decide a row, as they stand in its run's configuration."""
     config = {**result["config"], "precision": result.get("environment", {}).get("precision")}
+    if row == UNTRAINED:
+        keys = ["user_pretrain_dir", "user_llm_layers", "MAX_ITEM_LIST_LENGTH"]
+        keys += ["item_embedding_transform", "precision"]
+        return _listed({key: config.get(key) for key in keys})
+    if row not in TRAINED:
+        return ""
     keys = ["epochs", "train_batch_size", "MAX_ITEM_LIST_LENGTH", "seed"]
     if config.get("model") == "HLLM":
         keys += ["user_llm_layers", "loss", "negatives", "num_negatives", "precision"]
@@ -134,8 +140,11 @@ def _settings(result: dict[str, Any]) -> str:
             keys += [key for key in config if key.startswith("qlora_")]
     else:
         keys += [str(config.get("model"))]
-    shown = {**{key: config.get(key) for key in keys}, **config.get("optim_args", {})}
-    return ", ".join(f"{key} {value}" for key, value in shown.items() if value is not None)
+    return _listed({**{key: config.get(key) for key in keys}, **config.get("optim_args", {})})
+
+
+def _listed(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key} {value}" for key, value in values.items() if value is not None)
 
 
 def records(comparison: Comparison) -> list[dict[str, Any]]:
