@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import pytest
 
-from REC.config.help import key_table
 from REC.config.loader import flat_fields
+from tests import key_table
 from tests.helpers import ROOT
 from tests.test_demo import EVALUATE, FINE_TUNE
 
 
-@pytest.mark.parametrize("name", ["README.md", "README_zh.md"])
-def test_key_table_is_the_schema(name: str) -> None:
-    assert key_table() in (ROOT / name).read_text(encoding="utf-8")
+def test_key_tables_are_the_schema() -> None:
+    assert key_table.main(["--check"]) == 0, "run python tests/key_table.py"
+
+
+def test_an_old_key_table_is_replaced_and_nothing_else() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    old = text.replace("| `seed` | integer |", "| `seed` | number |")
+    assert old != text
+    assert key_table.with_table(old) == text
 
 
 @pytest.mark.parametrize("name", ["README.md", "README_zh.md"])
