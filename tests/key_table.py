@@ -10,10 +10,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "code"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "code"))
 
 from REC.config.help import key_table
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def with_table(text: str) -> str:
