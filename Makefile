@@ -52,12 +52,14 @@ $(PY):
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/demo.stamp: requirements.txt requirements-demo.txt | $(PY)
+	@echo "installing into $(VENV): some minutes, 1.7 GB with torch for the CPU, several times that with CUDA"
 	$(PY) -m pip install --disable-pip-version-check -q -r requirements-demo.txt
 	touch $@
 
 $(VENV)/dev.stamp: requirements.txt requirements-demo.txt requirements-dev.txt | $(PY)
+	@echo "installing into $(VENV): some minutes, 1.7 GB with torch for the CPU, several times that with CUDA"
 	$(PY) -m pip install --disable-pip-version-check -q -r requirements-dev.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venv-lowest .pytest_cache .mypy_cache .ruff_cache .hypothesis .demo runs
+	rm -rf $(VENV) .venv-lowest .pytest_cache .mypy_cache .ruff_cache .hypothesis .demo runs/demo

@@ -16,11 +16,19 @@ EXAMPLES = (
     "python item_caching.py --dataset Pixel200K --item_pretrain_dir model_checkpoints/ItemLLM_complete",
     "python item_caching.py --config_file my.yaml --item_cache_path dataset/my_items.safetensors",
 )
+# The keys that --help shows: those that item caching reads.
+KEYS = (
+    *("check", "device", "num_threads", "show_progress", "trust_remote_code"),
+    *("data_path", "dataset", "text_path", "text_keys", "MAX_TEXT_LENGTH"),
+    *("item_cache_path", "item_pretrain_dir", "item_prompt", "item_emb_token_n"),
+    *("item_cache_dtype", "item_batch_tokens", "item_compile"),
+    *("attn_implementation", "use_ft_flash_attn", "precision"),
+)
 
 
 def main(argv: Sequence[str]) -> int:
     """Run the program with its arguments and return the exit code."""
-    config = program_config(argv, "item_caching.py", __doc__ or "", EXAMPLES)
+    config = program_config(argv, "python item_caching.py", __doc__ or "", EXAMPLES, KEYS)
     if config is None:
         return EXIT_OK
     # Imported here, so that --help and a mistyped option need not wait for torch.

@@ -23,6 +23,15 @@ ROWS = {
     "qlora": ["--use_qlora", "True"],
 }
 
+NEXT = f"""
+What to look at next:
+  . .venv/bin/activate                        makes `python` the one that has HSFT's packages
+  {RUNS}/report.html                       open it in a browser
+  python code/recommend.py --run {RUNS}/ml-100k-qlora --serve 8000
+  python code/export.py --run {RUNS}/ml-100k-qlora
+  tensorboard --logdir {RUNS}
+"""
+
 
 def steps(full: bool) -> list[list[str]]:
     """Return the demo's commands, without the interpreter."""
@@ -65,14 +74,15 @@ def main(argv: Sequence[str]) -> int:
     )
     args = parser.parse_args(argv)
     began = time.perf_counter()
-    for step in steps(args.full):
-        sys.stdout.write(f"\n$ python {shlex.join(step)}\n")
+    commands = steps(args.full)
+    for number, step in enumerate(commands, start=1):
+        sys.stdout.write(f"\nstep {number} of {len(commands)}\n$ python {shlex.join(step)}\n")
         sys.stdout.flush()
         code = subprocess.run([sys.executable, *step], cwd=ROOT, check=False).returncode
         if code:
             return code
     minutes = (time.perf_counter() - began) / 60
-    sys.stdout.write(f"\nThe demo took {minutes:.1f} minutes; its runs are in {RUNS}/.\n")
+    sys.stdout.write(f"\nThe demo took {minutes:.1f} minutes; its runs are in {RUNS}/.\n{NEXT}")
     return 0
 
 

@@ -61,6 +61,8 @@ def test_fine_tuning_learns_and_reports_the_gain(project: Project) -> None:
     assert (folder / "best" / "adapter" / "adapter_model.safetensors").is_file()
     assert list((folder / "tensorboard").glob("events*"))
     assert len(result(project, "tiny-qlora")["training"]["history"]) <= 12
+    assert "python code/report.py saved/tiny-qlora\n" in out
+    assert out.endswith("python code/recommend.py --run saved/tiny-qlora --serve 8000\n")
 
 
 def test_plain_items_are_warned_of_and_the_shipped_settings_mend_it(project: Project) -> None:

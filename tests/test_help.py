@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+import item_caching
+from REC.config.loader import flat_fields
 from tests.conftest import Project
 from tests.helpers import ROOT
 
@@ -54,6 +56,12 @@ def test_every_program_has_help_with_examples(
     shown = help_of(program, capsys)
     examples = shown[shown.index("examples:") :].splitlines()[1:]
     assert examples[0].strip().startswith(f"python {program}")
+
+
+def test_item_caching_shows_its_own_keys_only(capsys: pytest.CaptureFixture[str]) -> None:
+    shown = re.findall(r"^  --([\w.]+)  \(", help_of("item_caching.py", capsys), re.MULTILINE)
+    assert set(shown) == set(item_caching.KEYS)
+    assert set(item_caching.KEYS) < set(flat_fields())
 
 
 def test_help_and_a_mistyped_option_do_not_wait_for_torch() -> None:

@@ -276,12 +276,13 @@ def test_training_and_evaluation_show_what_they_do(
     steps = [line[9:] for line in err.splitlines() if re.match(r"[\d:]{8} epoch \d of", line)]
     # A step's loss is known in the next one.
     first, later = r"step \d of 4, ", r"step \d of 4, loss [\d.]+, "
-    facts = r"learning rate \d\.\d\de-\d\d, [\d,.]+ sequences/s, [\d,]+ tokens/s, " + MEMORY
+    rate, left = r"learning rate \d\.\d\de-\d\d, ", r"all epochs in at most \d+s, "
+    facts = r"[\d,.]+ sequences/s, [\d,]+ tokens/s, " + MEMORY
     patterns = [
-        rf"epoch 1 of 2: 24 of 30 sequences, ETA \d+s, {first}{facts}",
-        rf"epoch 1 of 2: 30 of 30 sequences, ETA 0s, {later}{facts}",
-        rf"epoch 2 of 2: 24 of 30 sequences, ETA \d+s, {first}{facts}",
-        rf"epoch 2 of 2: 30 of 30 sequences, ETA 0s, {later}{facts}",
+        rf"epoch 1 of 2: 24 of 30 sequences, ETA \d+s, {first}{rate}{left}{facts}",
+        rf"epoch 1 of 2: 30 of 30 sequences, ETA 0s, {later}{rate}{left}{facts}",
+        rf"epoch 2 of 2: 24 of 30 sequences, ETA \d+s, {first}{rate}{facts}",
+        rf"epoch 2 of 2: 30 of 30 sequences, ETA 0s, {later}{rate}{facts}",
     ]
     assert len(steps) == len(patterns)
     for line, pattern in zip(steps, patterns, strict=True):

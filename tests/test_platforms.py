@@ -28,6 +28,33 @@ def test_windows_is_pointed_to_wsl() -> None:
     assert "WSL2" in line
 
 
+@pytest.mark.parametrize(
+    ("words", "package"),
+    [
+        # Without site-packages, as by a Python that is not the virtual environment's.
+        (["-S", "code/main.py", "--help"], "yaml"),
+        (["-S", "item_caching.py"], "yaml"),
+        # torch alone is lacking.
+        (
+            [
+                "-c",
+                "import runpy, sys; sys.modules['torch'] = None; sys.argv = ['main.py']; "
+                "runpy.run_path('code/main.py', run_name='__main__')",
+            ],
+            "torch",
+        ),
+    ],
+)
+def test_a_missing_package_is_one_line(words: list[str], package: str) -> None:
+    done = subprocess.run(
+        [sys.executable, *words], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"error: the package {package} is missing in {sys.executable}")
+    assert "pip install -r requirements.txt" in line
+
+
 def test_a_system_without_bitsandbytes(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     find = importlib.util.find_spec
 

@@ -227,6 +227,16 @@ def test_a_real_process_holds_the_lock_and_ends_in_order(project: Project) -> No
     assert Checkpoints(folder(project) / "checkpoints", 2).newest() is not None
 
 
+def test_a_finished_run_is_not_continued_nor_offered_for_replacement(project: Project) -> None:
+    assert project.run("--model", "pop", "--run_name", "done")[0] == 0
+    kept = (project.root / "saved" / "done" / "result.json").read_bytes()
+    code, _, err = project.run("--model", "pop", "--run_name", "done", *RESUME)
+    assert code == 2
+    assert "saved/done is finished, so there is nothing to continue" in err
+    assert "overwrite" not in err
+    assert (project.root / "saved" / "done" / "result.json").read_bytes() == kept
+
+
 def test_stale_locks_are_taken_over_and_others_respected(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import types
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Union, get_args, get_origin
@@ -12,7 +13,7 @@ from pydantic import BaseModel
 from REC.config.loader import NUMBERS
 from REC.config.schema import Config
 
-_OPEN_KINDS = ("text", "integer", "number")
+_OPEN_KINDS = {"text", "integer", "number"}
 
 
 def describe_type(annotation: Any) -> str:
@@ -52,7 +53,11 @@ def _row(name: str, info: Any) -> tuple[str, str, str, str]:
 
 
 def help_text(
-    program: str, summary: str, examples: Sequence[str], extra: Mapping[str, str] | None = None
+    program: str,
+    summary: str,
+    examples: Sequence[str],
+    extra: Mapping[str, str] | None = None,
+    keys: Sequence[str] = (),
 ) -> str:
     """Return the `--help` text of a program that takes configuration keys.
 
@@ -61,6 +66,7 @@ def help_text(
         summary: one sentence on what it does.
         examples: whole command lines.
         extra: the program's own flags, name -> description.
+        keys: the keys that take part in the program; all of them when empty.
     """
     lines = [summary, "", f"usage: {program} [--config_file FILE.yaml ...] [--key value ...]", ""]
     lines += ["examples:", *(f"  {example}" for example in examples), ""]
@@ -72,22 +78,35 @@ def help_text(
         "help": "show this text",
     }
     lines += [f"  --{name:<14} {text}" for name, text in flags.items()]
+    lines += ["", "A key without a value is True."]
+    if keys:
+        lines += [
+            "",
+            "Every key of code/main.py is accepted, so that both take the same YAML files.",
+        ]
+        lines += ["These have an effect here:"]
     for group, rows in _rows().items():
-        lines += ["", f"{group} keys:"]
-        for name, kind, default, description in rows:
+        shown = [row for row in rows if not keys or row[0] in keys]
+        lines += ["", f"{group} keys:"] if shown else []
+        for name, kind, default, description in shown:
             lines.append(f"  --{name}  ({kind}; default {default})")
             lines.append(f"      {description}")
     return "\n".join(lines) + "\n"
 
 
-def key_values() -> list[tuple[str, list[str]]]:
-    """Return every key with the values that it may have, none when they are not a short list."""
+def key_values(keys: Sequence[str] = ()) -> list[tuple[str, list[str]]]:
+    """Return keys with the values that each may have, none when they are not a short list.
+
+    Args:
+        keys: which ones; all of them when empty.
+    """
     found = []
-    for rows in _rows().values():
-        for name, kind, _, _ in rows:
-            few = " | " in kind and not kind.startswith("list of ")
-            words = [word for word in kind.split(" | ") if word not in _OPEN_KINDS]
-            found.append((name, words if few and len(words) == len(kind.split(" | ")) else []))
+    for name, kind, _, _ in itertools.chain(*_rows().values()):
+        if keys and name not in keys:
+            continue
+        words = [] if kind.startswith("list of ") else kind.split(" | ")
+        listed = len(words) > 1 and not set(words) & _OPEN_KINDS
+        found.append((name, words if listed else []))
     return found
 
 

@@ -17,22 +17,27 @@ log = logging.getLogger(__name__)
 
 
 def program_config(
-    argv: Sequence[str], program: str, summary: str, examples: Sequence[str]
+    argv: Sequence[str],
+    program: str,
+    summary: str,
+    examples: Sequence[str],
+    keys: Sequence[str] = (),
 ) -> Config | None:
     """Return a program's configuration, or None when it only had to print something.
 
     Args:
         argv: the arguments after the program's name.
         program, summary, examples: for `--help`.
+        keys: the keys that `--help` shows and the shell is offered; all of them when empty.
 
     Raises:
         InputError: the command line or a YAML file is not a valid configuration.
     """
-    answer_shell(key_parser(program, key_values()))
+    answer_shell(key_parser(program, key_values(keys)))
     line = parse_command_line(argv)
     speaks = global_rank() == 0
     if line.show_help:
-        sys.stdout.write(help_text(program, summary, examples) if speaks else "")
+        sys.stdout.write(help_text(program, summary, examples, keys=keys) if speaks else "")
         return None
     config, warnings = load_config(line.config_files, line.overrides)
     if line.print_config:

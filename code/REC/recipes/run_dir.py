@@ -119,12 +119,18 @@ def _named_run(config: Config, parent: Path) -> RunDir:
     # A kill right after mkdir leaves a folder without anything in it.
     if not folder.exists() or (config.auto_resume and not any(folder.glob("[!.]*"))):
         return RunDir(folder)
-    unfinished = (folder / CONFIG_FILE).is_file() and not (folder / RESULT_FILE).exists()
+    finished = (folder / RESULT_FILE).exists()
+    unfinished = (folder / CONFIG_FILE).is_file() and not finished
     if config.auto_resume and unfinished:
         if changed_key(config, folder) is not None:
             raise InputError(f"the run cannot be continued: {_refusal(config, folder)}.")
         return RunDir(folder, resume=True)
     if not config.overwrite:
+        if finished and config.auto_resume and not config.overwrite:
+            raise InputError(
+                f"the run {folder} is finished, so there is nothing to continue; leave "
+                f"--auto_resume out and choose another --run_name for a new run."
+            )
         state = "exists and is unfinished" if unfinished else "exists"
         also = ", continue it with --auto_resume True," if unfinished else ""
         raise InputError(

@@ -45,7 +45,7 @@ from REC.trainer.zero import whole_parameters
 from REC.utils.errors import InputError
 from REC.utils.files import remove
 from REC.utils.processes import Processes
-from REC.utils.progress import Meter
+from REC.utils.progress import Meter, format_seconds
 from REC.utils.signals import StopSignals
 
 log = logging.getLogger(__name__)
@@ -153,7 +153,8 @@ class Trainer:
             log.warning("strategy: deepspeed writes no resumable checkpoints.")
         self._pending: PendingStep | None = None
         self._rng: dict[str, Any] | None = None
-        self._saved_at = time.monotonic()
+        self._saved_at = self._began = time.monotonic()
+        self._first_step = 0
 
     def fit(self, *, resume: bool = False) -> TrainState:
         """Train until the last epoch or until `stopping_step` validations brought no gain.
@@ -173,6 +174,7 @@ class Trainer:
         if resume:
             self._resume()
         state = self.state
+        self._began, self._first_step = time.monotonic(), state.step
         # Values that a killed session wrote after its last checkpoint are written again.
         first_step = state.step + 1 if resume else None
         enabled = self.fabric.is_global_zero
@@ -208,6 +210,7 @@ class Trainer:
                 self._save(board)
             self._end_if_asked()
         if state.best_epoch:
+            log.info("the weights of epoch %d, the best one, are kept.", state.best_epoch)
             with whole_parameters(self.fabric, self.model, write=True):
                 load_trained(self.model, self.run_dir / BEST_DIR)
         return state
@@ -273,7 +276,12 @@ class Trainer:
         # A step's loss is known one step later.
         if state.positions:
             facts.append(f"loss {state.loss_sum / state.positions:.4f}")
-        return [*facts, f"learning rate {rate:.2e}"]
+        facts.append(f"learning rate {rate:.2e}")
+        if state.epoch + 1 < self.config.epochs:
+            # Validations included; early stopping is not foreseen.
+            pace = (time.monotonic() - self._began) / max(1, state.step - self._first_step)
+            facts.append(f"all epochs in at most {format_seconds(pace * (steps - state.step))}")
+        return facts
 
     def _accumulate(self, group: list[TrainBatch], positions: list[int]) -> list[Tensor]:
         """Add up the gradients of a step; on too little GPU memory, again in smaller parts."""

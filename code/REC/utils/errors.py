@@ -95,9 +95,9 @@ def run_program(main: Callable[[Sequence[str]], int], argv: Sequence[str] | None
     Under torchrun a message that every process has is printed once.
 
     Returns:
-        What `main` returned; 2 for an `InputError`; 130 or 143 for an interruption; 1 when another
-        process of the run has gone. Any other exception is a defect of the program and keeps its
-        traceback.
+        What `main` returned; 2 for an `InputError` or a package that is not installed; 130 or 143
+        for an interruption; 1 when another process of the run has gone. Any other exception is a
+        defect of the program and keeps its traceback.
     """
     try:
         return main(sys.argv[1:] if argv is None else argv)
@@ -111,6 +111,15 @@ def run_program(main: Callable[[Sequence[str]], int], argv: Sequence[str] | None
     except KeyboardInterrupt:
         _say_once("interrupted")
         return EXIT_SIGINT
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] == "REC":
+            raise
+        _say_once(
+            f"error: the package {error.name.partition('.')[0]} is missing in {sys.executable}; "
+            f"activate the virtual environment (. .venv/bin/activate) or run pip install -r "
+            f"requirements.txt."
+        )
+        return EXIT_BAD_INPUT
     except RuntimeError as error:
         from REC.utils.processes import is_lost_process
 
