@@ -95,7 +95,8 @@ def find_cache(path: str | Path) -> Path:
     return require_file(
         path,
         f"item cache {path}{also}",
-        "make it with item_caching.py or change --item_cache_path",
+        "make it with python item_caching.py, the same --config_file and --dataset, and "
+        "--item_pretrain_dir FOLDER, or change --item_cache_path",
     )
 
 
