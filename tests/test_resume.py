@@ -327,7 +327,7 @@ def test_what_cannot_be_continued_is_refused(
     assert result(project, "tiny-qlora")["training"]["resumed_from"] == [1]
     code, _, err = project.run(*RUN, *RESUME, "--run_name", "tiny-qlora")
     assert code == 2
-    assert "exists; choose another" in err.splitlines()[-1]
+    assert "saved/tiny-qlora is finished" in err.splitlines()[-1]
 
 
 def test_tensorboard_has_every_step_once(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -71,5 +71,12 @@ def set_up_logging(log_file: Path | None = None, *, quiet: bool = False) -> None
     )
     for name in _NOISY:
         logging.getLogger(name).setLevel(logging.ERROR if quiet else logging.WARNING)
+    # A filter, since DeepSpeed sets the level when it is imported. Without a GPU it says so on
+    # standard output, whatever it is imported for.
+    logging.getLogger("DeepSpeed").addFilter(_is_worth_saying)
     # It warns on every CPU run that an optional faster kernel is not installed.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+
+def _is_worth_saying(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith("Setting accelerator to CPU")
