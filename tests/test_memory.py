@@ -57,7 +57,7 @@ def real_model(folder: Path, wanted: TrainingShape) -> nn.Module:
     lora = LoraSettings(
         RANK, 8, 0.05, wanted.lora_targets, wanted.quant_type, wanted.dtype, wanted.double_quant
     )
-    decoder = load_decoder(folder, dtype=wanted.dtype, attention="sdpa", lora=lora)
+    decoder = load_decoder(folder, dtype=wanted.dtype, attention=wanted.attention, lora=lora)
     return add_lora(decoder, lora, wanted.checkpointing)
 
 

@@ -43,7 +43,7 @@ class UserLLM(SequenceEncoder):
         table = self.items.embeddings
         width = table.shape[1]
         waves = torch.arange(4 * width, device=table.device).sin().view(1, 4, width)
-        vectors = waves.to(self._dtype).requires_grad_()
+        vectors = waves.to(self._dtype, copy=True).requires_grad_()
         positions = torch.tensor([[0, 1, 0, 1]], device=vectors.device)
         modes = [(part, part.training) for part in self.decoder.modules()]
         self.decoder.eval()

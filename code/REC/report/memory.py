@@ -342,15 +342,16 @@ def _saved(shape: TrainingShape, layers: int) -> int:
     """Count the bytes that autograd saves in a fake model's forward pass over `_ROWS` rows.
 
     With a mask, transformers' sdpa repeats keys and values for grouped queries; without one, as in
-    the flash kernels, it does not. Eager attention always takes one.
+    the flash kernels, it does not. For eager attention transformers always makes one itself.
     """
     config = copy.deepcopy(shape.model_config)
     keep_layers(config, layers)
-    masked = shape.masked_row is not None or shape.attention == "eager"
+    eager = shape.attention == "eager"
+    masked = shape.masked_row is not None and not eager
     with torch.device("meta"):
         plain = AutoModel.from_config(
             config,
-            attn_implementation=shape.attention if masked else _NO_MASK,
+            attn_implementation=shape.attention if masked or eager else _NO_MASK,
             dtype=shape.residual_dtype,
         )
         model = _adapted(plain, shape).train()
