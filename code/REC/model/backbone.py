@@ -96,12 +96,17 @@ def decoder_config(
     """
     config = load_model_config(folder, trust_remote_code)
     check_decoder(config, Path(folder), layers)
+    cut_decoder(config, layers, keep_token_embedding)
+    return config
+
+
+def cut_decoder(config: Any, layers: int | None, keep_token_embedding: bool = False) -> None:
+    """Cut a model configuration as `decoder_config` does."""
     if layers is not None:
         keep_layers(config, layers)
     if not keep_token_embedding:
         config.vocab_size = 1
         config.pad_token_id = None
-    return config
 
 
 def load_decoder(

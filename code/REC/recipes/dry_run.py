@@ -14,7 +14,7 @@ from transformers import LlamaConfig
 from REC.config import Config
 from REC.data.cache import DTYPES, find_cache, is_native, open_cache, read_header
 from REC.data.interactions import read_interactions
-from REC.model.backbone import check_lora_targets, choose_attention, decoder_config, keep_layers
+from REC.model.backbone import check_lora_targets, choose_attention, cut_decoder, decoder_config
 from REC.model.folder import check_decoder, check_embeddings, check_positions
 from REC.model.item_table import refuse_other_dim
 from REC.recipes.cache_items import cache_path
@@ -143,10 +143,9 @@ def _user_model(config: Config, folder: Path) -> tuple[Any, list[str]]:
             folder, config.user_llm_layers, trust_remote_code=config.trust_remote_code
         )
     else:
-        model_config = LlamaConfig(**{**TINYLLAMA, "vocab_size": 1, "pad_token_id": None})
-        check_decoder(model_config, folder, config.user_llm_layers)
-        if config.user_llm_layers is not None:
-            keep_layers(model_config, config.user_llm_layers)
+        model_config = LlamaConfig(**TINYLLAMA)
+        check_decoder(model_config, Path("TinyLlama-1.1B"), config.user_llm_layers)
+        cut_decoder(model_config, config.user_llm_layers)
         assumed = [
             f"no model folder at {folder}: estimated for TinyLlama-1.1B's shape, HLLM-1B's UserLLM."
         ]
@@ -212,13 +211,18 @@ def describe(config: Config, shape: TrainingShape, assumed: Sequence[str] = ()) 
     counted = saved_bytes_per_token(shape)
     found = estimate(shape, config.train_batch_size, model, counted)
     how = "gradient checkpointing" if shape.checkpointing else "no gradient checkpointing"
+    counted_rows = [
+        (name, size)
+        for name, size in rows(found)
+        if shape.items is not None or name != "item table"
+    ]
     known = "an unknown number of" if shape.items is None else f"{shape.items:,}"
     lines = [
         f"Estimated GPU memory of a training step: batch {config.train_batch_size} x "
         f"{shape.length} items, {known} items in the catalogue, {how}.",
         *(f"Assumed: {sentence}" for sentence in assumed),
         "",
-        *(f"{name:<14}{size / MIB:>10,.0f} MiB" for name, size in rows(found)),
+        *(f"{name:<14}{size / MIB:>10,.0f} MiB" for name, size in counted_rows),
         "",
         "largest train_batch_size, without and with gradient_checkpointing:",
     ]
