@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -128,6 +128,28 @@ def test_whether_a_row_may_hold_several_sequences(folders: dict[str, Path], fami
     assert torch.allclose(packed, alone, rtol=1e-3, atol=1e-4) == model.keeps_apart()
 
 
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize(
+    ("kind", "wanted"),
+    [("none", torch.bfloat16), ("nf4", torch.float32), ("int8", torch.float32)],
+)
+def test_vectors_have_the_number_type_of_the_residual_stream(
+    folders: dict[str, Path], family: str, kind: str, wanted: torch.dtype
+) -> None:
+    lora = LoraSettings(4, 8, 0.0, ("all-linear",), kind)
+    decoder = load_decoder(folders[family], dtype=torch.bfloat16, attention="sdpa", lora=lora)
+    model = user_llm(add_lora(decoder, lora, False))
+    norm = next(part for part in decoder.modules() if "Norm" in type(part).__name__)
+    seen: list[torch.dtype] = []
+    norm.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].dtype))
+    with torch.no_grad():
+        states = model(torch.tensor([[1, 2]]))
+    # peft casts the norms of a quantised model to float32.
+    assert norm.weight.dtype == wanted
+    assert seen == [wanted]
+    assert states.isfinite().all()
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_run_trains_and_evaluates_and_is_estimated(
     project: Project, folders: dict[str, Path], family: str
@@ -154,7 +176,7 @@ def test_a_run_trains_and_evaluates_and_is_estimated(
 def test_estimates_hold_for_other_families(tmp_path: Path, family: str, kind: Any) -> None:
     make, target = FAMILIES[family]
     folder = make_model(tmp_path / family, make(192))
-    attention = "eager" if family in WITHOUT_SDPA else "sdpa"
+    attention: Literal["sdpa", "eager"] = "eager" if family in WITHOUT_SDPA else "sdpa"
     wanted = replace(
         shape(folder, quant_type=kind, lora_targets=(target,), masked_row=40), attention=attention
     )
