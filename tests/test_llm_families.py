@@ -214,6 +214,14 @@ def test_targets_are_matched_as_peft_does(folders: dict[str, Path]) -> None:
         assert sum(memory.trained_sizes(memory.meta_decoder(config), counted)) == real + 1
 
 
+def test_a_target_may_name_its_layer(project: Project, folders: dict[str, Path]) -> None:
+    more = ("--user_pretrain_dir", str(folders["gpt2"]), "--use_qlora", "True", "--check", "True")
+    assert project.run(*more, "--qlora_target_modules", "[h.1.attn.c_attn]")[0] == 0
+    code, _, err = project.run(*more, "--qlora_target_modules", "[h.2.attn.c_attn]")
+    assert code == 2
+    assert "c_attn, c_fc, c_proj" in err
+
+
 def test_attention_follows_what_the_model_has(project: Project, folders: dict[str, Path]) -> None:
     for family, folder in folders.items():
         config = load_model_config(folder)

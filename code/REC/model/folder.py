@@ -176,7 +176,8 @@ def check_embeddings(model: Any, folder: Path) -> None:
     Raises:
         InputError: they differ.
     """
-    width, hidden = model.get_input_embeddings().embedding_dim, model.config.hidden_size
+    hidden = model.config.hidden_size
+    width = getattr(model.get_input_embeddings(), "embedding_dim", hidden)
     if width != hidden:
         raise InputError(
             f"the model in {folder} reads vectors of {width} numbers into layers of {hidden}; name "

@@ -243,7 +243,9 @@ def _user_model(config: Config, found: Findings) -> int | None:
 
 def _one_layer(config: Config, folder: Path, model: Any) -> None:
     """Check what the UserLLM's first layer tells; the others are like it."""
-    keep_layers(model, 1)
+    # A target such as h.3.attn.c_attn names its layer.
+    named = any("." in target for target in config.qlora_target_modules)
+    keep_layers(model, (config.user_llm_layers or model.num_hidden_layers) if named else 1)
     decoder = meta_decoder(model, config.trust_remote_code)
     check_embeddings(decoder, folder)
     check_positions(decoder, config.MAX_ITEM_LIST_LENGTH, folder, "MAX_ITEM_LIST_LENGTH")
@@ -263,11 +265,12 @@ def _item_model(config: Config, found: Findings) -> None:
         check_decoder(model, folder)
         check_shapes(model, check_files(folder), folder)
         load_tokenizer(folder, config.trust_remote_code)
-        emb_token(folder, config.item_emb_token_n, int(model.hidden_size))
+        token = emb_token(folder, config.item_emb_token_n, int(model.hidden_size))
         keep_layers(model, 1)
-        # The emb token comes after the longest text.
-        longest = config.MAX_TEXT_LENGTH + config.item_emb_token_n
         decoder = meta_decoder(model, config.trust_remote_code)
+        check_embeddings(decoder, folder)
+        # The emb token comes after the longest text.
+        longest = config.MAX_TEXT_LENGTH + (0 if token is None else 1)
         check_positions(decoder, longest, folder, "MAX_TEXT_LENGTH")
     with found.collect():
         model = load_model_config(folder, config.trust_remote_code)
