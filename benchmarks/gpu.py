@@ -33,7 +33,7 @@ from REC.data.cache import open_cache, save_cache
 from REC.data.dataset import TrainBatch, TrainCollate
 from REC.data.split import leave_one_out
 from REC.model.backbone import load_decoder
-from REC.recipes.dry_run import training_shape
+from REC.recipes.dry_run import TINYLLAMA, training_shape
 from REC.recipes.setup import Data, build_user_llm, lora_settings
 from REC.recipes.train_and_rank import make_train_loader
 from REC.report.memory import CUDA_CONTEXT, GIB, estimate, meta_decoder
@@ -63,15 +63,6 @@ PEAK_TFLOPS = {
     "H200": 989.0,
 }
 PLAIN, OURS = "plain transformers + peft, padded to L", "HSFT"
-TINYLLAMA = {
-    "vocab_size": 1,
-    "hidden_size": 2048,
-    "intermediate_size": 5632,
-    "num_hidden_layers": 22,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 4,
-    "max_position_embeddings": 2048,
-}
 TINY = {
     "vocab_size": 1,
     "hidden_size": 64,
@@ -285,7 +276,7 @@ def main(argv: Sequence[str]) -> int:
     }
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        prepare(folder, TINY if tiny else TINYLLAMA, PIXEL_ITEMS)
+        prepare(folder, TINY if tiny else {**TINYLLAMA, "vocab_size": 1}, PIXEL_ITEMS)
         data = Data(leave_one_out(interactions), open_cache(folder / "cache.safetensors"))
         for rank, length, batch in (
             (r, n, b) for r in args.ranks for n in args.lengths for b in args.batches

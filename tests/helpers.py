@@ -9,7 +9,12 @@ import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    PretrainedConfig,
+    PreTrainedTokenizerFast,
+)
 
 from REC.data.cache import save_cache
 
@@ -19,7 +24,6 @@ WORDS = ("title", "tag", "description", ":", "item", *map(str, range(40)))
 
 def make_llama(folder: Path, *, hidden: int = 64, layers: int = 2, seed: int = 0) -> Path:
     """Save a random Llama with a word tokenizer as an ordinary model folder."""
-    torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=len(WORDS) + 1,
         hidden_size=hidden,
@@ -30,7 +34,13 @@ def make_llama(folder: Path, *, hidden: int = 64, layers: int = 2, seed: int = 0
         max_position_embeddings=256,
         tie_word_embeddings=False,
     )
-    LlamaForCausalLM(config).save_pretrained(folder)
+    return make_model(folder, config, seed=seed)
+
+
+def make_model(folder: Path, config: PretrainedConfig, *, seed: int = 0) -> Path:
+    """Save a random decoder of any kind with a word tokenizer as an ordinary model folder."""
+    torch.manual_seed(seed)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     vocabulary = {"[UNK]": 0, **{word: n for n, word in enumerate(WORDS, start=1)}}
     tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = Whitespace()

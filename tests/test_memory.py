@@ -10,15 +10,17 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from transformers import LlamaConfig
 
 from REC.model.backbone import LoraSettings, add_lora, decoder_config, load_decoder
 from REC.model.item_table import ItemTable
 from REC.model.recommender import LossSettings, Recommender
 from REC.model.user_llm import UserLLM
+from REC.recipes.dry_run import TINYLLAMA
 from REC.report import memory
 from REC.report.memory import TrainingShape
 from tests.conftest import Project
-from tests.helpers import make_llama
+from tests.helpers import make_cache, make_llama
 
 RANK = 4
 
@@ -57,7 +59,7 @@ def real_model(folder: Path, wanted: TrainingShape) -> nn.Module:
     lora = LoraSettings(
         RANK, 8, 0.05, wanted.lora_targets, wanted.quant_type, wanted.dtype, wanted.double_quant
     )
-    decoder = load_decoder(folder, dtype=wanted.dtype, attention="sdpa", lora=lora)
+    decoder = load_decoder(folder, dtype=wanted.dtype, attention=wanted.attention, lora=lora)
     return add_lora(decoder, lora, wanted.checkpointing)
 
 
@@ -207,3 +209,79 @@ def test_dry_run_reads_no_weights_and_writes_nothing(project: Project) -> None:
     code, _, err = project.run("--dry_run", "True", "--model", "pop")
     assert code == 2
     assert "dry_run" in err
+
+
+CACHE = "dataset/tiny_item_embeddings.safetensors"
+DRY = ("--dry_run", "True", "--use_qlora", "True")
+
+
+def item_table(out: str) -> str:
+    return next(line for line in out.splitlines() if line.startswith("item table"))
+
+
+def test_dry_run_needs_no_item_cache(project: Project) -> None:
+    code, whole, err = project.run(*DRY)
+    assert code == 0, err
+    assert "Assumed" not in whole
+    (project.root / CACHE).unlink()
+    code, out, err = project.run(*DRY)
+    assert code == 0, err
+    assert f"Assumed: no item cache at {CACHE}: its vectors are taken as 64 wide." in out
+    assert "Assumed: the number of items is that of dataset/tiny.csv." in out
+    kept = [line for line in out.splitlines() if not line.startswith("Assumed")]
+    # float16 as in the cache that item_caching.py would write.
+    assert kept == whole.splitlines()
+    (project.root / "dataset/tiny.csv").unlink()
+    for more in ((), ("--negatives", "catalogue"), ("--dataset", "null")):
+        code, out, err = project.run(*DRY, *more)
+        assert code == 0, err
+        assert "unknown and the item table is not counted" in out
+        assert "\nitem table" not in out
+
+
+def test_dry_run_does_not_open_a_cache_that_the_run_would_not(project: Project) -> None:
+    make_cache(project.root / CACHE, dim=32)
+    assert project.run(*DRY)[0] == 2
+    code, out, err = project.run(*DRY, "--use_item_cache", "False")
+    assert code == 0, err
+    assert "20 items in the catalogue" in out
+
+
+def test_dry_run_reads_pt_caches(project: Project) -> None:
+    # Named, but not there: the native twin is meant, as in a run.
+    code, out, _ = project.run(*DRY, "--item_cache_path", CACHE.replace(".safetensors", ".pt"))
+    assert code == 0
+    assert "Assumed" not in out
+    torch.save({f"i{n}": torch.ones(64) for n in range(4000)}, project.root / "c.pt")
+    code, out, err = project.run(*DRY, "--item_cache_path", "c.pt")
+    assert code == 0, err
+    assert "4,000 items in the catalogue" in out
+    # By hand: 4,001 x 64 float32.
+    assert item_table(out).split()[-2:] == ["1", "MiB"]
+    torch.save({"i0": torch.ones(32)}, project.root / "c.pt")
+    code, _, err = project.run(*DRY, "--item_cache_path", "c.pt")
+    assert code == 2
+    assert "32 dimensions" in err
+
+
+def test_dry_run_without_a_model_folder_takes_tinyllamas_shape(project: Project) -> None:
+    none = ("--user_pretrain_dir", "model_checkpoints/UserLLM_complete")
+    code, out, err = project.run(*DRY, *none, "--user_llm_layers", "2")
+    assert code == 0, err
+    assert (
+        "no model folder at model_checkpoints/UserLLM_complete: estimated for TinyLlama-1.1B's "
+        "shape, HLLM-1B's UserLLM."
+    ) in out
+    assert "has 64 dimensions: only its number of items is used" in out
+    code, _, err = project.run(*DRY, *none, "--user_llm_layers", "23")
+    assert code == 2
+    assert "TinyLlama-1.1B has only 22 layers" in err
+    for more in (("--user_pretrain_dir", "null"), ("--qlora_r", "none"), ("--val_only", "True")):
+        assert project.run(*DRY, *more)[0] == 2
+
+
+def test_tinyllamas_shape_is_tinyllamas() -> None:
+    config = LlamaConfig(**TINYLLAMA)
+    decoder = memory.meta_decoder(config)
+    # TinyLlama-1.1B has 1,100,048,384 weights; 32,000 x 2,048 of them are the output head.
+    assert sum(p.numel() for p in decoder.parameters()) == 1_100_048_384 - 32_000 * 2048

@@ -146,7 +146,8 @@ class Config(_Section):
         False,
         "run",
         "print the estimated GPU memory and the largest train_batch_size for cards of 8 to 24 GB, "
-        "then stop; reads only the UserLLM's config.json and the item cache's header",
+        "then stop; loads no weights, and says what it assumes where the model folder, item cache "
+        "or interactions are not there yet",
     )
     seed: Int = _key(2020, "run", "seed of every random choice", ge=0, le=2**31 - 1)
     checkpoint_dir: Text = _key("saved", "run", "folder that holds one folder per run")
@@ -272,7 +273,7 @@ class Config(_Section):
         "auto",
         "UserLLM",
         "attention kernel; auto takes flash_attention_2 where it is installed and can run, "
-        "else sdpa",
+        "else sdpa, or eager for a model that has no sdpa",
     )
     use_ft_flash_attn: Bool = _key(
         True, "UserLLM", "HLLM's switch: False keeps attn_implementation auto from flash-attn"
@@ -374,7 +375,8 @@ class Config(_Section):
         True,
         "training",
         "put several sequences of a batch into one row, so that little is padding; the loss is the "
-        "same (model: HLLM)",
+        "same (model: HLLM); left off, with a line in the log, for models that would mix the "
+        "sequences of a row (OPT, BLOOM)",
     )
     group_by_length: Bool = _key(
         False,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,14 +13,17 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, BitsAndBytesConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
 from REC.model.folder import (
     EMBEDDING_KEYS,
     EXTRA_FILE,
     check_decoder,
+    check_embeddings,
     check_files,
     check_shapes,
+    model_class,
 )
 from REC.utils.errors import InputError, brief, one_line
 from REC.utils.files import is_file, is_folder
@@ -93,12 +96,17 @@ def decoder_config(
     """
     config = load_model_config(folder, trust_remote_code)
     check_decoder(config, Path(folder), layers)
+    cut_decoder(config, layers, keep_token_embedding)
+    return config
+
+
+def cut_decoder(config: Any, layers: int | None, keep_token_embedding: bool = False) -> None:
+    """Cut a model configuration as `decoder_config` does."""
     if layers is not None:
         keep_layers(config, layers)
     if not keep_token_embedding:
         config.vocab_size = 1
         config.pad_token_id = None
-    return config
 
 
 def load_decoder(
@@ -162,6 +170,11 @@ def load_decoder(
                 f"model folder {folder} holds a pickle with more than tensors, which was not opened "
                 f"since it can run code; fetch the model as safetensors."
             ) from error
+        if "attention implementation" in str(error):
+            raise InputError(
+                f"the model in {folder} does not run with attn_implementation {attention}; set "
+                f"--attn_implementation eager."
+            ) from error
         raise InputError(
             f"model folder {folder} cannot be loaded: {brief(error)}; fetch it again or name "
             f"another folder."
@@ -169,6 +182,7 @@ def load_decoder(
     finally:
         transformers_logging.set_verbosity(verbosity)
     _refuse_incomplete(info, folder, keep_token_embedding)
+    check_embeddings(model, folder)
     model.config.use_cache = False
     if not keep_token_embedding:
         # One unused row is left of it: DDP waits for a gradient of everything that is trainable.
@@ -201,26 +215,43 @@ def add_lora(model: PreTrainedModel, lora: LoraSettings, gradient_checkpointing:
     try:
         adapted = get_peft_model(model, settings)
     except ValueError as error:
-        raise InputError(lora_target_problem(targets, linear_names(model))) from error
+        raise InputError(_target_problem(targets, model)) from error
     if gradient_checkpointing:
         enable_checkpointing(model)
     return adapted
 
 
-def linear_names(model: nn.Module) -> set[str]:
-    """Return the last part of the names of a model's linear layers, quantised ones included."""
+def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Return a model's linear layers by name: quantised ones, and GPT-2's Conv1D, included."""
     return {
-        name.rpartition(".")[2]
+        name: part
         for name, part in model.named_modules()
-        if isinstance(part, nn.Linear) or "Linear" in type(part).__name__
+        if isinstance(part, nn.Linear | Conv1D) or "Linear" in type(part).__name__
     }
 
 
-def lora_target_problem(wanted: Sequence[str], names: Collection[str]) -> str:
-    """Say that none of the target names is one of the linear layers' names."""
+def is_target(name: str, wanted: Sequence[str]) -> bool:
+    """Say whether LoRA goes to the linear layer of this name, as peft decides it."""
+    return list(wanted) == ["all-linear"] or any(
+        name == each or name.endswith(f".{each}") for each in wanted
+    )
+
+
+def check_lora_targets(model: nn.Module, wanted: Sequence[str]) -> None:
+    """Refuse target names that no linear layer has.
+
+    Raises:
+        InputError: says which there are.
+    """
+    if not any(is_target(name, wanted) for name in linear_layers(model)):
+        raise InputError(_target_problem(wanted, model))
+
+
+def _target_problem(wanted: Sequence[str], model: nn.Module) -> str:
+    names = sorted({name.rpartition(".")[2] for name in linear_layers(model)})
     return (
-        f"qlora_target_modules {wanted} names no linear layer of the UserLLM; its linear layers "
-        f"are {', '.join(sorted(names))}, or write [all-linear]."
+        f"qlora_target_modules {list(wanted)} names no linear layer of the UserLLM; its linear "
+        f"layers are {', '.join(names)}, or write [all-linear]."
     )
 
 
@@ -229,22 +260,35 @@ def enable_checkpointing(model: PreTrainedModel) -> None:
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
-def choose_attention(requested: str, allow_flash: bool, device: torch.device, half: bool) -> str:
+def choose_attention(
+    requested: str, allow_flash: bool, device: torch.device, half: bool, model_config: Any = None
+) -> str:
     """Resolve `attn_implementation: auto`, and refuse what cannot run.
+
+    `auto` is flash-attn, sdpa or eager, the first of them that runs here and that the model has.
 
     Args:
         requested: `auto`, `sdpa`, `flash_attention_2` or `eager`.
         allow_flash: False keeps `auto` from flash-attn.
         device: where the model runs.
         half: whether it computes in bfloat16 or float16, as flash-attn needs.
+        model_config: as `load_model_config` gives; None: a model that has every kernel.
 
     Raises:
-        InputError: `flash_attention_2` was asked for and cannot run here.
+        InputError: `flash_attention_2` was asked for and cannot run here, or the model lacks the
+            kernel.
     """
     installed = importlib.util.find_spec("flash_attn") is not None
     runs = installed and half and device.type == "cuda"
+    lacking = _lacking_kernels(model_config)
     if requested == "auto":
-        return "flash_attention_2" if runs and allow_flash else "sdpa"
+        flash = runs and allow_flash and "flash_attention_2" not in lacking
+        return "flash_attention_2" if flash else "eager" if "sdpa" in lacking else "sdpa"
+    if requested in lacking:
+        raise InputError(
+            f"attn_implementation: models of type {one_line(model_config.model_type, 40)} do not "
+            f"run with {requested}; set --attn_implementation auto or eager."
+        )
     if requested == "flash_attention_2" and not runs:
         lacks = (
             "a CUDA device"
@@ -257,6 +301,12 @@ def choose_attention(requested: str, allow_flash: bool, device: torch.device, ha
             f"attn_implementation: flash_attention_2 needs {lacks}; use auto or sdpa instead."
         )
     return requested
+
+
+def _lacking_kernels(model_config: Any) -> set[str]:
+    kind = None if model_config is None else model_class(model_config)
+    has = {"sdpa": "_supports_sdpa", "flash_attention_2": "_supports_flash_attn"}
+    return {name for name, flag in has.items() if kind and not getattr(kind, flag, True)}
 
 
 def read_extra(folder: str | Path) -> dict[str, Tensor]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
+from torch import nn
 from transformers import AutoModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
@@ -19,11 +20,11 @@ from REC.utils.files import is_file, read_json
 
 EXTRA_FILE = "hllm_extra.safetensors"
 _INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
-_LAYER = re.compile(r"\blayers\.(\d+)\.")
+_LAYER = re.compile(r"\b(?:layers|h)\.(\d+)\.")
 # Parts of the names of token embeddings, and with the output head of all weights of the vocabulary's
 # size: the UserLLM loads none of them.
 EMBEDDING_KEYS = ("embed_tokens", "wte", "word_embeddings", "embed_in")
-_VOCABULARY = (*EMBEDDING_KEYS, "lm_head")
+_VOCABULARY = (*EMBEDDING_KEYS, "lm_head", "embed_out")
 
 
 @dataclass(frozen=True)
@@ -151,18 +152,60 @@ def check_decoder(config: Any, folder: Path, layers: int | None = None) -> None:
             f"the model in {folder} is of type {kind}, an encoder whose positions see later ones; "
             f"{remedy}."
         )
-    model_class: Any = AutoModel._model_mapping.get(type(config), None)
-    if isinstance(model_class, type) and (
-        "inputs_embeds" not in inspect.signature(model_class.forward).parameters  # type: ignore[attr-defined]
-    ):
+    built = model_class(config)
+    if built and "inputs_embeds" not in inspect.signature(built.forward).parameters:
         raise InputError(
             f"the model in {folder} is of type {kind}, which takes no vectors (inputs_embeds); {remedy}."
         )
-
     if layers is not None and layers > config.num_hidden_layers:
         raise InputError(
             f"user_llm_layers is {layers}, but the model in {folder} has only "
             f"{config.num_hidden_layers} layers; lower it."
+        )
+
+
+def model_class(config: Any) -> Any | None:
+    """Return the class that transformers builds for a configuration, None where it knows none."""
+    found = AutoModel._model_mapping.get(type(config), None)
+    return found if isinstance(found, type) else None
+
+
+def check_embeddings(model: Any, folder: Path) -> None:
+    """Refuse a decoder that reads vectors of another width than it gives (OPT-350m).
+
+    Raises:
+        InputError: they differ.
+    """
+    hidden = model.config.hidden_size
+    width = getattr(model.get_input_embeddings(), "embedding_dim", hidden)
+    if width != hidden:
+        raise InputError(
+            f"the model in {folder} reads vectors of {width} numbers into layers of {hidden}; name "
+            f"the folder of a decoder whose token embeddings are as wide as its layers."
+        )
+
+
+def check_positions(model: Any, length: int, folder: Path, key: str) -> None:
+    """Refuse rows longer than a table of learned positions (GPT-2, OPT); rotary ones have no end.
+
+    Args:
+        model: the decoder, on any device.
+        length: of the longest row.
+        folder: its folder, for the message.
+        key: the configuration key that says the length.
+
+    Raises:
+        InputError: there are fewer positions.
+    """
+    tables = [
+        part
+        for part in model.modules()
+        if isinstance(part, nn.Embedding) and part is not model.get_input_embeddings()
+    ]
+    most = getattr(model.config, "max_position_embeddings", None)
+    if tables and isinstance(most, int) and most < length:
+        raise InputError(
+            f"the model in {folder} has learned {most} positions, {key} asks for {length}; lower {key}."
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from REC.model.item_table import ItemTable
@@ -28,12 +29,45 @@ class UserLLM(SequenceEncoder):
         super().__init__()
         self.decoder = decoder
         self.items = items
-        # Norm weights are never quantised: their number type is that of the residual stream. In a
-        # list, since an attribute would register the parameter a second time.
-        self._norm = [p for n, p in decoder.named_parameters() if n.endswith("norm.weight")][-1:]
 
     def forward(self, history: Tensor, positions: Tensor | None = None) -> Tensor:
         """Encode every prefix of each history: int64 [B, T] -> [B, T, D]."""
-        vectors = self.items(history).to(self._norm[0].dtype)
+        return self._states(self.items(history).to(self._dtype), positions)
+
+    def keeps_apart(self) -> bool:
+        """Say whether the histories of one row do not see each other, as `pack_sequences` needs.
+
+        Some of transformers' models (OPT, BLOOM) attend over the whole row whatever the positions
+        are. What is masked has a gradient of exactly zero, so one small pass tells.
+        """
+        table = self.items.embeddings
+        width = table.shape[1]
+        waves = torch.arange(4 * width, device=table.device).sin().view(1, 4, width)
+        vectors = waves.to(self._dtype, copy=True).requires_grad_()
+        positions = torch.tensor([[0, 1, 0, 1]], device=vectors.device)
+        modes = [(part, part.training) for part in self.decoder.modules()]
+        self.decoder.eval()
+        try:
+            with torch.enable_grad():
+                second = self._states(vectors, positions)[:, 2:].float()
+                # Weighted, since the plain sum of what a LayerNorm gives does not change at all.
+                (found,) = torch.autograd.grad((second * waves[:, :2]).sum(), vectors)
+        except TypeError:  # the model takes no positions
+            return False
+        finally:
+            for part, mode in modes:
+                part.training = mode
+        return bool((found[:, :2] == 0).all())
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        """Number type of what the decoder's layers read: that of the embeddings in whose place it is."""
+        embeddings: nn.Embedding = self.decoder.get_input_embeddings()  # type: ignore[operator]
+        return embeddings.weight.dtype
+
+    def _states(self, vectors: Tensor, positions: Tensor | None) -> Tensor:
         where = {} if positions is None else {"position_ids": positions}
-        return self.decoder(inputs_embeds=vectors, use_cache=False, **where).last_hidden_state
+        states: Tensor = self.decoder(
+            inputs_embeds=vectors, use_cache=False, **where
+        ).last_hidden_state
+        return states

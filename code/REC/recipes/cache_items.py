@@ -16,6 +16,7 @@ from REC.data.cache import ItemCache, default_cache_path, open_cache
 from REC.data.interactions import read_interactions
 from REC.data.item_text import ItemTexts, information_file, read_item_texts, with_items
 from REC.hub.manifest import origin
+from REC.model.backbone import load_model_config
 from REC.model.item_llm import ItemEncoder, load_item_encoder, model_fingerprint
 from REC.trainer.fabric import attention_kernel, choose_device, compute_dtype
 from REC.utils.errors import InputError, Interrupted
@@ -193,13 +194,14 @@ def _encoder(config: Config, fingerprint: str, count: int) -> tuple[ItemEncoder,
     if device.type == "cuda":
         device = torch.device("cuda", local_rank() % torch.cuda.device_count())
     dtype = compute_dtype(config)
+    model = load_model_config(config.item_pretrain_dir, config.trust_remote_code)
     encoder = load_item_encoder(
         config.item_pretrain_dir,
         item_emb_token_n=config.item_emb_token_n,
         max_text_length=config.MAX_TEXT_LENGTH,
         device=device,
         dtype=dtype,
-        attention=attention_kernel(config, device),
+        attention=attention_kernel(config, device, model),
         trust_remote_code=config.trust_remote_code,
     )
     if config.item_compile:

@@ -11,9 +11,9 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import nn
 
 from REC.config import Config
 from REC.data.cache import DTYPES, ItemCache, find_cache, is_native, open_cache, read_header
@@ -23,21 +23,27 @@ from REC.data.item_text import ItemTexts, information_file, read_item_texts
 from REC.data.split import Phase, Split, leave_one_out
 from REC.evaluator.evaluator import Evaluator
 from REC.model.backbone import (
+    check_lora_targets,
     check_quantization,
     keep_layers,
-    linear_names,
     load_model_config,
-    lora_target_problem,
     read_extra,
 )
-from REC.model.folder import Weights, check_decoder, check_files, check_shapes
+from REC.model.folder import (
+    Weights,
+    check_decoder,
+    check_embeddings,
+    check_files,
+    check_positions,
+    check_shapes,
+)
 from REC.model.item_adapter import adapter_shape
 from REC.model.item_llm import emb_token, load_tokenizer
 from REC.model.item_table import refuse_other_dim
 from REC.recipes.cache_items import cache_path
 from REC.recipes.dry_run import training_shape
 from REC.recipes.run_dir import choose_run_dir
-from REC.recipes.setup import check_training, eval_protocol, match_cache
+from REC.recipes.setup import check_training, eval_protocol, match_cache, user_attention
 from REC.report.memory import GIB, estimate, meta_decoder
 from REC.trainer.fabric import attention_kernel, check_device, choose_device, compute_dtype
 from REC.trainer.wandb_log import load_wandb
@@ -224,24 +230,27 @@ def _user_model(config: Config, found: Findings) -> int | None:
         hidden = int(model.hidden_size)
         weights = check_files(folder)
         check_shapes(model, weights, folder)
-        if config.use_qlora and not config.val_only:
-            keep_layers(model, 1)
-            _lora_targets(config, meta_decoder(model))
+        _one_layer(config, folder, model)
         _training_space(config, weights)
     with found.collect():
         extra = read_extra(folder)
         if hidden is not None:
             adapter_shape(config, extra, folder, train=not config.val_only)
     with found.collect():
-        attention_kernel(config, torch.device(choose_device(config)))
+        user_attention(config, torch.device(choose_device(config)))
     return hidden
 
 
-def _lora_targets(config: Config, decoder: nn.Module) -> None:
-    names = linear_names(decoder)
-    wanted = config.qlora_target_modules
-    if wanted != ["all-linear"] and names and not names & set(wanted):
-        raise InputError(lora_target_problem(wanted, names))
+def _one_layer(config: Config, folder: Path, model: Any) -> None:
+    """Check what the UserLLM's first layer tells; the others are like it."""
+    # A target such as h.3.attn.c_attn names its layer.
+    named = any("." in target for target in config.qlora_target_modules)
+    keep_layers(model, (config.user_llm_layers or model.num_hidden_layers) if named else 1)
+    decoder = meta_decoder(model, config.trust_remote_code)
+    check_embeddings(decoder, folder)
+    check_positions(decoder, config.MAX_ITEM_LIST_LENGTH, folder, "MAX_ITEM_LIST_LENGTH")
+    if config.use_qlora and not config.val_only:
+        check_lora_targets(decoder, config.qlora_target_modules)
 
 
 def _item_model(config: Config, found: Findings) -> None:
@@ -256,9 +265,16 @@ def _item_model(config: Config, found: Findings) -> None:
         check_decoder(model, folder)
         check_shapes(model, check_files(folder), folder)
         load_tokenizer(folder, config.trust_remote_code)
-        emb_token(folder, config.item_emb_token_n, int(model.hidden_size))
+        token = emb_token(folder, config.item_emb_token_n, int(model.hidden_size))
+        keep_layers(model, 1)
+        decoder = meta_decoder(model, config.trust_remote_code)
+        check_embeddings(decoder, folder)
+        # The emb token comes after the longest text.
+        longest = config.MAX_TEXT_LENGTH + (0 if token is None else 1)
+        check_positions(decoder, longest, folder, "MAX_TEXT_LENGTH")
     with found.collect():
-        attention_kernel(config, torch.device(choose_device(config)))
+        model = load_model_config(folder, config.trust_remote_code)
+        attention_kernel(config, torch.device(choose_device(config)), model)
 
 
 def _cache_header(config: Config, hidden: int | None) -> None:

@@ -250,6 +250,16 @@ def packed_row_length(config: Config, kernel: str) -> int | None:
     return 4 * config.MAX_ITEM_LIST_LENGTH
 
 
+def user_attention(config: Config, device: torch.device) -> str:
+    """Return the attention kernel of the configuration's UserLLM.
+
+    Raises:
+        InputError: as `attention_kernel`, or the model folder is unusable.
+    """
+    model = load_model_config(config.user_pretrain_dir or "", config.trust_remote_code)
+    return attention_kernel(config, device, model)
+
+
 def build_user_llm(config: Config, data: Data, fabric: Fabric, *, train: bool) -> Recommender:
     """Load the UserLLM with the item table and its loss, on the device.
 
@@ -277,7 +287,9 @@ def build_user_llm(config: Config, data: Data, fabric: Fabric, *, train: bool) -
     # Weights that are trained whole stay in float32 under mixed precision; frozen ones need not.
     whole = train and lora is None and choose_precision(config) != "bf16-true"
     device = fabric.device
-    attention = attention_kernel(config, device)
+    attention = user_attention(config, device)
+    if attention == "eager" and config.attn_implementation == "auto":
+        log.info("%s runs with eager attention, since its kind of model has no sdpa.", folder)
     decoder: Any = load_decoder(
         folder,
         dtype=torch.float32 if whole else half,

@@ -23,6 +23,7 @@ from REC.hub.manifest import origin
 from REC.model.recommender import Recommender
 from REC.model.reference import build_reference
 from REC.model.sasrec import build_sasrec
+from REC.model.user_llm import UserLLM
 from REC.recipes.run_dir import (
     RunDir,
     choose_run_dir,
@@ -39,6 +40,7 @@ from REC.recipes.setup import (
     load_data,
     make_evaluator,
     packed_row_length,
+    user_attention,
     warn_of_plain_items,
 )
 from REC.report.result import (
@@ -52,7 +54,6 @@ from REC.report.result import (
 from REC.report.table import gain_table
 from REC.trainer.checkpoint import CHECKPOINTS_DIR, Checkpoints, restore_rng, rng_state
 from REC.trainer.fabric import (
-    attention_kernel,
     choose_precision,
     make_fabric,
     peers_of,
@@ -291,7 +292,7 @@ def _train(work: Run, data: Data, model: Recommender) -> tuple[TrainState, dict[
         )
     dataset = CachedEmbeddingTrainDataset(data.split, config.MAX_ITEM_LIST_LENGTH)
     check_training(config, data.split, dataset)
-    loader = make_train_loader(config, dataset, data, fabric)
+    loader = make_train_loader(config, dataset, data, fabric, pack=_packs(config, model, fabric))
     optimizer = build_optimizer(model, config, fabric.device)
     total = config.epochs * steps_per_epoch(len(loader), config.gradient_accumulation_steps)
     schedule = build_schedule(optimizer, config, total)
@@ -331,19 +332,45 @@ def _train(work: Run, data: Data, model: Recommender) -> tuple[TrainState, dict[
     }
 
 
+def _packs(config: Config, model: Recommender, fabric: Fabric) -> bool:
+    """Say whether rows may hold several sequences: where asked for, and the model keeps them apart."""
+    if not config.pack_sequences or not isinstance(model.encoder, UserLLM):
+        return False
+    with fabric.autocast():
+        apart = model.encoder.keeps_apart()
+    if not apart:
+        log.warning(
+            "pack_sequences: the UserLLM in %s would mix the sequences of a row, so that every "
+            "sequence gets a row of its own.",
+            config.user_pretrain_dir,
+        )
+    return apart
+
+
 def make_train_loader(
-    config: Config, dataset: CachedEmbeddingTrainDataset, data: Data, fabric: Fabric
+    config: Config,
+    dataset: CachedEmbeddingTrainDataset,
+    data: Data,
+    fabric: Fabric,
+    *,
+    pack: bool = True,
 ) -> DataLoader[Any]:
-    """Make the loader of training batches for this process."""
+    """Make the loader of training batches for this process.
+
+    `pack`: False gives every sequence a row of its own, whatever `pack_sequences` says.
+    """
     drawn = config.effective_negatives == "sampled"
     rows = config.train_batch_size * fabric.world_size
+    length = None
+    if pack and config.model == "HLLM":
+        length = packed_row_length(config, user_attention(config, fabric.device))
     collate = TrainCollate(
         dataset,
         sampler=NegativeSampler(data.interactions, held_out=2) if drawn else None,
         num_negatives=-(-(config.num_negatives or 0) // rows),
         random_split=config.train_positions == "random_split",
         seed=config.seed,
-        row_length=packed_row_length(config, attention_kernel(config, fabric.device)),
+        row_length=length,
     )
     batches = SequenceBatches(
         dataset.lengths,

@@ -19,9 +19,11 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AttentionInterface, AttentionMaskInterface, AutoModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.pytorch_utils import Conv1D
 
-from REC.model.backbone import keep_layers
+from REC.model.backbone import is_target, keep_layers, linear_layers
 from REC.model.losses import chunk_shape
+from REC.utils.errors import InputError, brief, one_line
 
 GIB = 1 << 30
 MIB = 1 << 20
@@ -37,6 +39,8 @@ _SMALLEST_8BIT, _STATE_BLOCK = 4096, 256
 _ROWS = 256
 _NO_MASK = "sdpa_without_mask"
 _LARGEST_BATCH = 1 << 16
+# Items of a catalogue not known: more than any budget of logits takes at once.
+_ANY_NUMBER = 1 << 40
 
 AttentionInterface.register(_NO_MASK, sdpa_attention_forward)
 AttentionMaskInterface.register(_NO_MASK, lambda *_, **__: None)
@@ -58,10 +62,13 @@ class TrainingShape:
         dtype: number type of products, and of frozen weights that are not quantised.
         optimizer_8bit: 8-bit AdamW states.
         checkpointing: gradient checkpointing of the decoder layers.
-        items: I; item_bytes: bytes per number of the item table; adapter: as `item_adapter`.
+        items: I, None when it is not known: the item table is not counted then; item_bytes: bytes
+            per number of it; adapter: as `item_adapter`.
         adapter_rank: of `lowrank`.
         length: L, positions per sequence; every sequence is taken to be full.
-        masked_row: positions of a packed row whose attention takes a mask (sdpa); None: no mask.
+        attention: `sdpa` or `eager`.
+        masked_row: positions of a packed row whose attention takes a mask; None: not packed, and
+            sdpa takes no mask.
         negatives: as `negatives`; num_negatives: drawn per step.
         budget_bytes: of logits.
     """
@@ -75,7 +82,7 @@ class TrainingShape:
     dtype: torch.dtype
     optimizer_8bit: bool
     checkpointing: bool
-    items: int
+    items: int | None
     item_bytes: int
     adapter: str
     adapter_rank: int
@@ -84,6 +91,7 @@ class TrainingShape:
     negatives: str
     num_negatives: int
     budget_bytes: int
+    attention: Literal["sdpa", "eager"] = "sdpa"
 
     @property
     def quantised(self) -> bool:
@@ -121,10 +129,27 @@ class Memory:
         return sum(getattr(self, part.name) for part in fields(self))
 
 
-def meta_decoder(model_config: Any) -> nn.Module:
-    """Build the decoder on torch's meta device: shapes without numbers."""
-    with torch.device("meta"):
-        model: nn.Module = AutoModel.from_config(model_config, attn_implementation="sdpa")
+def meta_decoder(model_config: Any, trust_remote_code: bool = False) -> nn.Module:
+    """Build the decoder on torch's meta device: shapes without numbers.
+
+    Args:
+        model_config: as `decoder_config` gives.
+        trust_remote_code: let transformers run code from the model's folder.
+
+    Raises:
+        InputError: no model can be built so.
+    """
+    try:
+        with torch.device("meta"):
+            # Every model has eager attention, and nothing is computed.
+            model: nn.Module = AutoModel.from_config(
+                model_config, attn_implementation="eager", trust_remote_code=trust_remote_code
+            )
+    except Exception as error:  # models and layers raise many kinds for sizes that do not fit
+        raise InputError(
+            f"the config.json of {model_config.name_or_path} describes a model of type "
+            f"{one_line(model_config.model_type, 40)} that cannot be built: {brief(error)}."
+        ) from error
     return model
 
 
@@ -147,12 +172,12 @@ def quantised_bytes(weights: int, rows: int, quant_type: QuantType, double_quant
 def weight_bytes(model: nn.Module, shape: TrainingShape) -> int:
     """Return the bytes of the decoder's weights, LoRA not counted. `model`: see `meta_decoder`."""
     total = 0
-    linear = {id(module.weight): module for module in _linears(model).values()}
+    linear = {id(module.weight): module for module in linear_layers(model).values()}
     for weight in model.parameters():
         module = linear.get(id(weight))
         if module is not None and shape.quantised:
             total += quantised_bytes(
-                weight.numel(), module.out_features, shape.quant_type, shape.double_quant
+                weight.numel(), _widths(module)[1], shape.quant_type, shape.double_quant
             )
         else:
             kind = shape.weight_dtype if module is not None else shape.residual_dtype
@@ -168,7 +193,7 @@ def trained_sizes(model: nn.Module, shape: TrainingShape) -> list[int]:
         sizes += [weight.numel() for weight in model.parameters()]
     for module in targets(model, shape.lora_targets) if shape.lora_rank is not None else ():
         assert shape.lora_rank is not None
-        sizes += [shape.lora_rank * module.in_features, shape.lora_rank * module.out_features]
+        sizes += [shape.lora_rank * width for width in _widths(module)]
     if shape.adapter == "linear":
         sizes.append(dim * dim)
     elif shape.adapter == "lowrank":
@@ -234,13 +259,15 @@ def estimate(
     else:
         activations = tokens * (layers * layer + rest)
     if shape.negatives == "catalogue":
-        rows, size = chunk_shape(tokens, shape.items, dim, shape.budget_bytes)
+        count = _ANY_NUMBER if shape.items is None else shape.items
+        rows, size = chunk_shape(tokens, count, dim, shape.budget_bytes)
         logits = 4 * (2 * rows * size + 8 * size * dim + 4 * tokens * dim)
     else:
         pool = shape.num_negatives if shape.negatives == "sampled" else tokens
         logits = min(shape.budget_bytes, 12 * tokens * pool) + 12 * (tokens + pool) * dim
-    largest = max(module.weight.numel() for module in _linears(model).values())
-    middle = max(module.out_features for module in _linears(model).values())
+    linear = [_widths(module) for module in linear_layers(model).values()]
+    largest = max(read * given for read, given in linear)
+    middle = max(given for _, given in linear)
     workspace = 3 * tokens * middle * shape.residual_dtype.itemsize
     if shape.quantised:
         workspace += largest * shape.dtype.itemsize
@@ -250,7 +277,7 @@ def estimate(
         adapters=width * trained if shape.lora_rank is not None else 0,
         gradients=width * trained,
         optimizer=optimizer_bytes(sizes, shape.optimizer_8bit) * width // 4,
-        item_table=(shape.items + 1) * dim * shape.item_bytes,
+        item_table=0 if shape.items is None else (shape.items + 1) * dim * shape.item_bytes,
         activations=int(activations),
         logits=logits,
         workspace=workspace,
@@ -283,13 +310,9 @@ def largest_batch(
     return low
 
 
-def targets(model: nn.Module, names: Sequence[str]) -> list[nn.Linear]:
+def targets(model: nn.Module, names: Sequence[str]) -> list[nn.Module]:
     """Return the linear layers that peft would adapt."""
-    return [
-        module
-        for name, module in _linears(model).items()
-        if list(names) == ["all-linear"] or name.rpartition(".")[2] in names or name in names
-    ]
+    return [module for name, module in linear_layers(model).items() if is_target(name, names)]
 
 
 class _Quantised(nn.Linear):
@@ -299,22 +322,36 @@ class _Quantised(nn.Linear):
         return F.linear(x.to(self.weight.dtype), self.weight, self.bias).to(x.dtype)
 
 
-def _linears(model: nn.Module) -> dict[str, nn.Linear]:
-    return {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+class _QuantisedConv1D(Conv1D):
+    """The same for GPT-2's layers, whose weight is the transpose of a linear layer's."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x.to(self.weight.dtype), self.weight.T, self.bias).to(x.dtype)
+
+
+def _widths(module: nn.Module) -> tuple[int, int]:
+    """Return how many numbers a linear layer reads and gives."""
+    if isinstance(module, Conv1D):
+        read, given = module.weight.shape
+        return read, given
+    assert isinstance(module, nn.Linear)
+    return module.in_features, module.out_features
 
 
 def _saved(shape: TrainingShape, layers: int) -> int:
     """Count the bytes that autograd saves in a fake model's forward pass over `_ROWS` rows.
 
     With a mask, transformers' sdpa repeats keys and values for grouped queries; without one, as in
-    the flash kernels, it does not.
+    the flash kernels, it does not. For eager attention transformers always makes one itself.
     """
     config = copy.deepcopy(shape.model_config)
     keep_layers(config, layers)
+    eager = shape.attention == "eager"
+    masked = shape.masked_row is not None and not eager
     with torch.device("meta"):
         plain = AutoModel.from_config(
             config,
-            attn_implementation="sdpa" if shape.masked_row else _NO_MASK,
+            attn_implementation=shape.attention if masked or eager else _NO_MASK,
             dtype=shape.residual_dtype,
         )
         model = _adapted(plain, shape).train()
@@ -324,8 +361,11 @@ def _saved(shape: TrainingShape, layers: int) -> int:
         vectors = torch.zeros(
             _ROWS, length, config.hidden_size, dtype=shape.residual_dtype, requires_grad=True
         )
-        mask = torch.zeros(_ROWS, 1, length, length, dtype=torch.bool)
-        given = {"attention_mask": mask} if shape.masked_row else {}
+        # Positions too: some models would count them from a mask of another shape.
+        given = {
+            "attention_mask": torch.zeros(_ROWS, 1, length, length, dtype=torch.bool),
+            "position_ids": torch.arange(length).expand(_ROWS, length),
+        }
         own = {_storage(weight) for weight in [*model.parameters(), *model.buffers()]}
         saved: dict[int, int] = {}
 
@@ -341,7 +381,7 @@ def _saved(shape: TrainingShape, layers: int) -> int:
         # float16 mode, and both types have two bytes.
         mixed = torch.autocast("cpu", torch.bfloat16, enabled=shape.mixed)
         with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), mixed:
-            model(inputs_embeds=vectors, use_cache=False, **given)
+            model(inputs_embeds=vectors, use_cache=False, **(given if masked else {}))
     return sum(saved.values())
 
 
@@ -364,9 +404,10 @@ def _without_storage(model: nn.Module) -> None:
 def _adapted(model: nn.Module, shape: TrainingShape) -> nn.Module:
     """Give a decoder the number types and the LoRA matrices that training has."""
     half = torch.bfloat16 if shape.dtype == torch.float16 else shape.dtype
-    for module in _linears(model).values() if shape.quantised else ():
-        module.weight = nn.Parameter(module.weight.detach().to(half), requires_grad=False)
-        module.__class__ = _Quantised
+    for module in linear_layers(model).values() if shape.quantised else ():
+        weight: Any = module.weight
+        module.weight = nn.Parameter(weight.detach().to(half), requires_grad=False)
+        module.__class__ = _QuantisedConv1D if isinstance(module, Conv1D) else _Quantised
     if shape.lora_rank is None:
         return model
     from peft import LoraConfig, get_peft_model

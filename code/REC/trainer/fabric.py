@@ -94,17 +94,23 @@ def check_device(config: Config) -> str:
     return device
 
 
-def attention_kernel(config: Config, device: torch.device) -> str:
-    """Return the configuration's `attn_implementation`, with `auto` resolved for this device.
+def attention_kernel(config: Config, device: torch.device, model_config: Any) -> str:
+    """Return the configuration's `attn_implementation`, `auto` resolved for a device and a model.
+
+    Args:
+        config: the configuration.
+        device: where the model runs.
+        model_config: of the model, as `load_model_config` gives.
 
     Raises:
-        InputError: `flash_attention_2` was asked for and cannot run here.
+        InputError: what was asked for cannot run here, or not with this model.
     """
     return choose_attention(
         config.attn_implementation,
         config.use_ft_flash_attn,
         device,
         half=compute_dtype(config) in (torch.bfloat16, torch.float16),
+        model_config=model_config,
     )
 
 
