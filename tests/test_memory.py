@@ -276,7 +276,10 @@ def test_dry_run_without_a_model_folder_takes_tinyllamas_shape(project: Project)
     code, _, err = project.run(*DRY, *none, "--user_llm_layers", "23")
     assert code == 2
     assert "TinyLlama-1.1B has only 22 layers" in err
-    for more in (("--user_pretrain_dir", "null"), ("--qlora_r", "none"), ("--val_only", "True")):
+    code, out, err = project.run(*DRY, "--user_pretrain_dir", "null")
+    assert code == 0, err
+    assert "no UserLLM is named: estimated for TinyLlama-1.1B's shape" in out
+    for more in (("--qlora_r", "none"), ("--val_only", "True")):
         assert project.run(*DRY, *more)[0] == 2
 
 

@@ -96,9 +96,8 @@ def assumed_shape(config: Config) -> tuple[TrainingShape, list[str]]:
         raise InputError(
             "dry_run estimates fine-tuning of the UserLLM; set model: HLLM, not val_only."
         )
-    if not config.user_pretrain_dir:
-        raise InputError("no UserLLM is named; give --user_pretrain_dir FOLDER.")
-    model_config, assumed = _user_model(config, Path(config.user_pretrain_dir))
+    named = config.user_pretrain_dir
+    model_config, assumed = _user_model(config, Path(named) if named else None)
     items = _items(config, int(model_config.hidden_size), known_width=not assumed)
     wanted = config.attn_implementation
     kernel = choose_attention(
@@ -135,20 +134,20 @@ def assumed_shape(config: Config) -> tuple[TrainingShape, list[str]]:
     return shape, [*assumed, *items.assumed]
 
 
-def _user_model(config: Config, folder: Path) -> tuple[Any, list[str]]:
+def _user_model(config: Config, folder: Path | None) -> tuple[Any, list[str]]:
     """Return the UserLLM's configuration cut to the layers in use, and what was assumed."""
     assumed = []
-    if is_folder(folder) or is_file(folder):
+    if folder is not None and (is_folder(folder) or is_file(folder)):
         model_config = decoder_config(
             folder, config.user_llm_layers, trust_remote_code=config.trust_remote_code
         )
     else:
+        where = f"no model folder at {folder}" if folder else "no UserLLM is named"
+        folder = Path("TinyLlama-1.1B")
         model_config = LlamaConfig(**TINYLLAMA)
-        check_decoder(model_config, Path("TinyLlama-1.1B"), config.user_llm_layers)
+        check_decoder(model_config, folder, config.user_llm_layers)
         cut_decoder(model_config, config.user_llm_layers)
-        assumed = [
-            f"no model folder at {folder}: estimated for TinyLlama-1.1B's shape, HLLM-1B's UserLLM."
-        ]
+        assumed = [f"{where}: estimated for TinyLlama-1.1B's shape, HLLM-1B's UserLLM."]
     model = meta_decoder(model_config, config.trust_remote_code)
     check_embeddings(model, folder)
     check_positions(model, config.MAX_ITEM_LIST_LENGTH, folder, "MAX_ITEM_LIST_LENGTH")
