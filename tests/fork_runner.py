@@ -2,7 +2,8 @@
 
 torch and transformers are imported once. Every line of standard input is an order (JSON): argv,
 cwd, log, and either `signal` with `delay` (seconds) or `batch` (number of the batch to be encoded,
-from 1), or `trap` with `count`, or neither. The answer is a line with the child's exit code
+from 1; `again` lists further signals right after it), or `trap` with `count`, or neither;
+`items_per_part` is 16 unless given. The answer is a line with the child's exit code
 (negative: the signal that ended it) and its seconds.
 """
 
@@ -93,7 +94,7 @@ def child(order: dict[str, Any]) -> int:
     log = os.open(order["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(log, 1)
     os.dup2(log, 2)
-    build_cache.ITEMS_PER_PART = 16
+    build_cache.ITEMS_PER_PART = order.get("items_per_part", 16)
     plain = ItemEncoder.encode
     counter = Path(order["log"] + ".encoded")
     counter.write_text("")
@@ -104,7 +105,8 @@ def child(order: dict[str, Any]) -> int:
         nonlocal batches
         batches += 1
         if batches == order.get("batch"):
-            os.kill(os.getpid(), order["signal"])
+            for number in (order["signal"], *order.get("again", ())):
+                os.kill(os.getpid(), number)
         with counter.open("a") as file:
             file.write(f"{len(tokens)}\n")
         return plain(self, tokens)

@@ -20,6 +20,7 @@ from item_caching import main as cache_main
 from REC.data import build_cache
 from REC.data.build_cache import share_out
 from REC.data.cache import open_cache, save_cache
+from REC.data.parts import Batches, Parts, PartWriter
 from tests.conftest import Project
 from tests.helpers import ROOT, make_dataset
 
@@ -170,6 +171,74 @@ def test_a_signal_ends_in_one_line_and_keeps_the_parts(
     assert runner.target.read_bytes() == uninterrupted[0]
 
 
+def test_what_is_encoded_before_a_signal_is_kept_however_little(
+    runner: Runner, uninterrupted: tuple[bytes, float]
+) -> None:
+    runner.target.unlink(missing_ok=True)
+    kept = 0
+    # The parts are of more items than there are, and each stop leaves one of another size. A Ctrl-C
+    # under torchrun is two signals.
+    for batch, again in ((5, []), (2, [int(signal.SIGTERM)]), (7, [int(signal.SIGINT)])):
+        code, _ = runner.run(
+            batch=batch, signal=int(signal.SIGINT), again=again, items_per_part=2048
+        )
+        assert code == 128 + signal.SIGINT, runner.log.read_text()
+        kept += runner.encoded
+        assert 0 < runner.encoded < ITEMS
+        assert runner.whole_parts() == kept
+        last = runner.log.read_text().splitlines()[-1]
+        assert f"; what is encoded is kept ({kept} of {ITEMS} items), and" in last
+    assert len(list(runner.parts.glob("part-*"))) == 3
+    assert runner.run()[0] == 0
+    assert runner.encoded == ITEMS - kept
+    assert runner.target.read_bytes() == uninterrupted[0]
+
+
+def test_a_part_is_written_when_it_is_full_old_or_followed_by_a_gap(tmp_path: Path) -> None:
+    now = 0.0
+    batches = Batches([np.array(rows) for rows in ([4, 0], [1], [5, 2], [3], [6, 7, 8])])
+    parts = Parts(tmp_path, 2, torch.float32)
+    values = torch.arange(18.0).reshape(9, 2)
+    writer = PartWriter(parts, batches, items=5, seconds=60, clock=lambda: now)
+
+    def add(number: int, seconds: float) -> list[range]:
+        nonlocal now
+        now += seconds
+        writer.add(number, values[torch.from_numpy(batches.all[number])])
+        return list(writer.written.values())
+
+    with writer:
+        assert add(0, 59) == []
+        assert add(1, 1) == [range(2)]
+        assert add(2, 59.9) == [range(2)]
+        # A gap: another process has, or an earlier run had, what lies between.
+        assert add(4, 0) == [range(2), range(2, 3)]
+    assert list(writer.written.values()) == [range(2), range(2, 3), range(4, 5)]
+    assert writer.items == 8
+    found = parts.find(batches)
+    assert found == writer.written
+    for name, numbers in found.items():
+        rows = batches.rows(numbers)
+        read = parts.read(name, rows)
+        assert read is not None
+        assert torch.equal(read, values[torch.from_numpy(rows)])
+        assert parts.read(name, rows[::-1].copy()) is None or len(rows) == 1
+    writer = PartWriter(parts, batches, items=3, seconds=60, clock=lambda: now)
+    assert add(2, 0) == []
+    assert add(3, 0) == [range(2, 4)]
+    # Parts that do not hold whole batches of the job are of another one.
+    other = Batches([np.array([4, 0, 1]), np.array([5]), np.array([2, 3, 6, 7, 8])])
+    assert parts.find(other) == {"part-00000000.safetensors": range(1)}
+    assert [path.name for path in tmp_path.iterdir()] == ["part-00000000.safetensors"]
+
+
+def test_groups_are_of_neighbours(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build_cache, "ITEMS_PER_PART", 3)
+    batches = Batches([np.array([n, n + 10]) for n in range(10)])
+    wanted = [range(0, 2), range(2, 3), range(5, 7), range(8, 9)]
+    assert build_cache.group_batches(batches, [0, 1, 2, 5, 6, 8]) == wanted
+
+
 def test_a_finished_file_is_left_and_other_texts_are_not_taken_for_it(
     runner: Runner, uninterrupted: tuple[bytes, float]
 ) -> None:
@@ -300,6 +369,6 @@ def test_a_full_disk_is_one_line(project: Project, monkeypatch: pytest.MonkeyPat
     assert "Traceback" not in err
     monkeypatch.undo()
     monkeypatch.chdir(project.root)
-    monkeypatch.setattr(build_cache, "encode_group", None)
+    monkeypatch.setattr(build_cache, "encode_batch", None)
     code, _, err = project.call(cache_main, [*project.arguments, *where])
     assert code == 0, err

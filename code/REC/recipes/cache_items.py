@@ -52,21 +52,31 @@ def write_item_cache(config: Config) -> Path:
 
     Raises:
         InputError: a file or model folder is missing or unusable.
-        Interrupted: SIGINT or SIGTERM came; finished parts are kept.
+        Interrupted: SIGINT or SIGTERM came; what is encoded is kept.
     """
+    target = cache_path(config).with_suffix(".safetensors")
     with StopSignals() as stop:
+        processes = join_processes(_PATIENCE)
+        build = CacheBuild(
+            target,
+            target.with_name(f"{target.name}.parts"),
+            processes,
+            config.show_progress,
+            stop.held_back,
+        )
         try:
-            return _write_item_cache(config, join_processes(_PATIENCE))
+            _write_item_cache(config, build)
         except Interrupted as stopped:
             if not stop.received:
                 raise
-            done = "; what is encoded is kept, and the same command goes on from there"
+            kept = "" if build.kept is None else f" ({build.kept:,} of {build.items:,} items)"
+            done = f"; what is encoded is kept{kept}, and the same command goes on from there"
             raise stop.interruption(done=done) from stopped
+    return target
 
 
-def _write_item_cache(config: Config, processes: Processes) -> Path:
-    target = cache_path(config).with_suffix(".safetensors")
-    parts_dir = target.with_name(f"{target.name}.parts")
+def _write_item_cache(config: Config, build: CacheBuild) -> None:
+    target, processes = build.target, build.processes
     # In process 0 alone: ids, texts and fingerprint.
     found: list[ItemTexts] = []
 
@@ -84,14 +94,12 @@ def _write_item_cache(config: Config, processes: Processes) -> Path:
             target,
         )
     else:
-        build = CacheBuild(target, parts_dir, processes, config.show_progress)
         build.run(encoder, job, item_ids, lambda: found.pop().texts)
         log.info(
             "wrote %s: %d items of %d dimensions in %s.", target, count, encoder.dim, job.dtype
         )
     if processes.first:
-        remove(parts_dir)
-    return target
+        remove(build.parts_dir)
 
 
 def _is_current(target: Path, job: EncodingJob, item_ids: list[str]) -> bool:
