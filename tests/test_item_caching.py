@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -17,10 +18,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from item_caching import main as cache_main
+from main import main as run_main
+from REC.config.loader import load_config, parse_command_line
 from REC.data import build_cache
 from REC.data.build_cache import share_out
 from REC.data.cache import open_cache, save_cache
 from REC.data.parts import Batches, Parts, PartWriter
+from REC.recipes.next_step import command_after_caching
 from tests.conftest import Project
 from tests.helpers import ROOT, make_dataset
 
@@ -353,6 +357,95 @@ def test_a_cache_of_other_texts_or_another_model_gives_a_warning(
     save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
     _, _, err = project.run("--val_only", "True", "--item_pretrain_dir", str(other))
     assert f"{WARNING} item_pretrain_dir;" in err
+
+
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [
+        (["i0,,,", "i1,,nan,"], ["none of the 20 items", "title, tag, description;"]),
+        (["x1,item 1,,", "x2,,,"], ["none of the 20 items", "others, for example 'x1';"]),
+    ],
+    ids=["empty", "other items"],
+)
+def test_a_catalogue_without_any_text_is_refused(
+    project: Project, rows: list[str], words: list[str]
+) -> None:
+    information = project.root / "information" / "tiny.csv"
+    information.write_text("\n".join(["item_id,title,tag,description", *rows]) + "\n")
+    (project.root / "dataset" / "tiny_item_embeddings.safetensors").unlink()
+    where = ("--item_pretrain_dir", str(project.llama))
+    before = set(project.root.rglob("*"))
+    for more in ((), ("--check", "True")):
+        code, out, err = project.call(cache_main, [*project.arguments, *where, *more])
+        assert (code, out) == (2, "")
+        last = err.splitlines()[-1]
+        assert last.startswith("error: ")
+        for word in (*words, "information/tiny.csv", "--text_path"):
+            assert word in last
+    for more in (("--val_only", "True"), ("--check", "True")):
+        code, _, err = project.run(*where, "--use_item_cache", "False", *more)
+        assert code == 2
+        assert words[0] in err.splitlines()[-1]
+    after = {path for path in project.root.rglob("*") if "saved" not in path.parts}
+    assert after == before
+
+
+def test_the_next_command_is_said_once_and_works(project: Project) -> None:
+    default = project.root / "dataset" / "tiny_item_embeddings.safetensors"
+    plain = ("--item_pretrain_dir", str(project.llama))
+    for more, words in (
+        ((), []),
+        (
+            ("--item_cache_path", "my items.safetensors", "--text_keys", "[title]"),
+            ["--text_keys", '["title"]', "--item_cache_path", "my items.safetensors"],
+        ),
+    ):
+        default.unlink(missing_ok=True)
+        code, out, err = project.call(cache_main, [*project.arguments, *plain, *more])
+        assert code == 0, err
+        assert err.count("no trained emb token") == 1
+        command = out.removeprefix("\nnext: ").removesuffix("\n")
+        python, program, *arguments = shlex.split(command)
+        assert (python, program) == ("python", "code/main.py")
+        files = arguments[1:3]
+        assert arguments == [
+            *("--config_file", *files, "--dataset", "tiny"),
+            *words[:2],
+            *("--user_pretrain_dir", str(project.llama)),
+            *words[2:],
+            *("--val_only", "True"),
+        ]
+        code, out, err = project.call(run_main, [*arguments, "--precision", "32-true"])
+        assert code == 0, err
+        assert WARNING not in err
+        assert "Recall@10" in out
+
+
+def test_the_next_command_follows_the_configuration(project: Project) -> None:
+    (project.root / "my.yaml").write_text(
+        "dataset: tiny\nitem_cache_path: a.pt\nuse_item_cache: False\nitem_prompt: '--p: '\n"
+    )
+    files = [Path("my.yaml")]
+    given = {"text_path": "information/tiny.csv", "item_prompt": "--q "}
+    config, _ = load_config(files, given)
+    assert command_after_caching(config, files) == (
+        "python code/main.py --config_file my.yaml --dataset tiny --text_path information/tiny.csv "
+        "'--item_prompt=--q ' --user_pretrain_dir model_checkpoints/UserLLM_complete/ "
+        "--use_item_cache True --val_only True"
+    )
+    config, _ = load_config([], {"dataset": "tiny", "item_cache_path": "a.pt"})
+    words = shlex.split(command_after_caching(config, []) or "")
+    files = [ROOT / name for name in words[3:5]]
+    line = parse_command_line(words[5:])
+    again, _ = load_config(files, line.overrides)
+    assert again.item_cache_path == "a.safetensors"
+    for key in ("dataset", "text_keys", "item_prompt", "MAX_TEXT_LENGTH", "item_emb_token_n"):
+        assert getattr(again, key) == getattr(config, key)
+    # Nothing to go on with, or nothing that fits on a line.
+    config, _ = load_config([], {"dataset": "nowhere"})
+    assert command_after_caching(config, []) is None
+    config, _ = load_config([], {"dataset": "tiny", "item_prompt": "a\nb"})
+    assert command_after_caching(config, []) is None
 
 
 def test_a_full_disk_is_one_line(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:

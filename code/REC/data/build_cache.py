@@ -9,7 +9,7 @@ import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -45,6 +45,8 @@ class EncodingJob:
         fingerprint: of the ids and texts.
         source: SHA-256 of the HLLM checkpoint that the ItemLLM was imported from, else empty.
         model_fingerprint: of the ItemLLM's files.
+        model_folder, information: where the ItemLLM and the texts were read, as named in the
+            configuration. They decide no number, so jobs that differ only in them are equal.
     """
 
     model: str
@@ -58,9 +60,11 @@ class EncodingJob:
     compute_dtype: str = "float32"
     source: str = ""
     model_fingerprint: str = ""
+    model_folder: str = field(default="", repr=False, compare=False)
+    information: str = field(default="", repr=False, compare=False)
 
     def metadata(self) -> dict[str, str]:
-        """Return the job as the cache file's metadata."""
+        """Return what the cache file's metadata say of the job."""
         return {
             "model": self.model,
             "model_fingerprint": self.model_fingerprint,
@@ -72,6 +76,11 @@ class EncodingJob:
             "compute_dtype": self.compute_dtype,
             "model_source": self.source,
         }
+
+    def origin(self) -> dict[str, str]:
+        """Return what they say of where it was done, as far as that is known."""
+        places = {"model_folder": self.model_folder, "information": self.information}
+        return {name: place for name, place in places.items() if place}
 
     def digest(self) -> str:
         """Return a SHA-256 that tells this job from any other."""
@@ -263,7 +272,8 @@ class CacheBuild:
 
         unfinished = self.parts_dir / "unfinished.safetensors"
         try:
-            write_cache(unfinished, item_ids, parts.dim, parts.dtype, job.metadata(), blocks())
+            stated = {**job.metadata(), **job.origin()}
+            write_cache(unfinished, item_ids, parts.dim, parts.dtype, stated, blocks())
             os.replace(unfinished, self.target)
         except OSError as error:
             raise InputError(
