@@ -3,7 +3,8 @@
 torch and transformers are imported once. Every line of standard input is an order (JSON): argv,
 cwd, log, and either `signal` with `delay` (seconds) or `batch` (number of the batch to be encoded,
 from 1; `again` lists further signals right after it), or `trap` with `count`, or neither;
-`items_per_part` is 16 unless given. The answer is a line with the child's exit code
+`items_per_part` is 16 and
+`seconds_per_part` 1e9 unless given. The answer is a line with the child's exit code
 (negative: the signal that ended it) and its seconds.
 """
 
@@ -95,6 +96,7 @@ def child(order: dict[str, Any]) -> int:
     os.dup2(log, 1)
     os.dup2(log, 2)
     build_cache.ITEMS_PER_PART = order.get("items_per_part", 16)
+    build_cache.SECONDS_PER_PART = order.get("seconds_per_part", 1e9)
     plain = ItemEncoder.encode
     counter = Path(order["log"] + ".encoded")
     counter.write_text("")

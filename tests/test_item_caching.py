@@ -198,6 +198,21 @@ def test_what_is_encoded_before_a_signal_is_kept_however_little(
     assert runner.target.read_bytes() == uninterrupted[0]
 
 
+@pytest.mark.parametrize("old", [True, False])
+def test_what_is_older_than_a_part_may_be_outlives_a_kill(
+    runner: Runner, uninterrupted: tuple[bytes, float], old: bool
+) -> None:
+    runner.target.unlink(missing_ok=True)
+    limits = {"items_per_part": 2048, "seconds_per_part": 0 if old else 1e9}
+    assert runner.run(batch=6, signal=int(signal.SIGKILL), **limits)[0] == -signal.SIGKILL
+    kept = runner.whole_parts()
+    assert kept == (runner.encoded if old else 0)
+    assert runner.encoded > 0
+    assert runner.run()[0] == 0
+    assert runner.encoded == ITEMS - kept
+    assert runner.target.read_bytes() == uninterrupted[0]
+
+
 def test_a_part_is_written_when_it_is_full_old_or_followed_by_a_gap(tmp_path: Path) -> None:
     now = 0.0
     batches = Batches([np.array(rows) for rows in ([4, 0], [1], [5, 2], [3], [6, 7, 8])])

@@ -243,7 +243,7 @@ class CacheBuild:
                 with writer:
                     for number in own:
                         rows = batches.all[number]
-                        # What a signal ends is never a batch that is as good as encoded.
+                        # A signal waits for the batch: what is encoded is not thrown away.
                         with self.hold():
                             writer.add(number, encode_batch(encoder, tokens, rows, job, item_ids))
                         bar.advance(len(rows), _tokens_of(rows, tokens, encoder))

@@ -141,17 +141,17 @@ def suspicious_ids(interactions: Interactions, path: str | Path) -> str | None:
         interactions: all of a file.
         path: the file, to be named.
     """
-    kinds = {
-        "user_id": (interactions.user_ids, interactions.lengths),
-        "item_id": (
-            interactions.item_ids,
-            np.bincount(interactions.items, minlength=len(interactions.item_ids)),
-        ),
-    }
+    rows = [
+        ("user_id", interactions.user_ids[place], interactions.lengths[place])
+        for place in empty_cell_ids(interactions.user_ids)
+    ]
+    rows += [
+        ("item_id", interactions.item_ids[place], (interactions.items == place).sum())
+        for place in empty_cell_ids(interactions.item_ids)
+    ]
     found = [
-        f"{column} '{ids[place]}' ({rows[place]} row{'s' * bool(rows[place] != 1)})"
-        for column, (ids, rows) in kinds.items()
-        for place in empty_cell_ids(ids)
+        f"{column} '{text}' ({count} {'row' if count == 1 else 'rows'})"
+        for column, text, count in rows
     ]
     return written_for_empty_cells(path, found) if found else None
 
