@@ -293,8 +293,8 @@ def test_no_itemllm_is_named(encoded: Project) -> None:
     vectors = cache.embeddings.clone()
     other = make_llama(encoded.root / "other", seed=1)
     for folder in (None, "gone", str(other)):
-        stated = {**cache.metadata, "model_folder": folder}
-        stated = {name: text for name, text in stated.items() if text is not None}
+        stated = {k: v for k, v in cache.metadata.items() if k != "model_folder"}
+        stated |= {"model_folder": folder} if folder else {}
         save_cache(path, cache.item_ids, vectors, stated)
         code, _, err = encoded.call(recommend_main, ["--run", RUN, *ADD])
         assert code == 2

@@ -9,10 +9,11 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -333,7 +334,9 @@ def _texts_suffice(
     config: Config, texts: ItemTexts, interactions: Interactions | None, found: Findings
 ) -> None:
     path = information_file(config.text_path, config.dataset)
-    wanted = [] if interactions is None else interactions.item_ids[1:]
+    wanted: Sequence[str] | np.ndarray = []
+    if interactions is not None:
+        wanted = interactions.item_ids[1:]
     problem = textless(texts, path, config.text_keys, wanted)
     if problem:
         found.problems.append(problem)
