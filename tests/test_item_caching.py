@@ -182,10 +182,8 @@ def test_what_is_encoded_before_a_signal_is_kept_however_little(
     kept = 0
     # The parts are of more items than there are, and each stop leaves one of another size. A Ctrl-C
     # under torchrun is two signals.
-    for batch, again in ((5, []), (2, [int(signal.SIGTERM)]), (7, [int(signal.SIGINT)])):
-        code, _ = runner.run(
-            batch=batch, signal=int(signal.SIGINT), again=again, items_per_part=2048
-        )
+    for batch, more in ((5, {}), (2, {"again": signal.SIGTERM}), (7, {"again": signal.SIGINT})):
+        code, _ = runner.run(batch=batch, signal=int(signal.SIGINT), items_per_part=2048, **more)
         assert code == 128 + signal.SIGINT, runner.log.read_text()
         kept += runner.encoded
         assert 0 < runner.encoded < ITEMS
