@@ -2,10 +2,9 @@
 
 torch and transformers are imported once. Every line of standard input is an order (JSON): argv,
 cwd, log, and either `signal` with `delay` (seconds) or `batch` (number of the batch to be encoded,
-from 1; `again` is a second signal, when a part is written after it), or `trap` with `count`, or neither;
-`items_per_part` is 16 and
-`seconds_per_part` 1e9 unless given. The answer is a line with the child's exit code
-(negative: the signal that ended it) and its seconds.
+from 1; `again` is a second signal, while a part is written after it), or `trap` with `count`, or
+neither; `items_per_part` is 16 and `seconds_per_part` 1e9 unless given. The answer is a line with the
+child's exit code (negative: the signal that ended it) and its seconds.
 """
 
 from __future__ import annotations
