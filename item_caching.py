@@ -9,8 +9,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "code"))
 
+from REC.config.loader import parse_command_line
 from REC.config.program import program_config
 from REC.utils.errors import EXIT_OK, refuse, run_program
+from REC.utils.torchrun import global_rank
 
 EXAMPLES = (
     "python item_caching.py --dataset Pixel200K --item_pretrain_dir model_checkpoints/ItemLLM_complete",
@@ -34,12 +36,16 @@ def main(argv: Sequence[str]) -> int:
     # Imported here, so that --help and a mistyped option need not wait for torch.
     from REC.recipes.cache_items import write_item_cache
     from REC.recipes.check import check_caching, quick_caching_problems
+    from REC.recipes.next_step import command_after_caching
 
     if config.check:
         check_caching(config)
     else:
         refuse(quick_caching_problems(config))
         write_item_cache(config)
+        command = command_after_caching(config, parse_command_line(argv).config_files)
+        if command and global_rank() == 0:
+            sys.stdout.write(f"\nnext: {command}\n")
     return EXIT_OK
 
 

@@ -2,8 +2,9 @@
 
 torch and transformers are imported once. Every line of standard input is an order (JSON): argv,
 cwd, log, and either `signal` with `delay` (seconds) or `batch` (number of the batch to be encoded,
-from 1), or `trap` with `count`, or neither. The answer is a line with the child's exit code
-(negative: the signal that ended it) and its seconds.
+from 1; `again` is a second signal, while a part is written after it), or `trap` with `count`, or
+neither; `items_per_part` is 16 and `seconds_per_part` 1e9 unless given. The answer is a line with the
+child's exit code (negative: the signal that ended it) and its seconds.
 """
 
 from __future__ import annotations
@@ -59,6 +60,16 @@ def half_a_part(tensors: Any, path: Path, metadata: Any) -> None:
 PLAIN_SAVE: Callable[..., None] = parts.save_file
 
 
+def while_saving(number: int) -> Callable[..., None]:
+    """Return the function that saves a part, and in which a signal comes."""
+
+    def save(*arguments: Any, **named: Any) -> None:
+        os.kill(os.getpid(), number)
+        PLAIN_SAVE(*arguments, **named)
+
+    return save
+
+
 def some_blocks(*arguments: Any) -> None:
     """Write three blocks of the file and die."""
     *others, blocks = arguments
@@ -93,7 +104,8 @@ def child(order: dict[str, Any]) -> int:
     log = os.open(order["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(log, 1)
     os.dup2(log, 2)
-    build_cache.ITEMS_PER_PART = 16
+    build_cache.ITEMS_PER_PART = order.get("items_per_part", 16)
+    build_cache.SECONDS_PER_PART = order.get("seconds_per_part", 1e9)
     plain = ItemEncoder.encode
     counter = Path(order["log"] + ".encoded")
     counter.write_text("")
@@ -104,6 +116,8 @@ def child(order: dict[str, Any]) -> int:
         nonlocal batches
         batches += 1
         if batches == order.get("batch"):
+            if "again" in order:
+                parts.save_file = while_saving(order["again"])
             os.kill(os.getpid(), order["signal"])
         with counter.open("a") as file:
             file.write(f"{len(tokens)}\n")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,12 +10,16 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from item_caching import main as cache_main
+from REC.data.cache import open_cache, save_cache
+from REC.data.item_text import read_item_texts
 from REC.recipes import check as checks
 from tests.bad_input import CACHE, CSV, INFORMATION
 from tests.conftest import Project
 from tests.helpers import make_cache
 
 CHECK = ("--check", "True")
+KEYS = ["title", "tag", "description"]
+PROMPT = "Compress the following sentence into embedding: "
 
 
 def errors(err: str) -> list[str]:
@@ -147,6 +152,35 @@ def test_disk_and_memory_are_compared_with_what_is_needed(
     code, _, err = project.run(*CHECK, "--val_only", "True", "--device", "cpu")
     assert code == 2
     assert "the UserLLM and the item table need" in err
+
+
+def test_what_the_run_would_warn_of_is_said(project: Project) -> None:
+    (project.root / "other").mkdir()
+    text = (project.root / INFORMATION).read_text()
+    (project.root / "other/tiny.csv").write_text(text.replace("item 3", "item 4"))
+    # As item_caching.py writes it, for which weights would have to be loaded.
+    cache = open_cache(project.root / CACHE)
+    texts = read_item_texts("other/tiny.csv", KEYS, PROMPT)
+    stated = {
+        "text_keys": json.dumps(KEYS),
+        "prompt": PROMPT,
+        "fingerprint": texts.fingerprint,
+        "information": "other/tiny.csv",
+    }
+    save_cache(project.root / CACHE, cache.item_ids, cache.embeddings.clone(), stated)
+    code, out, err = project.run(*CHECK, "--val_only", "True", "--item_prompt", "x: ")
+    assert code == 0, err
+    warning = (
+        f"warning: the item cache {CACHE} was not made with this configuration's item_prompt; it was "
+        f"made from other/tiny.csv; make it anew with item_caching.py if that is not intended."
+    )
+    assert out.splitlines()[-2:] == [warning, "no problem found; 1 warning above"]
+    code, out, _ = project.run(*CHECK, "--val_only", "True")
+    assert code == 0
+    assert warning.replace("item_prompt", "text_path") in out
+    code, out, _ = project.run(*CHECK, "--val_only", "True", "--text_path", "other/tiny.csv")
+    assert code == 0
+    assert out.splitlines()[-1] == "no problem found"
 
 
 def test_item_caching_is_checked_too(project: Project) -> None:

@@ -190,6 +190,7 @@ def test_the_report_has_the_same_numbers(project: Project) -> None:
         report_main, [RUN, "--out", "page.html", "--examples", "0", "--cold_start", "tiny"]
     )
     assert code == 0, err
+    assert err.count("users are too short to train") == 1
     page = (project.root / "page.html").read_text()
     rows = cold_start(RUN, "tiny")
     section = page[page.index("Cold start") :]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -17,9 +18,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from item_caching import main as cache_main
+from main import main as run_main
+from REC.config.loader import load_config, parse_command_line
 from REC.data import build_cache
 from REC.data.build_cache import share_out
 from REC.data.cache import open_cache, save_cache
+from REC.data.parts import Batches, Parts, PartWriter
+from REC.recipes.next_step import command_after_caching
 from tests.conftest import Project
 from tests.helpers import ROOT, make_dataset
 
@@ -170,6 +175,87 @@ def test_a_signal_ends_in_one_line_and_keeps_the_parts(
     assert runner.target.read_bytes() == uninterrupted[0]
 
 
+def test_what_is_encoded_before_a_signal_is_kept_however_little(
+    runner: Runner, uninterrupted: tuple[bytes, float]
+) -> None:
+    runner.target.unlink(missing_ok=True)
+    kept = 0
+    # The parts are of more items than there are, and each stop leaves one of another size. A Ctrl-C
+    # under torchrun is two signals.
+    for batch, more in ((5, {}), (2, {"again": signal.SIGTERM}), (7, {"again": signal.SIGINT})):
+        code, _ = runner.run(batch=batch, signal=int(signal.SIGINT), items_per_part=2048, **more)
+        assert code == 128 + signal.SIGINT, runner.log.read_text()
+        kept += runner.encoded
+        assert 0 < runner.encoded < ITEMS
+        assert runner.whole_parts() == kept
+        last = runner.log.read_text().splitlines()[-1]
+        assert f"; what is encoded is kept ({kept} of {ITEMS} items), and" in last
+    assert len(list(runner.parts.glob("part-*"))) == 3
+    assert runner.run()[0] == 0
+    assert runner.encoded == ITEMS - kept
+    assert runner.target.read_bytes() == uninterrupted[0]
+
+
+@pytest.mark.parametrize("old", [True, False])
+def test_what_is_older_than_a_part_may_be_outlives_a_kill(
+    runner: Runner, uninterrupted: tuple[bytes, float], old: bool
+) -> None:
+    runner.target.unlink(missing_ok=True)
+    limits = {"items_per_part": 2048, "seconds_per_part": 0 if old else 1e9}
+    assert runner.run(batch=6, signal=int(signal.SIGKILL), **limits)[0] == -signal.SIGKILL
+    kept = runner.whole_parts()
+    assert kept == (runner.encoded if old else 0)
+    assert runner.encoded > 0
+    assert runner.run()[0] == 0
+    assert runner.encoded == ITEMS - kept
+    assert runner.target.read_bytes() == uninterrupted[0]
+
+
+def test_a_part_is_written_when_it_is_full_old_or_followed_by_a_gap(tmp_path: Path) -> None:
+    now = 0.0
+    batches = Batches([np.array(rows) for rows in ([4, 0], [1], [5, 2], [3], [6, 7, 8])])
+    parts = Parts(tmp_path, 2, torch.float32)
+    values = torch.arange(18.0).reshape(9, 2)
+    writer = PartWriter(parts, batches, items=5, seconds=60, clock=lambda: now)
+
+    def add(number: int, seconds: float) -> list[range]:
+        nonlocal now
+        now += seconds
+        writer.add(number, values[torch.from_numpy(batches.all[number])])
+        return list(writer.written.values())
+
+    with writer:
+        assert add(0, 59) == []
+        assert add(1, 1) == [range(2)]
+        assert add(2, 59.9) == [range(2)]
+        # A gap: another process has, or an earlier run had, what lies between.
+        assert add(4, 0) == [range(2), range(2, 3)]
+    assert list(writer.written.values()) == [range(2), range(2, 3), range(4, 5)]
+    assert writer.items == 8
+    found = parts.find(batches)
+    assert found == writer.written
+    for name, numbers in found.items():
+        rows = batches.rows(numbers)
+        read = parts.read(name, rows)
+        assert read is not None
+        assert torch.equal(read, values[torch.from_numpy(rows)])
+        assert parts.read(name, rows[::-1].copy()) is None or len(rows) == 1
+    writer = PartWriter(parts, batches, items=3, seconds=60, clock=lambda: now)
+    assert add(2, 0) == []
+    assert add(3, 0) == [range(2, 4)]
+    # Parts that do not hold whole batches of the job are of another one.
+    other = Batches([np.array([4, 0, 1]), np.array([5]), np.array([2, 3, 6, 7, 8])])
+    assert parts.find(other) == {"part-00000000.safetensors": range(1)}
+    assert [path.name for path in tmp_path.iterdir()] == ["part-00000000.safetensors"]
+
+
+def test_groups_are_of_neighbours(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build_cache, "ITEMS_PER_PART", 3)
+    batches = Batches([np.array([n, n + 10]) for n in range(10)])
+    wanted = [range(0, 2), range(2, 3), range(5, 7), range(8, 9)]
+    assert build_cache.group_batches(batches, [0, 1, 2, 5, 6, 8]) == wanted
+
+
 def test_a_finished_file_is_left_and_other_texts_are_not_taken_for_it(
     runner: Runner, uninterrupted: tuple[bytes, float]
 ) -> None:
@@ -286,6 +372,95 @@ def test_a_cache_of_other_texts_or_another_model_gives_a_warning(
     assert f"{WARNING} item_pretrain_dir;" in err
 
 
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [
+        (["i0,,,", "i1,,nan,"], ["none of the 20 items", "title, tag, description;"]),
+        (["x1,item 1,,", "x2,,,"], ["none of the 20 items", "others, for example 'x1';"]),
+    ],
+    ids=["empty", "other items"],
+)
+def test_a_catalogue_without_any_text_is_refused(
+    project: Project, rows: list[str], words: list[str]
+) -> None:
+    information = project.root / "information" / "tiny.csv"
+    information.write_text("\n".join(["item_id,title,tag,description", *rows]) + "\n")
+    (project.root / "dataset" / "tiny_item_embeddings.safetensors").unlink()
+    where = ("--item_pretrain_dir", str(project.llama))
+    before = set(project.root.rglob("*"))
+    for more in ((), ("--check", "True")):
+        code, out, err = project.call(cache_main, [*project.arguments, *where, *more])
+        assert (code, out) == (2, "")
+        last = err.splitlines()[-1]
+        assert last.startswith("error: ")
+        for word in (*words, "information/tiny.csv", "--text_path"):
+            assert word in last
+    for more in (("--val_only", "True"), ("--check", "True")):
+        code, _, err = project.run(*where, "--use_item_cache", "False", *more)
+        assert code == 2
+        assert words[0] in err.splitlines()[-1]
+    after = {path for path in project.root.rglob("*") if "saved" not in path.parts}
+    assert after == before
+
+
+def test_the_next_command_is_said_once_and_works(project: Project) -> None:
+    default = project.root / "dataset" / "tiny_item_embeddings.safetensors"
+    plain = ("--item_pretrain_dir", str(project.llama))
+    for more, words in (
+        ((), []),
+        (
+            ("--item_cache_path", "my items.safetensors", "--text_keys", "[title]"),
+            ["--text_keys", '["title"]', "--item_cache_path", "my items.safetensors"],
+        ),
+    ):
+        default.unlink(missing_ok=True)
+        code, out, err = project.call(cache_main, [*project.arguments, *plain, *more])
+        assert code == 0, err
+        assert err.count("no trained emb token") == 1
+        command = out.removeprefix("\nnext: ").removesuffix("\n")
+        python, program, *arguments = shlex.split(command)
+        assert (python, program) == ("python", "code/main.py")
+        files = arguments[1:3]
+        assert arguments == [
+            *("--config_file", *files, "--dataset", "tiny"),
+            *words[:2],
+            *("--user_pretrain_dir", str(project.llama)),
+            *words[2:],
+            *("--val_only", "True"),
+        ]
+        code, out, err = project.call(run_main, [*arguments, "--precision", "32-true"])
+        assert code == 0, err
+        assert WARNING not in err
+        assert "Recall@10" in out
+
+
+def test_the_next_command_follows_the_configuration(project: Project) -> None:
+    (project.root / "my.yaml").write_text(
+        "dataset: tiny\nitem_cache_path: a.pt\nuse_item_cache: False\nitem_prompt: '--p: '\n"
+    )
+    files = [Path("my.yaml")]
+    given = {"text_path": "information/tiny.csv", "item_prompt": "--q "}
+    config, _ = load_config(files, given)
+    assert command_after_caching(config, files) == (
+        "python code/main.py --config_file my.yaml --dataset tiny --text_path information/tiny.csv "
+        "'--item_prompt=--q ' --user_pretrain_dir model_checkpoints/UserLLM_complete/ "
+        "--use_item_cache True --val_only True"
+    )
+    config, _ = load_config([], {"dataset": "tiny", "item_cache_path": "a.pt"})
+    words = shlex.split(command_after_caching(config, []) or "")
+    files = [ROOT / name for name in words[3:5]]
+    line = parse_command_line(words[5:])
+    again, _ = load_config(files, line.overrides)
+    assert again.item_cache_path == "a.safetensors"
+    for key in ("dataset", "text_keys", "item_prompt", "MAX_TEXT_LENGTH", "item_emb_token_n"):
+        assert getattr(again, key) == getattr(config, key)
+    # Nothing to go on with, or nothing that fits on a line.
+    config, _ = load_config([], {"dataset": "nowhere"})
+    assert command_after_caching(config, []) is None
+    config, _ = load_config([], {"dataset": "tiny", "item_prompt": "a\nb"})
+    assert command_after_caching(config, []) is None
+
+
 def test_a_full_disk_is_one_line(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
@@ -300,6 +475,6 @@ def test_a_full_disk_is_one_line(project: Project, monkeypatch: pytest.MonkeyPat
     assert "Traceback" not in err
     monkeypatch.undo()
     monkeypatch.chdir(project.root)
-    monkeypatch.setattr(build_cache, "encode_group", None)
+    monkeypatch.setattr(build_cache, "encode_batch", None)
     code, _, err = project.call(cache_main, [*project.arguments, *where])
     assert code == 0, err

@@ -281,6 +281,21 @@ def test_models_on_ids_cannot_take_new_items(encoded: Project) -> None:
 def test_no_itemllm_is_named(encoded: Project) -> None:
     code, _, err = encoded.run("--val_only", "True", "--run_name", "run")
     assert code == 0, err
-    code, _, err = encoded.call(recommend_main, ["--run", RUN, *ADD])
-    assert code == 2
-    assert "no ItemLLM is named to encode the new items" in err
+    # The folder is named by the cache, which it made.
+    code, out, err = encoded.call(recommend_main, ["--run", RUN, *ADD, "--json"])
+    assert code == 0, err
+    assert "which made the item cache" in err
+    named = ["--run", RUN, *ADD, "--json", "--item_pretrain_dir", str(encoded.llama)]
+    assert encoded.call(recommend_main, named)[:2] == (0, out)
+    sentence = "no ItemLLM is named to encode the new items"
+    path = encoded.root / "dataset" / "tiny_item_embeddings.safetensors"
+    cache = open_cache(path)
+    vectors = cache.embeddings.clone()
+    other = make_llama(encoded.root / "other", seed=1)
+    for folder in (None, "gone", str(other)):
+        stated = {k: v for k, v in cache.metadata.items() if k != "model_folder"}
+        stated |= {"model_folder": folder} if folder else {}
+        save_cache(path, cache.item_ids, vectors, stated)
+        code, _, err = encoded.call(recommend_main, ["--run", RUN, *ADD])
+        assert code == 2
+        assert sentence in err

@@ -170,6 +170,7 @@ def test_the_report_of_a_fine_tuning_and_a_reference(project: Project) -> None:
     code, out, err = project.call(main, arguments)
     assert code == 0, err
     assert out == "report: pages/one.html\n"
+    assert err.count("tiny: 30 users, 20 items") == 1
     read = read_page(Path("pages/one.html"))
     assert "script" not in read.tags
     assert HOSTILE in read.text

@@ -7,8 +7,9 @@ import heapq
 import json
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from REC.data.cache import DTYPES, write_cache
 from REC.data.item_text import ItemTexts
-from REC.data.parts import Parts
+from REC.data.parts import Batches, Hold, Parts, PartWriter
 from REC.data.tokens import Tokens, open_tokens, tokenize_in_memory, tokenize_to_folder
 from REC.model.item_llm import ItemEncoder, length_batches
 from REC.utils.errors import InputError
@@ -26,11 +27,10 @@ from REC.utils.progress import Meter
 
 log = logging.getLogger(__name__)
 
-# Items written to disk at a time: what an interruption can cost.
+# A part is written when it has this many items or is this old, whichever comes first: what a process
+# that is killed can lose.
 ITEMS_PER_PART = 2048
-
-# Batches of item numbers that are encoded and written together.
-Group = list[np.ndarray]
+SECONDS_PER_PART = 60.0
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,8 @@ class EncodingJob:
         fingerprint: of the ids and texts.
         source: SHA-256 of the HLLM checkpoint that the ItemLLM was imported from, else empty.
         model_fingerprint: of the ItemLLM's files.
+        model_folder, information: where the ItemLLM and the texts were read, as named in the
+            configuration. They decide no number, so jobs that differ only in them are equal.
     """
 
     model: str
@@ -58,9 +60,11 @@ class EncodingJob:
     compute_dtype: str = "float32"
     source: str = ""
     model_fingerprint: str = ""
+    model_folder: str = field(default="", repr=False, compare=False)
+    information: str = field(default="", repr=False, compare=False)
 
     def metadata(self) -> dict[str, str]:
-        """Return the job as the cache file's metadata."""
+        """Return what the cache file's metadata say of the job."""
         return {
             "model": self.model,
             "model_fingerprint": self.model_fingerprint,
@@ -72,6 +76,11 @@ class EncodingJob:
             "compute_dtype": self.compute_dtype,
             "model_source": self.source,
         }
+
+    def origin(self) -> dict[str, str]:
+        """Return what they say of where it was done, as far as that is known."""
+        places = {"model_folder": self.model_folder, "information": self.information}
+        return {name: place for name, place in places.items() if place}
 
     def digest(self) -> str:
         """Return a SHA-256 that tells this job from any other."""
@@ -105,24 +114,26 @@ def encode_items(
     _count_empty(items.texts, encoder)
     tokens = tokenize_in_memory(encoder.tokenize, items.texts)
     encoder.share_prefix(tokens.common_prefix())
-    groups = plan_groups(tokens.lengths, job.batch_tokens, encoder)
-    owners = share_out(_costs(groups, tokens, encoder), processes.size)
+    batches = plan_batches(tokens, job, encoder)
+    groups = group_batches(batches, range(len(batches)))
+    owners = share_out(_costs(batches, groups, tokens, encoder), processes.size)
     result = torch.zeros((len(items), encoder.dim), dtype=DTYPES[job.dtype])
-    own = np.flatnonzero(owners == processes.rank).tolist()
-    with Meter(
-        "encoding items",
-        _rows_in(groups, own),
-        "items",
-        show_progress,
-        device=encoder.model.device,
-        tokens=_tokens_in(groups, own, tokens, encoder),
-    ) as bar:
+    own = [
+        number
+        for group, owner in zip(groups, owners, strict=True)
+        if owner == processes.rank
+        for number in group
+    ]
+    with _meter(batches, own, tokens, encoder, show_progress) as bar:
         for number in own:
-            found = encode_group(encoder, tokens, groups[number], job, items.item_ids, bar.advance)
-            result[torch.from_numpy(np.concatenate(groups[number]))] = found
+            rows = batches.all[number]
+            result[torch.from_numpy(rows)] = encode_batch(
+                encoder, tokens, rows, job, items.item_ids
+            )
+            bar.advance(len(rows), _tokens_of(rows, tokens, encoder))
     if processes.size > 1:
         for owner, group in zip(owners.tolist(), groups, strict=True):
-            place = torch.from_numpy(np.concatenate(group))
+            place = torch.from_numpy(batches.rows(group))
             own_block = result[place] if owner == processes.rank else None
             block = processes.broadcast(own_block, owner)
             assert block is not None
@@ -135,9 +146,10 @@ class CacheBuild:
     """The building of one cache file by all processes of a run, resumable at any point.
 
     Process 0 writes the tokens of all texts into the parts folder, every process encodes its share
-    of the groups that are not there yet and writes them as parts, and process 0 streams the parts
-    into the file. Groups do not depend on the number of processes, so neither does the file. No
-    process holds more than one group of embeddings, and process 0 alone ever holds the texts.
+    of the batches that are not there yet and writes them as parts, and process 0 streams the parts
+    into the file. Batches do not depend on the number of processes, nor on where an earlier run was
+    stopped, so neither does the file. No process holds more than one part of embeddings, and process
+    0 alone ever holds the texts.
 
     Attributes:
         target: the cache file.
@@ -145,12 +157,19 @@ class CacheBuild:
             share; removed at the end.
         processes: those that take part.
         show_progress: show a bar.
+        hold: makes a context in which signals wait: for a batch, and for the writing of a part.
+        items: number of items in all, once the texts have been read.
+        kept: items in finished parts, those of an earlier run included, once that is known; with
+            several processes it stays None, since each knows its own parts only.
     """
 
     target: Path
     parts_dir: Path
     processes: Processes
     show_progress: bool = True
+    hold: Hold = nullcontext
+    items: int = 0
+    kept: int | None = None
 
     def run(
         self,
@@ -175,59 +194,86 @@ class CacheBuild:
         parts = Parts(self.parts_dir, encoder.dim, DTYPES[job.dtype])
         name = processes.on_first(lambda: self._start(parts, encoder, job, take_texts()))
         tokens = processes.agreed(lambda: open_tokens(self.parts_dir, name))
+        self.items = len(tokens)
         encoder.share_prefix(tokens.common_prefix())
-        groups = plan_groups(tokens.lengths, job.batch_tokens, encoder)
-        missing = processes.on_first(lambda: _missing(parts, groups))
-        costs = _costs([groups[number] for number in missing], tokens, encoder)
+        batches = plan_batches(tokens, job, encoder)
+        found = processes.on_first(lambda: parts.find(batches))
+        there = {number for numbers in found.values() for number in numbers}
+        missing = [number for number in range(len(batches)) if number not in there]
+        groups = group_batches(batches, missing)
+        owners = share_out(_costs(batches, groups, tokens, encoder), processes.size)
         own = [
             number
-            for number, owner in zip(missing, share_out(costs, processes.size), strict=True)
+            for group, owner in zip(groups, owners, strict=True)
             if owner == processes.rank
+            for number in group
         ]
-        there = len(tokens) - _rows_in(groups, missing) if processes.size == 1 else 0
-        total = there + _rows_in(groups, own)
-        share = f" (share of process {processes.rank})" if processes.size > 1 else ""
-        with Meter(
-            f"encoding items{share}",
-            total,
-            "items",
-            self.show_progress,
-            device=encoder.model.device,
-            tokens=_tokens_in(groups, own, tokens, encoder),
-        ) as bar:
-            bar.skip(there)
-            for number in own:
-                rows = np.concatenate(groups[number])
-                parts.write(
-                    number,
-                    rows,
-                    encode_group(encoder, tokens, groups[number], job, item_ids, bar.advance),
-                )
-        processes.barrier()
-        processes.on_first(lambda: self._merge(parts, groups, job, item_ids))
+        written = self._encode(encoder, job, item_ids, tokens, batches, parts, own, there)
+        for other in processes.gather(written):
+            found |= other
+        processes.on_first(lambda: self._merge(parts, batches, found, job, item_ids))
 
     def _start(self, parts: Parts, encoder: ItemEncoder, job: EncodingJob, texts: list[str]) -> str:
         parts.claim(job.digest())
         _count_empty(texts, encoder)
         return tokenize_to_folder(encoder.tokenize, texts, self.parts_dir, self.show_progress)
 
+    def _encode(
+        self,
+        encoder: ItemEncoder,
+        job: EncodingJob,
+        item_ids: Sequence[str],
+        tokens: Tokens,
+        batches: Batches,
+        parts: Parts,
+        own: Sequence[int],
+        there: Iterable[int],
+    ) -> dict[str, range]:
+        """Encode this process's batches into parts and return these."""
+        alone = self.processes.size == 1
+        before = sum(len(batches.all[number]) for number in there)
+        writer = PartWriter(
+            parts, batches, self.hold, items=ITEMS_PER_PART, seconds=SECONDS_PER_PART
+        )
+        share = "" if alone else f" (share of process {self.processes.rank})"
+        with _meter(
+            batches, own, tokens, encoder, self.show_progress, share, before * alone
+        ) as bar:
+            try:
+                with writer:
+                    for number in own:
+                        rows = batches.all[number]
+                        # A signal waits for the batch: what is encoded is not thrown away.
+                        with self.hold():
+                            writer.add(number, encode_batch(encoder, tokens, rows, job, item_ids))
+                        bar.advance(len(rows), _tokens_of(rows, tokens, encoder))
+            finally:
+                self.kept = before + writer.items if alone else None
+        return writer.written
+
     def _merge(
-        self, parts: Parts, groups: list[Group], job: EncodingJob, item_ids: Sequence[str]
+        self,
+        parts: Parts,
+        batches: Batches,
+        found: Mapping[str, range],
+        job: EncodingJob,
+        item_ids: Sequence[str],
     ) -> None:
         def blocks() -> Iterator[tuple[np.ndarray, Tensor]]:
-            for number, group in enumerate(groups):
-                rows = np.concatenate(group)
-                embeddings = parts.read(number, rows)
+            for name, numbers in found.items():
+                rows = batches.rows(numbers)
+                embeddings = parts.read(name, rows)
                 if embeddings is None:
                     raise InputError(
-                        f"part {number} of {self.parts_dir} is missing or damaged; run the same "
-                        f"command again, with the folder on a disk that all machines share."
+                        f"{self.parts_dir / name} is missing or damaged; run the same command "
+                        f"again, with the folder on a disk that all machines share."
                     )
                 yield rows, embeddings
 
         unfinished = self.parts_dir / "unfinished.safetensors"
         try:
-            write_cache(unfinished, item_ids, parts.dim, parts.dtype, job.metadata(), blocks())
+            stated = {**job.metadata(), **job.origin()}
+            write_cache(unfinished, item_ids, parts.dim, parts.dtype, stated, blocks())
             os.replace(unfinished, self.target)
         except OSError as error:
             raise InputError(
@@ -236,35 +282,29 @@ class CacheBuild:
             ) from error
 
 
-def encode_group(
+def encode_batch(
     encoder: ItemEncoder,
     tokens: Tokens,
-    group: Group,
+    rows: np.ndarray,
     job: EncodingJob,
     item_ids: Sequence[str],
-    on_batch: Callable[[int, int], None] = lambda items, tokens: None,
 ) -> Tensor:
-    """Encode a group of batches: [b, D] in the job's dtype.
+    """Encode a batch: [b, D] in the job's dtype.
 
     Args:
         encoder: the ItemLLM.
         tokens: of the whole catalogue.
-        group: batches of item numbers.
+        rows: int64 [b], item numbers.
         job: for the dtype.
         item_ids: to name an item in an error; its number is given where they are not at hand.
-        on_batch: called with the number of items just encoded and of the tokens in them.
 
     Raises:
         InputError: an embedding does not fit in the dtype.
     """
-    encoded = []
-    for batch in group:
-        encoded.append(encoder.encode([tokens[int(i)] for i in batch]))
-        on_batch(len(batch), _tokens_of(batch, tokens, encoder))
-    done = torch.cat(encoded).to(DTYPES[job.dtype])
+    done = encoder.encode([tokens[int(row)] for row in rows]).to(DTYPES[job.dtype])
     bad = (~done.isfinite().all(dim=1)).nonzero()
     if len(bad):
-        row = int(np.concatenate(group)[int(bad[0])])
+        row = int(rows[int(bad[0])])
         item = f"item '{item_ids[row]}'" if item_ids else f"item number {row + 1}"
         raise InputError(
             f"the embedding of {item} does not fit in {job.dtype}; use --item_cache_dtype bfloat16 "
@@ -273,16 +313,31 @@ def encode_group(
     return done
 
 
-def plan_groups(lengths: np.ndarray, batch_tokens: int, encoder: ItemEncoder) -> list[Group]:
-    """Put items into batches of similar length, and batches into groups of at least 2048 items."""
-    groups: list[Group] = []
-    size = ITEMS_PER_PART
-    for batch in length_batches(lengths, batch_tokens, int(encoder.pooling == "emb_token")):
-        if size >= ITEMS_PER_PART:
-            groups.append([])
+def plan_batches(tokens: Tokens, job: EncodingJob, encoder: ItemEncoder) -> Batches:
+    """Put items into batches of similar length; the same job always gives the same batches."""
+    extra = int(encoder.pooling == "emb_token")
+    return Batches(list(length_batches(tokens.lengths, job.batch_tokens, extra)))
+
+
+def group_batches(batches: Batches, numbers: Iterable[int]) -> list[range]:
+    """Put batches into groups, which are what is dealt out to processes.
+
+    Args:
+        batches: the job's.
+        numbers: of the batches to group, ascending.
+
+    Returns:
+        Consecutive batches of about `ITEMS_PER_PART` items each, fewer before a gap.
+    """
+    groups: list[range] = []
+    size = 0
+    for number in numbers:
+        if groups and size < ITEMS_PER_PART and groups[-1].stop == number:
+            groups[-1] = range(groups[-1].start, number + 1)
+        else:
+            groups.append(range(number, number + 1))
             size = 0
-        groups[-1].append(batch)
-        size += len(batch)
+        size += len(batches.all[number])
     return groups
 
 
@@ -301,36 +356,40 @@ def share_out(costs: Sequence[int], size: int) -> np.ndarray:
     return owners
 
 
-def _costs(groups: Sequence[Group], tokens: Tokens, encoder: ItemEncoder) -> list[int]:
+def _costs(
+    batches: Batches, groups: Sequence[range], tokens: Tokens, encoder: ItemEncoder
+) -> list[int]:
     extra = int(encoder.pooling == "emb_token")
-    return [
-        sum(len(batch) * (int(tokens.lengths[batch].max()) + extra) for batch in group)
-        for group in groups
-    ]
+    costs = [len(rows) * (int(tokens.lengths[rows].max()) + extra) for rows in batches.all]
+    return [sum(costs[number] for number in group) for group in groups]
 
 
-def _rows_in(groups: Sequence[Group], numbers: Sequence[int]) -> int:
-    return sum(len(batch) for number in numbers for batch in groups[number])
-
-
-def _tokens_in(
-    groups: Sequence[Group], numbers: Sequence[int], tokens: Tokens, encoder: ItemEncoder
-) -> int:
-    return sum(_tokens_of(batch, tokens, encoder) for number in numbers for batch in groups[number])
+def _meter(
+    batches: Batches,
+    own: Sequence[int],
+    tokens: Tokens,
+    encoder: ItemEncoder,
+    show_progress: bool,
+    share: str = "",
+    before: int = 0,
+) -> Meter:
+    """Make the bar for the batches to encode; `before` items of the total are there already."""
+    bar = Meter(
+        f"encoding items{share}",
+        before + sum(len(batches.all[number]) for number in own),
+        "items",
+        show_progress,
+        device=encoder.model.device,
+        tokens=sum(_tokens_of(batches.all[number], tokens, encoder) for number in own),
+    )
+    bar.skip(before)
+    return bar
 
 
 def _tokens_of(batch: np.ndarray, tokens: Tokens, encoder: ItemEncoder) -> int:
     """Count the positions that the ItemLLM reads: text and emb token, without padding."""
     extra = len(batch) if encoder.pooling == "emb_token" else 0
     return int(tokens.lengths[batch].sum()) + extra
-
-
-def _missing(parts: Parts, groups: Sequence[Group]) -> list[int]:
-    return [
-        number
-        for number, group in enumerate(groups)
-        if parts.read(number, np.concatenate(group)) is None
-    ]
 
 
 def _count_empty(texts: Sequence[str], encoder: ItemEncoder) -> None:

@@ -22,6 +22,7 @@ MAX_FIELD = 16 << 20
 csv.field_size_limit(MAX_FIELD)
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+_EMPTY_CELLS = frozenset(("nan", "NaN", "NAN", "None", "null", "NULL", "<NA>"))
 _UTF16_32 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)
 
 # Says what is wrong with a cell and how to mend it, or None.
@@ -136,6 +137,19 @@ def id_problem(text: str) -> str | None:
 def all_ids_sound(ids: Sequence[str] | np.ndarray) -> bool:
     """Say whether `id_problem` has nothing against any of these ids; quick for many of them."""
     return all(text and text == text.strip() for text in ids) and not _CONTROL.search("".join(ids))
+
+
+def empty_cell_ids(ids: Sequence[str] | np.ndarray) -> list[int]:
+    """Return the positions of ids that programs write for an empty cell, such as `nan`."""
+    return [place for place, text in enumerate(ids) if text in _EMPTY_CELLS]
+
+
+def written_for_empty_cells(path: str | Path, found: Sequence[str]) -> str:
+    """Return the sentence that warns of such ids: `found` says which."""
+    return (
+        f"{path}: {', '.join(found)} may be what an export wrote for empty cells; if so, fill them in "
+        f"or remove the rows."
+    )
 
 
 class RowProblems:

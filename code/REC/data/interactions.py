@@ -11,7 +11,15 @@ import numpy as np
 import pandas as pd
 import torch
 
-from REC.data.csv_rows import all_ids_sound, check_bytes, explain, id_problem, read_header
+from REC.data.csv_rows import (
+    all_ids_sound,
+    check_bytes,
+    empty_cell_ids,
+    explain,
+    id_problem,
+    read_header,
+    written_for_empty_cells,
+)
 from REC.data.plain_csv import PlainColumns, read_plain
 from REC.utils.errors import InputError, one_line
 from REC.utils.files import is_file, is_folder, require_file
@@ -124,6 +132,28 @@ def read_interactions(path: str | Path) -> Interactions:
         timestamps=timestamps[order],
         offsets=np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
     )
+
+
+def suspicious_ids(interactions: Interactions, path: str | Path) -> str | None:
+    """Return a sentence on ids that an export may have written for empty cells, None without any.
+
+    Args:
+        interactions: all of a file.
+        path: the file, to be named.
+    """
+    rows = [
+        ("user_id", interactions.user_ids[place], interactions.lengths[place])
+        for place in empty_cell_ids(interactions.user_ids)
+    ]
+    rows += [
+        ("item_id", interactions.item_ids[place], (interactions.items == place).sum())
+        for place in empty_cell_ids(interactions.item_ids)
+    ]
+    found = [
+        f"{column} '{text}' ({count} {'row' if count == 1 else 'rows'})"
+        for column, text, count in rows
+    ]
+    return written_for_empty_cells(path, found) if found else None
 
 
 def drop_items(interactions: Interactions, keep: np.ndarray) -> Interactions:

@@ -14,8 +14,10 @@ from REC.data.csv_rows import (
     check_bytes,
     check_row,
     csv_rows,
+    empty_cell_ids,
     id_problem,
     read_header,
+    written_for_empty_cells,
 )
 from REC.utils.errors import InputError, one_line, refuse
 from REC.utils.files import is_file
@@ -89,6 +91,38 @@ def read_item_titles(path: str | Path, key: str) -> dict[str, str]:
     """
     table = _read(Path(path), list(dict.fromkeys(["item_id", key])))
     return dict(zip(table["item_id"], table[key], strict=True))
+
+
+def suspicious_item_ids(items: ItemTexts, path: str | Path) -> str | None:
+    """Return a sentence on ids that an export may have written for empty cells, None without any."""
+    found = [f"item_id '{items.item_ids[place]}'" for place in empty_cell_ids(items.item_ids)]
+    return written_for_empty_cells(path, found) if found else None
+
+
+def textless(
+    items: ItemTexts, path: str | Path, keys: Sequence[str], wanted: Sequence[str] | np.ndarray
+) -> str | None:
+    """Return why a catalogue cannot be encoded when none of its items has text, else None.
+
+    Args:
+        items: what the information file holds.
+        path: that file.
+        keys: `text_keys`.
+        wanted: ids of the interactions' items; empty when there are no interactions.
+    """
+    having = {item for item, text in zip(items.item_ids, items.texts, strict=True) if text}
+    if having and (not len(wanted) or any(item in having for item in wanted)):
+        return None
+    count = len(wanted) or len(items)
+    others = ""
+    if having:
+        known = set(wanted)
+        other = next(item for item in items.item_ids if item in having and item not in known)
+        others = f": it describes others, for example '{one_line(other, 40)}'"
+    return (
+        f"none of the {count} items of the catalogue has text in {path} under the text_keys "
+        f"{', '.join(keys)}{others}; put their rows there or change --text_path or --text_keys."
+    )
 
 
 def with_items(items: ItemTexts, item_ids: Sequence[str] | np.ndarray) -> ItemTexts:

@@ -158,6 +158,8 @@ def load_item_encoder(
     ).to(device)
     tokenizer = load_tokenizer(folder, trust_remote_code)
     token = emb_token(folder, item_emb_token_n, int(model.config.hidden_size))
+    if token is None and item_emb_token_n:
+        log.info("%s", no_emb_token(folder))
     return ItemEncoder(model, tokenizer, token, max_text_length)
 
 
@@ -179,6 +181,14 @@ def load_tokenizer(folder: str | Path, trust_remote_code: bool = False) -> Any:
     return tokenizer
 
 
+def no_emb_token(folder: str | Path) -> str:
+    """Return the sentence that says what a folder without an emb token means."""
+    return (
+        f"{folder} has no trained emb token (item_emb_tokens): items are mean-pooled over their "
+        f"text's tokens."
+    )
+
+
 def emb_token(folder: str | Path, item_emb_token_n: int, dim: int) -> Tensor | None:
     """Return HLLM's learned emb token [D] of a model folder, None for mean pooling.
 
@@ -189,11 +199,6 @@ def emb_token(folder: str | Path, item_emb_token_n: int, dim: int) -> Tensor | N
         return None
     token = read_extra(folder).get("item_emb_tokens")
     if token is None:
-        log.info(
-            "%s has no trained emb token (item_emb_tokens): items are mean-pooled over their "
-            "text's tokens.",
-            folder,
-        )
         return None
     if token.numel() != dim:
         raise InputError(

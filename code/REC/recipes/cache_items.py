@@ -13,13 +13,20 @@ import torch
 from REC.config import Config
 from REC.data.build_cache import CacheBuild, EncodingJob, encode_items
 from REC.data.cache import ItemCache, default_cache_path, open_cache
-from REC.data.interactions import read_interactions
-from REC.data.item_text import ItemTexts, information_file, read_item_texts, with_items
+from REC.data.interactions import read_interactions, suspicious_ids
+from REC.data.item_text import (
+    ItemTexts,
+    information_file,
+    read_item_texts,
+    suspicious_item_ids,
+    textless,
+    with_items,
+)
 from REC.hub.manifest import origin
 from REC.model.backbone import load_model_config
 from REC.model.item_llm import ItemEncoder, load_item_encoder, model_fingerprint
 from REC.trainer.fabric import attention_kernel, choose_device, compute_dtype
-from REC.utils.errors import InputError, Interrupted
+from REC.utils.errors import InputError, Interrupted, one_line
 from REC.utils.files import remove
 from REC.utils.processes import Processes, join_processes
 from REC.utils.signals import StopSignals
@@ -53,31 +60,42 @@ def write_item_cache(config: Config) -> Path:
 
     Raises:
         InputError: a file or model folder is missing or unusable.
-        Interrupted: SIGINT or SIGTERM came; finished parts are kept.
+        Interrupted: SIGINT or SIGTERM came; what is encoded is kept.
     """
+    target = cache_path(config).with_suffix(".safetensors")
     with StopSignals() as stop:
+        processes = join_processes(_PATIENCE)
+        build = CacheBuild(
+            target,
+            target.with_name(f"{target.name}.parts"),
+            processes,
+            config.show_progress,
+            stop.held_back,
+        )
         try:
-            return _write_item_cache(config, join_processes(_PATIENCE))
+            _write_item_cache(config, build)
         except Interrupted as stopped:
             if not stop.received:
                 raise
-            done = "; what is encoded is kept, and the same command goes on from there"
+            kept = "" if build.kept is None else f" ({build.kept:,} of {build.items:,} items)"
+            done = f"; what is encoded is kept{kept}, and the same command goes on from there"
             raise stop.interruption(done=done) from stopped
+    return target
 
 
-def _write_item_cache(config: Config, processes: Processes) -> Path:
-    target = cache_path(config).with_suffix(".safetensors")
-    parts_dir = target.with_name(f"{target.name}.parts")
+def _write_item_cache(config: Config, build: CacheBuild) -> None:
+    target, processes = build.target, build.processes
     # In process 0 alone: ids, texts and fingerprint.
     found: list[ItemTexts] = []
 
-    def read() -> tuple[str, int]:
+    def read() -> tuple[str, int, str]:
         found.append(_catalogue(config))
-        return found[0].fingerprint, len(found[0])
+        source = information_file(config.text_path, config.dataset)
+        return found[0].fingerprint, len(found[0]), str(source)
 
-    fingerprint, count = processes.on_first(read)
+    fingerprint, count, source = processes.on_first(read)
     item_ids = found[0].item_ids if found else []
-    encoder, job = _encoder(config, fingerprint, count)
+    encoder, job = _encoder(config, fingerprint, count, source)
     if processes.on_first(lambda: _is_current(target, job, item_ids)):
         log.info(
             "%s holds these items encoded by this model already and is left as it is; remove it to "
@@ -85,14 +103,12 @@ def _write_item_cache(config: Config, processes: Processes) -> Path:
             target,
         )
     else:
-        build = CacheBuild(target, parts_dir, processes, config.show_progress)
         build.run(encoder, job, item_ids, lambda: found.pop().texts)
         log.info(
             "wrote %s: %d items of %d dimensions in %s.", target, count, encoder.dim, job.dtype
         )
     if processes.first:
-        remove(parts_dir)
-    return target
+        remove(build.parts_dir)
 
 
 def _is_current(target: Path, job: EncodingJob, item_ids: list[str]) -> bool:
@@ -124,8 +140,8 @@ def encode_texts(config: Config, items: ItemTexts) -> ItemCache:
     return ItemCache(items.item_ids, embeddings, job.metadata())
 
 
-def warn_of_another_cache(config: Config, cache: ItemCache, item_ids: np.ndarray) -> None:
-    """Warn where a cache was made with other settings, another model or from other texts.
+def other_cache(config: Config, cache: ItemCache, item_ids: np.ndarray) -> str | None:
+    """Return a sentence where a cache was made with other settings, another model or other texts.
 
     Texts are compared when the item information is small enough to be read in about a second.
 
@@ -150,13 +166,14 @@ def warn_of_another_cache(config: Config, cache: ItemCache, item_ids: np.ndarray
     ]
     if not other and "fingerprint" in stated and _texts_differ(config, cache, item_ids):
         other = ["text_path"]
-    if other:
-        log.warning(
-            "the item cache %s was not made with this configuration's %s; make it anew with "
-            "item_caching.py if that is not intended.",
-            cache.path,
-            " and ".join(other),
-        )
+    if not other:
+        return None
+    source = stated.get("information")
+    made = f" it was made from {one_line(source, 200)};" if source else ""
+    return (
+        f"the item cache {cache.path} was not made with this configuration's {' and '.join(other)};"
+        f"{made} make it anew with item_caching.py if that is not intended."
+    )
 
 
 def _texts_differ(config: Config, cache: ItemCache, item_ids: np.ndarray) -> bool:
@@ -176,16 +193,31 @@ def _texts_differ(config: Config, cache: ItemCache, item_ids: np.ndarray) -> boo
 
 
 def _catalogue(config: Config) -> ItemTexts:
-    """Read the item texts, and add items that only the interactions name, without text."""
+    """Read the item texts, and add items that only the interactions name, without text.
+
+    Raises:
+        InputError: a file is bad, or no item has text.
+    """
     path = information_file(config.text_path, config.dataset)
     items = read_item_texts(path, config.text_keys, config.item_prompt)
-    interactions = Path(config.data_path) / f"{config.dataset}.csv"
-    if not config.dataset or not interactions.is_file():
-        return items
-    return with_items(items, read_interactions(interactions).item_ids[1:])
+    source = Path(config.data_path) / f"{config.dataset}.csv"
+    warnings = [suspicious_item_ids(items, path)]
+    wanted = np.empty(0, dtype=object)
+    if config.dataset and source.is_file():
+        interactions = read_interactions(source)
+        warnings.append(suspicious_ids(interactions, source))
+        wanted = interactions.item_ids[1:]
+    problem = textless(items, path, config.text_keys, wanted)
+    if problem:
+        raise InputError(problem)
+    for warning in filter(None, warnings):
+        log.warning(warning)
+    return with_items(items, wanted)
 
 
-def _encoder(config: Config, fingerprint: str, count: int) -> tuple[ItemEncoder, EncodingJob]:
+def _encoder(
+    config: Config, fingerprint: str, count: int, information: str = ""
+) -> tuple[ItemEncoder, EncodingJob]:
     if not config.item_pretrain_dir:
         raise InputError(
             "no ItemLLM is named; give --item_pretrain_dir FOLDER (download_itemllm.py makes one)."
@@ -215,6 +247,8 @@ def _encoder(config: Config, fingerprint: str, count: int) -> tuple[ItemEncoder,
         dtype=config.item_cache_dtype,
         pooling=encoder.pooling,
         fingerprint=fingerprint,
+        model_folder=config.item_pretrain_dir,
+        information=information,
         model_fingerprint=model_fingerprint(config.item_pretrain_dir),
         batch_tokens=config.item_batch_tokens or BATCH_TOKENS[device.type],
         compute_dtype=str(dtype).removeprefix("torch."),

@@ -6,20 +6,33 @@ the interactions, the item texts and the cache, and stops before any LLM weight 
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from REC.config import Config
 from REC.data.cache import DTYPES, ItemCache, find_cache, is_native, open_cache, read_header
 from REC.data.dataset import CachedEmbeddingEvalDataset, CachedEmbeddingTrainDataset
-from REC.data.interactions import Interactions, dataset_file, read_interactions
-from REC.data.item_text import ItemTexts, information_file, read_item_texts
+from REC.data.interactions import (
+    Interactions,
+    dataset_file,
+    read_interactions,
+    suspicious_ids,
+)
+from REC.data.item_text import (
+    ItemTexts,
+    information_file,
+    read_item_texts,
+    suspicious_item_ids,
+    textless,
+)
 from REC.data.split import Phase, Split, leave_one_out
 from REC.evaluator.evaluator import Evaluator
 from REC.model.backbone import (
@@ -38,28 +51,34 @@ from REC.model.folder import (
     check_shapes,
 )
 from REC.model.item_adapter import adapter_shape
-from REC.model.item_llm import emb_token, load_tokenizer
+from REC.model.item_llm import emb_token, load_tokenizer, no_emb_token
 from REC.model.item_table import refuse_other_dim
-from REC.recipes.cache_items import cache_path
+from REC.recipes.cache_items import cache_path, other_cache
 from REC.recipes.dry_run import training_shape
 from REC.recipes.run_dir import choose_run_dir
 from REC.recipes.setup import check_training, eval_protocol, match_cache, user_attention
 from REC.report.memory import GIB, estimate, meta_decoder
 from REC.trainer.fabric import attention_kernel, check_device, choose_device, compute_dtype
 from REC.trainer.wandb_log import load_wandb
-from REC.utils.errors import InputError, problems_of, refuse
+from REC.utils.errors import InputError, one_line, problems_of, refuse
 from REC.utils.files import free_bytes, is_file
 from REC.utils.torchrun import global_rank
+
+log = logging.getLogger(__name__)
 
 # Beside what a run's own files need: logs, tensorboard, result, an adapter.
 _SPARE_BYTES = 64 << 20
 
 
 class Findings:
-    """Problems, one sentence each, and what is worth knowing of a good input."""
+    """Problems and warnings, one sentence each, and what is worth knowing of a good input.
+
+    A warning is what the run would say and go on.
+    """
 
     def __init__(self) -> None:
         self.problems: list[str] = []
+        self.warnings: list[str] = []
         self.notes: list[str] = []
 
     @contextmanager
@@ -70,15 +89,27 @@ class Findings:
         except InputError as error:
             self.problems += [text for text in problems_of(error) if text not in self.problems]
 
+    def warn(self, sentence: str | None) -> None:
+        """Book a warning, if there is one."""
+        if sentence:
+            self.warnings.append(sentence)
+
     def finish(self) -> None:
         """Print the summary of a good input.
 
         Raises:
             InputError: there are problems.
         """
+        if self.problems:
+            for warning in self.warnings:
+                log.warning("%s", warning)
         refuse(self.problems)
         if global_rank() == 0:
-            sys.stdout.write("".join(f"{note}\n" for note in [*self.notes, "no problem found"]))
+            count = len(self.warnings)
+            end = f"; {count} warning{'s' * (count > 1)} above" if count else ""
+            warnings = [f"warning: {one_line(warning)}" for warning in self.warnings]
+            lines = [*self.notes, *warnings, f"no problem found{end}"]
+            sys.stdout.write("".join(f"{line}\n" for line in lines))
 
 
 def quick_problems(config: Config) -> list[str]:
@@ -107,7 +138,9 @@ def check_run(config: Config) -> None:
     cache = None
     if config.reads_embeddings:
         if not config.use_item_cache:
-            _item_texts(config, found)
+            texts = _item_texts(config, found)
+            if texts is not None and interactions is not None:
+                _texts_suffice(config, texts, interactions, found)
         elif _has_cache_path(config):
             with found.collect():
                 cache = open_cache(cache_path(config))
@@ -116,6 +149,7 @@ def check_run(config: Config) -> None:
                 )
     if interactions is not None:
         if cache is not None:
+            found.warn(other_cache(config, cache, interactions.item_ids[1:]))
             with found.collect():
                 interactions = match_cache(interactions, cache, config)
         _split(config, leave_one_out(interactions), found)
@@ -141,6 +175,7 @@ def check_caching(config: Config) -> None:
         if interactions is not None:
             bare = sum(1 for item in interactions.item_ids[1:] if item not in known)
             found.notes.append(f"{bare} items of the interactions have no information")
+        _texts_suffice(config, texts, interactions, found)
         _caching_space(config, len(texts) + bare, found)
     found.finish()
 
@@ -266,6 +301,8 @@ def _item_model(config: Config, found: Findings) -> None:
         check_shapes(model, check_files(folder), folder)
         load_tokenizer(folder, config.trust_remote_code)
         token = emb_token(folder, config.item_emb_token_n, int(model.hidden_size))
+        if token is None and config.item_emb_token_n:
+            found.notes.append(no_emb_token(folder))
         keep_layers(model, 1)
         decoder = meta_decoder(model, config.trust_remote_code)
         check_embeddings(decoder, folder)
@@ -294,6 +331,7 @@ def _interactions(config: Config, found: Findings) -> Interactions | None:
             f"{path}: {interactions.num_users} users, {interactions.num_items} items, "
             f"{len(interactions)} interactions"
         )
+        found.warn(suspicious_ids(interactions, path))
     return interactions
 
 
@@ -304,7 +342,20 @@ def _item_texts(config: Config, found: Findings) -> ItemTexts | None:
         texts = read_item_texts(path, config.text_keys, config.item_prompt)
         bare = sum(1 for text in texts.texts if not text)
         found.notes.append(f"{path}: {len(texts)} items, {bare} of them without text")
+        found.warn(suspicious_item_ids(texts, path))
     return texts
+
+
+def _texts_suffice(
+    config: Config, texts: ItemTexts, interactions: Interactions | None, found: Findings
+) -> None:
+    path = information_file(config.text_path, config.dataset)
+    wanted: Sequence[str] | np.ndarray = []
+    if interactions is not None:
+        wanted = interactions.item_ids[1:]
+    problem = textless(texts, path, config.text_keys, wanted)
+    if problem:
+        found.problems.append(problem)
 
 
 def _split(config: Config, split: Split, found: Findings) -> None:

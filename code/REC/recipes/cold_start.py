@@ -71,7 +71,11 @@ class ColdOnly:
 
 
 def cold_start(
-    run_dir: str | Path, full_dataset: str, overrides: Mapping[str, Any] | None = None
+    run_dir: str | Path,
+    full_dataset: str,
+    overrides: Mapping[str, Any] | None = None,
+    *,
+    again: bool = False,
 ) -> list[dict[str, Any]]:
     """Evaluate a run on the items that were held out from its data.
 
@@ -84,6 +88,7 @@ def cold_start(
         full_dataset: name of the data set that the run's own was cut from.
         overrides: configuration keys with other values; `item_cache_path` names the cache of the
             full data where the run's own cache has only the run's items.
+        again: this program has read the run's data before and has said how many they are.
 
     Returns:
         A row for each of the run's models, then `pop` (counted in the run's training items) and
@@ -98,7 +103,7 @@ def cold_start(
     given = dict(overrides or {})
     if "item_cache_path" in given:
         given["use_item_cache"] = True
-    run = open_run(run_dir, given)
+    run = open_run(run_dir, given, again=again)
     run.refuse_new_items()
     full = read_interactions(dataset_file(run.config.data_path, full_dataset))
     _refuse_other_data(run, full, full_dataset)

@@ -16,7 +16,8 @@ from REC.model.backbone import load_model_config
 from REC.model.item_llm import model_fingerprint
 from REC.recipes.cache_items import encode_texts
 from REC.recipes.open_run import OpenRun
-from REC.utils.errors import InputError
+from REC.utils.errors import InputError, one_line
+from REC.utils.files import is_folder
 
 log = logging.getLogger(__name__)
 
@@ -30,12 +31,13 @@ def add_items(run: OpenRun, path: str | Path) -> OpenRun:
 
     Raises:
         InputError: the run's model cannot score new items; the file is bad or names an item of the
-            catalogue; there is no ItemLLM, or another than the one that made the cache.
+            catalogue; there is no ItemLLM, or another than the one that made the cache. Where the
+            run names none, the folder that the cache was made from is used, if it has not changed.
     """
     run.refuse_new_items()
     cache = run.data.cache
     assert cache is not None
-    config = encoding_config(run.config, cache)
+    config = _with_model(encoding_config(run.config, cache), cache)
     texts = read_item_texts(path, config.text_keys, config.item_prompt)
     run.refuse_known(texts.item_ids)
     titles = read_item_titles(path, config.text_keys[0])
@@ -78,6 +80,17 @@ def encoding_config(config: Config, cache: ItemCache) -> Config:
             f"the item cache {_name(cache)} has unreadable metadata; make it anew with "
             f"item_caching.py."
         ) from error
+
+
+def _with_model(config: Config, cache: ItemCache) -> Config:
+    """Name the folder that the cache was made from, where none is named and it is still that one."""
+    folder = cache.metadata.get("model_folder", "")
+    if config.item_pretrain_dir or not folder or not is_folder(folder):
+        return config
+    if model_fingerprint(folder) != cache.metadata.get("model_fingerprint"):
+        return config
+    log.info("encoding with %s, which made the item cache.", one_line(folder, 200))
+    return config.model_copy(update={"item_pretrain_dir": folder})
 
 
 def _refuse_other_model(config: Config, cache: ItemCache) -> None:

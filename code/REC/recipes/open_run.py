@@ -210,7 +210,9 @@ class OpenRun:
         return {str(item): number for number, item in enumerate(ids[1:], start=1)}
 
 
-def open_run(folder: str | Path, overrides: Mapping[str, Any] | None = None) -> OpenRun:
+def open_run(
+    folder: str | Path, overrides: Mapping[str, Any] | None = None, *, again: bool = False
+) -> OpenRun:
     """Open a run that `main.py` made.
 
     Paths in its configuration are relative to the folder in which it was started.
@@ -218,6 +220,7 @@ def open_run(folder: str | Path, overrides: Mapping[str, Any] | None = None) -> 
     Args:
         folder: the run's folder; a run that was stopped can be opened once it has a `best/`.
         overrides: configuration keys with other values, such as a path that moved.
+        again: this program has read the same interactions before and has said how many they are.
 
     Raises:
         InputError: the folder is no run, or its data or models are missing.
@@ -229,7 +232,7 @@ def open_run(folder: str | Path, overrides: Mapping[str, Any] | None = None) -> 
     fabric = make_fabric(config)
     # The random reference draws from it.
     fabric.seed_everything(config.seed, workers=True, verbose=False)
-    data = load_data(config, need_cache=config.reads_embeddings)
+    data = load_data(config, need_cache=config.reads_embeddings, again=again)
     return OpenRun(folder, config, data, fabric)
 
 

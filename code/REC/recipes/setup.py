@@ -15,7 +15,13 @@ from lightning.fabric import Fabric
 from REC.config import Config
 from REC.data.cache import ItemCache, open_cache
 from REC.data.dataset import CachedEmbeddingEvalDataset, CachedEmbeddingTrainDataset
-from REC.data.interactions import Interactions, dataset_file, drop_items, read_interactions
+from REC.data.interactions import (
+    Interactions,
+    dataset_file,
+    drop_items,
+    read_interactions,
+    suspicious_ids,
+)
 from REC.data.negatives import NegativeSampler
 from REC.data.split import Split, leave_one_out
 from REC.evaluator.evaluator import EvalProtocol, Evaluator
@@ -31,7 +37,7 @@ from REC.model.item_adapter import adapter_shape, load_adapter
 from REC.model.item_table import ItemTable, check_dim, table_from_cache
 from REC.model.recommender import LossSettings, Recommender, Similarity
 from REC.model.user_llm import UserLLM
-from REC.recipes.cache_items import cache_path, encode_in_memory, warn_of_another_cache
+from REC.recipes.cache_items import cache_path, encode_in_memory, other_cache
 from REC.trainer.fabric import attention_kernel, choose_precision, compute_dtype, peers_of
 from REC.utils.errors import InputError
 from REC.utils.processes import Processes
@@ -73,7 +79,12 @@ class Data:
         if self.cache is not None:
             rows = torch.linspace(0, len(self.cache) - 1, min(len(self.cache), 1024)).long()
             # Sorted, since safetensors gives the metadata in any order.
-            made = sorted(self.cache.metadata.items())
+            made = sorted(
+                (name, text)
+                for name, text in self.cache.metadata.items()
+                # Where the cache was made is nothing that a run depends on.
+                if name not in ("model_folder", "information")
+            )
             digest.update(str((tuple(self.cache.embeddings.shape), made)).encode())
             digest.update(self.cache.embeddings[rows].float().numpy().tobytes())
         return digest.hexdigest()
@@ -90,22 +101,32 @@ class Data:
         }
 
 
-def load_data(config: Config, *, need_cache: bool) -> Data:
+def load_data(config: Config, *, need_cache: bool, again: bool = False) -> Data:
     """Read the interactions and, when needed, the item embeddings.
+
+    Args:
+        config: the configuration.
+        need_cache: read or make the item embeddings.
+        again: this program has read the same interactions before and has said how many they are.
 
     Raises:
         InputError: a file is missing or bad, or the cache is of another dataset.
     """
-    interactions = read_interactions(dataset_file(config.data_path, config.dataset))
+    path = dataset_file(config.data_path, config.dataset)
+    interactions = read_interactions(path)
+    encodes = need_cache and not config.use_item_cache
+    # Encoding reads the file too and says it then.
+    if not (again or encodes):
+        _warn(suspicious_ids(interactions, path))
     cache = None
     if need_cache:
-        cached = config.use_item_cache
-        cache = open_cache(cache_path(config)) if cached else encode_in_memory(config)
-        if cached and Processes.here().first:
-            warn_of_another_cache(config, cache, interactions.item_ids[1:])
+        cache = encode_in_memory(config) if encodes else open_cache(cache_path(config))
+        if not encodes and Processes.here().first:
+            _warn(other_cache(config, cache, interactions.item_ids[1:]))
         interactions = match_cache(interactions, cache, config)
     split = leave_one_out(interactions)
-    log.info(
+    log.log(
+        logging.DEBUG if again else logging.INFO,
         "%s: %d users, %d items, %d interactions; %d users are too short to train, %d to validate, "
         "%d to test.",
         config.dataset,
@@ -115,6 +136,11 @@ def load_data(config: Config, *, need_cache: bool) -> Data:
         *(split.too_short[phase] for phase in ("train", "valid", "test")),
     )
     return Data(split, cache)
+
+
+def _warn(sentence: str | None) -> None:
+    if sentence:
+        log.warning(sentence)
 
 
 def match_cache(interactions: Interactions, cache: ItemCache, config: Config) -> Interactions:

@@ -168,7 +168,7 @@ def _examples(
         datasets: dict[Path, CachedEmbeddingEvalDataset] = {}
         for folder, _ in models:
             if folder not in opened:
-                opened[folder] = open_run(folder, overrides)
+                opened[folder] = open_run(folder, overrides, again=True)
                 datasets[folder] = _evaluation_users(
                     opened[folder].data, folder, opened[folder].config.MAX_ITEM_LIST_LENGTH
                 )
@@ -208,7 +208,9 @@ def _cold_start(
             "data never had; name a fine-tuning run or a baseline."
         )
     name, folder, _ = able[-1]
-    return cold_start_section(name, full_dataset, cold_start(folder, full_dataset, overrides))
+    return cold_start_section(
+        name, full_dataset, cold_start(folder, full_dataset, overrides, again=True)
+    )
 
 
 def _agreement(scored: Sequence[Scored]) -> list[str]:

@@ -20,7 +20,8 @@ class StopSignals:
 
     Ordinarily the exception is raised where the program stands. Within `deferred()` the first
     signal is only noted in `received`, so that the work at hand can be finished and saved; a
-    second one raises at once. Handlers are set in the main thread only and put back at the end.
+    second one raises at once. Within `held_back()` all of them wait. Handlers are set in the main
+    thread only and put back at the end.
 
     Attributes:
         received: number of the first signal, 0 when there was none.
@@ -29,6 +30,8 @@ class StopSignals:
     def __init__(self) -> None:
         self.received = 0
         self._deferring = False
+        self._holding = False
+        self._held = 0
         self._pid = os.getpid()
         self._before: dict[int, Any] = {}
 
@@ -58,6 +61,25 @@ class StopSignals:
         finally:
             self._deferring = False
 
+    @contextmanager
+    def held_back(self) -> Iterator[None]:
+        """Let all signals wait until the end of this block, which has to be short.
+
+        One Ctrl-C under torchrun is several signals: the terminal's and those of the launcher.
+
+        Raises:
+            Interrupted: at the end of the block, when a signal came within it.
+        """
+        # Within another such block, the outer one raises.
+        outer, self._holding = self._holding, True
+        try:
+            yield
+        finally:
+            self._holding = outer
+        if self._held and not outer:
+            number, self._held = self._held, 0
+            raise self.interruption(number)
+
     def interruption(self, number: int | None = None, done: str = "") -> Interrupted:
         """Make the exception for a signal, the one received when no number is given.
 
@@ -75,6 +97,10 @@ class StopSignals:
             if number == signal.SIGTERM:
                 signal.signal(number, signal.SIG_DFL)
                 os.kill(os.getpid(), number)
+            return
+        if self._holding:
+            self.received = self.received or number
+            self._held = self._held or number
             return
         again = self.received != 0
         self.received = self.received or number
