@@ -35,7 +35,9 @@ def main(argv: Sequence[str]) -> int:
         type=int,
         default=12,
         metavar="N",
-        help="example users, drawn at random; 0 shows none and loads no model (default: 12)",
+        help="example users, drawn at random; 0 shows none and loads no model (default: 12). They "
+        "are shown with the lists of two models: the last fine-tuned one and the same UserLLM "
+        "before training, or the first and the last row where none is fine-tuned",
     )
     parser.add_argument("--users", default="", metavar="ID,ID", help="show these users instead")
     parser.add_argument(

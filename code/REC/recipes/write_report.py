@@ -162,7 +162,7 @@ def _examples(
     """A few users with what was recommended to them, or why there are none."""
     if count < 1 and not users:
         return None
-    models = choose_models(comparison.rows)
+    models, shown = choose_models(comparison.rows)
     try:
         opened: dict[Path, OpenRun] = {}
         datasets: dict[Path, CachedEmbeddingEvalDataset] = {}
@@ -184,6 +184,7 @@ def _examples(
         except InputError as error:
             reasons.append(_why(f"{model} of {folder.name}", error))
     text = [
+        shown,
         f"{rule} Lists are of the whole catalogue without the items of the history; the held-out "
         f"item is marked, and its rank is that of the metrics.",
         *reasons,
