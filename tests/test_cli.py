@@ -204,7 +204,11 @@ def foreign_cache(root: Path) -> None:
 BAD = {
     "missing file": (lambda root: (root / CSV).unlink(), (), ["unknown dataset 'tiny'"]),
     "unknown dataset": (None, ("--dataset", "Nowhere"), ["unknown dataset 'Nowhere'", "tiny"]),
-    "wrong columns": (write(CSV, "item,user,time\n1,1,1\n"), (), ["lacks the column item_id", CSV]),
+    "wrong columns": (
+        write(CSV, "item,user,time\n1,1,1\n"),
+        (),
+        ["lacks the columns item_id", CSV],
+    ),
     "empty csv": (write(CSV, ""), (), ["is empty", CSV]),
     "header only": (write(CSV, HEADER), (), ["no interactions", CSV]),
     "timestamp": (write(CSV, f"{HEADER}i1,u1,1\ni2,u1,noon\n"), (), ["row 3", "noon", CSV]),

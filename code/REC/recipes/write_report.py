@@ -18,7 +18,7 @@ from REC.recipes.example_users import (
     example_cards,
     score,
 )
-from REC.recipes.open_run import OpenRun, open_run, run_config
+from REC.recipes.open_run import OpenRun, open_run, refuse_elsewhere, run_config
 from REC.recipes.setup import Data, load_data
 from REC.report.breakdown import history_groups, popularity_groups
 from REC.report.compare import Comparison, load_comparison, run_names
@@ -117,6 +117,7 @@ def _breakdowns(
     """Metrics by history length and by popularity, or why there are none."""
     try:
         config = run_config(Path(run_dir), overrides)
+        refuse_elsewhere(Path(run_dir), config, overrides)
         # Only then does the item cache decide which interactions there are.
         dropping = config.missing_items == "drop" and config.reads_embeddings
         data = load_data(config, need_cache=dropping)

@@ -15,7 +15,7 @@ from REC.evaluator.intervals import bootstrap_interval, paired_p_value
 from REC.evaluator.metrics import PER_USER, per_user
 from REC.report.result import TUNED, UNTRAINED, read_ranks, read_result
 from REC.report.table import relative_gain
-from REC.utils.errors import InputError
+from REC.utils.errors import InputError, one_line
 from REC.utils.files import atomic_path, write_text
 
 # Names that the recipes give to rows of trained models.
@@ -129,7 +129,7 @@ def _settings(result: dict[str, Any], row: str) -> str:
     if row == UNTRAINED:
         keys = ["user_pretrain_dir", "user_llm_layers", "MAX_ITEM_LIST_LENGTH"]
         keys += ["item_embedding_transform", "precision"]
-        return _listed({key: config.get(key) for key in keys})
+        return _exported_from(result) + _listed({key: config.get(key) for key in keys})
     if row not in TRAINED:
         return ""
     keys = ["epochs", "train_batch_size", "MAX_ITEM_LIST_LENGTH", "seed"]
@@ -141,6 +141,13 @@ def _settings(result: dict[str, Any], row: str) -> str:
     else:
         keys += [str(config.get("model"))]
     return _listed({**{key: config.get(key) for key in keys}, **config.get("optim_args", {})})
+
+
+def _exported_from(result: Mapping[str, Any]) -> str:
+    """Say that an `untrained` row's UserLLM was trained by another run; empty where it was not."""
+    user_llm = result.get("user_llm")
+    run = user_llm.get("exported_from") if isinstance(user_llm, dict) else None
+    return f"fine-tuned, exported from {one_line(run, 80)}, " if run else ""
 
 
 def _listed(values: Mapping[str, Any]) -> str:
