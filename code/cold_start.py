@@ -37,11 +37,14 @@ def main(argv: Sequence[str]) -> int:
     options = parser.parse_args(argv)
     # Imported here, so that --help and a mistyped option need not wait for torch.
     from REC.recipes.cold_start import cold_start, markdown
+    from REC.report.terminal import write_markdown
 
     set_up_logging()
     rows = cold_start(options.run, options.dataset, {"show_progress": True, **places(options)})
-    text = json.dumps(rows, indent=2) + "\n" if options.json else markdown(rows)
-    sys.stdout.write(text)
+    if options.json:
+        sys.stdout.write(json.dumps(rows, indent=2) + "\n")
+    else:
+        write_markdown(markdown(rows))
     return EXIT_OK
 
 

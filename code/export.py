@@ -19,6 +19,7 @@ EXAMPLES = (
     "python code/export.py --run saved/Pixel200K-qlora",
     "python code/export.py --run saved/Pixel200K-qlora --dtype float32 --evaluate True",
     "python code/export.py --run saved/Pixel200K-qlora --format adapter --out UserLLM-lora",
+    "python code/export.py --run runs/demo/ml-100k-qlora --evaluate True",
 )
 
 

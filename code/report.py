@@ -18,6 +18,7 @@ EXAMPLES = (
     "python code/report.py saved/Pixel200K-pop saved/Pixel200K-qlora --out report.html",
     "python code/report.py saved/Pixel200K-qlora --users 17,42 --out report.html",
     "python code/report.py saved/Pixel200K-warm-qlora --cold_start Pixel200K",
+    "python code/report.py runs/demo/ml-100k-pop runs/demo/ml-100k-qlora --users 1,42",
 )
 
 

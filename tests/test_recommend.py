@@ -15,8 +15,8 @@ from REC.config import Config
 from REC.data.cache import ItemCache, open_cache, save_cache
 from REC.model.item_table import table_from_cache
 from REC.recipes.new_items import add_items
-from REC.recipes.open_run import OpenRun, open_run
-from REC.recipes.recommend import _about_history, _about_new, items_read
+from REC.recipes.open_run import OpenRun, items_read, open_run
+from REC.recipes.recommend import _about_history, _about_new
 from REC.utils.errors import InputError
 from recommend import main as recommend_main
 from tests.conftest import Project

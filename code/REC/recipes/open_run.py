@@ -215,6 +215,15 @@ class OpenRun:
         return {str(item): number for number, item in enumerate(ids[1:], start=1)}
 
 
+def items_read(config: Config, length: int) -> int:
+    """Return how many of a history's last items decide what a run's model recommends."""
+    if config.model in ("pop", "random"):
+        return 0
+    if config.model == "item_knn" and config.knn_history == "last":
+        return min(length, 1)
+    return min(length, config.MAX_ITEM_LIST_LENGTH)
+
+
 def open_run(folder: str | Path, overrides: Mapping[str, Any] | None = None) -> OpenRun:
     """Open a run that `main.py` made.
 

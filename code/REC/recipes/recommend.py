@@ -11,12 +11,11 @@ from typing import Any
 import numpy as np
 from rich.cells import cell_len
 
-from REC.config import Config
 from REC.config.options import places
 from REC.data.interactions import PAD
 from REC.evaluator.evaluator import Scorer
 from REC.recipes.new_items import add_items
-from REC.recipes.open_run import OpenRun, open_run
+from REC.recipes.open_run import OpenRun, items_read, open_run
 from REC.recipes.serve import serve
 from REC.report.breakdown import counted
 from REC.report.result import plain
@@ -148,15 +147,6 @@ def new_items(run: OpenRun, candidates: Sequence[dict[str, Any]]) -> list[dict[s
     added = described(run, np.arange(run.own_items + 1, run.data.interactions.num_items + 1))
     left = [{**entry, "rank": None, "score": None} for entry in added]
     return ranked + [entry for entry in left if entry["item_id"] not in found]
-
-
-def items_read(config: Config, length: int) -> int:
-    """Return how many of a history's last items decide what a run's model recommends."""
-    if config.model in ("pop", "random"):
-        return 0
-    if config.model == "item_knn" and config.knn_history == "last":
-        return min(length, 1)
-    return min(length, config.MAX_ITEM_LIST_LENGTH)
 
 
 def as_text(answer: dict[str, Any]) -> str:

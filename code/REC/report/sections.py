@@ -86,7 +86,7 @@ def metric_section(comparison: Comparison) -> Section:
     ]
     if len(comparison.rows) < 2:
         text = ["In brackets: 95 % percentile bootstrap interval over users (10,000 draws)."]
-    return Section("Metrics", text, tables=tables)
+    return Section("Metrics", [*text, *comparison.notes], tables=tables)
 
 
 def training_section(comparison: Comparison, results: Results) -> Section | None:
