@@ -17,6 +17,12 @@ from REC.utils.logs import set_up_logging
 EXAMPLES = (
     "python code/cold_start.py --run saved/Pixel200K-warm-qlora --dataset Pixel200K"
     " --item_cache_path dataset/pixel200k_item_embeddings.safetensors",
+    # On the demo's data: without a tenth of the items, evaluated there, and on those items.
+    "python prepare_data.py hold-out --dataset ml-100k",
+    "python code/main.py --config_file code/overall/LLM_ddp.yaml code/HLLM/HLLM.yaml demo/demo.yaml"
+    " --dataset ml-100k-warm --item_cache_path dataset/ml-100k_item_embeddings.safetensors"
+    " --val_only True",
+    "python code/cold_start.py --run runs/demo/ml-100k-warm-baseline --dataset ml-100k",
 )
 
 

@@ -74,10 +74,11 @@ def tables_of(html: str) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
     folded = "".join(re.findall(r"(?s)<details>(.*?)</details>", html))
     shown = re.sub(r"(?s)<details>.*?</details>", "", html)
     rows = r'(?s)<th scope="row">(.*?)</th>(.*?)</tr>'
-    return tuple(
+    first, second = (
         {name: re.findall(r"(?s)<td>(.*?)</td>", cells) for name, cells in re.findall(rows, part)}
         for part in (shown, folded)
     )
+    return first, second
 
 
 def rename_item(project: Project, item: str, title: str) -> None:

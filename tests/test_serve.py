@@ -519,7 +519,7 @@ class Page:
         return self.chrome.find_element("id", name).text
 
     def value(self, name: str) -> str:
-        return self.chrome.find_element("id", name).get_property("value")
+        return str(self.chrome.find_element("id", name).get_property("value"))
 
     def type(self, name: str, *keys: str) -> None:
         self.chrome.find_element("id", name).send_keys(*keys)

@@ -191,7 +191,7 @@ def _about_history(length: int, read: int, shown: int) -> str:
 
 def _about_new(entries: Sequence[dict[str, Any]], candidates: int) -> str:
     """Say where new items rank: `new items: 9001 Dune, rank 312 of 1,684; ...`."""
-    parts = []
+    parts: list[str] = []
     for entry in entries[:_SHOWN_NEW]:
         rank = "in the history" if entry["rank"] is None else f"rank {entry['rank']:,}"
         of = f" of {candidates:,}" if not parts and entry["rank"] is not None else ""
