@@ -19,6 +19,7 @@ from compare import main as compare_main
 from export import main as export_main
 from REC.recipes.open_run import open_run
 from REC.report.result import read_ranks
+from report import main as report_main
 from tests.conftest import Project
 from tests.helpers import make_cache
 
@@ -102,6 +103,12 @@ def test_a_merged_model_is_the_run(
     code, text, err = project.call(compare_main, ["saved/run", "saved/again"])
     assert code == 0, err
     assert "\nagain: fine-tuned, exported from run, user_pretrain_dir " in text
+    code, _, err = project.call(
+        report_main, ["saved/run", "saved/again", "--examples", "0", "--out", "page.html"]
+    )
+    assert code == 0, err
+    page = Path("page.html").read_text(encoding="utf-8")
+    assert "<p>again is a fine-tuned UserLLM: it was exported from the run run.</p>" in page
 
     # As a plain transformers model.
     model = open_run(run).build("fine-tuned")

@@ -35,6 +35,7 @@ class Row:
         folder: the run's folder.
         model: the row's name in the run.
         metrics: `NAME@K` -> value, as the run recorded them.
+        exported_from: the run that trained an `untrained` row's UserLLM; empty where none did.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Row:
     folder: Path = Path()
     model: str = ""
     metrics: Mapping[str, float] = field(default_factory=dict)
+    exported_from: str = ""
 
 
 @dataclass(frozen=True)
@@ -113,6 +115,7 @@ def load_comparison(run_dirs: Sequence[str | Path]) -> Comparison:
                     Path(run_dir),
                     entry["name"],
                     entry.get("metrics", {}),
+                    _exported_from(result) if entry["name"] == UNTRAINED else "",
                 )
             )
     assert first is not None
@@ -137,7 +140,9 @@ def _settings(result: dict[str, Any], row: str) -> str:
     if row == UNTRAINED:
         keys = ["user_pretrain_dir", "user_llm_layers", "MAX_ITEM_LIST_LENGTH"]
         keys += ["item_embedding_transform", "precision"]
-        return _exported_from(result) + _listed({key: config.get(key) for key in keys})
+        run = _exported_from(result)
+        start = f"fine-tuned, exported from {run}, " if run else ""
+        return start + _listed({key: config.get(key) for key in keys})
     if row not in TRAINED:
         return ""
     keys = ["epochs", "train_batch_size", "MAX_ITEM_LIST_LENGTH", "seed"]
@@ -152,10 +157,10 @@ def _settings(result: dict[str, Any], row: str) -> str:
 
 
 def _exported_from(result: Mapping[str, Any]) -> str:
-    """Say that an `untrained` row's UserLLM was trained by another run; empty where it was not."""
+    """Return the run that the UserLLM was exported from; empty where it was not exported."""
     user_llm = result.get("user_llm")
     run = user_llm.get("exported_from") if isinstance(user_llm, dict) else None
-    return f"fine-tuned, exported from {one_line(run, 80)}, " if run else ""
+    return one_line(run, 80) if run else ""
 
 
 def _listed(values: Mapping[str, Any]) -> str:

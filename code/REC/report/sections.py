@@ -86,6 +86,11 @@ def metric_section(comparison: Comparison) -> Section:
     ]
     if len(comparison.rows) < 2:
         text = ["In brackets: 95 % percentile bootstrap interval over users (10,000 draws)."]
+    text += [
+        f"{row.name} is a fine-tuned UserLLM: it was exported from the run {row.exported_from}."
+        for row in comparison.rows
+        if row.exported_from
+    ]
     return Section("Metrics", [*text, *comparison.notes], tables=tables)
 
 
