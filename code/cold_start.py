@@ -17,6 +17,12 @@ from REC.utils.logs import set_up_logging
 EXAMPLES = (
     "python code/cold_start.py --run saved/Pixel200K-warm-qlora --dataset Pixel200K"
     " --item_cache_path dataset/pixel200k_item_embeddings.safetensors",
+    # On the demo's data: without a tenth of the items, evaluated there, and on those items.
+    "python prepare_data.py hold-out --dataset ml-100k",
+    "python code/main.py --config_file code/overall/LLM_ddp.yaml code/HLLM/HLLM.yaml demo/demo.yaml"
+    " --dataset ml-100k-warm --item_cache_path dataset/ml-100k_item_embeddings.safetensors"
+    " --val_only True",
+    "python code/cold_start.py --run runs/demo/ml-100k-warm-baseline --dataset ml-100k",
 )
 
 
@@ -37,11 +43,14 @@ def main(argv: Sequence[str]) -> int:
     options = parser.parse_args(argv)
     # Imported here, so that --help and a mistyped option need not wait for torch.
     from REC.recipes.cold_start import cold_start, markdown
+    from REC.report.terminal import write_markdown
 
     set_up_logging()
     rows = cold_start(options.run, options.dataset, {"show_progress": True, **places(options)})
-    text = json.dumps(rows, indent=2) + "\n" if options.json else markdown(rows)
-    sys.stdout.write(text)
+    if options.json:
+        sys.stdout.write(json.dumps(rows, indent=2) + "\n")
+    else:
+        write_markdown(markdown(rows))
     return EXIT_OK
 
 

@@ -15,6 +15,7 @@ from REC.utils.errors import EXIT_OK, run_program
 EXAMPLES = (
     "python code/compare.py saved/Pixel200K-pop saved/Pixel200K-qlora",
     "python code/compare.py saved/a saved/b saved/c --out tables",
+    "python code/compare.py runs/demo/ml-100k-pop runs/demo/ml-100k-qlora",
 )
 
 
@@ -32,9 +33,10 @@ def main(argv: Sequence[str]) -> int:
     args = parser.parse_args(argv)
     # Imported here, so that --help and a mistyped option need not wait for torch.
     from REC.report.compare import load_comparison, markdown, save_comparison
+    from REC.report.terminal import write_markdown
 
     comparison = load_comparison(args.runs)
-    sys.stdout.write(markdown(comparison))
+    write_markdown(markdown(comparison))
     paths = save_comparison(comparison, Path(args.out or args.runs[-1]))
     sys.stdout.write("\nsaved: " + ", ".join(map(str, paths)) + "\n")
     return EXIT_OK

@@ -19,6 +19,7 @@ EXAMPLES = (
     "python code/export.py --run saved/Pixel200K-qlora",
     "python code/export.py --run saved/Pixel200K-qlora --dtype float32 --evaluate True",
     "python code/export.py --run saved/Pixel200K-qlora --format adapter --out UserLLM-lora",
+    "python code/export.py --run runs/demo/ml-100k-qlora --evaluate True",
 )
 
 
@@ -26,7 +27,11 @@ def main(argv: Sequence[str]) -> int:
     """Run the program with its arguments and return the exit code."""
     parser = Parser("python code/export.py", __doc__ or "", EXAMPLES)
     parser.add_argument("--run", required=True, metavar="DIR", help="folder of a finished run")
-    parser.add_argument("--out", metavar="DIR", help="folder to write (default: RUN/export)")
+    parser.add_argument(
+        "--out",
+        metavar="DIR",
+        help="folder to write (default: RUN/export, or RUN/export-adapter for --format adapter)",
+    )
     parser.add_argument(
         "--format",
         choices=("merged", "adapter"),
@@ -61,10 +66,11 @@ def main(argv: Sequence[str]) -> int:
     from REC.recipes.export import ExportOptions, export
 
     set_up_logging()
+    default = "export" if args.format == "merged" else "export-adapter"
     out = export(
         ExportOptions(
             run=Path(args.run),
-            out=Path(args.out) if args.out else Path(args.run) / "export",
+            out=Path(args.out) if args.out else Path(args.run) / default,
             format=args.format,
             dtype=args.dtype,
             evaluate=args.evaluate,

@@ -19,6 +19,7 @@ EXAMPLES = (
     "python code/recommend.py --run saved/Pixel200K-qlora --history 31,7,204 --topk 5 --json",
     "python code/recommend.py --run saved/Pixel200K-qlora --user 1001 --add_items new.csv",
     "python code/recommend.py --run saved/Pixel200K-qlora --serve 8000",
+    "python code/recommend.py --run runs/demo/ml-100k-qlora --user 42",
 )
 
 

@@ -18,6 +18,7 @@ EXAMPLES = (
     "python code/report.py saved/Pixel200K-pop saved/Pixel200K-qlora --out report.html",
     "python code/report.py saved/Pixel200K-qlora --users 17,42 --out report.html",
     "python code/report.py saved/Pixel200K-warm-qlora --cold_start Pixel200K",
+    "python code/report.py runs/demo/ml-100k-pop runs/demo/ml-100k-qlora --users 1,42",
 )
 
 
@@ -35,7 +36,9 @@ def main(argv: Sequence[str]) -> int:
         type=int,
         default=12,
         metavar="N",
-        help="example users, drawn at random; 0 shows none and loads no model (default: 12)",
+        help="example users, drawn at random; 0 shows none and loads no model (default: 12). They "
+        "are shown with the lists of two models: the last fine-tuned one and the same UserLLM "
+        "before training, or the first and the last row where none is fine-tuned",
     )
     parser.add_argument("--users", default="", metavar="ID,ID", help="show these users instead")
     parser.add_argument(

@@ -10,6 +10,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from REC.config.options import Parser
+from REC.recipes.sweep_plan import keys_help, read_plan
 from REC.utils.errors import EXIT_OK, run_program
 from REC.utils.logs import set_up_logging
 
@@ -18,7 +19,7 @@ EXAMPLES = ("python code/sweep.py code/overall/sweep_example.yaml",)
 
 def main(argv: Sequence[str]) -> int:
     """Run the program with its arguments and return the exit code."""
-    parser = Parser("python code/sweep.py", __doc__ or "", EXAMPLES)
+    parser = Parser("python code/sweep.py", f"{__doc__}\n\n{keys_help()}", EXAMPLES)
     parser.add_argument(
         "plan",
         metavar="SWEEP.yaml",
@@ -27,7 +28,6 @@ def main(argv: Sequence[str]) -> int:
     args = parser.parse_args(list(argv))
     # Imported here, so that --help and a mistyped option need not wait for torch.
     from REC.recipes.sweep import sweep
-    from REC.recipes.sweep_plan import read_plan
 
     set_up_logging()
     sweep(read_plan(args.plan))

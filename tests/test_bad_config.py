@@ -261,7 +261,7 @@ def test_cache_target_that_cannot_be_written(project: Project) -> None:
 
 COMPARISONS: dict[str, tuple[str | bytes | None, str | None, list[str]]] = {
     # name -> (result.json: text instead, or None to keep it), (ranks: likewise), words
-    "no folder": (None, None, ["nowhere is no finished run"]),
+    "no folder": (None, None, ["nowhere does not exist; name"]),
     "empty": ("", None, ["not a readable JSON file"]),
     "damaged": ("{", None, ["not a readable JSON file"]),
     "deep": ("[" * 100_000, None, ["not a readable JSON file"]),

@@ -136,11 +136,14 @@ BAD: dict[str, tuple[bytes, list[str]]] = {
     "NUL in a timestamp": (MORE.join([HEADER, b"i1,x,1\0\n"]), ["row 10", "NUL"]),
     "binary": (bytes(range(256)) * 9, ["NUL"]),
     "another format": (b"PK\x03\x04" + b"\xff" * 90, ["not UTF-8"]),
-    "semicolons": (b"item_id;user_id;timestamp\na;b;1\n", ["lacks the column item_id", ";user_id"]),
-    "tabs": (b"item_id\tuser_id\ttimestamp\na\tb\t1\n", ["lacks the column item_id"]),
-    "no header": (MORE, ["lacks the column item_id", "a,p,1"]),
-    "other names": (b"item,user,time\n" + MORE, ["lacks the column item_id"]),
-    "names in capitals": (b"ITEM_ID,USER_ID,TIMESTAMP\n" + MORE, ["lacks the column item_id"]),
+    "semicolons": (
+        b"item_id;user_id;timestamp\na;b;1\n",
+        ["lacks the columns item_id", ";user_id"],
+    ),
+    "tabs": (b"item_id\tuser_id\ttimestamp\na\tb\t1\n", ["lacks the columns item_id"]),
+    "no header": (MORE, ["lacks the columns item_id", "a,p,1"]),
+    "other names": (b"item,user,time\n" + MORE, ["lacks the columns item_id"]),
+    "names in capitals": (b"ITEM_ID,USER_ID,TIMESTAMP\n" + MORE, ["lacks the columns item_id"]),
     "blanks in the header": (
         b"item_id, user_id, timestamp\n" + MORE,
         ["user_id", "without spaces"],
@@ -306,7 +309,10 @@ BAD_INFORMATION: dict[str, tuple[bytes, list[str]]] = {
     "utf-16": (text("i1,T,a,D", header=INFO).decode().encode("utf-16"), ["UTF-16"]),
     "latin-1": (INFO + "i1,é,a,D\n".encode("latin-1"), ["row 2", "not UTF-8"]),
     "NUL": (text("i1,T\0,a,D", header=INFO), ["row 2", "NUL"]),
-    "lacks a text column": (b"item_id,title\ni1,T\n", ["lacks the column tag", "text_keys"]),
+    "lacks a text column": (
+        b"item_id,title\ni1,T\n",
+        ["lacks the columns tag, description", "text_keys"],
+    ),
     "lacks ids": (b"id,title,tag,description\ni1,T,a,D\n", ["lacks the column item_id"]),
     "a column twice": (b"item_id,title,title,tag,description\ni1,a,b,c,d\n", ["title twice"]),
     "an item twice": (

@@ -15,10 +15,13 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from transformers import AutoModel
 
+from compare import main as compare_main
 from export import main as export_main
 from REC.recipes.open_run import open_run
 from REC.report.result import read_ranks
+from report import main as report_main
 from tests.conftest import Project
+from tests.helpers import make_cache
 
 TRAIN = (
     *("--use_qlora", "True", "--qlora_quant_type", "none", "--eval_baseline", "False"),
@@ -46,7 +49,8 @@ def run_snippet(folder: Path, monkeypatch: pytest.MonkeyPatch, base: Path) -> di
     code = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
     assert len(code) == 1
     script = folder.parent / "snippet.py"
-    here = code[0].replace(f"base = {base.name!r}", f"base = {str(base)!r}")
+    here = code[0].replace(f'"PATH/TO/{base.name}"', repr(str(base)))
+    assert "PATH/TO" not in here
     # After loading, which draws LoRA's initial values.
     script.write_text(
         here.replace("history = torch.randn", "torch.manual_seed(0)\nhistory = torch.randn")
@@ -95,6 +99,16 @@ def test_a_merged_model_is_the_run(
     before, expected = read_ranks(run, "fine-tuned")
     assert users.tolist() == before.tolist()
     assert ranks.tolist() == expected.tolist()
+    assert "evaluating the fine-tuned UserLLM exported from run." in err
+    code, text, err = project.call(compare_main, ["saved/run", "saved/again"])
+    assert code == 0, err
+    assert "\nagain: fine-tuned, exported from run, user_pretrain_dir " in text
+    code, _, err = project.call(
+        report_main, ["saved/run", "saved/again", "--examples", "0", "--out", "page.html"]
+    )
+    assert code == 0, err
+    page = Path("page.html").read_text(encoding="utf-8")
+    assert "<p>again is a fine-tuned UserLLM: it was exported from the run run.</p>" in page
 
     # As a plain transformers model.
     model = open_run(run).build("fine-tuned")
@@ -157,9 +171,11 @@ def test_the_merged_model_of_qlora_is_measured(project: Project) -> None:
 
 def test_an_adapter_is_peft_s(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     run = train(project, "--qlora_quant_type", "nf4", "--item_adapter", "linear")
-    code, err = export(project, "--format", "adapter", "--out", "lora")
+    assert export(project)[0] == 0
+    # Beside the other one.
+    code, err = export(project, "--format", "adapter")
     assert code == 0, err
-    out = project.root / "lora"
+    out = run / "export-adapter"
     assert sorted(path.name for path in out.iterdir()) == [
         "README.md",
         "adapter_config.json",
@@ -178,6 +194,18 @@ def test_an_adapter_is_peft_s(project: Project, monkeypatch: pytest.MonkeyPatch)
     model = open_run(run).build("fine-tuned")
     found = run_snippet(out, monkeypatch, project.llama)["user_vector"]
     torch.testing.assert_close(found.float(), user_vector(model), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("absolute", [False, True])
+def test_the_card_names_an_item_cache_of_its_own(project: Project, absolute: bool) -> None:
+    path = make_cache(project.root / "caches" / "own.safetensors")
+    given = str(path) if absolute else "caches/own.safetensors"
+    train(project, "--item_cache_path", given, "--epochs", "1")
+    assert export(project)[0] == 0
+    card = Path("saved/run/export/README.md").read_text()
+    shown = "PATH/TO/own.safetensors" if absolute else given
+    assert f"--user_pretrain_dir FOLDER \\\n    --item_cache_path {shown}\n```" in card
+    assert str(project.root) not in card
 
 
 def test_what_cannot_be_exported(project: Project) -> None:

@@ -11,10 +11,12 @@ import torch
 from transformers import AutoModel, AutoTokenizer
 
 from item_caching import main as cache_main
+from REC.config import Config
 from REC.data.cache import ItemCache, open_cache, save_cache
 from REC.model.item_table import table_from_cache
 from REC.recipes.new_items import add_items
-from REC.recipes.open_run import OpenRun, open_run
+from REC.recipes.open_run import OpenRun, items_read, open_run
+from REC.recipes.recommend import _about_history, _about_new
 from REC.utils.errors import InputError
 from recommend import main as recommend_main
 from tests.conftest import Project
@@ -98,13 +100,18 @@ def test_the_text_has_titles_and_no_control_codes(encoded: Project) -> None:
     assert code == 0, err
     lines = out.splitlines()
     assert lines[0] == f"{RUN}, item_knn, the history given"
-    assert "history: 6 items, the latest:" in lines
+    assert "history: 6 items; the model reads the last one. The last 5, oldest first:" in lines
     assert "  i2  item 2" in lines
     assert "  i1  item 1" not in lines
     header = next(line for line in lines if line.startswith("rank"))
     assert header.split() == ["rank", "score", "item_id", "title"]
     new = [line.split() for line in lines if " new " in line]
     assert sorted(words[3] for words in new) == ["n1", "n2"]
+    ranks = {words[3]: words[0] for words in new}
+    summary = next(line for line in lines if line.startswith("new items: "))
+    # 20 items and 2 new ones without the 6 of the history.
+    assert " of 16; " in summary
+    assert f"n2 item 7 item 8, rank {ranks['n2']}" in summary
     assert "\x1b" not in out
     assert "\\x1b" in out
 
@@ -121,11 +128,43 @@ def test_new_items_are_scored_by_hand(encoded: Project) -> None:
     assert scores["n1"]["new"]
     assert not scores["i5"]["new"]
     assert "n2" not in scores
+    own = scores["n1"]
+    assert found["new_items"] == [
+        {key: own[key] for key in ("item_id", "title", "rank", "score")},
+        {"item_id": "n2", "title": "item 7 item 8", "rank": None, "score": None},
+    ]
+    assert found["candidates"] == len(scores) == 20
+    short = ask(encoded, "--history", "n2,i3", "--add_items", "new.csv", "--topk", "1")
+    assert len(short["recommendations"]) == 1
+    assert short["new_items"] == found["new_items"]
     first = ask(encoded, "--history", "i3,n2", "--add_items", "new.csv", "--topk", "99")
     empty_field = by_hand(encoded.llama, f"{PROMPT}title: item 7 item 8tag: 1")
     cosine = new @ empty_field / np.linalg.norm(new) / np.linalg.norm(empty_field)
     scores = {entry["item_id"]: entry for entry in first["recommendations"]}
     assert scores["n1"]["score"] == pytest.approx(cosine, abs=1e-5)
+
+
+def test_the_head_line_says_what_the_model_reads() -> None:
+    config = Config.model_validate({"MAX_ITEM_LIST_LENGTH": 20})
+    other = {"model": "pop"}, {"model": "item_knn"}, {"model": "item_knn", "knn_history": "mean"}
+    read = [items_read(config.model_copy(update=more), 175) for more in ({}, *other)]
+    assert read == [20, 0, 1, 20]
+    lines = [_about_history(length, read, min(5, length)) for length, read in
+             ((175, 20), (175, 0), (3, 3), (3, 1), (1, 1))]  # fmt: skip
+    assert lines == [
+        "history: 175 items; the model reads the last 20. The last 5, oldest first:",
+        "history: 175 items. The last 5, oldest first:",
+        "history: 3 items, oldest first:",
+        "history: 3 items; the model reads the last one. Oldest first:",
+        "history: 1 item, oldest first:",
+    ]
+
+
+def test_many_new_items_are_cut_short() -> None:
+    new = [{"item_id": f"n{n}", "title": "", "rank": n, "score": 0.5} for n in range(1, 13)]
+    line = _about_new(new, 1684)
+    assert line.startswith("new items: n1, rank 1 of 1,684; n2, rank 2; ")
+    assert line.endswith("n10, rank 10; and 2 more")
 
 
 @pytest.mark.parametrize("transform", ["none", "standardize", "whiten"])
@@ -239,9 +278,29 @@ BAD = {
     "exclude_seen": (("--user", "u1", "--exclude_seen", "maybe"), "", ["neither True nor False"]),
     "model": (("--user", "u1", "--model", "best"), "", ["no model 'best'; it has untrained"]),
     "option": (("--user", "u1", "--top", "3"), "", ["--top", "--help"]),
-    "run": (("--run", "saved/none", "--user", "u1"), "", ["saved/none is no run"]),
+    "run": (("--run", "saved/none", "--user", "u1"), "", ["saved/none does not exist; name"]),
+    "a folder of runs": (
+        ("--run", "saved", "--user", "u1"),
+        "",
+        ["saved is no run: it has no config.yaml; the runs in it are saved/run: name one"],
+    ),
+    "elsewhere": (
+        ("--run", "moved", "--user", "u1"),
+        "",
+        ["/gone/tiny.csv, the data of moved, does not exist", "--data_path"],
+    ),
+    "unfinished": (
+        ("--run", "stopped", "--user", "u1"),
+        "",
+        ["stopped", "continue it with", "--config_file stopped/config.yaml --auto_resume True"],
+    ),
     "no file": (("--history", "i1", "--add_items", "none.csv"), "", ["none.csv"]),
-    "column": (ADD, "item_id,title,tag\nn1,a,b\n", ["lacks the column description", "new.csv"]),
+    "column": (
+        ADD,
+        "item_id,title,tag\nn1,a,b\n",
+        ["new.csv lacks the column description", "title,tag,description; change the file."],
+    ),
+    "columns": (ADD, "item_id,title\nn1,a\n", ["lacks the columns tag, description: "]),
     "known": (ADD, NEW.replace("n2", "i7"), ["1 of 2 new items", "'i7'", "already"]),
     "twice": (ADD, NEW.replace("n2", "n1"), ["'n1' is described a second time"]),
     "no items": (ADD, "item_id,title,tag,description\n", ["no items below"]),
@@ -258,6 +317,14 @@ def test_bad_input_is_one_clear_line(encoded: Project) -> None:
     # One run for all cases, since each case only reads it.
     train(encoded, "--val_only", "True")
     make_llama(encoded.root / "other", seed=1)
+    config = Path(RUN, "config.yaml").read_text()
+    for name, changed in {
+        "moved": config.replace("data_path: dataset", "data_path: gone"),
+        "stopped": config.replace("val_only: true", "val_only: false"),
+    }.items():
+        assert changed != config
+        Path(name).mkdir()
+        Path(name, "config.yaml").write_text(changed)
     for case, (flags, csv, words) in BAD.items():
         (encoded.root / "new.csv").write_text(csv or NEW)
         code, out, err = encoded.call(recommend_main, ["--run", RUN, *flags])

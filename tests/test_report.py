@@ -20,7 +20,8 @@ from REC.report.breakdown import (
     popularity_groups,
     recall_curve,
 )
-from REC.report.page import Page, Section, Table, render
+from REC.report.charts import Series, group_chart
+from REC.report.page import Chart, Page, Section, Table, render
 from REC.report.result import read_ranks
 from report import main
 from tests.browser import open_browser
@@ -66,6 +67,18 @@ class Reader(HTMLParser):
 
 def read_page(path: Path) -> Reader:
     return Reader(path.read_text(encoding="utf-8"))
+
+
+def tables_of(html: str) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
+    """Return the rows of a section's open tables and of its folded ones: first cell -> the others."""
+    folded = "".join(re.findall(r"(?s)<details>(.*?)</details>", html))
+    shown = re.sub(r"(?s)<details>.*?</details>", "", html)
+    rows = r'(?s)<th scope="row">(.*?)</th>(.*?)</tr>'
+    first, second = (
+        {name: re.findall(r"(?s)<td>(.*?)</td>", cells) for name, cells in re.findall(rows, part)}
+        for part in (shown, folded)
+    )
+    return first, second
 
 
 def rename_item(project: Project, item: str, title: str) -> None:
@@ -160,6 +173,30 @@ def test_the_page_escapes_all_that_is_data() -> None:
     assert ("aria-label", HOSTILE) in read.attributes
 
 
+def test_labels_of_groups_do_not_meet(project: Project, tmp_path: Path) -> None:
+    names = ["19 to 32 items", "33 to 64 items", "65 to 147 items", "never in training"]
+    estimates = np.array([0.1, 0.2, 0.3, 0.4])
+    series = Series("pop", 0, estimates, None, estimates, estimates)
+    chart = group_chart([f"{name}\nn = 1000" for name in names], [series], "Recall@10")
+    page = Page("", [], [Section("", charts=[Chart(chart, "", "")] * 2)])
+    Path("page.html").write_text(render(page), encoding="utf-8")
+    with open_browser(tmp_path) as browser:
+        browser.get((project.root / "page.html").as_uri())
+        boxes = browser.execute_script(
+            "return [...document.querySelector('svg').querySelectorAll('text')]"
+            ".map(e => [e.textContent, e.getBoundingClientRect()])"
+            ".filter(([text, box]) => /items|to|n = |never|training/.test(text))"
+            ".map(([text, box]) => [box.left, box.right, box.top, box.bottom])"
+        )
+    assert len(boxes) >= 12
+    for number, one in enumerate(boxes):
+        for two in boxes[:number]:
+            apart = (
+                one[0] > two[1] or two[0] > one[1] or one[2] >= two[3] - 2 or two[2] >= one[3] - 2
+            )
+            assert apart, (one, two)
+
+
 def test_the_report_of_a_fine_tuning_and_a_reference(project: Project) -> None:
     rename_item(project, "i3", HOSTILE)
     assert project.run("--model", "pop")[0] == 0
@@ -187,6 +224,18 @@ def test_the_report_of_a_fine_tuning_and_a_reference(project: Project) -> None:
     hrefs = {value for name, value in read.attributes if name == "href"}
     assert {value[1:] for value in hrefs if value} <= set(ids)
     assert ("scope", "col") in read.attributes
+    assert "The lists are those of tiny-qlora, the last fine-tuning run named" in read.text
+    open_rows, folded = tables_of(
+        html.partition(">Configuration</h2>")[2].partition("</section>")[0]
+    )
+    assert open_rows["model"] == ["pop", "HLLM"]
+    assert "MAX_ITEM_LIST_LENGTH" not in open_rows
+    assert folded["MAX_ITEM_LIST_LENGTH"] == ["8"]
+    open_rows, folded = tables_of(html.partition(">Environment</h2>")[2].partition("</section>")[0])
+    assert open_rows["time: training"][0] == "does not apply"
+    assert "item cache: model" not in open_rows
+    assert folded["item cache: model"] == ["random (1 of 2 runs; it does not apply to the others)"]
+    assert "torch" in folded
     assert read.tags.count("article") == 12
     assert read.tags.count("svg") == 7
     assert "All ranks computed now equal the recorded ones." in read.text
@@ -212,6 +261,9 @@ def test_named_users_show_history_lists_and_the_held_out_item(project: Project) 
     titles = [f"item {item[1:]}" for item in items]
     assert shown[: len(titles[-11:])] == titles[-11:]
     assert f"{titles[-1]} (held out)" in card
+    ids = re.findall(r'<span class="id">id (i\d+)</span>', card)
+    assert ids[: len(items[-11:])] == items[-11:]
+    assert "The lists are those of tiny-item_knn, the only model." in html
     users, ranks = read_ranks("saved/tiny-item_knn", "item_knn")
     assert f"Rank of the held-out item: {ranks[users.tolist().index(4)]}." in card
 

@@ -518,6 +518,9 @@ class Page:
     def text(self, name: str) -> str:
         return self.chrome.find_element("id", name).text
 
+    def value(self, name: str) -> str:
+        return str(self.chrome.find_element("id", name).get_property("value"))
+
     def type(self, name: str, *keys: str) -> None:
         self.chrome.find_element("id", name).send_keys(*keys)
 
@@ -621,6 +624,8 @@ def test_page_takes_a_user_and_finds_the_left_out_item(page: Page) -> None:
     models = page.expect(items[:-1], find=items[-1])
     title = page.served.run.titles[items[-1]] or items[-1]
     assert page.text("held") == f"User u2. Left out: {title}."
+    assert page.value("user") == "u2"
+    assert page.texts("#columns .heads") == ["rank\nitem\nscore\nadd"] * 2
     assert [item for item in page.texts("#columns p") if item.startswith("The left-out")] == [
         f"The left-out item is at rank {model['found']['rank']} of 11." for model in models
     ]
@@ -636,8 +641,15 @@ def test_page_takes_a_user_and_finds_the_left_out_item(page: Page) -> None:
     assert page.texts("#columns li.held") == []
     page.click("#leave-out")
     page.expect(items[:-1], find=items[-1], topk=20)
+    # A further id takes the place of the one that is shown.
+    page.click("#user")
+    page.type("user", "u3", ENTER)
+    page.wait(lambda: "User u3." in page.text("held"))
     page.click("#random")
-    page.wait(lambda: "User u2." not in page.text("held"))
+    page.wait(lambda: "User u3." not in page.text("held"))
+    assert page.text("held").startswith(f"User {page.value('user')}.")
+    page.click("#clear")
+    page.wait(lambda: page.value("user") == "")
 
 
 def test_page_shows_html_in_titles_as_text(page: Page) -> None:

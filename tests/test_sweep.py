@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
@@ -105,6 +106,16 @@ def test_trials_are_compared_on_validation_only(
     assert [line.split()[1] for line in lines] == best_first
     kept = [name for name in names if (project.root / f"runs/sweep/trials/{name}/best").exists()]
     assert kept == best_first[:1]
+
+    # Numbers are short for people only.
+    rates = re.findall(r"trial-\d+: optim_args.learning_rate (\S+),", written)
+    assert len(rates) == 3
+    exact = [result(project, name)["config"]["optim_args"]["learning_rate"] for name in best_first]
+    assert rates == [f"{rate:.4g}" for rate in exact]
+    assert rates != list(map(str, exact))
+    assert "This command trains again" in written
+    best = f"runs/sweep/trials/{best_first[0]}"
+    assert f"are kept in {best}/best: recommend.py and export.py take --run {best}." in written
 
     # The command for the test users gives the best trial's configuration.
     command = next(line for line in written.splitlines() if line.startswith("    python "))
@@ -273,6 +284,18 @@ def test_nothing_starts_where_every_trial_would_fail(
     code, _, err = sweep(project, path)
     assert code == 2
     assert "cannot be used by optuna" in err
+
+
+def test_help_describes_every_key(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        sweep_main(["--help"])
+    shown = capsys.readouterr().out
+    keys = yaml.safe_load(Path(ROOT, "code/overall/sweep_example.yaml").read_text())
+    listed = re.findall(
+        r"(?m)^  (\w+) +\S.*$", shown[shown.index("keys of") :].partition("\n\n")[0]
+    )
+    assert listed == list(keys)
+    assert "none, or median: end a training" in shown
 
 
 def test_the_example_is_a_plan(monkeypatch: pytest.MonkeyPatch) -> None:

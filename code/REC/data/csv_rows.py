@@ -68,13 +68,15 @@ def read_header(path: Path, columns: Sequence[str], remedy: str) -> list[str]:
     else:
         raise InputError(f"{path} is empty; it must begin with the line {','.join(columns)}.")
     shown = one_line(",".join(header), 120)
+    missing = [column for column in columns if column not in header]
+    if missing:
+        spaced = set(missing) & {cell.strip() for cell in header}
+        raise InputError(
+            f"{path} lacks the column{'s' * (len(missing) > 1)} {', '.join(missing)}: its first "
+            f"line is '{shown}', it must name {','.join(columns)}"
+            f"{' without spaces' if spaced else ''}; {remedy}."
+        )
     for column in columns:
-        if column not in header:
-            spaces = " without spaces" if column in [cell.strip() for cell in header] else ""
-            raise InputError(
-                f"{path} lacks the column {column}: its first line is '{shown}', it must name "
-                f"{','.join(columns)}{spaces}; {remedy}."
-            )
         if header.count(column) > 1:
             raise InputError(f"{path} names the column {column} twice; remove one of them.")
     return header

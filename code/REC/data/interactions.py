@@ -93,7 +93,11 @@ def dataset_file(data_path: str, dataset: str | None) -> Path:
     if is_file(path):
         return path
     known = sorted(file.stem for file in folder.glob("*.csv")) if is_folder(folder) else []
-    hint = f"datasets found there: {', '.join(known[:8])}" if known else "it holds no CSV file"
+    hint = f"there is no folder {folder.absolute()}"
+    if is_folder(folder):
+        hint = f"{folder.absolute()} holds no CSV file"
+    if known:
+        hint = f"datasets found there: {', '.join(known[:8])}"
     raise InputError(
         f"unknown dataset '{dataset}': {path} does not exist ({hint}); "
         f"put the interactions there or change --dataset or --data_path."

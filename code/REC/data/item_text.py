@@ -22,6 +22,8 @@ from REC.data.csv_rows import (
 from REC.utils.errors import InputError, one_line, refuse
 from REC.utils.files import is_file
 
+_REMEDIES = ("check --text_path", "change the file or --text_keys")
+
 
 @dataclass(frozen=True)
 class ItemTexts:
@@ -56,18 +58,29 @@ def information_file(text_path: str, dataset: str | None) -> Path:
     return path
 
 
-def read_item_texts(path: str | Path, text_keys: Sequence[str], item_prompt: str) -> ItemTexts:
+def read_item_texts(
+    path: str | Path,
+    text_keys: Sequence[str],
+    item_prompt: str,
+    remedies: tuple[str, str] = _REMEDIES,
+) -> ItemTexts:
     """Read an information CSV and write each item's text as HLLM does.
 
     The text is `item_prompt` followed by `key: value` for each of `text_keys`, with no separator;
     empty fields are left out. An item without any value has an empty text, without the prompt.
+
+    Args:
+        path: the file.
+        text_keys: columns that are written, in this order.
+        item_prompt: what every text begins with.
+        remedies: what to do about a file that is missing, and about one that lacks columns.
 
     Raises:
         InputError: the file is missing, not UTF-8 CSV, lacks a column, has rows with too many or
             too few fields, or repeats an item id; `InputErrors` when there are several kinds.
     """
     path = Path(path)
-    table = _read(path, list(dict.fromkeys(["item_id", *text_keys])))
+    table = _read(path, list(dict.fromkeys(["item_id", *text_keys])), remedies)
     ids = table["item_id"]
     cells = zip(*(table[key] for key in text_keys), strict=True)
     bodies = (
@@ -135,10 +148,12 @@ def with_items(items: ItemTexts, item_ids: Sequence[str] | np.ndarray) -> ItemTe
     return ItemTexts(ids, texts, _fingerprint(ids, texts))
 
 
-def _read(path: Path, columns: Sequence[str]) -> dict[str, list[str]]:
+def _read(
+    path: Path, columns: Sequence[str], remedies: tuple[str, str] = _REMEDIES
+) -> dict[str, list[str]]:
     """Read some columns of an information file: column name -> its cells, in file order."""
-    check_bytes(path, "check --text_path")
-    header = read_header(path, columns, "change the file or --text_keys")
+    check_bytes(path, remedies[0])
+    header = read_header(path, columns, remedies[1])
     wanted = {name: header.index(name) for name in columns}
     table: dict[str, list[str]] = {name: [] for name in columns}
     ids = table["item_id"]

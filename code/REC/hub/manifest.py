@@ -1,4 +1,4 @@
-"""`import.json`: what an imported model folder says about where it came from."""
+"""`import.json` and `export.json`: what a model folder says about where it came from."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 from REC.utils.errors import InputError
 from REC.utils.files import read_json
 
-MANIFEST_FILE = "import.json"
+MANIFEST_FILE, EXPORT_FILE = "import.json", "export.json"
 
 
 def read_manifest(folder: str | Path) -> dict[str, Any]:
@@ -32,3 +32,21 @@ def origin(folder: str | Path) -> dict[str, Any] | None:
         return None
     manifest = read_manifest(folder)
     return {name: manifest.get(name) for name in ("source", "base", "dtype")}
+
+
+def exported_from(folder: str | Path) -> str | None:
+    """Return the name of the run that a folder was exported from, None for any other folder.
+
+    Raises:
+        InputError: its `export.json` is damaged.
+    """
+    path = Path(folder) / EXPORT_FILE
+    found = read_json(path) if path.is_file() else None
+    run = found.get("run") if isinstance(found, dict) else None
+    return run if isinstance(run, str) else None
+
+
+def user_llm_origin(folder: str | Path) -> dict[str, Any] | None:
+    """Return what is known of where a UserLLM's folder came from: an import or an export."""
+    run = exported_from(folder)
+    return origin(folder) if run is None else {"exported_from": run}

@@ -50,16 +50,27 @@ class Scored:
         return int((self.ranks != self.recorded).sum())
 
 
-def choose_models(rows: Sequence[Row]) -> list[tuple[Path, str]]:
-    """Choose whose recommendations are shown: (run folder, model).
+def choose_models(rows: Sequence[Row]) -> tuple[list[tuple[Path, str]], str]:
+    """Choose whose recommendations are shown: (run folder, model), and say which and why.
 
     The last fine-tuned row, beside the untrained model of its run; without one the first and the
     last row.
     """
-    tuned = [row.folder for row in rows if row.model == TUNED]
+    tuned = [row for row in rows if row.model == TUNED]
     if tuned:
-        return [(tuned[-1], UNTRAINED), (tuned[-1], TUNED)]
-    return list(dict.fromkeys((row.folder, row.model) for row in (rows[0], rows[-1])))
+        folder = tuned[-1].folder
+        rule = (
+            f"The lists are those of {folder.absolute().name}, the last fine-tuning run named, and "
+            f"of its UserLLM before training, to show what training changed."
+        )
+        return [(folder, UNTRAINED), (folder, TUNED)], rule
+    models = list(dict.fromkeys((row.folder, row.model) for row in (rows[0], rows[-1])))
+    if len(models) == 1:
+        return models, f"The lists are those of {rows[0].name}, the only model."
+    return models, (
+        f"The lists are those of the first and the last row, {rows[0].name} and {rows[-1].name}, "
+        f"since no run named is a fine-tuning run."
+    )
 
 
 def choose_users(
@@ -160,8 +171,9 @@ def example_cards(
     """
     titles, ids = run.titles, run.data.interactions.item_ids
 
-    def title(item: int) -> str:
-        return titles.get(str(ids[item])) or f"item {ids[item]}"
+    def listed(item: int, target: bool = False) -> Listed:
+        item_id = str(ids[item])
+        return Listed(titles.get(item_id) or "no title", item_id, target)
 
     cards = []
     for place, row in enumerate(chosen):
@@ -171,22 +183,18 @@ def example_cards(
         listings = [
             Listing(
                 one.name,
-                [
-                    Listed(title(int(item)), int(item) == target)
-                    for item in one.best.items[place]
-                    if item
-                ],
+                [listed(int(item), int(item) == target) for item in one.best.items[place] if item],
                 _verdict(one, place, target),
             )
             for one in scored
         ]
-        history = [title(int(item)) for item in items[:-1][-_SHOWN_HISTORY:]]
+        history = [listed(int(item)) for item in items[:-1][-_SHOWN_HISTORY:]]
         cards.append(
             Example(
                 str(run.data.interactions.user_ids[user]),
                 history,
                 len(items) - 1 - len(history),
-                title(target),
+                listed(target, target=True),
                 listings,
             )
         )

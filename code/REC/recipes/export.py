@@ -20,7 +20,7 @@ from REC.config.help import dump_config
 from REC.config.options import PLACES
 from REC.data.cache import DTYPES
 from REC.evaluator.evaluator import Evaluation
-from REC.hub.manifest import origin
+from REC.hub.manifest import EXPORT_FILE, origin
 from REC.model.backbone import add_lora, load_decoder, load_model_config, read_extra
 from REC.model.folder import EMBEDDING_KEYS, EXTRA_FILE, check_files
 from REC.model.item_adapter import adapter_shape, adapter_tensors, load_adapter
@@ -43,7 +43,6 @@ from REC.utils.signals import StopSignals
 
 log = logging.getLogger(__name__)
 
-MANIFEST_FILE = "export.json"
 # Keys that belong to the run's machine and not to its model.
 _LOCAL_KEYS = (
     *PLACES,
@@ -167,9 +166,9 @@ def _refuse_out(options: ExportOptions) -> None:
     out = options.out
     if not out.exists() or (is_folder(out) and not any(out.iterdir())):
         return
-    if not is_file(out / MANIFEST_FILE):
+    if not is_file(out / EXPORT_FILE):
         raise InputError(
-            f"{out} exists and is no export (it has no {MANIFEST_FILE}); give another --out."
+            f"{out} exists and is no export (it has no {EXPORT_FILE}); give another --out."
         )
     if not options.overwrite:
         raise InputError(f"{out} exists; give another --out or set --overwrite True.")
@@ -344,7 +343,7 @@ def _write_about(
         "exported": None if found is None else {"metrics": found.metrics, "other_ranks": changed},
         "versions": versions(),
     }
-    _write_json(folder / MANIFEST_FILE, manifest)
+    _write_json(folder / EXPORT_FILE, manifest)
 
 
 def _table(run: _TrainedRun, found: Evaluation | None) -> Comparison:

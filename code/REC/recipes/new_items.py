@@ -19,6 +19,9 @@ from REC.recipes.open_run import OpenRun
 from REC.utils.errors import InputError, one_line
 from REC.utils.files import is_folder
 
+# This program has no --text_keys: those of the item cache rule.
+_REMEDIES = ("check --add_items", "change the file")
+
 log = logging.getLogger(__name__)
 
 
@@ -38,7 +41,7 @@ def add_items(run: OpenRun, path: str | Path) -> OpenRun:
     cache = run.data.cache
     assert cache is not None
     config = _with_model(encoding_config(run.config, cache), cache)
-    texts = read_item_texts(path, config.text_keys, config.item_prompt)
+    texts = read_item_texts(path, config.text_keys, config.item_prompt, _REMEDIES)
     run.refuse_known(texts.item_ids)
     titles = read_item_titles(path, config.text_keys[0])
     _refuse_other_model(config, cache)

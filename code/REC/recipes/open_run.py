@@ -23,11 +23,11 @@ from REC.model.sasrec import build_sasrec
 from REC.model.weights import load_trained
 from REC.recipes.run_dir import CONFIG_FILE
 from REC.recipes.setup import Data, build_user_llm, load_data
-from REC.report.result import TUNED, UNTRAINED
+from REC.report.result import RESULT_FILE, TUNED, UNTRAINED, no_run, unfinished
 from REC.trainer.fabric import make_fabric, peers_of
 from REC.trainer.trainer import BEST_DIR
 from REC.utils.errors import InputError
-from REC.utils.files import is_file
+from REC.utils.files import is_file, is_folder
 
 
 @dataclass(frozen=True)
@@ -150,8 +150,13 @@ class OpenRun:
         else:
             model = build_user_llm(config, data, self.fabric, train=name == TUNED)
         if name != UNTRAINED:
+            self._refuse_unfinished()
             load_trained(model, self.folder / BEST_DIR)
         return model.to(device).eval()
+
+    def _refuse_unfinished(self) -> None:
+        if not is_folder(self.folder / BEST_DIR) and not is_file(self.folder / RESULT_FILE):
+            raise unfinished(self.folder)
 
     def recommend(
         self,
@@ -210,6 +215,15 @@ class OpenRun:
         return {str(item): number for number, item in enumerate(ids[1:], start=1)}
 
 
+def items_read(config: Config, length: int) -> int:
+    """Return how many of a history's last items decide what a run's model recommends."""
+    if config.model in ("pop", "random"):
+        return 0
+    if config.model == "item_knn" and config.knn_history == "last":
+        return min(length, 1)
+    return min(length, config.MAX_ITEM_LIST_LENGTH)
+
+
 def open_run(
     folder: str | Path, overrides: Mapping[str, Any] | None = None, *, again: bool = False
 ) -> OpenRun:
@@ -227,6 +241,7 @@ def open_run(
     """
     folder = Path(folder)
     config = run_config(folder, overrides)
+    refuse_elsewhere(folder, config, overrides)
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
     fabric = make_fabric(config)
@@ -234,6 +249,29 @@ def open_run(
     fabric.seed_everything(config.seed, workers=True, verbose=False)
     data = load_data(config, need_cache=config.reads_embeddings, again=again)
     return OpenRun(folder, config, data, fabric)
+
+
+def refuse_elsewhere(
+    folder: Path, config: Config, overrides: Mapping[str, Any] | None = None
+) -> None:
+    """Refuse to look for a run's data in another folder than the one in which it was made.
+
+    Args:
+        folder: the run's folder.
+        config: its configuration.
+        overrides: keys that were given other values.
+
+    Raises:
+        InputError: the data's path is relative, not given anew, and leads nowhere from here.
+    """
+    path = Path(config.data_path) / f"{config.dataset}.csv"
+    if "data_path" in (overrides or {}) or path.is_absolute() or is_file(path):
+        return
+    raise InputError(
+        f"{path.absolute()}, the data of {folder}, does not exist: paths in {CONFIG_FILE} are "
+        f"relative to the folder that the run was made in; run this program there, or say where "
+        f"things are with --data_path and the like (--help lists them)."
+    )
 
 
 def run_config(folder: Path, overrides: Mapping[str, Any] | None = None) -> Config:
@@ -247,9 +285,7 @@ def run_config(folder: Path, overrides: Mapping[str, Any] | None = None) -> Conf
         InputError: the folder is no run, or a value is none that its key takes.
     """
     if not is_file(folder / CONFIG_FILE):
-        raise InputError(
-            f"{folder} is no run: it has no {CONFIG_FILE}; name a folder that main.py made."
-        )
+        raise no_run(folder, "run", CONFIG_FILE)
     alone = {"strategy": "ddp", "show_progress": False, **(overrides or {})}
     config, _ = load_config([folder / CONFIG_FILE], alone)
     return config

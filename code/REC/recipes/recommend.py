@@ -15,13 +15,14 @@ from REC.config.options import places
 from REC.data.interactions import PAD
 from REC.evaluator.evaluator import Scorer
 from REC.recipes.new_items import add_items
-from REC.recipes.open_run import OpenRun, open_run
+from REC.recipes.open_run import OpenRun, items_read, open_run
 from REC.recipes.serve import serve
+from REC.report.breakdown import counted
 from REC.report.result import plain
 from REC.utils.errors import InputError, one_line
 
-# What the text output shows of a history, and of a title.
-_SHOWN_HISTORY, _SHOWN_TITLE = 5, 70
+# What the text output shows of a history and a title, and how many new items.
+_SHOWN_HISTORY, _SHOWN_TITLE, _SHOWN_NEW = 5, 70, 10
 
 
 def run_recommend(options: argparse.Namespace) -> None:
@@ -41,19 +42,28 @@ def run_recommend(options: argparse.Namespace) -> None:
         return
     history = run.history(options.user) if asked is None else run.item_numbers(asked)
     model = options.model or run.models[-1]
+    adding = options.add_items is not None
+    candidates = recommendations(
+        run,
+        run.build(model),
+        history,
+        run.data.interactions.num_items if adding else options.topk,
+        options.exclude_seen,
+    )
     answer = {
         "run": str(options.run),
         "model": model,
         "user": options.user,
         "history": described(run, history),
-        "recommendations": recommendations(
-            run, run.build(model), history, options.topk, options.exclude_seen
-        ),
+        "history_read": items_read(run.config, len(history)),
+        "recommendations": candidates[: options.topk],
     }
+    if adding:
+        answer |= {"new_items": new_items(run, candidates), "candidates": len(candidates)}
     if options.json:
         text = json.dumps(answer, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     else:
-        text = as_text(answer, run.config.MAX_ITEM_LIST_LENGTH)
+        text = as_text(answer)
     sys.stdout.write(text)
 
 
@@ -120,17 +130,34 @@ def recommendations(
     ]
 
 
-def as_text(answer: dict[str, Any], max_length: int) -> str:
-    """Write an answer as a few lines of history and a table of recommendations."""
+def new_items(run: OpenRun, candidates: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Say where the items added to a run are in a ranking.
+
+    Args:
+        run: the run with added items.
+        candidates: all that `recommendations` ranks.
+
+    Returns:
+        `item_id`, `title`, `rank` and `score` of every new item, best first; rank and score are
+        None for one that is no candidate, since the history has it.
+    """
+    keys = ("item_id", "title", "rank", "score")
+    ranked = [{key: entry[key] for key in keys} for entry in candidates if entry["new"]]
+    found = {entry["item_id"] for entry in ranked}
+    added = described(run, np.arange(run.own_items + 1, run.data.interactions.num_items + 1))
+    left = [{**entry, "rank": None, "score": None} for entry in added]
+    return ranked + [entry for entry in left if entry["item_id"] not in found]
+
+
+def as_text(answer: dict[str, Any]) -> str:
+    """Write an answer as a few lines of history, a table of recommendations, and new items."""
     history = answer["history"]
     latest = history[-_SHOWN_HISTORY:]
     whose = "the history given" if answer["user"] is None else f"user {answer['user']}"
-    read = f", of which the model reads the last {max_length}" if len(history) > max_length else ""
-    shown = ", the latest" if len(latest) < len(history) else ""
     lines = [
         f"{answer['run']}, {answer['model']}, {whose}",
         "",
-        f"history: {len(history)} item{'s' * (len(history) != 1)}{read}{shown}:",
+        _about_history(len(history), answer["history_read"], len(latest)),
         *(f"  {_shown(entry['item_id'])}  {_shown(entry['title'])}" for entry in latest),
         "",
     ]
@@ -147,9 +174,31 @@ def as_text(answer: dict[str, Any], max_length: int) -> str:
         ]
         for entry in best
     ]
-    return (
-        "\n".join([*lines, *_columns([["rank", "score", "", "item_id", "title"], *cells])]) + "\n"
-    )
+    lines += _columns([["rank", "score", "", "item_id", "title"], *cells])
+    if "new_items" in answer:
+        lines += ["", _about_new(answer["new_items"], answer["candidates"])]
+    return "\n".join(lines) + "\n"
+
+
+def _about_history(length: int, read: int, shown: int) -> str:
+    what = f"history: {counted(length, 'item')}"
+    if 0 < read < length:
+        what += f"; the model reads the last {read if read > 1 else 'one'}"
+    if shown < length:
+        return f"{what}. The last {shown}, oldest first:"
+    return f"{what}, oldest first:" if read in (0, length) else f"{what}. Oldest first:"
+
+
+def _about_new(entries: Sequence[dict[str, Any]], candidates: int) -> str:
+    """Say where new items rank: `new items: 9001 Dune, rank 312 of 1,684; ...`."""
+    parts: list[str] = []
+    for entry in entries[:_SHOWN_NEW]:
+        rank = "in the history" if entry["rank"] is None else f"rank {entry['rank']:,}"
+        of = f" of {candidates:,}" if not parts and entry["rank"] is not None else ""
+        name = f"{_shown(entry['item_id'])} {_shown(entry['title'])}".rstrip()
+        parts.append(f"{name}, {rank}{of}")
+    more = len(entries) - len(parts)
+    return "new items: " + "; ".join(parts) + (f"; and {more:,} more" if more else "")
 
 
 def _columns(rows: Sequence[Sequence[str]]) -> list[str]:

@@ -11,13 +11,13 @@ from typing import Any
 from REC.config import Config, load_config
 from REC.config.help import dump_config
 from REC.config.loader import flat_values
+from REC.report.result import CONFIG_FILE as CONFIG_FILE
 from REC.report.result import RESULT_FILE
 from REC.trainer.checkpoint import CHECKPOINTS_DIR
 from REC.utils.errors import InputError
 from REC.utils.files import clear_leftovers, remove, write_text
 from REC.utils.logs import set_up_logging
 
-CONFIG_FILE = "config.yaml"
 LOG_FILE = "run.log"
 
 # A run may be continued with other values of these: they do not enter its numbers, or, as the

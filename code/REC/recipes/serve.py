@@ -87,10 +87,12 @@ class PageServer(ThreadingHTTPServer):
         self.host = host
         try:
             self._on_port(port, self.server_bind)
-            log.info("Building %s.", " and ".join(run.models))
+            log.info(
+                "building the model%s %s.", "s" * (len(run.models) > 1), " and ".join(run.models)
+            )
             began = time.perf_counter()
             self.api = ServeApi(run, topk)
-            log.info("Built in %s.", format_seconds(time.perf_counter() - began))
+            log.info("built in %s.", format_seconds(time.perf_counter() - began))
             self._on_port(port, self.server_activate)
         except BaseException:
             self.server_close()

@@ -12,7 +12,7 @@ import numpy as np
 
 from REC.data.interactions import PAD
 from REC.evaluator.evaluator import Scorer
-from REC.recipes.open_run import OpenRun
+from REC.recipes.open_run import OpenRun, items_read
 from REC.utils.errors import InputError, one_line
 
 MOST_FOUND = 20
@@ -105,7 +105,7 @@ class ServeApi:
             "models": list(self._models),
             "items": data.num_items,
             "users": data.num_users,
-            "max_length": config.MAX_ITEM_LIST_LENGTH,
+            "max_length": items_read(config, config.MAX_ITEM_LIST_LENGTH) or None,
             "topk": self._topk,
             "most": MOST_RECOMMENDED,
         }

@@ -19,7 +19,8 @@ from REC.recipes.run_dir import MAY_CHANGE
 from REC.recipes.sweep_plan import Choice, Range, SweepPlan
 from REC.recipes.train_and_rank import run
 from REC.report.result import RESULT_FILE, read_result
-from REC.report.sweep_table import Trial, ranked, save_sweep
+from REC.report.sweep_table import Trial, in_one_line, ranked, save_sweep
+from REC.report.terminal import write_markdown
 from REC.trainer.checkpoint import CHECKPOINTS_DIR
 from REC.trainer.trainer import BEST_DIR
 from REC.utils.errors import InputError, Interrupted, brief, problems_of, refuse
@@ -197,10 +198,9 @@ class _Sweep:
         best = self._best(trials)
         if best is None:
             raise InputError(f"no trial of {plan.folder} succeeded; {self._last_problem()}")
-        sys.stdout.write(
-            "\n"
-            + save_sweep(trials, self.runs, plan.folder, plan.metric, plan.command(best.params))
-        )
+        command = plan.command(best.params)
+        text = save_sweep(trials, self.runs, plan.folder, plan.metric, command)
+        write_markdown(f"\n{text}")
         sys.stdout.write(f"\nsaved: {plan.folder / 'sweep.md'}, {plan.folder / 'sweep.csv'}\n")
 
     def _requeue(self) -> None:
@@ -244,7 +244,7 @@ class _Sweep:
             self.study.tell(trial, twin.value)
             return
         params = self._params(trial.params)
-        log.info("%s: %s", name, ", ".join(f"{key} {value}" for key, value in params.items()))
+        log.info("%s: %s", name, in_one_line(params))
         began = time.monotonic()
         problem = None
         try:

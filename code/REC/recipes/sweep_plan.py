@@ -7,6 +7,7 @@ import json
 import math
 import random
 import shlex
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,16 +40,41 @@ class _File(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    config_file: Annotated[list[Text], Field(min_length=1)]
-    fixed: dict[str, Any] = {}
-    search: Annotated[dict[str, Any], Field(min_length=1)]
-    metric: Text = "NDCG@10"
-    trials: PositiveInt = 20
-    sampler: Literal["tpe", "random", "grid"] = "tpe"
-    seed: Annotated[Int, Field(ge=0, le=2**31 - 1)] = 2020
-    pruner: Literal["none", "median"] = "none"
-    dir: Text = "runs/sweep"
-    keep_models: Literal["best", "all"] = "best"
+    config_file: Annotated[list[Text], Field(min_length=1)] = Field(
+        description="configuration files of every trial, as on main.py's command line"
+    )
+    fixed: dict[str, Any] = Field({}, description="main.py's keys that all trials share")
+    search: Annotated[dict[str, Any], Field(min_length=1)] = Field(
+        description="main.py's keys that are searched: a list of values, or {low: A, high: B} "
+        "with log: True or step: C where wanted"
+    )
+    metric: Text = Field("NDCG@10", description="validation metric; the highest is best")
+    trials: PositiveInt = Field(20, description="trials in all; raise it and start again for more")
+    sampler: Literal["tpe", "random", "grid"] = Field(
+        "tpe", description="tpe, random, or grid: every combination, in random order"
+    )
+    seed: Annotated[Int, Field(ge=0, le=2**31 - 1)] = Field(2020, description="of the sampler")
+    pruner: Literal["none", "median"] = Field(
+        "none", description="none, or median: end a training that is below the others' median"
+    )
+    dir: Text = Field(
+        "runs/sweep", description="folder of study.db, trials/, sweep.md and sweep.csv"
+    )
+    keep_models: Literal["best", "all"] = Field(
+        "best", description="whose weights are kept: best, the best trial's, or all"
+    )
+
+
+def keys_help() -> str:
+    """Describe the keys of `sweep.yaml`, a paragraph each, for --help."""
+    lines = ["keys of SWEEP.yaml:"]
+    for name, info in _File.model_fields.items():
+        default = "required" if info.is_required() else f"default: {info.default or 'none'}"
+        text = f"{info.description} ({default})"
+        lines += textwrap.wrap(
+            text, 100, initial_indent=f"  {name:<13}", subsequent_indent=" " * 15
+        )
+    return "\n".join(lines)
 
 
 @dataclass(frozen=True)

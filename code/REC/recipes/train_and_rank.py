@@ -19,7 +19,7 @@ from REC.config import Config
 from REC.data.dataset import CachedEmbeddingTrainDataset, TrainCollate
 from REC.data.negatives import NegativeSampler
 from REC.evaluator.evaluator import Evaluation, Evaluator, Scorer
-from REC.hub.manifest import origin
+from REC.hub.manifest import exported_from, user_llm_origin
 from REC.model.recommender import Recommender
 from REC.model.reference import build_reference
 from REC.model.sasrec import build_sasrec
@@ -64,7 +64,7 @@ from REC.trainer.sampler import SequenceBatches
 from REC.trainer.trainer import KeepGoing, Trainer, TrainState, count_trainable
 from REC.trainer.wandb_log import WandbLog
 from REC.utils import environment
-from REC.utils.errors import InputError, Interrupted
+from REC.utils.errors import InputError, Interrupted, one_line
 from REC.utils.lock import locked
 from REC.utils.processes import Processes
 from REC.utils.progress import Meter, format_seconds
@@ -189,6 +189,9 @@ def _rows(
     if config.model == "sasrec":
         return _train_and_evaluate(work, data, final)
     if config.val_only:
+        run = exported_from(config.user_pretrain_dir or "")
+        if run is not None:
+            log.info("evaluating the fine-tuned UserLLM exported from %s.", one_line(run, 80))
         model = build_user_llm(config, data, fabric, train=False)
         session.lap("model")
         evaluation = evaluate(config, _for_evaluation(model, fabric), final, fabric)
@@ -199,6 +202,10 @@ def _rows(
         rows[UNTRAINED] = _baseline(work, data, final)
     tuned, training = _train_and_evaluate(work, data, final)
     return rows | tuned, training
+
+
+def _origin(config: Config) -> dict[str, Any] | None:
+    return user_llm_origin(config.user_pretrain_dir or "") if config.model == "HLLM" else None
 
 
 def _baseline(work: Run, data: Data, final: Evaluator) -> Evaluation:
@@ -422,7 +429,7 @@ def _finish(
         "config": config.model_dump(mode="json"),
         "data": data.summary(),
         "cache": data.cache.metadata if data.cache else None,
-        "user_llm": origin(config.user_pretrain_dir or "") if config.model == "HLLM" else None,
+        "user_llm": _origin(config),
         "training": training,
         **record,
         "environment": {

@@ -18,7 +18,7 @@ from REC.recipes.example_users import (
     example_cards,
     score,
 )
-from REC.recipes.open_run import OpenRun, open_run, run_config
+from REC.recipes.open_run import OpenRun, open_run, refuse_elsewhere, run_config
 from REC.recipes.setup import Data, load_data
 from REC.report.breakdown import history_groups, popularity_groups
 from REC.report.compare import Comparison, load_comparison, run_names
@@ -117,6 +117,7 @@ def _breakdowns(
     """Metrics by history length and by popularity, or why there are none."""
     try:
         config = run_config(Path(run_dir), overrides)
+        refuse_elsewhere(Path(run_dir), config, overrides)
         # Only then does the item cache decide which interactions there are.
         dropping = config.missing_items == "drop" and config.reads_embeddings
         data = load_data(config, need_cache=dropping)
@@ -162,7 +163,7 @@ def _examples(
     """A few users with what was recommended to them, or why there are none."""
     if count < 1 and not users:
         return None
-    models = choose_models(comparison.rows)
+    models, shown = choose_models(comparison.rows)
     try:
         opened: dict[Path, OpenRun] = {}
         datasets: dict[Path, CachedEmbeddingEvalDataset] = {}
@@ -184,6 +185,7 @@ def _examples(
         except InputError as error:
             reasons.append(_why(f"{model} of {folder.name}", error))
     text = [
+        shown,
         f"{rule} Lists are of the whole catalogue without the items of the history; the held-out "
         f"item is marked, and its rank is that of the metrics.",
         *reasons,

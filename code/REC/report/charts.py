@@ -8,6 +8,7 @@ and line pattern too. The same data give the same bytes.
 from __future__ import annotations
 
 import io
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,8 @@ COLOURS = 8
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<")
 _DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (6, 1.5, 1, 1.5)), (0, (8, 3)))
 _WIDTH = 4.4
+# What a label of one of four groups has room for.
+_TICK_CHARACTERS = 10
 # Stand-ins that matplotlib writes and the style sheet's names take the place of.
 _INK, _GRID = "#0a0bf0", "#0a0bf1"
 _SERIES = [f"#0a0b{number:02x}" for number in range(COLOURS)]
@@ -117,7 +120,8 @@ def group_chart(groups: Sequence[str], series: Sequence[Series], y_label: str) -
     """Draw each series' value with its interval in every group.
 
     Args:
-        groups: names along the x axis.
+        groups: names along the x axis, in lines of their own where they have line ends; long lines
+            are wrapped.
         series: `values`, `low` and `high` of length `len(groups)`.
         y_label: the y axis' name.
     """
@@ -139,7 +143,7 @@ def group_chart(groups: Sequence[str], series: Sequence[Series], y_label: str) -
                 capsize=2,
                 label=_short(one.name),
             )
-        axes.set_xticks(np.arange(len(groups)), list(groups))
+        axes.set_xticks(np.arange(len(groups)), [_wrapped(name) for name in groups])
         axes.set_xlim(-0.5, len(groups) - 0.5)
         axes.grid(visible=False, axis="x")
         axes.set_ylim(bottom=0)
@@ -205,6 +209,11 @@ def _make_inline(root: ElementTree.Element) -> None:
             element.attrib[kept] = value
     for name in ("width", "height", "version"):
         root.attrib.pop(name, None)
+
+
+def _wrapped(name: str) -> str:
+    lines = [textwrap.wrap(line, _TICK_CHARACTERS) for line in name.splitlines()]
+    return "\n".join(part for parts in lines for part in parts)
 
 
 def _short(name: str) -> str:

@@ -15,7 +15,7 @@ from REC.evaluator.intervals import bootstrap_interval, paired_p_value
 from REC.evaluator.metrics import PER_USER, per_user
 from REC.report.result import TUNED, UNTRAINED, read_ranks, read_result
 from REC.report.table import relative_gain
-from REC.utils.errors import InputError
+from REC.utils.errors import InputError, one_line
 from REC.utils.files import atomic_path, write_text
 
 # Names that the recipes give to rows of trained models.
@@ -35,6 +35,7 @@ class Row:
         folder: the run's folder.
         model: the row's name in the run.
         metrics: `NAME@K` -> value, as the run recorded them.
+        exported_from: the run that trained an `untrained` row's UserLLM; empty where none did.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Row:
     folder: Path = Path()
     model: str = ""
     metrics: Mapping[str, float] = field(default_factory=dict)
+    exported_from: str = ""
 
 
 @dataclass(frozen=True)
@@ -54,18 +56,20 @@ class Comparison:
         title: dataset, phase, users and protocol.
         rows: the models; the first is what the others are compared with.
         columns: (metric, K).
+        notes: sentences on rows that were left out.
     """
 
     title: str
     rows: list[Row]
     columns: list[tuple[str, int]]
+    notes: Sequence[str] = ()
 
 
 def load_comparison(run_dirs: Sequence[str | Path]) -> Comparison:
     """Read runs and check that they can be compared.
 
     A row that repeats an earlier one's ranks exactly under the same name, such as the untrained
-    UserLLM of a baseline run and of a fine-tuning run, appears once.
+    UserLLM of a baseline run and of a fine-tuning run, appears once, and a note says so.
 
     Raises:
         InputError: a folder is no finished run, or runs differ in data, protocol or users.
@@ -73,7 +77,9 @@ def load_comparison(run_dirs: Sequence[str | Path]) -> Comparison:
     if not run_dirs:
         raise InputError("no run is named; give one or more run folders.")
     rows: list[Row] = []
-    kinds: set[tuple[str, bytes]] = set()
+    # (model, ranks) -> the row that has them.
+    kinds: dict[tuple[str, bytes], str] = {}
+    notes: list[str] = []
     first: dict[str, Any] | None = None
     for name, run_dir in zip(run_names(run_dirs), run_dirs, strict=True):
         result = read_result(run_dir)
@@ -90,12 +96,16 @@ def load_comparison(run_dirs: Sequence[str | Path]) -> Comparison:
                 raise InputError(
                     f"{run_dir} scored other users than {run_dirs[0]}; name runs on one dataset."
                 )
-            if (entry["name"], ranks.tobytes()) in kinds:
-                continue
-            kinds.add((entry["name"], ranks.tobytes()))
             alone = len(result["rows"]) == 1
-            settings = _settings(result, entry["name"])
             shown = name if alone else f"{name}: {entry['name']}"
+            kind = (entry["name"], ranks.tobytes())
+            if kind in kinds:
+                notes.append(
+                    f"{shown} is left out: every user's item has the same rank as in {kinds[kind]}."
+                )
+                continue
+            kinds[kind] = shown
+            settings = _settings(result, entry["name"])
             rows.append(
                 Row(
                     shown,
@@ -105,13 +115,14 @@ def load_comparison(run_dirs: Sequence[str | Path]) -> Comparison:
                     Path(run_dir),
                     entry["name"],
                     entry.get("metrics", {}),
+                    _exported_from(result) if entry["name"] == UNTRAINED else "",
                 )
             )
     assert first is not None
     config = first["config"]
     columns = [(m, k) for m in config["metrics"] if m in list(PER_USER) for k in config["topk"]]
     title = f"{first['dataset']}, {first['phase']}, {len(rows[0].users)} users, {first['protocol']}"
-    return Comparison(title, rows, columns)
+    return Comparison(title, rows, columns, notes)
 
 
 def run_names(run_dirs: Sequence[str | Path]) -> list[str]:
@@ -129,7 +140,9 @@ def _settings(result: dict[str, Any], row: str) -> str:
     if row == UNTRAINED:
         keys = ["user_pretrain_dir", "user_llm_layers", "MAX_ITEM_LIST_LENGTH"]
         keys += ["item_embedding_transform", "precision"]
-        return _listed({key: config.get(key) for key in keys})
+        run = _exported_from(result)
+        start = f"fine-tuned, exported from {run}, " if run else ""
+        return start + _listed({key: config.get(key) for key in keys})
     if row not in TRAINED:
         return ""
     keys = ["epochs", "train_batch_size", "MAX_ITEM_LIST_LENGTH", "seed"]
@@ -141,6 +154,13 @@ def _settings(result: dict[str, Any], row: str) -> str:
     else:
         keys += [str(config.get("model"))]
     return _listed({**{key: config.get(key) for key in keys}, **config.get("optim_args", {})})
+
+
+def _exported_from(result: Mapping[str, Any]) -> str:
+    """Return the run that the UserLLM was exported from; empty where it was not exported."""
+    user_llm = result.get("user_llm")
+    run = user_llm.get("exported_from") if isinstance(user_llm, dict) else None
+    return one_line(run, 80) if run else ""
 
 
 def _listed(values: Mapping[str, Any]) -> str:
@@ -176,23 +196,34 @@ def markdown(comparison: Comparison) -> str:
     names = [f"{name}@{k}" for name, k in comparison.columns]
     lines = [comparison.title, "", "| run | " + " | ".join(names) + " |"]
     lines.append("| --- |" + " ---: |" * len(names))
-    entries = iter(records(comparison))
-    for row in comparison.rows:
-        cells = []
-        for _ in names:
-            entry = next(entries)
-            star = "*" if entry["p_value"] is not None and entry["p_value"] < 0.05 else ""
-            cells.append(f"{entry['value']:.4f}{star} [{entry['low']:.4f}, {entry['high']:.4f}]")
+    found = records(comparison)
+    base = found[: len(names)]
+    for number, row in enumerate(comparison.rows):
+        own = found[number * len(names) : (number + 1) * len(names)]
+        cells = [
+            f"{entry['value']:.4f}{_mark(entry, first)} [{entry['low']:.4f}, {entry['high']:.4f}]"
+            for entry, first in zip(own, base, strict=True)
+        ]
         lines.append(f"| {_cell(row.name)} | " + " | ".join(cells) + " |")
-    lines += [
-        "",
-        f"95 % bootstrap intervals over users; * differs from {comparison.rows[0].name} "
-        "(paired randomisation test, p < 0.05).",
-    ]
+    note = "95 % bootstrap intervals over users"
+    if len(comparison.rows) > 1:
+        note += (
+            f"; *+ higher, *- lower than {comparison.rows[0].name} (paired randomisation test, "
+            f"p < 0.05)"
+        )
+    lines += ["", f"{note}."]
+    for sentence in comparison.notes:
+        lines += ["", sentence]
     for row in comparison.rows:
         if row.settings:
             lines += ["", f"{row.name}: {row.settings}."]
     return "\n".join(lines) + "\n"
+
+
+def _mark(entry: Mapping[str, Any], first: Mapping[str, Any]) -> str:
+    if entry["p_value"] is None or entry["p_value"] >= 0.05:
+        return ""
+    return "*+" if entry["value"] > first["value"] else "*-"
 
 
 def _cell(text: str) -> str:

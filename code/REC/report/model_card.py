@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from huggingface_hub import EvalResult, ModelCardData
@@ -183,13 +186,22 @@ def _loading(exported: Exported) -> str:
         )
     return text + (
         "\nWith HSFT, which made it, `FOLDER` being this folder:\n\n"
-        "```sh\npython code/main.py --config_file FOLDER/config.yaml --user_pretrain_dir FOLDER\n"
-        "```\n\n"
+        "```sh\npython code/main.py --config_file FOLDER/config.yaml --user_pretrain_dir FOLDER"
+        f"{_item_cache(exported.config)}\n```\n\n"
         "`hllm_extra.safetensors` holds the logit scale"
         + (" and the item adapter" if exported.item_adapter != "none" else "")
         + "; HSFT reads it beside the model. Without this `config.yaml`, give `--similarity "
         f"{exported.similarity}`.\n"
     )
+
+
+def _item_cache(config: Config) -> str:
+    """Name the run's item cache where the dataset's name does not lead to it."""
+    if not config.item_cache_path:
+        return ""
+    path = Path(config.item_cache_path)
+    shown = f"PATH/TO/{path.name}" if path.is_absolute() else str(path)
+    return f" \\\n    --item_cache_path {shlex.quote(one_line(shown, 200).replace('`', ''))}"
 
 
 def _merged_code(exported: Exported) -> str:
@@ -218,7 +230,7 @@ def _adapter_code(exported: Exported) -> str:
         *_adapter_import(exported),
         f"from transformers import AutoModel{quantised}",
         "",
-        f"base = {exported.base!r}  # the base model's folder",
+        f"base = {json.dumps(f'PATH/TO/{exported.base}')}  # your folder of the base model",
         'folder = "."  # this folder, or its name on the hub',
         f"decoder = AutoModel.from_pretrained({', '.join(['base', *options])})",
         "user_llm = PeftModel.from_pretrained(decoder, folder).eval()",

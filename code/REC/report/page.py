@@ -56,9 +56,10 @@ class Chart:
 
 @dataclass(frozen=True)
 class Listed:
-    """One recommended item; `target` marks the held-out one."""
+    """One item, of a history or recommended; `target` marks the held-out one."""
 
     title: str
+    item_id: str
     target: bool = False
 
 
@@ -77,16 +78,16 @@ class Example:
 
     Attributes:
         user: id.
-        history: titles of the latest items, oldest first.
+        history: the latest items, oldest first.
         earlier: number of items before them.
-        target: title of the held-out item.
+        target: the held-out item.
         listings: one a model.
     """
 
     user: str
-    history: Sequence[str]
+    history: Sequence[Listed]
     earlier: int
-    target: str
+    target: Listed
     listings: Sequence[Listing]
 
 

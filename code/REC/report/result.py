@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,14 @@ from safetensors.numpy import load_file, save_file
 from REC.evaluator.evaluator import Evaluation
 from REC.evaluator.metrics import PER_USER
 from REC.utils.errors import InputError, one_line
-from REC.utils.files import atomic_path, is_file, read_json, require_file, write_json
+from REC.utils.files import atomic_path, is_file, is_folder, read_json, require_file, write_json
 
-RESULT_FILE = "result.json"
+CONFIG_FILE, RESULT_FILE = "config.yaml", "result.json"
 RANKS_FILE = "ranks.safetensors"
 # Names of the UserLLM's rows: as it was loaded, and trained.
 UNTRAINED, TUNED = "untrained", "fine-tuned"
+# Runs that an error names at most.
+_LISTED = 5
 
 
 def write_result(run_dir: Path, result: dict[str, Any], evaluations: dict[str, Evaluation]) -> None:
@@ -38,6 +41,36 @@ def write_result(run_dir: Path, result: dict[str, Any], evaluations: dict[str, E
     write_json(run_dir / RESULT_FILE, result)
 
 
+def no_run(folder: Path, wanted: str, lacking: str) -> InputError:
+    """Return an error that says what a folder is that was taken for a run.
+
+    Args:
+        folder: what was named.
+        wanted: what it should be.
+        lacking: the file that it does not have.
+    """
+    if not is_folder(folder):
+        is_there = "is a file and no folder" if folder.exists() else "does not exist"
+        return InputError(f"{folder} {is_there}; name a folder that main.py made.")
+    if is_file(folder / CONFIG_FILE) and lacking == RESULT_FILE:
+        return unfinished(folder)
+    inside = sorted(path.parent for path in folder.glob(f"*/{CONFIG_FILE}"))
+    mend = "name a folder that main.py made"
+    if inside:
+        more = f" and {len(inside) - _LISTED} more" if len(inside) > _LISTED else ""
+        mend = f"the runs in it are {', '.join(map(str, inside[:_LISTED]))}{more}: name one"
+    return InputError(f"{folder} is no {wanted}: it has no {lacking}; {mend}.")
+
+
+def unfinished(folder: Path) -> InputError:
+    """Return an error for a run that was stopped, with the command that continues it."""
+    config = shlex.quote(str(folder / CONFIG_FILE))
+    return InputError(
+        f"{folder} is no finished run: it was stopped, or still goes on (it has no {RESULT_FILE}); "
+        f"continue it with: python code/main.py --config_file {config} --auto_resume True."
+    )
+
+
 def read_result(run_dir: str | Path) -> dict[str, Any]:
     """Read a finished run's `result.json`.
 
@@ -46,9 +79,7 @@ def read_result(run_dir: str | Path) -> dict[str, Any]:
     """
     path = Path(run_dir) / RESULT_FILE
     if not is_file(path):
-        raise InputError(
-            f"{run_dir} is no finished run: it has no {RESULT_FILE}; name a folder that main.py made."
-        )
+        raise no_run(Path(run_dir), "finished run", RESULT_FILE)
     result = read_json(path)
     wrong = _first_wrong(result)
     if wrong is not None:

@@ -19,7 +19,15 @@ from REC.utils.progress import format_seconds
 # Keys of a configuration that say where a run goes, not what it is.
 _PLACES = frozenset({"run_name", "overwrite", "auto_resume", "show_progress"})
 _CURVE_TICKS = (1, 2, 5, 10, 20, 50, 100)
-_NONE = "none"
+_NONE, _NO_USERS, _NOT_RECORDED, _NOT_APPLICABLE = (
+    "none",
+    "no users",
+    "not recorded",
+    "does not apply",
+)
+# Rows of the environment that a run has only where it used the thing or did the work.
+_WORK = ("time: ", "peak memory: ")
+_OPTIONAL = ("item cache: ", "UserLLM: ", "users too short for ", *_WORK)
 
 # (run's name, its folder, result.json)
 Results = Sequence[tuple[str, Path, Mapping[str, Any]]]
@@ -43,7 +51,7 @@ def facts(comparison: Comparison, results: Results) -> list[tuple[str, str]]:
 def _last(ended: Sequence[str], runs: int) -> str:
     """Say when the last run ended, as far as runs recorded it."""
     if not ended:
-        return "not recorded"
+        return _NOT_RECORDED
     some = "" if len(ended) == runs else f" ({len(ended)} of {runs} runs recorded it)"
     return f"{_time(ended[-1])}{some}"
 
@@ -78,7 +86,12 @@ def metric_section(comparison: Comparison) -> Section:
     ]
     if len(comparison.rows) < 2:
         text = ["In brackets: 95 % percentile bootstrap interval over users (10,000 draws)."]
-    return Section("Metrics", text, tables=tables)
+    text += [
+        f"{row.name} is a fine-tuned UserLLM: it was exported from the run {row.exported_from}."
+        for row in comparison.rows
+        if row.exported_from
+    ]
+    return Section("Metrics", [*text, *comparison.notes], tables=tables)
 
 
 def training_section(comparison: Comparison, results: Results) -> Section | None:
@@ -197,7 +210,7 @@ def group_section(
             )
         )
         rows: list[list[str | Cell]] = [
-            [row.name, *(_NONE if one is None else _estimate_cell(one) for one in estimates)]
+            [row.name, *(_NO_USERS if one is None else _estimate_cell(one) for one in estimates)]
             for row, estimates in zip(comparison.rows, found, strict=True)
         ]
         header: list[str | Cell] = ["model", *(_group_header(group) for group in groups)]
@@ -246,32 +259,75 @@ def config_section(results: Results) -> Section:
     different = [
         key for key in keys if key not in _PLACES and len({_shown(one, key) for one in flat}) > 1
     ]
-    header = ["key", *(name for name, _, _ in results)]
-
-    def table(caption: str, chosen: Sequence[str], folded: bool) -> Table:
-        rows = [[key, *(_shown(one, key) for one in flat)] for key in chosen]
-        return Table(caption, header, rows, numeric=False, folded=folded)
-
-    tables = [table("Keys that differ between the runs", different, False)] if different else []
     text = []
     if len(results) < 2:
         text = ["There is one run, so there is nothing to compare its configuration with."]
     elif not different:
         text = ["The runs' configurations do not differ."]
-    tables.append(table("All keys", keys, True))
-    return Section("Configuration", text, tables=tables)
+    else:
+        text = ["none: the key is empty, as null in YAML."]
+    rows = {key: [_shown(one, key) for one in flat] for key in keys}
+    return Section("Configuration", text, tables=_tables("keys", rows, results, True, _PLACES))
+
+
+def _tables(
+    what: str,
+    rows: Mapping[str, Sequence[str]],
+    results: Results,
+    fold_one: bool,
+    minor: frozenset[str] = frozenset(),
+) -> list[Table]:
+    """Show rows on which runs differ, and fold those on which they agree into one column.
+
+    Args:
+        what: what the rows are.
+        rows: name -> a text for each run.
+        results: the runs.
+        fold_one: fold the rows where there is one run.
+        minor: names whose differences are folded too.
+    """
+    names = [name for name, _, _ in results]
+    if len(names) < 2:
+        own = [[name, *texts] for name, texts in rows.items()]
+        return [Table(f"All {what}", [what, *names], own, numeric=False, folded=fold_one)]
+    alike = {name: _agreed(name, texts) for name, texts in rows.items()}
+    differ = [name for name, text in alike.items() if text is None]
+    same = [[name, text] for name, text in alike.items() if text is not None]
+
+    def table(caption: str, chosen: Sequence[str], folded: bool) -> list[Table]:
+        own = [[name, *rows[name]] for name in chosen]
+        return [Table(caption, [what, *names], own, numeric=False, folded=folded)] if own else []
+
+    shown = [name for name in differ if name not in minor]
+    tables = table(f"Differing {what}", shown, False)
+    if same:
+        header = [what, f"all {len(names)} runs"]
+        tables.append(Table(f"Same in all runs: {len(same)} {what}", header, same, False, True))
+    hidden = [name for name in differ if name in minor]
+    return [*tables, *table("Differing, where runs go and how they are shown", hidden, True)]
+
+
+def _agreed(name: str, texts: Sequence[str]) -> str | None:
+    """Return what all runs have that have it at all; None where they differ."""
+    own = [text for text in texts if text != _NOT_APPLICABLE]
+    if len(set(own)) > 1 or (len(own) < len(texts) and name.startswith(_WORK)):
+        return None
+    if len(own) == len(texts):
+        return own[0]
+    return f"{own[0]} ({len(own)} of {len(texts)} runs; it does not apply to the others)"
 
 
 def environment_section(results: Results) -> Section:
     """Data, versions, hardware, time and memory of each run."""
     columns = [_environment(result) for _, _, result in results]
     keys = list(dict.fromkeys(key for column in columns for key in column))
-    rows = [[key, *(column.get(key, _NONE) for column in columns)] for key in keys]
-    header = ["", *(name for name, _, _ in results)]
-    return Section(
-        "Environment",
-        tables=[Table("Data, software and hardware of the runs", header, rows, numeric=False)],
-    )
+    rows = {key: [column.get(key, _absent(key)) for column in columns] for key in keys}
+    text = ["Data, software and hardware of the runs, their times and memory."]
+    return Section("Environment", text, tables=_tables("facts", rows, results, False))
+
+
+def _absent(key: str) -> str:
+    return _NOT_APPLICABLE if key.startswith(_OPTIONAL) else _NOT_RECORDED
 
 
 def _environment(result: Mapping[str, Any]) -> dict[str, str]:
@@ -279,7 +335,7 @@ def _environment(result: Mapping[str, Any]) -> dict[str, str]:
     cache, user_llm = _mapping(result.get("cache")), _mapping(result.get("user_llm"))
     short = _mapping(data.get("users_too_short"))
     shown = {
-        "finished": _time(str(result["finished"])) if result.get("finished") else "not recorded",
+        "finished": _time(str(result["finished"])) if result.get("finished") else _NOT_RECORDED,
         **{name: data.get(name) for name in ("users", "items", "interactions")},
         "interactions dropped": data.get("dropped_interactions"),
         "users too short for " + ", ".join(short): ", ".join(map(str, short.values())),
@@ -363,7 +419,7 @@ def _time(text: str) -> str:
 
 
 def _shown(config: Mapping[str, Any], key: str) -> str:
-    value = config.get(key, _NONE)
+    value = config.get(key, _NOT_RECORDED)
     if isinstance(value, list):
         return ", ".join(map(str, value))
     return _NONE if value is None else str(value)

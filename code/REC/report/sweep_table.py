@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from REC.report.compare import Comparison, load_comparison, markdown, records
-from REC.utils.files import write_text
+from REC.trainer.trainer import BEST_DIR
+from REC.utils.files import is_folder, write_text
 
 
 @dataclass(frozen=True)
@@ -33,8 +34,16 @@ class Trial:
 
     @property
     def settings(self) -> str:
-        """The searched values in one line."""
-        return ", ".join(f"{key} {value}" for key, value in self.params.items())
+        """The searched values in one line, numbers to four digits."""
+        return in_one_line(self.params)
+
+
+def in_one_line(params: Mapping[str, Any]) -> str:
+    """Write searched values for people: `key value, ...`, numbers to four significant digits."""
+    shown = {
+        key: f"{value:.4g}" if isinstance(value, float) else value for key, value in params.items()
+    }
+    return ", ".join(f"{key} {value}" for key, value in shown.items())
 
 
 def ranked(trials: Sequence[Trial]) -> list[Trial]:
@@ -74,21 +83,31 @@ def save_sweep(trials: Sequence[Trial], runs: Path, folder: Path, metric: str, c
         command: trains the best trial's settings and scores the test users.
     """
     comparison = compare_trials(trials, runs)
-    text = _markdown(comparison, trials, metric, command)
+    text = _markdown(comparison, trials, metric, command, runs)
     write_text(folder / "sweep.md", text)
     write_text(folder / "sweep.csv", _csv(comparison, trials))
     return text
 
 
-def _markdown(comparison: Comparison, trials: Sequence[Trial], metric: str, command: str) -> str:
+def _markdown(
+    comparison: Comparison, trials: Sequence[Trial], metric: str, command: str, runs: Path
+) -> str:
     best = ranked(trials)[0]
     failed = [trial for trial in trials if trial.state == "failed"]
     lines = [f"{trial.name} failed: {trial.problem} ({trial.settings})" for trial in failed]
     counted = sum(trial.state == "complete" for trial in trials)
     end = (
         f"{best.name} has the best {metric} of {counted} complete trials. The validation users chose "
-        f"it, so its values are flattered; score it once on the test users:\n\n    {command}\n"
+        f"it, so its values are flattered; score it once on the test users. This command trains "
+        f"again with its values, since a run scores the users that it was started for:\n\n"
+        f"    {command}\n"
     )
+    weights = runs / best.name / BEST_DIR
+    if is_folder(weights):
+        end += (
+            f"\nIts weights of this sweep are kept in {weights}: recommend.py and export.py take "
+            f"--run {weights.parent}.\n"
+        )
     return "\n".join([markdown(comparison), *(f"{line}\n" for line in lines), end])
 
 
