@@ -17,7 +17,7 @@ from REC.data.cache import ItemCache, open_cache
 from REC.data.dataset import CachedEmbeddingEvalDataset, CachedEmbeddingTrainDataset
 from REC.data.interactions import Interactions, dataset_file, drop_items, read_interactions
 from REC.data.negatives import NegativeSampler
-from REC.data.split import Split, leave_one_out
+from REC.data.split import NEEDED, Split, leave_one_out
 from REC.evaluator.evaluator import EvalProtocol, Evaluator
 from REC.model.backbone import (
     LoraSettings,
@@ -106,13 +106,13 @@ def load_data(config: Config, *, need_cache: bool) -> Data:
         interactions = match_cache(interactions, cache, config)
     split = leave_one_out(interactions)
     log.info(
-        "%s: %d users, %d items, %d interactions; %d users are too short to train, %d to validate, "
-        "%d to test.",
+        "%s: %d users, %d items, %d interactions; %d users are too short to train (which needs %d "
+        "items), %d to validate (%d), %d to test (%d).",
         config.dataset,
         interactions.num_users,
         interactions.num_items,
         len(interactions),
-        *(split.too_short[phase] for phase in ("train", "valid", "test")),
+        *(count for phase in NEEDED for count in (split.too_short[phase], NEEDED[phase])),
     )
     return Data(split, cache)
 
