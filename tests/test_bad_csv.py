@@ -288,6 +288,10 @@ BAD_INFORMATION: dict[str, tuple[bytes, list[str]]] = {
     "latin-1": (INFO + "i1,é,a,D\n".encode("latin-1"), ["row 2", "not UTF-8"]),
     "NUL": (text("i1,T\0,a,D", header=INFO), ["row 2", "NUL"]),
     "lacks a text column": (b"item_id,title\ni1,T\n", ["lacks the column tag", "text_keys"]),
+    "semicolons": (
+        b"item_id;title;tag;description\ni1;T;a;D\n",
+        ["the separator is ';' where ',' is expected"],
+    ),
     "lacks ids": (b"id,title,tag,description\ni1,T,a,D\n", ["lacks the column item_id"]),
     "a column twice": (b"item_id,title,title,tag,description\ni1,a,b,c,d\n", ["title twice"]),
     "an item twice": (
