@@ -36,8 +36,9 @@ def main(argv: Sequence[str]) -> int:
     from REC.report.terminal import write_markdown
 
     comparison = load_comparison(args.runs)
-    write_markdown(markdown(comparison))
+    # Saved first: whoever reads the output may stop before its end.
     paths = save_comparison(comparison, Path(args.out or args.runs[-1]))
+    write_markdown(markdown(comparison))
     sys.stdout.write("\nsaved: " + ", ".join(map(str, paths)) + "\n")
     return EXIT_OK
 

@@ -138,9 +138,10 @@ BAD: dict[str, tuple[bytes, list[str]]] = {
     "another format": (b"PK\x03\x04" + b"\xff" * 90, ["not UTF-8"]),
     "semicolons": (
         b"item_id;user_id;timestamp\na;b;1\n",
-        ["lacks the columns item_id", ";user_id"],
+        ["the separator is ';' where ',' is", ";user_id"],
     ),
-    "tabs": (b"item_id\tuser_id\ttimestamp\na\tb\t1\n", ["lacks the columns item_id"]),
+    "tabs": (b"item_id\tuser_id\ttimestamp\na\tb\t1\n", ["the separator is a tab where ',' is"]),
+    "bars": (b"item_id|user_id|timestamp\na|b|1\n", ["the separator is '|' where ',' is"]),
     "no header": (MORE, ["lacks the columns item_id", "a,p,1"]),
     "other names": (b"item,user,time\n" + MORE, ["lacks the columns item_id"]),
     "names in capitals": (b"ITEM_ID,USER_ID,TIMESTAMP\n" + MORE, ["lacks the columns item_id"]),
@@ -312,6 +313,10 @@ BAD_INFORMATION: dict[str, tuple[bytes, list[str]]] = {
     "lacks a text column": (
         b"item_id,title\ni1,T\n",
         ["lacks the columns tag, description", "text_keys"],
+    ),
+    "semicolons": (
+        b"item_id;title;tag;description\ni1;T;a;D\n",
+        ["the separator is ';' where ',' is expected"],
     ),
     "lacks ids": (b"id,title,tag,description\ni1,T,a,D\n", ["lacks the column item_id"]),
     "a column twice": (b"item_id,title,title,tag,description\ni1,a,b,c,d\n", ["title twice"]),

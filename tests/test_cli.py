@@ -38,6 +38,7 @@ def test_baseline_leaves_a_complete_result(project: Project) -> None:
     code, out, err = project.run("--val_only", "True")
     assert code == 0, err
     assert "running on the CPU" in err or torch.cuda.is_available()
+    assert "too short to train (which needs 4 items), 0 to validate (3), 0 to test (2)." in err
     found = result(project, "tiny-baseline")
     assert found["rows"][0]["users"] == 30
     assert set(found["rows"][0]["metrics"]) == {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from cold_start import main as cold_start_main
 from REC.data.cache import open_cache, save_cache
 from REC.data.interactions import read_interactions, renumber
 from REC.model.reference import ItemKNN
+from REC.recipes import write_report
 from REC.recipes.cold_start import ColdOnly, cold_start
 from REC.recipes.open_run import open_run
 from report import main as report_main
@@ -168,11 +170,13 @@ def test_what_cannot_be_measured(project: Project) -> None:
     warm_run(project, "--val_only", "True")
     make_dataset(project.root, "small", items=5)
     make_dataset(project.root, "other", users=29)
+    shutil.copy(project.root / "dataset/warm.csv", project.root / "dataset/copy.csv")
     for name, words in (
         ("none", "unknown dataset 'none'"),
         ("small", "no part of small: that lacks 13 of its 17 items"),
         ("other", "no part of other: that lacks 1 of its 30 users"),
-        ("warm", "no user's test target in warm is an item that warm lacks"),
+        ("warm", "saved/run was trained on warm itself, so none of its items is new to it; make a"),
+        ("copy", "no user's test target in copy is an item that warm lacks"),
     ):
         code, out, err = project.call(cold_start_main, ["--run", RUN, "--dataset", name])
         assert (code, out) == (2, ""), name
@@ -205,4 +209,20 @@ def test_the_report_has_the_same_numbers(project: Project) -> None:
     )
     assert code == 2
     assert "none of the runs reads item embeddings" in err
+    assert not (project.root / "p.html").exists()
+
+
+def test_the_report_looks_at_the_cold_items_before_the_examples(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    warm_run(project, "--val_only", "True")
+
+    def too_late(*_: object) -> None:
+        raise AssertionError("the examples came first")
+
+    monkeypatch.setattr(write_report, "choose_models", too_late)
+    code, _, err = project.call(report_main, [RUN, "--out", "p.html", "--cold_start", "warm"])
+    assert code == 2
+    assert "was trained on warm itself" in err
+    assert "prepare_data.py hold-out --dataset warm" in err
     assert not (project.root / "p.html").exists()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib
 import json
+import os
 import re
 import runpy
 import shlex
@@ -124,3 +125,52 @@ def test_the_notebooks_commands_are_understood(
     else:
         shown = help_of(program, project.capsys)
         assert all(word in shown for word in words if word.startswith("--"))
+
+
+def ends_unread(*words: str) -> tuple[int, str]:
+    """Run Python with a standard output that nobody reads: exit code and standard error."""
+    # Unbuffered, argparse would meet the closed pipe itself.
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    reading, writing = os.pipe()
+    os.close(reading)
+    try:
+        done = subprocess.run(
+            [sys.executable, *words],
+            env=env,
+            stdout=writing,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+            timeout=60,
+        )
+    finally:
+        os.close(writing)
+    return done.returncode, done.stderr
+
+
+@pytest.mark.parametrize("size", [1, 1 << 20])
+def test_output_that_nobody_reads_ends_the_program_quietly(size: int) -> None:
+    # A short text fails when the program ends, a long one when it is written.
+    code = (
+        f"import sys; sys.path.insert(0, {str(ROOT / 'code')!r})\n"
+        "from REC.utils.errors import run_program\n"
+        f"sys.exit(run_program(lambda _: sys.stdout.write('x' * {size}) * 0, []))"
+    )
+    assert ends_unread("-c", code) == (141, "")
+
+
+def test_help_that_nobody_reads() -> None:
+    assert ends_unread(str(ROOT / "code" / "compare.py"), "--help") == (141, "")
+
+
+def test_another_broken_pipe_keeps_its_traceback() -> None:
+    code = (
+        f"import os, sys; sys.path.insert(0, {str(ROOT / 'code')!r})\n"
+        "from REC.utils.errors import run_program\n"
+        "reading, writing = os.pipe()\n"
+        "os.close(reading)\n"
+        "sys.exit(run_program(lambda _: os.write(writing, b'x'), []))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "BrokenPipeError" in done.stderr

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -366,12 +367,55 @@ def test_what_the_hub_lacks_is_named(
     assert not (tmp_path / "model_checkpoints").exists()
 
 
-def test_a_hub_out_of_reach_is_named(near_hub: NearHub, tmp_path: Path) -> None:
+def test_a_hub_out_of_reach_is_named(near_hub: NearHub, hllm: TinyHllm, tmp_path: Path) -> None:
     near_hub.move_to("http://127.0.0.1:9")
     code, line = near_hub.run("item")
     assert code == 2
     assert "from http://127.0.0.1:9" in line
-    assert "--from_file" in line
+    assert "neither config.json nor tokenizer, which come from its base model" in line
+    for way in ("--base_dir", "--from_file", "--item_pretrain_dir"):
+        assert way in line
+    base = tmp_path / "base"
+    base.mkdir()
+    for path in hllm.base.glob("*.json"):
+        (base / path.name).write_bytes(path.read_bytes())
+    code, line = near_hub.run("user", "--base_dir", str(base))
+    assert code == 2
+    assert line.startswith(f"error: cannot fetch {FILE} of {REPO} from http://127.0.0.1:9: ")
+    assert line.endswith("or give a local file with --from_file.")
+
+
+def test_offline_by_wish_is_one_whole_sentence(
+    near_hub: NearHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    code, line = near_hub.run("user", "--from_file", str(near_hub.cache))
+    assert (code, line) == (2, f"error: --from_file {near_hub.cache} is not a file.")
+    code, line = near_hub.run("user")
+    assert code == 2
+    assert line == (
+        f"error: HLLM's checkpoint has no config.json, which comes from its base model: cannot "
+        f"fetch config.json of {BASE}: the cache does not have it, and HF_HUB_OFFLINE is set; "
+        f"unset it, or name a local folder of that model with --base_dir (and the checkpoint with "
+        f"--from_file); any other transformers folder can be used as it is with "
+        f"--user_pretrain_dir."
+    )
+
+
+@pytest.mark.parametrize("content", [b"a,b\n1,2\n", b""])
+def test_a_file_that_is_no_checkpoint_is_refused_before_the_hub_is_asked(
+    hub: Hub, near_hub: NearHub, tmp_path: Path, content: bytes
+) -> None:
+    (tmp_path / "wrong.csv").write_bytes(content)
+    code, line = near_hub.run("item", "--from_file", "wrong.csv")
+    assert code == 2
+    assert line.startswith("error: wrong.csv is no checkpoint in torch's zip format")
+    with zipfile.ZipFile("other.zip", "w") as archive:
+        archive.writestr("a", "b")
+    code, line = near_hub.run("item", "--from_file", "other.zip")
+    assert code == 2
+    assert line.startswith("error: other.zip is no checkpoint in torch's zip format")
+    assert hub.requests == []
 
 
 def test_the_disk_for_download_and_output_is_counted_together(

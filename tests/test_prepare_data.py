@@ -101,7 +101,11 @@ def test_pixelrec_by_hand(capsys: pytest.CaptureFixture[str]) -> None:
         "items with text": "1 of 3", "first interaction": "2020-09-13 UTC",
         "last interaction": "2020-09-14 UTC", "items without a row, kept without text": "1",
         "interactions that repeat user, item and timestamp": "1",
-        "rows of items without interactions": "1", "rows of items described before": "1",
+        "rows of items without interactions, which are not in the catalogue": "1",
+        "rows of items described before": "1",
+        "users too short to train on (fewer than 4)": "2",
+        "users too short for a validation target (fewer than 3)": "1",
+        "users too short for a test target (fewer than 2)": "1",
     }  # fmt: skip
     texts = texts_of("Pixel200K")
     assert texts == {
@@ -118,12 +122,13 @@ def test_pixelrec_by_hand(capsys: pytest.CaptureFixture[str]) -> None:
         ("Unnamed: 0,user,item,timestamp", (3, 1, 0, 2)),
         (",User_ID,item_id,timestamp", (3, 1, 0, 2)),
         ("userID\tvideoID\ttimestamp", (1, 0, 2)),
+        ("ts;uid;IID", (2, 1, 0)),
     ],
 )
 def test_pixelrec_columns_in_other_orders(header: str, order: tuple[int, ...]) -> None:
     write_pixel()
     plain = [line.split(",") for line in Path("Pixel200K.csv").read_text().splitlines()[1:]]
-    comma = "\t" if "\t" in header else ","
+    comma = next((one for one in "\t;" if one in header), ",")
     lines = [header, *(comma.join([*row, "7"][at] for at in order) for row in plain)]
     Path("Pixel200K.csv").write_text("\r\n".join(lines) + "\r\n", encoding="utf-8")
     prepare(parse_options(PIXEL, ""))
@@ -135,6 +140,7 @@ def test_pixelrec_columns_in_other_orders(header: str, order: tuple[int, ...]) -
 def test_pixelrec_ordered_lists(capsys: pytest.CaptureFixture[str]) -> None:
     write_pixel()
     Path("Pixel200K.csv").write_text("7\t3 1 2\n8\t1\n")
+    Path("info.csv").write_text("item_id,title\n1,one\n")
     table = run(PIXEL, capsys)
     assert rows_of("Pixel200K") == ["3,7,1", "1,7,2", "2,7,3", "1,8,1"]
     assert table["first interaction"] == "1"
@@ -211,6 +217,83 @@ def test_ratings_of_2018_are_not_taken_for_those_of_2014(
     assert "add --item_first" in refused(command, capsys)
     run((*command, "--item_first"), capsys)
     assert rows_of("b")[0] == "0000013714,A2SUAM1J3GNN3B,1252800000"
+
+
+@pytest.mark.parametrize(
+    ("meta", "more", "words"),
+    [
+        # Users of ten characters, so that the columns' lengths do not tell which is which.
+        (
+            META_2014,
+            (),
+            "the 2 items of r.csv is in meta.json; are the columns item,user: add --it",
+        ),
+        (META_2014, ("--item_first",), "are the columns user,item: leave out --item_first?"),
+        ("", (), "meta.json describes no item at all"),
+    ],
+)
+def test_items_of_which_none_is_described(
+    meta: str, more: tuple[str, ...], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("meta.json").write_text(meta)
+    first, second = ("0000013714", "B00JHONN1S"), ("A2SUAM1J3G", "AH2L9G3DQH")
+    if more:
+        first, second = second, first
+    Path("r.csv").write_text(f"{first[0]},{second[0]},5,1\n{first[1]},{second[1]},5,2\n")
+    command = ("amazon2014", "--reviews", "r.csv", "--meta", "meta.json", *more)
+    assert words in refused(command, capsys)
+
+
+def test_other_information_and_none(capsys: pytest.CaptureFixture[str]) -> None:
+    write_pixel()
+    Path("info.csv").write_text("item_id,title\nx,other\n")
+    err = refused(PIXEL, capsys)
+    assert "none of the 3 items of Pixel200K.csv is in info.csv; check that the two" in err
+    Path("info.csv").write_text("item_id,title\n")
+    assert "info.csv describes no item at all" in refused(PIXEL, capsys)
+    Path("info.csv").write_text("")
+    assert "info.csv is empty" in refused(PIXEL, capsys)
+
+
+@pytest.mark.parametrize(
+    ("header", "words"),
+    [
+        ("user_id,parent_asin,rating,timestamp", "prepare_data.py amazon2023"),
+        ("user,item,rating,timestamp", "remove the line"),
+    ],
+)
+def test_ratings_of_2014_with_a_header(
+    header: str, words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_2014()
+    Path("r.csv").write_text(f"{header}\n{RATINGS_2014}")
+    err = refused(("amazon2014", "--reviews", "r.csv", "--meta", "meta_Books.json.gz"), capsys)
+    assert "r.csv, row 1: looks like a header line" in err
+    assert words in err
+
+
+def test_the_model_to_be_fetched_is_named(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_pixel()
+    assert run_program(main, PIXEL) == 0
+    out = capsys.readouterr().out
+    assert out.index("python download_itemllm.py\n") < out.index("next: python item_caching.py")
+    (folder / "model_checkpoints/ItemLLM_complete").mkdir(parents=True)
+    assert run_program(main, (*PIXEL, "--overwrite")) == 0
+    assert "download_itemllm" not in capsys.readouterr().out
+    assert run_program(main, ("hold-out", "--dataset", "Pixel200K", "--share", "0.3")) == 0
+    out = capsys.readouterr().out
+    assert out.index("python download_userllm.py\n") < out.index("python code/main.py")
+
+
+def test_help_names_the_columns(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["pixelrec", "--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    for words in ("iid, video_id", "uid", "timestamp (or time, ts)", "the user, a tab, and the"):
+        assert words in shown
+    with pytest.raises(SystemExit):
+        main(["hold-out", "--help"])
+    assert "(default: NAME-warm)" in " ".join(capsys.readouterr().out.split())
 
 
 META_2023 = {
@@ -383,10 +466,17 @@ def test_hold_out_ignores_the_order_of_rows(capsys: pytest.CaptureFixture[str]) 
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("", "lacks the column item_id"),
+        ("", "Pixel200K.csv is empty"),
+        ("\n\n", "Pixel200K.csv is empty"),
+        ("item_id|user_id|timestamp\n", "the separator is '|' where ',' is expected"),
         ("item,person,timestamp\n", "lacks the column user_id"),
         ("item_id,user_id,timestamp\n", "has no interactions"),
-        ("item_id,user_id,timestamp\ni,u,1\ni,u\n", "row 3: has 2 fields where 3 are expected"),
+        (
+            "item_id,user_id,timestamp\ni,u,1\ni,u\n",
+            "row 3: has 2 fields where 3 are expected; complete",
+        ),
+        ("item_id,user_id,timestamp\ni\n", "has 1 field where 3 are expected; check the separator"),
+        ("item_id,user_id,timestamp\ni,u,v,1\n", "look for a separator inside a field"),
         ("item_id,user_id,timestamp\ni,u,soon\ni,u,1.5\n", "(2 such rows: 2, 3)"),
         ("item_id,user_id,timestamp\ni,,1\n", "row 2: user id is empty"),
         (

@@ -21,6 +21,7 @@ SHOWN_ROWS = 5
 MAX_FIELD = 16 << 20
 csv.field_size_limit(MAX_FIELD)
 
+_SEPARATORS = {";": "';'", "\t": "a tab", "|": "'|'"}
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 _EMPTY_CELLS = frozenset(("nan", "NaN", "NAN", "None", "null", "NULL", "<NA>"))
 _UTF16_32 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)
@@ -60,7 +61,8 @@ def read_header(path: Path, columns: Sequence[str], remedy: str) -> list[str]:
     """Read the first line's column names and check that they hold `columns`, once each.
 
     Raises:
-        InputError: there is no such line, or it lacks or repeats a column.
+        InputError: there is no such line, it has another separator, or it lacks or repeats a
+            column.
     """
     for _, cells in csv_rows(path):
         header = cells
@@ -70,6 +72,8 @@ def read_header(path: Path, columns: Sequence[str], remedy: str) -> list[str]:
     shown = one_line(",".join(header), 120)
     missing = [column for column in columns if column not in header]
     if missing:
+        for column in missing:
+            refuse_other_separator(path, ",".join(header), column)
         spaced = set(missing) & {cell.strip() for cell in header}
         raise InputError(
             f"{path} lacks the column{'s' * (len(missing) > 1)} {', '.join(missing)}: its first "
@@ -80,6 +84,27 @@ def read_header(path: Path, columns: Sequence[str], remedy: str) -> list[str]:
         if header.count(column) > 1:
             raise InputError(f"{path} names the column {column} twice; remove one of them.")
     return header
+
+
+def refuse_other_separator(path: Path, first: str, column: str, usable: str = ",") -> None:
+    """Refuse a first line that names a column between semicolons, tabs or bars.
+
+    Args:
+        path: the file, for the sentence.
+        first: the line.
+        column: a name that was not found in it.
+        usable: separators that the file may have.
+
+    Raises:
+        InputError: says which separator the file has.
+    """
+    for separator, name in _SEPARATORS.items():
+        cells = [cell.strip().strip('"').lower() for cell in first.split(separator)]
+        if separator not in usable and len(cells) > 1 and column in cells:
+            raise InputError(
+                f"{path}: the separator is {name} where ',' is expected, its first line is "
+                f"'{one_line(first, 120)}'; save it with commas."
+            )
 
 
 def csv_rows(path: Path) -> Iterator[tuple[int, list[str]]]:

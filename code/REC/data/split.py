@@ -11,6 +11,10 @@ from REC.data.interactions import Interactions
 
 Phase = Literal["valid", "test"]
 
+# Interactions that a user needs: a target and one item before it for test, another target for
+# validation, and two items that are no target for a transition to train on.
+NEEDED = {"train": 4, "valid": 3, "test": 2}
+
 
 @dataclass(frozen=True)
 class Segments:
@@ -78,13 +82,16 @@ def leave_one_out(interactions: Interactions) -> Split:
     A user needs two items for a test target with a history, three for validation and four for a
     training transition; who has fewer is counted per phase, not dropped silently.
     """
-    lengths = interactions.lengths
-    too_short = {
-        "train": int((lengths < 4).sum()),
-        "valid": int((lengths < 3).sum()),
-        "test": int((lengths < 2).sum()),
-    }
-    return Split(interactions, too_short)
+    return Split(interactions, count_too_short(interactions.lengths))
+
+
+def count_too_short(lengths: np.ndarray) -> dict[str, int]:
+    """Count the users with too few interactions: phase (train, valid, test) -> users.
+
+    Args:
+        lengths: integers [U], interactions of each user.
+    """
+    return {phase: int((lengths < least).sum()) for phase, least in NEEDED.items()}
 
 
 def train_item_counts(split: Split) -> np.ndarray:

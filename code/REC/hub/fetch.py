@@ -23,6 +23,7 @@ from huggingface_hub.errors import (
     GatedRepoError,
     HFValidationError,
     LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
     RemoteEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
@@ -41,6 +42,18 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 _SAFE_ETAG = re.compile(r"[\w+=-][\w.+=-]{0,127}")
 # Below this neither a progress display nor an interruption matters.
 _SMALL_BYTES = 64 * MB
+
+
+class OutOfReach(InputError):
+    """The hub cannot be asked and the cache lacks the file.
+
+    Attributes:
+        reason: the sentence without its full stop, for a program that knows another way to add.
+    """
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"{reason}.")
+        self.reason = reason
 
 
 @dataclass(frozen=True)
@@ -101,7 +114,8 @@ def look_up(repo: str, name: str, revision: str, cache: Path) -> HubFile:
     """Ask the hub, or the cache when the hub is out of reach, for a file without fetching it.
 
     Raises:
-        InputError: there is no such file, or the hub is out of reach and the cache lacks it.
+        InputError: there is no such file; `OutOfReach` where the hub cannot be asked and the cache
+            lacks the file.
     """
     try:
         url = huggingface_hub.hf_hub_url(repo, name, revision=revision)
@@ -351,8 +365,11 @@ def _refusal(repo: str, name: str, revision: str, error: Exception) -> InputErro
         return InputError(f"cannot fetch {where}: {brief(error)}; write OWNER/NAME.")
     if isinstance(error, LocalEntryNotFoundError) and error.__cause__ is not None:
         error = error.__cause__ if isinstance(error.__cause__, Exception) else error
-    return InputError(
+    if isinstance(error, OfflineModeIsEnabled):
+        return OutOfReach(
+            f"cannot fetch {where}: the cache does not have it, and HF_HUB_OFFLINE is set; unset it"
+        )
+    return OutOfReach(
         f"cannot fetch {where} from {_endpoint()}: {brief(error)}; check the connection and "
-        f"HF_ENDPOINT and run again (what was downloaded is kept), or give local files with "
-        f"--from_file and --base_dir."
+        f"HF_ENDPOINT and run again (what was downloaded is kept)"
     )

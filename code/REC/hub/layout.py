@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import math
 import pickle
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from transformers import AutoModel
 
 from REC.model.backbone import load_model_config
 from REC.utils.errors import InputError, brief
+from REC.utils.files import is_file
 
 Side = Literal["item", "user"]
 Shape = tuple[int, ...]
@@ -109,6 +111,23 @@ def read_layout(base: Path, side: Side) -> Layout:
     return Layout(side, config, shapes, int(config.hidden_size))
 
 
+def refuse_no_checkpoint(path: Path) -> None:
+    """Refuse at a glance what is no file of torch's zip format; nothing of it is loaded.
+
+    Raises:
+        InputError: the file is missing, or of another format.
+    """
+    if not is_file(path):
+        raise InputError(f"--from_file {path} is not a file.")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            found = any(name.endswith("data.pkl") for name in archive.namelist())
+    except (zipfile.BadZipFile, OSError):
+        found = False
+    if not found:
+        raise _other_format(path)
+
+
 def open_side(path: Path, side: Side) -> dict[str, Tensor]:
     """Map a checkpoint into memory, without reading its tensors, and keep one side.
 
@@ -192,14 +211,18 @@ def _load(path: Path) -> Any:
         ) from error
     except Exception as error:  # zip, pickle and torch raise many kinds for damaged files
         if "mmap can only be used" in str(error):
-            raise InputError(
-                f"{path} is not in torch's zip format (or is cut short); fetch it again, or load "
-                f"and save it with torch 1.6 or later."
-            ) from error
+            raise _other_format(path) from error
         raise InputError(
             f"{path} is not a readable torch checkpoint (cut short?): {brief(error)}; fetch it "
             f"again."
         ) from error
+
+
+def _other_format(path: Path) -> InputError:
+    return InputError(
+        f"{path} is no checkpoint in torch's zip format (or is cut short); name HLLM's "
+        f"pytorch_model.bin, fetch it again, or load and save it with torch 1.6 or later."
+    )
 
 
 def _unwrap(state: Any) -> Mapping[Any, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -97,20 +98,16 @@ def cold_start(
         and `metrics`, name -> `value`, `low` and `high` (95 % bootstrap interval over users).
 
     Raises:
-        InputError: the run's model knows items by their ids only; the run's data is not part of the
-            full data; there is no cold test target; or the item cache lacks items.
+        InputError: the run's model knows items by their ids only; the run's data is the full data
+            itself or not part of it; there is no cold test target; or the item cache lacks items.
     """
-    given = dict(overrides or {})
-    if "item_cache_path" in given:
-        given["use_item_cache"] = True
-    run = open_run(run_dir, given, again=again)
-    run.refuse_new_items()
-    full = read_interactions(dataset_file(run.config.data_path, full_dataset))
-    _refuse_other_data(run, full, full_dataset)
-    own = set(run.data.interactions.item_ids[1:])
-    cold = [str(item) for item in full.item_ids[1:] if item not in own]
-    extended = run.with_items(_embeddings(run, cold, full_dataset))
-    dataset = _cold_targets(extended, full, full_dataset)
+    run, dataset = _open(run_dir, full_dataset, overrides, again)
+    log.info("%d users' test targets are cold items.", len(dataset))
+    seen = dataset.count_seen_targets()
+    if seen:
+        log.info("%d of them are in their user's history already and count as misses.", seen)
+    own_items = run.own_items
+    cold_items = run.data.interactions.num_items - own_items
     evaluator = Evaluator(
         dataset,
         EvalProtocol(
@@ -122,9 +119,8 @@ def cold_start(
         batch_size=run.config.eval_batch_size,
         num_workers=run.config.num_workers,
     )
-    own_items = run.data.interactions.num_items
     rows: list[dict[str, Any]] = []
-    for name, build in _models(extended):
+    for name, build in _models(run):
         scorer = build()
         rows += [
             {
@@ -132,14 +128,53 @@ def cold_start(
                 "candidates": candidates,
                 "items": items,
                 "users": len(dataset),
-                "metrics": _rank(extended, evaluator, shown, f"{name}, {candidates}"),
+                "metrics": _rank(run, evaluator, shown, f"{name}, {candidates}"),
             }
             for candidates, items, shown in (
-                (ALL_ITEMS, own_items + len(cold), scorer),
-                (COLD_ITEMS, len(cold), ColdOnly(scorer, own_items)),
+                (ALL_ITEMS, own_items + cold_items, scorer),
+                (COLD_ITEMS, cold_items, ColdOnly(scorer, own_items)),
             )
         ]
     return sorted(rows, key=lambda row: row["candidates"] != ALL_ITEMS)
+
+
+def check_cold_start(
+    run_dir: str | Path, full_dataset: str, overrides: Mapping[str, Any] | None = None
+) -> None:
+    """Raise what `cold_start` would raise for the same arguments, without loading a model.
+
+    Raises:
+        InputError: as `cold_start`.
+    """
+    _open(run_dir, full_dataset, overrides, again=True)
+
+
+def _open(
+    run_dir: str | Path, full_dataset: str, overrides: Mapping[str, Any] | None, again: bool
+) -> tuple[OpenRun, CachedEmbeddingEvalDataset]:
+    """Return the run with the cold items added, and the users whose test target is one of them."""
+    given = dict(overrides or {})
+    if "item_cache_path" in given:
+        given["use_item_cache"] = True
+    run = open_run(run_dir, given, again=again)
+    run.refuse_new_items()
+    _refuse_same_data(run, full_dataset)
+    full = read_interactions(dataset_file(run.config.data_path, full_dataset))
+    _refuse_other_data(run, full, full_dataset)
+    own = set(run.data.interactions.item_ids[1:])
+    cold = [str(item) for item in full.item_ids[1:] if item not in own]
+    extended = run.with_items(_embeddings(run, cold, full_dataset))
+    return extended, _cold_targets(extended, full, full_dataset)
+
+
+def _refuse_same_data(run: OpenRun, name: str) -> None:
+    if run.config.dataset == name:
+        shown = one_line(name)
+        raise InputError(
+            f"{run.folder} was trained on {shown} itself, so none of its items is new to it; make a "
+            f"copy without some items (python prepare_data.py hold-out --dataset "
+            f"{shlex.quote(shown)}), train on that and name its run."
+        )
 
 
 def _refuse_other_data(run: OpenRun, full: Interactions, name: str) -> None:
@@ -182,14 +217,6 @@ def _cold_targets(run: OpenRun, full: Interactions, name: str) -> CachedEmbeddin
             f"no user's test target in {one_line(name)} is an item that {run.config.dataset} lacks, "
             f"so there is nothing to measure; hold more items out and train on what is left."
         )
-    log.info(
-        "%d of %d users' test targets are cold items.",
-        len(dataset),
-        len(everyone),
-    )
-    again = dataset.count_seen_targets()
-    if again:
-        log.info("%d of them are in their user's history already and count as misses.", again)
     return dataset
 
 

@@ -6,7 +6,8 @@ import importlib.metadata
 import json
 import logging
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from transformers import AutoTokenizer
 from REC.data.cache import DTYPES
 from REC.hub import fetch as hub
 from REC.hub.convert import write_weights
-from REC.hub.layout import CONFIG_FILE, Layout, read_layout
+from REC.hub.layout import CONFIG_FILE, Layout, read_layout, refuse_no_checkpoint
 from REC.hub.manifest import MANIFEST_FILE, read_manifest
 from REC.hub.options import ImportOptions
 from REC.utils.environment import versions
@@ -66,15 +67,16 @@ def import_checkpoint(options: ImportOptions) -> bool:
 def _import(options: ImportOptions) -> bool:
     if _is_done(options):
         return False
+    if options.from_file is not None:
+        refuse_no_checkpoint(options.from_file)
     base, base_source = _base_files(options)
     layout = read_layout(base[CONFIG_FILE].parent, options.side)
     remote = None
-    if options.from_file is None:
-        remote = hub.look_up(options.repo, options.file, options.revision, options.cache)
-    elif not options.from_file.is_file():
-        raise InputError(f"--from_file {options.from_file} is not a file.")
-    _check_disk(options, layout, remote)
-    checkpoint, source = _checkpoint(options, remote)
+    with _other_way("", "give a local file with --from_file"):
+        if options.from_file is None:
+            remote = hub.look_up(options.repo, options.file, options.revision, options.cache)
+        _check_disk(options, layout, remote)
+        checkpoint, source = _checkpoint(options, remote)
     with atomic_path(options.out) as folder:
         folder.mkdir()
         _write_config(folder, base, layout, options)
@@ -165,10 +167,11 @@ def _base_files(options: ImportOptions) -> tuple[dict[str, Path], dict[str, str]
         found: dict[str, Path | None] = {name: options.base_dir / name for name in wanted}
     else:
         place = (options.base_repo, options.base_revision, options.cache)
-        config = hub.look_up(place[0], CONFIG_FILE, place[1], place[2])
-        source = {"repo": options.base_repo, "revision": place[1], "commit": config.commit}
-        files = {CONFIG_FILE: hub.fetch(config)[0]}
-        found = {name: hub.fetch_optional(place[0], name, *place[1:]) for name in wanted}
+        with _other_way(*_about_base(options)):
+            config = hub.look_up(place[0], CONFIG_FILE, place[1], place[2])
+            source = {"repo": options.base_repo, "revision": place[1], "commit": config.commit}
+            files = {CONFIG_FILE: hub.fetch(config)[0]}
+            found = {name: hub.fetch_optional(place[0], name, *place[1:]) for name in wanted}
     files |= {name: path for name, path in found.items() if path is not None and path.is_file()}
     if wanted and not {"tokenizer.json", "tokenizer.model"} & files.keys():
         raise InputError(
@@ -176,6 +179,27 @@ def _base_files(options: ImportOptions) -> tuple[dict[str, Path], dict[str, str]
             f"tokenizer.model; name HLLM's base model."
         )
     return files, source
+
+
+def _about_base(options: ImportOptions) -> tuple[str, str]:
+    """Say what the base model is for, and what to do where it cannot be fetched."""
+    lacks = "neither config.json nor tokenizer" if options.side == "item" else "no config.json"
+    come = "which come" if options.side == "item" else "which comes"
+    too = " (and the checkpoint with --from_file)" if options.from_file is None else ""
+    return (
+        f"HLLM's checkpoint has {lacks}, {come} from its base model: ",
+        f"name a local folder of that model with --base_dir{too}; any other transformers folder "
+        f"can be used as it is with --{options.side}_pretrain_dir",
+    )
+
+
+@contextmanager
+def _other_way(before: str, remedy: str) -> Iterator[None]:
+    """Add to the sentence about a hub that is out of reach what it was asked for, and another way."""
+    try:
+        yield
+    except hub.OutOfReach as error:
+        raise InputError(f"{before}{error.reason}, or {remedy}.") from error
 
 
 def _check_disk(options: ImportOptions, layout: Layout, remote: hub.HubFile | None) -> None:

@@ -34,10 +34,12 @@ from REC.data.prepare.write import (
     write_items,
 )
 from REC.utils.errors import InputError, refuse
+from REC.utils.files import is_folder
 
 log = logging.getLogger(__name__)
 
 _CONFIG = ("code/overall/LLM_ddp.yaml", "code/HLLM/HLLM.yaml")
+_ITEM_LLM, _USER_LLM = "model_checkpoints/ItemLLM_complete/", "model_checkpoints/UserLLM_complete/"
 _DOWNLOADS: dict[str, Callable[[argparse.Namespace], Download]] = {
     "pixelrec": lambda given: pixelrec(Path(given.interactions), Path(given.items)),
     "amazon2014": lambda given: amazon2014(Path(given.reviews), Path(given.meta), given.item_first),
@@ -79,6 +81,7 @@ def prepare(options: argparse.Namespace) -> Statistics:
             files.text, download.described(download.items, found), table.kept_items()
         )
         refuse(found.sentences())
+        _refuse_undescribed(download, described)
         write_interactions(files.data, table)
     dropped |= _items_dropped(described)
     numbers = statistics(table)
@@ -122,9 +125,23 @@ def _interactions(download: Download, options: argparse.Namespace) -> tuple[Tabl
     return table, dropped
 
 
+def _refuse_undescribed(download: Download, described: Described) -> None:
+    """Refuse a download in which no item has a row: ids of one file are not those of the other."""
+    if described.described:
+        return
+    if not described.unused:
+        raise InputError(
+            f"{download.items.shown} describes no item at all; check that it is the right file."
+        )
+    raise InputError(
+        f"none of the {described.without_row:,} items of {download.interactions.shown} is in "
+        f"{download.items.shown}; {download.doubt}."
+    )
+
+
 def _items_dropped(described: Described) -> dict[str, int]:
     return {
-        "rows of items without interactions": described.unused,
+        "rows of items without interactions, which are not in the catalogue": described.unused,
         "rows of items described before": described.repeated,
     }
 
@@ -157,8 +174,9 @@ def _hold_out(options: argparse.Namespace) -> Statistics:
     cache = str(default_cache_path(options.data_path, options.dataset))
     words = ["python", "code/main.py", "--config_file", *_CONFIG, "--dataset", name]
     words += [*_paths(options), "--item_cache_path", cache]
-    words += ["--user_pretrain_dir", "model_checkpoints/UserLLM_complete/", "--use_qlora", "True"]
-    sys.stdout.write(f"\nnext, with the item cache of {options.dataset}: {shlex.join(words)}\n")
+    words += ["--user_pretrain_dir", _USER_LLM, "--use_qlora", "True"]
+    sys.stdout.write(f"\n{_download('user', _USER_LLM)}")
+    sys.stdout.write(f"next, with the item cache of {options.dataset}: {shlex.join(words)}\n")
     return numbers
 
 
@@ -168,8 +186,15 @@ def _share(part: int, whole: int) -> str:
 
 def _write_next(name: str, options: argparse.Namespace) -> None:
     words = ["python", "item_caching.py", "--config_file", *_CONFIG, "--dataset", name]
-    words += [*_paths(options), "--item_pretrain_dir", "model_checkpoints/ItemLLM_complete/"]
-    sys.stdout.write(f"\nnext: {shlex.join(words)}\n")
+    words += [*_paths(options), "--item_pretrain_dir", _ITEM_LLM]
+    sys.stdout.write(f"\n{_download('item', _ITEM_LLM)}next: {shlex.join(words)}\n")
+
+
+def _download(side: str, folder: str) -> str:
+    """Return a line on fetching a model folder, or nothing where it is there."""
+    if is_folder(Path(folder)):
+        return ""
+    return f"first, since {folder} is not there: python download_{side}llm.py\n"
 
 
 def _paths(options: argparse.Namespace) -> list[str]:

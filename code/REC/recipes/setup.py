@@ -23,7 +23,7 @@ from REC.data.interactions import (
     suspicious_ids,
 )
 from REC.data.negatives import NegativeSampler
-from REC.data.split import Split, leave_one_out
+from REC.data.split import NEEDED, Split, leave_one_out
 from REC.evaluator.evaluator import EvalProtocol, Evaluator
 from REC.model.backbone import (
     LoraSettings,
@@ -127,13 +127,13 @@ def load_data(config: Config, *, need_cache: bool, again: bool = False) -> Data:
     split = leave_one_out(interactions)
     log.log(
         logging.DEBUG if again else logging.INFO,
-        "%s: %d users, %d items, %d interactions; %d users are too short to train, %d to validate, "
-        "%d to test.",
+        "%s: %d users, %d items, %d interactions; %d users are too short to train (which needs %d "
+        "items), %d to validate (%d), %d to test (%d).",
         config.dataset,
         interactions.num_users,
         interactions.num_items,
         len(interactions),
-        *(split.too_short[phase] for phase in ("train", "valid", "test")),
+        *(count for phase in NEEDED for count in (split.too_short[phase], NEEDED[phase])),
     )
     return Data(split, cache)
 

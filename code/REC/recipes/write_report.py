@@ -10,7 +10,7 @@ from typing import Any
 from REC.config.schema import READS_EMBEDDINGS
 from REC.data.dataset import CachedEmbeddingEvalDataset
 from REC.data.split import Phase, train_item_counts
-from REC.recipes.cold_start import cold_start
+from REC.recipes.cold_start import check_cold_start, cold_start
 from REC.recipes.example_users import (
     Scored,
     choose_models,
@@ -84,6 +84,10 @@ def write_report(
         run_dirs = list(dict.fromkeys(map(Path, run_dirs)))
         comparison = load_comparison(run_dirs)
         results = _named_results(run_dirs)
+        tested = _cold_start_run(results) if full_dataset is not None else None
+        if tested is not None and full_dataset is not None:
+            # Before the examples, which take long.
+            check_cold_start(tested[1], full_dataset, overrides)
         log.info("report on %s.", comparison.title)
         sections = [
             metric_section(comparison),
@@ -91,7 +95,7 @@ def write_report(
             recall_section(comparison),
             *_breakdowns(comparison, run_dirs[0], overrides),
             _examples(comparison, examples, users, seed, overrides),
-            _cold_start(results, full_dataset, overrides),
+            _cold_start(tested, full_dataset, overrides),
             config_section(results),
             environment_section(results),
         ]
@@ -198,21 +202,29 @@ def _examples(
     )
 
 
-def _cold_start(
-    results: Results, full_dataset: str | None, overrides: Mapping[str, Any] | None
-) -> Section | None:
-    if full_dataset is None:
-        return None
+def _cold_start_run(results: Results) -> tuple[str, Path]:
+    """Return name and folder of the last run that can rank items that it was not trained with.
+
+    Raises:
+        InputError: there is none.
+    """
     able = [run for run in results if run[2]["config"].get("model") in READS_EMBEDDINGS]
     if not able:
         raise InputError(
             "--cold_start: none of the runs reads item embeddings, so none can rank items that its "
             "data never had; name a fine-tuning run or a baseline."
         )
-    name, folder, _ = able[-1]
-    return cold_start_section(
-        name, full_dataset, cold_start(folder, full_dataset, overrides, again=True)
-    )
+    return able[-1][:2]
+
+
+def _cold_start(
+    tested: tuple[str, Path] | None, full_dataset: str | None, overrides: Mapping[str, Any] | None
+) -> Section | None:
+    if tested is None or full_dataset is None:
+        return None
+    name, folder = tested
+    rows = cold_start(folder, full_dataset, overrides, again=True)
+    return cold_start_section(name, full_dataset, rows)
 
 
 def _agreement(scored: Sequence[Scored]) -> list[str]:

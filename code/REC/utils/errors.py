@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import select
 import sys
 from collections.abc import Callable, Sequence
 
@@ -11,6 +13,7 @@ EXIT_OK = 0
 EXIT_FAILURE = 1
 EXIT_BAD_INPUT = 2
 EXIT_SIGINT = 130
+EXIT_SIGPIPE = 141
 EXIT_SIGTERM = 143
 
 
@@ -96,9 +99,40 @@ def run_program(main: Callable[[Sequence[str]], int], argv: Sequence[str] | None
 
     Returns:
         What `main` returned; 2 for an `InputError` or a package that is not installed; 130 or 143
-        for an interruption; 1 when another process of the run has gone. Any other exception is a
-        defect of the program and keeps its traceback.
+        for an interruption; 1 when another process of the run has gone; 141 when whoever read
+        standard output, such as `head`, has. Any other exception is a defect of the program and
+        keeps its traceback.
     """
+    try:
+        try:
+            code = _run(main, argv)
+        except SystemExit:
+            # argparse ends so after printing its help.
+            sys.stdout.flush()
+            raise
+        sys.stdout.flush()
+    except BrokenPipeError:
+        if not _nobody_reads_stdout():
+            raise
+        # What is left in the buffer is flushed at the interpreter's end, and would fail again.
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, sys.stdout.fileno())
+        os.close(null)
+        return EXIT_SIGPIPE
+    return code
+
+
+def _nobody_reads_stdout() -> bool:
+    """Say whether standard output is a pipe or socket whose other end is closed."""
+    try:
+        watched = select.poll()
+        watched.register(sys.stdout.fileno(), 0)
+        return bool(watched.poll(0))
+    except (OSError, ValueError):
+        return False
+
+
+def _run(main: Callable[[Sequence[str]], int], argv: Sequence[str] | None) -> int:
     try:
         return main(sys.argv[1:] if argv is None else argv)
     except InputError as error:

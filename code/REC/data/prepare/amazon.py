@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from REC.data.csv_rows import RowProblems
+from REC.data.csv_rows import RowProblems, refuse_other_separator
 from REC.data.prepare.rows import Download, Event, Item, joined, plain_text
 from REC.data.prepare.sources import Source, wrong_width
 from REC.utils.errors import InputError, one_line
@@ -24,6 +24,7 @@ from REC.utils.errors import InputError, one_line
 _PREFIX = re.compile(r"(ratings|reviews|meta)_")
 _ROWS_LOOKED_AT = 200
 _ASIN_LENGTH = 10
+_DOUBT = "check that both files are of one category and edition"
 
 # Names of the fields: item, user, timestamp, rating.
 _FIELDS_2014 = (("asin",), ("reviewerID",), ("unixReviewTime",), ("overall",))
@@ -42,12 +43,18 @@ def amazon2014(reviews: Path, meta: Path, item_first: bool = False) -> Download:
         item_first: ratings are `item,user,rating,timestamp`, as in the edition of 2018.
 
     Raises:
-        InputError: a file is missing, or the order of the ratings' columns looks like the other one.
+        InputError: a file is missing, or ratings begin with a header line, or the order of their
+            columns looks like the other one.
     """
     source = Source(reviews)
-    if source.first_line().startswith("{"):
+    first = source.first_line()
+    doubt = _DOUBT
+    if first.startswith("{"):
         events = partial(_json_events, parse=_json_or_literal, fields=_FIELDS_2014)
     else:
+        _refuse_header(source, first)
+        columns = "user,item: leave out" if item_first else "item,user: add"
+        doubt = f"are the columns {columns} --item_first? Or {_DOUBT}"
         _check_order(source, item_first)
         events = partial(_rating_events, item_first=item_first)
     return Download(
@@ -56,6 +63,7 @@ def amazon2014(reviews: Path, meta: Path, item_first: bool = False) -> Download:
         items=Source(meta),
         events=events,
         described=partial(_items, parse=_json_or_literal, key="asin"),
+        doubt=doubt,
     )
 
 
@@ -73,6 +81,7 @@ def amazon2023(reviews: Path, meta: Path) -> Download:
     else:
         missing = [name for name in _COLUMNS_2023 if name not in first.split(",")]
         if missing:
+            refuse_other_separator(source.shown, first, missing[0])
             raise InputError(
                 f"{reviews} lacks the column {missing[0]}: its first line is "
                 f"'{one_line(first, 120)}', it must name {','.join(_COLUMNS_2023)}; check that it is "
@@ -85,12 +94,28 @@ def amazon2023(reviews: Path, meta: Path) -> Download:
         items=Source(meta),
         events=events,
         described=partial(_items, parse=json.loads, key="parent_asin"),
+        doubt=_DOUBT,
     )
 
 
 def _category(path: Path) -> str:
     """Return `Books` for `ratings_Books.csv`, `reviews_Books_5.json.gz` or `Books.jsonl`."""
     return _PREFIX.sub("", path.name.partition(".")[0]).removesuffix("_5")
+
+
+def _refuse_header(source: Source, first: str) -> None:
+    """Refuse ratings that begin with names: a row of ratings has digits, at least in its timestamp."""
+    names = [cell.strip() for cell in first.split(",")]
+    if len(names) == 1 or any(map(str.isdigit, first)):
+        return
+    if set(names).issuperset(_COLUMNS_2023):
+        remedy = "files with this header are of the edition of 2023: prepare_data.py amazon2023"
+    else:
+        remedy = "remove the line"
+    raise InputError(
+        f"{source.shown}, row 1: looks like a header line ('{one_line(first, 120)}'), which ratings "
+        f"of the edition of 2014 do not have; {remedy}."
+    )
 
 
 def _check_order(source: Source, item_first: bool) -> None:

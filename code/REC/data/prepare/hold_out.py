@@ -73,11 +73,12 @@ def copy_information(source: Path, path: Path, wanted: set[str]) -> int:
         How many of them have a text in any column.
 
     Raises:
-        InputError: the file is not UTF-8 CSV, lacks `item_id` or has rows of another length.
+        InputError: the file is not UTF-8 CSV, lacks `item_id`, has rows of another length, or has
+            none of the items.
     """
     header = read_header(source, ["item_id"], "change the file")
     place = header.index("item_id")
-    with_text = 0
+    with_text = copied = 0
     with path.open("w", encoding="utf-8", newline="") as stream:
         writer = csv.writer(stream, lineterminator="\n")
         writer.writerow(header)
@@ -91,5 +92,11 @@ def copy_information(source: Path, path: Path, wanted: set[str]) -> int:
                 )
             if cells[place] in wanted:
                 writer.writerow(cells)
+                copied += 1
                 with_text += sum(map(bool, cells)) > 1
+    if not copied:
+        raise InputError(
+            f"none of the {len(wanted)} items left is in {source}; check that it is the item "
+            f"information of this data set."
+        )
     return with_text

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
 
-from REC.data.csv_rows import RowProblems
+from REC.data.csv_rows import RowProblems, refuse_other_separator
 from REC.data.prepare.rows import Download, Event, Item, joined, plain_text
 from REC.data.prepare.sources import Source, wrong_width
 from REC.utils.errors import InputError, one_line
@@ -103,9 +103,11 @@ def _csv_items(source: Source, found: RowProblems) -> Iterator[Item]:
 def _with_header(
     source: Source, found: RowProblems, header: list[str], task: str
 ) -> Iterator[tuple[int, list[str]]]:
+    line = source.first_line()
     rows = source.csv_rows(task)
-    _, first = next(rows, (1, []))
+    _, first = next(rows)
     if first != header:
+        refuse_other_separator(source.shown, line, header[0].lower())
         raise InputError(
             f"{source.shown} must begin with the line {','.join(header)}, its first line is "
             f"'{one_line(','.join(first), 120)}'; check that it is MovieLens' file."

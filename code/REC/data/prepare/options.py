@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from REC.config.options import Parser
+from REC.data.prepare.columns import ITEM, TEXTS, TIME, USER
 
 PROGRAM = "python prepare_data.py"
 _EXAMPLES = {
@@ -42,8 +43,20 @@ def parse_options(argv: Sequence[str], summary: str) -> argparse.Namespace:
         return kinds.add_parser(name, help=text, summary=text, example=_EXAMPLES[name])
 
     pixelrec = add("pixelrec", "PixelRec's CSV files: Pixel200K, Pixel1M, Pixel8M")
-    _file(pixelrec, "--interactions", "interactions: item_id,user_id,timestamp, or ordered lists")
-    _file(pixelrec, "--items", "item information: item_id, title, tag, description among others")
+    columns = {"item_id": ITEM, "user_id": USER, "timestamp": TIME}
+    _file(
+        pixelrec,
+        "--interactions",
+        f"interactions: below a header line with {_columns(columns)}, among others, in any order "
+        f"and case, separated by commas, tabs or semicolons; or ordered lists without a header "
+        f"line: the user, a tab, and the items from the oldest on, separated by blanks",
+    )
+    _file(
+        pixelrec,
+        "--items",
+        f"item information: below a header line with {_columns({'item_id': ITEM})}, and with at "
+        f"least one of {_columns(TEXTS)}",
+    )
     old = add("amazon2014", "Amazon Reviews of 2014")
     _file(old, "--reviews", "ratings_X.csv, reviews_X.json.gz or reviews_X_5.json.gz")
     _file(old, "--meta", "meta_X.json.gz")
@@ -76,13 +89,22 @@ def parse_options(argv: Sequence[str], summary: str) -> argparse.Namespace:
     held.add_argument(
         "--seed", type=_count, default=2020, help="seed of the draw (default: %(default)s)"
     )
-    for kind in (pixelrec, old, new, films, held):
-        _output(kind)
+    for kind in (pixelrec, old, new, films):
+        _output(kind, "after its files")
+    _output(held, "NAME-warm")
     return parser.parse_args(list(argv))
 
 
 def _file(parser: argparse.ArgumentParser, flag: str, text: str) -> None:
     parser.add_argument(flag, required=True, metavar="FILE", help=f"{text}; plain or gzip")
+
+
+def _columns(names: Mapping[str, Sequence[str]]) -> str:
+    """Write columns with their other names: `title (or item_title), tag (or tags)`."""
+    return ", ".join(
+        f"{column} (or {', '.join(name for name in known if name != column)})"
+        for column, known in names.items()
+    )
 
 
 def _filters(parser: argparse.ArgumentParser) -> None:
@@ -109,9 +131,9 @@ def _filters(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _output(parser: argparse.ArgumentParser) -> None:
+def _output(parser: argparse.ArgumentParser, name: str) -> None:
     group = parser.add_argument_group("what is written")
-    group.add_argument("--name", help="name of the data set (default: after its files)")
+    group.add_argument("--name", help=f"name of the data set (default: {name})")
     group.add_argument(
         "--data_path",
         metavar="DIR",

@@ -1,8 +1,9 @@
 """PixelRec's downloads: CSV files of interactions and of item information.
 
 Interactions are `item_id,user_id,timestamp`. Columns may stand in any order, among others such as a
-table's index, and be named `item`, `user` or `time`. A file of ordered lists, `user<TAB>item item ...`
-as in the group's later data sets, is read too: an item's place in its list is its timestamp.
+table's index, have one of the names in `columns.py`, and be separated by tabs or semicolons. A file of
+ordered lists, `user<TAB>item item ...` as in the group's later data sets, is read too: an item's place
+in its list is its timestamp.
 """
 
 from __future__ import annotations
@@ -10,19 +11,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from REC.data.csv_rows import RowProblems
+from REC.data.csv_rows import RowProblems, refuse_other_separator
+from REC.data.prepare.columns import ITEM, TEXTS, TIME, USER
 from REC.data.prepare.rows import Download, Event, Item, plain_text
 from REC.data.prepare.sources import Source, wrong_width
 from REC.utils.errors import InputError, one_line
 
-_ITEM = ("item_id", "item", "itemid", "iid", "video_id", "videoid")
-_USER = ("user_id", "user", "userid", "uid")
-_TIME = ("timestamp", "time", "ts")
-_TEXTS = {
-    "title": ("title", "item_title"),
-    "tag": ("tag", "tags"),
-    "description": ("description", "desc"),
-}
+_DELIMITERS = ",\t;"
+_INTERACTIONS = {"item_id": ITEM, "user_id": USER, "timestamp": TIME}
 
 
 def pixelrec(interactions: Path, items: Path) -> Download:
@@ -35,7 +31,7 @@ def pixelrec(interactions: Path, items: Path) -> Download:
     first = events.first_line()
     lists = _is_lists(first)
     if not lists:
-        _places(events, first, {"item_id": _ITEM, "user_id": _USER, "timestamp": _TIME})
+        _places(events, first, _INTERACTIONS)
     _item_places(described, described.first_line())
     return Download(
         name=interactions.name.partition(".")[0],
@@ -54,7 +50,7 @@ def _is_lists(first: str) -> bool:
 
 
 def _delimiter(first: str) -> str:
-    return "\t" if "\t" in first and "," not in first else ","
+    return next((character for character in _DELIMITERS if character in first), ",")
 
 
 def _cells(first: str) -> list[str]:
@@ -69,7 +65,9 @@ def _places(source: Source, first: str, wanted: Mapping[str, Sequence[str]]) -> 
         found = [place for place, cell in enumerate(header) if cell in names]
         if len(found) > 1:
             raise InputError(f"{source.shown} names the column {column} twice; remove one of them.")
-        if not found and column not in _TEXTS:
+        if not found and column not in TEXTS:
+            for name in names:
+                refuse_other_separator(source.shown, first, name, _DELIMITERS)
             raise InputError(
                 f"{source.shown} lacks the column {column}: its first line is "
                 f"'{one_line(first, 120)}', it must name {','.join(wanted)}; check that it is the "
@@ -80,10 +78,10 @@ def _places(source: Source, first: str, wanted: Mapping[str, Sequence[str]]) -> 
 
 
 def _item_places(source: Source, first: str) -> list[int]:
-    places = _places(source, first, {"item_id": _ITEM, **_TEXTS})
-    if places[1:] == [-1] * len(_TEXTS):
+    places = _places(source, first, {"item_id": ITEM, **TEXTS})
+    if places[1:] == [-1] * len(TEXTS):
         raise InputError(
-            f"{source.shown} has none of the columns {', '.join(_TEXTS)}: its first line is "
+            f"{source.shown} has none of the columns {', '.join(TEXTS)}: its first line is "
             f"'{one_line(first, 120)}'; check that it is the item information."
         )
     return places
@@ -91,9 +89,7 @@ def _item_places(source: Source, first: str) -> list[int]:
 
 def _events(source: Source, found: RowProblems) -> Iterator[Event]:
     first = source.first_line()
-    item, user, time = _places(
-        source, first, {"item_id": _ITEM, "user_id": _USER, "timestamp": _TIME}
-    )
+    item, user, time = _places(source, first, _INTERACTIONS)
     width = len(_cells(first))
     rows = source.csv_rows("reading interactions", _delimiter(first))
     next(rows)

@@ -46,6 +46,7 @@ class Download:
         described: reads the latter, likewise.
         has_ratings: whether events carry a rating.
         note: a sentence about the data that the user should know, or ''.
+        doubt: what to check when none of the interactions' items is described.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Download:
     described: Callable[[Source, RowProblems], Iterator[Item]]
     has_ratings: bool = True
     note: str = ""
+    doubt: str = "check that the two files are of one data set"
 
 
 def plain_text(text: str) -> str:

@@ -126,12 +126,15 @@ class Source:
                 yield number, line.split(separator)
 
     def first_line(self) -> str:
-        """Return the first line without its end; empty for an empty file.
+        """Return the first line that is not blank, without its end.
 
         Raises:
-            InputError: as `text_lines`.
+            InputError: as `text_lines`, or there is no such line.
         """
-        return next((line for _, line in self.text_lines()), "").rstrip("\r\n")
+        for _, line in self.text_lines():
+            if text := line.rstrip("\r\n"):
+                return text
+        raise InputError(f"{self.shown} is empty; check that it is the right file.")
 
     def _open(self, stack: ExitStack) -> tuple[BinaryIO, BinaryIO, int]:
         """Return the stream to read, the one whose position tells progress, and the latter's size."""
@@ -157,4 +160,14 @@ def _lines(stream: BinaryIO) -> Iterator[bytes]:
 
 def wrong_width(found: RowProblems, row: int, cells: int, wanted: int) -> None:
     """Book a row with another number of fields than its file's rows have."""
-    found.add("width", row, f"has {cells} field{'s' * (cells != 1)} where {wanted} are expected")
+    if cells == 1:
+        kind, remedy = "one", "check the separator, or complete the row"
+    elif cells < wanted:
+        kind, remedy = "fewer", "complete the row or remove it"
+    else:
+        kind, remedy = "more", "look for a separator inside a field, or remove the row"
+    found.add(
+        kind,
+        row,
+        f"has {cells} field{'s' * (cells != 1)} where {wanted} are expected; {remedy}",
+    )

@@ -9,9 +9,15 @@ from datetime import UTC, datetime
 import numpy as np
 
 from REC.data.prepare.table import Table
+from REC.data.split import NEEDED, count_too_short
 
 # Unix time in seconds: 1973 and the year 2100. Smaller numbers are counters rather than times.
 _LEAST, _MOST = 100_000_000, 4_102_444_800
+_PURPOSE = {
+    "train": "to train on",
+    "valid": "for a validation target",
+    "test": "for a test target",
+}
 
 
 @dataclass(frozen=True)
@@ -27,6 +33,7 @@ class Statistics:
         again: interactions with an item that the user has another interaction with.
         first: earliest timestamp.
         last: latest timestamp.
+        too_short: phase (train, valid, test) -> users with too few interactions for it.
     """
 
     users: int
@@ -37,6 +44,7 @@ class Statistics:
     again: int
     first: int
     last: int
+    too_short: Mapping[str, int]
 
     @property
     def density(self) -> float:
@@ -58,6 +66,7 @@ def statistics(table: Table) -> Statistics:
         again=len(pairs) - len(np.unique(pairs)),
         first=int(table.timestamps.min()),
         last=int(table.timestamps.max()),
+        too_short=count_too_short(lengths),
     )
 
 
@@ -79,6 +88,10 @@ def statistics_rows(numbers: Statistics, with_text: int) -> list[tuple[str, str]
         ("items with text", f"{with_text:,} of {numbers.items:,}"),
         ("first interaction", _time(numbers.first, numbers.last)),
         ("last interaction", _time(numbers.last, numbers.last)),
+        *(
+            (f"users too short {_PURPOSE[phase]} (fewer than {NEEDED[phase]})", f"{count:,}")
+            for phase, count in numbers.too_short.items()
+        ),
     ]
 
 

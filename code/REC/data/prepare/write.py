@@ -104,12 +104,14 @@ class Described:
     """What became of the item information's rows.
 
     Attributes:
+        described: items that have a row.
         with_text: items that have a text.
         without_row: items without a row; they are written with empty texts.
         unused: rows of items without interactions, left out.
         repeated: rows of items described before, left out.
     """
 
+    described: int = 0
     with_text: int = 0
     without_row: int = 0
     unused: int = 0
@@ -134,6 +136,7 @@ def write_items(path: Path, items: Iterator[Item], wanted: set[str]) -> Describe
             if item in wanted:
                 wanted.remove(item)
                 done.add(item)
+                result.described += 1
                 result.with_text += any(texts)
                 writer.writerow((item, *texts))
             elif item in done:
