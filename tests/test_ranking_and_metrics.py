@@ -60,7 +60,7 @@ def test_chunked_scores_equal_the_plain_product() -> None:
 @pytest.mark.parametrize(
     ("dim", "budget", "device", "wanted"),
     [
-        (2048, 1 << 28, "cpu", 256),
+        (2048, 1 << 28, "cpu", 1024),
         (2048, 1 << 28, "cuda", 8192),
         (2048, 1 << 20, "cpu", 32),
         (2048, 1, "cpu", 1),

@@ -203,6 +203,17 @@ def _cached_items(config: Config, path: Path, width: int, *, known_width: bool) 
     return _Items(count, dtype)
 
 
+def _trained_how(shape: TrainingShape) -> str:
+    layers = f"The UserLLM's {shape.model_config.num_hidden_layers} layers"
+    number = str(shape.dtype).removeprefix("torch.") + " products" * shape.mixed
+    kernel = f"{number}, {shape.attention} attention"
+    if shape.lora_rank is None:
+        return f"{layers}: all weights trained, {kernel}."
+    frozen = "frozen weights" if shape.quant_type == "none" else f"{shape.quant_type} weights"
+    targets = ", ".join(shape.lora_targets)
+    return f"{layers}: LoRA of rank {shape.lora_rank} on {targets}, over {frozen}, {kernel}."
+
+
 def describe(config: Config, shape: TrainingShape, assumed: Sequence[str] = ()) -> str:
     """Write the estimate, what was assumed for it, and the table of cards."""
     # Counted once: the same with and without gradient checkpointing, and for every batch size.
@@ -219,6 +230,7 @@ def describe(config: Config, shape: TrainingShape, assumed: Sequence[str] = ()) 
     lines = [
         f"Estimated GPU memory of a training step: batch {config.train_batch_size} x "
         f"{shape.length} items, {known} items in the catalogue, {how}.",
+        _trained_how(shape),
         *(f"Assumed: {sentence}" for sentence in assumed),
         "",
         *(f"{name:<14}{size / MIB:>10,.0f} MiB" for name, size in counted_rows),
