@@ -168,7 +168,9 @@ def read_yaml_file(path: str | Path) -> dict[str, Any]:
     Raises:
         InputError: the file is missing, too large, not UTF-8, not YAML or not a mapping.
     """
-    path = require_file(path, str(path), "check --config_file, which takes every word up to the next --key")
+    path = require_file(
+        path, str(path), "check --config_file, which takes every word up to the next --key"
+    )
     try:
         if path.stat().st_size > MAX_YAML_BYTES:
             limit = f"{MAX_YAML_BYTES >> 10} KiB"
