@@ -3,14 +3,12 @@
 
 from __future__ import annotations
 
-import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from REC.config import Config
 from REC.config.program import program_config
 from REC.utils.errors import EXIT_OK, refuse, run_program
 from REC.utils.torchrun import global_rank
@@ -36,6 +34,7 @@ def main(argv: Sequence[str]) -> int:
     # Imported here, so that --help and a mistyped option need not wait for torch.
     from REC.recipes.check import check_run, quick_problems
     from REC.recipes.dry_run import dry_run
+    from REC.recipes.next_step import commands_after_run
     from REC.recipes.train_and_rank import run
 
     if config.check:
@@ -45,20 +44,8 @@ def main(argv: Sequence[str]) -> int:
     else:
         refuse(quick_problems(config))
         folder = run(config)
-        sys.stdout.write(next_steps(folder, config) if global_rank() == 0 else "")
+        sys.stdout.write(commands_after_run(config, folder) if global_rank() == 0 else "")
     return EXIT_OK
-
-
-def next_steps(folder: Path, config: Config) -> str:
-    """Return what to do with a finished run: a line a command."""
-    run_dir = shlex.quote(str(folder))
-    lines = [
-        f"intervals and paired tests: python code/compare.py {run_dir}",
-        f"a page to look at: python code/report.py {run_dir}",
-    ]
-    if config.trains and config.model == "HLLM":
-        lines.append(f"recommendations: python code/recommend.py --run {run_dir} --serve 8000")
-    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":

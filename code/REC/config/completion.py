@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 # argcomplete's protocol: the shell sets this variable in the program that it runs for its answers.
 _ASKED = "_ARGCOMPLETE"
 
 
-def answer_shell(parser: argparse.ArgumentParser) -> None:
+def answer_shell(make_parser: Callable[[], argparse.ArgumentParser]) -> None:
     """Write what may stand at the cursor and end the program, when a shell asks; else do nothing.
+
+    Args:
+        make_parser: gives the parser that knows the options; called only when a shell asks.
 
     A program that takes part carries the words PYTHON_ARGCOMPLETE_OK near its top.
     """
@@ -21,7 +24,7 @@ def answer_shell(parser: argparse.ArgumentParser) -> None:
         import argcomplete
     except ImportError:
         return
-    argcomplete.autocomplete(parser)
+    argcomplete.autocomplete(make_parser())
 
 
 def key_parser(program: str, keys: Sequence[tuple[str, Sequence[str]]]) -> argparse.ArgumentParser:

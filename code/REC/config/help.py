@@ -83,8 +83,8 @@ def help_text(
         lines += [
             "",
             "Every key of code/main.py is accepted, so that both take the same YAML files.",
+            "These have an effect here:",
         ]
-        lines += ["These have an effect here:"]
     for group, rows in _rows().items():
         shown = [row for row in rows if not keys or row[0] in keys]
         lines += ["", f"{group} keys:"] if shown else []

@@ -43,7 +43,7 @@ class Parser(argparse.ArgumentParser):
         self, args: Sequence[str] | None = None, namespace: Any = None
     ) -> argparse.Namespace:
         """Parse as argparse does, or answer a shell that asks how a word could end."""
-        answer_shell(self)
+        answer_shell(lambda: self)
         return super().parse_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:

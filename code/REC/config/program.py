@@ -33,7 +33,7 @@ def program_config(
     Raises:
         InputError: the command line or a YAML file is not a valid configuration.
     """
-    answer_shell(key_parser(program, key_values(keys)))
+    answer_shell(lambda: key_parser(program, key_values(keys)))
     line = parse_command_line(argv)
     speaks = global_rank() == 0
     if line.show_help:

@@ -189,6 +189,7 @@ class Recommender(nn.Module):
     def _for_scoring(self, vectors: Tensor) -> Tensor:
         if self.settings.similarity != "cosine":
             return vectors.float()
+        # As `losses.normalize`, in place: one piece of memory instead of two in ranking's inner loop.
         own = vectors.to(torch.float32, copy=True)
         return F.normalize(own, dim=-1, out=own)
 

@@ -1,4 +1,4 @@
-"""The command that goes on from a finished item cache."""
+"""The commands that go on from a finished item cache or run."""
 
 from __future__ import annotations
 
@@ -53,6 +53,18 @@ def command_after_caching(config: Config, files: Sequence[Path]) -> str | None:
         words += _option("use_item_cache", True)
     command = shlex.join([*words, *_option("val_only", True)])
     return command if command.isprintable() else None
+
+
+def commands_after_run(config: Config, folder: Path) -> str:
+    """Return what to do with a finished run: a line a command."""
+    run_dir = shlex.quote(str(folder))
+    lines = [
+        f"intervals and paired tests: python code/compare.py {run_dir}",
+        f"a page to look at: python code/report.py {run_dir}",
+    ]
+    if config.trains and config.model == "HLLM":
+        lines.append(f"recommendations: python code/recommend.py --run {run_dir} --serve 8000")
+    return "\n".join(lines) + "\n"
 
 
 def _found_without(config: Config, plain: Config) -> Path:

@@ -7,7 +7,7 @@ import select
 import sys
 from collections.abc import Callable, Sequence
 
-from REC.utils.torchrun import world_size
+from REC.utils.torchrun import say_once
 
 EXIT_OK = 0
 EXIT_FAILURE = 1
@@ -137,18 +137,18 @@ def _run(main: Callable[[Sequence[str]], int], argv: Sequence[str] | None) -> in
         return main(sys.argv[1:] if argv is None else argv)
     except InputError as error:
         for problem in problems_of(error):
-            _say_once(f"error: {one_line(problem)}")
+            say_once(f"error: {one_line(problem)}")
         return EXIT_BAD_INPUT
     except Interrupted as stop:
-        _say_once(f"interrupted: {stop}")
+        say_once(f"interrupted: {stop}")
         return stop.exit_code
     except KeyboardInterrupt:
-        _say_once("interrupted")
+        say_once("interrupted")
         return EXIT_SIGINT
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] == "REC":
             raise
-        _say_once(
+        say_once(
             f"error: the package {error.name.partition('.')[0]} is missing in {sys.executable}; "
             f"activate the virtual environment (. .venv/bin/activate) or run pip install -r "
             f"requirements.txt."
@@ -159,20 +159,9 @@ def _run(main: Callable[[Sequence[str]], int], argv: Sequence[str] | None) -> in
 
         if not is_lost_process(error):
             raise
-        _say_once(
+        say_once(
             "error: another process of this run has ended or does not answer, so the run stops; "
             "the lines above or torchrun's summary below say which one and why.",
             at_once=True,
         )
         return EXIT_FAILURE
-
-
-def _say_once(line: str, *, at_once: bool = False) -> None:
-    if world_size() == 1:
-        sys.stderr.write(f"{line}\n")
-        sys.stderr.flush()
-        return
-    # Here, since torch takes seconds to import and a mistyped option should not.
-    from REC.utils.processes import say_once
-
-    say_once(line, at_once=at_once)

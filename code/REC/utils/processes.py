@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import hashlib
-import os
-import socket
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -15,7 +11,7 @@ from typing import Any, TypeVar
 from torch import distributed as dist
 
 from REC.utils.errors import InputError
-from REC.utils.torchrun import global_rank, world_size
+from REC.utils.torchrun import world_size
 
 T = TypeVar("T")
 
@@ -23,7 +19,6 @@ T = TypeVar("T")
 # processes as soon as one of them dies; this is for one that is alive and does not answer. It has
 # to be longer than anything that one process does alone, such as writing a large model.
 TIMEOUT = timedelta(minutes=30)
-_PATIENCE = timedelta(seconds=5)
 
 
 @dataclass(frozen=True)
@@ -130,57 +125,9 @@ def _leave() -> None:
         dist.destroy_process_group()
 
 
-def say_once(line: str, *, at_once: bool = False) -> None:
-    """Write a line to standard error, once for all processes of the run.
-
-    Process 0 writes. The others keep silent when it does so within a few seconds; otherwise (only
-    they have something to say, or process 0 is gone) one of them writes.
-
-    Args:
-        line: what to write.
-        at_once: whichever process comes first writes, without waiting for process 0.
-    """
-    text = line.rstrip("\n")
-    store = _store()
-    key = f"hsft-said-{hashlib.sha256(text.encode()).hexdigest()}"
-    try:
-        if store is None or (at_once and store.add(f"{key}-count", 1) == 1):
-            sys.stderr.write(f"{text}\n")
-        elif not at_once:
-            _say_in_turn(store, key, text)
-    except RuntimeError:  # the launcher, which holds the store, has gone
-        sys.stderr.write(f"{text}\n")
-    sys.stderr.flush()
-
-
-def _say_in_turn(store: dist.TCPStore, key: str, text: str) -> None:
-    if global_rank() == 0:
-        sys.stderr.write(f"{text}\n")
-        sys.stderr.flush()
-        store.set(key, "1")
-        return
-    try:
-        store.wait([key], _PATIENCE)
-    except RuntimeError:
-        if store.add(f"{key}-count", 1) == 1:
-            where = f"process {global_rank()} on {socket.gethostname()}"
-            sys.stderr.write(f"{text} ({where})\n")
-
-
 def is_lost_process(error: BaseException) -> bool:
     """Say whether an exception means that another process of the group has gone or is silent."""
     if isinstance(error, dist.DistBackendError | dist.DistNetworkError):
         return True
     # gloo raises plain RuntimeErrors that name its source files.
     return isinstance(error, RuntimeError) and "gloo" in str(error)
-
-
-def _store() -> dist.TCPStore | None:
-    """Connect to the store that torchrun's agent keeps for its workers; None without one."""
-    if world_size() == 1 or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-        return None
-    try:
-        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        return dist.TCPStore(address, port, is_master=False, timeout=_PATIENCE)
-    except (KeyError, ValueError, RuntimeError):
-        return None
