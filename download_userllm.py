@@ -9,15 +9,16 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "code"))
 
-from REC.hub.options import parse_options
-from REC.utils.errors import EXIT_OK, run_program
+from hsft.hub.options import parse_options
+from hsft.utils.errors import EXIT_OK
+from hsft.utils.program import run_program
 
 
 def main(argv: Sequence[str]) -> int:
     """Run the program with its arguments and return the exit code."""
     options = parse_options("user", argv, __doc__ or "")
     # Imported here, so that --help and a mistyped option need not wait for torch.
-    from REC.recipes.import_hllm import import_checkpoint
+    from hsft.inputs.import_hllm import import_checkpoint
 
     import_checkpoint(options)
     return EXIT_OK

@@ -9,10 +9,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "code"))
 
-from REC.config.loader import parse_command_line
-from REC.config.program import program_config
-from REC.utils.errors import EXIT_OK, refuse, run_program
-from REC.utils.torchrun import global_rank
+from hsft.config.loader import parse_command_line
+from hsft.config.program import program_config
+from hsft.utils.errors import EXIT_OK, refuse
+from hsft.utils.program import run_program
+from hsft.utils.torchrun import global_rank
 
 EXAMPLES = (
     "python item_caching.py --dataset Pixel200K --item_pretrain_dir model_checkpoints/ItemLLM_complete",
@@ -34,9 +35,9 @@ def main(argv: Sequence[str]) -> int:
     if config is None:
         return EXIT_OK
     # Imported here, so that --help and a mistyped option need not wait for torch.
-    from REC.recipes.cache_items import write_item_cache
-    from REC.recipes.check import check_caching, quick_caching_problems
-    from REC.recipes.next_step import command_after_caching
+    from hsft.inputs.cache_items import write_item_cache
+    from hsft.run.check import check_caching, quick_caching_problems
+    from hsft.run.next_step import command_after_caching
 
     if config.check:
         check_caching(config)

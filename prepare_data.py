@@ -9,16 +9,17 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "code"))
 
-from REC.data.prepare.options import parse_options
-from REC.utils.errors import EXIT_OK, run_program
-from REC.utils.logs import set_up_logging
+from hsft.data.prepare.options import parse_options
+from hsft.utils.errors import EXIT_OK
+from hsft.utils.logs import set_up_logging
+from hsft.utils.program import run_program
 
 
 def main(argv: Sequence[str]) -> int:
     """Run the program with its arguments and return the exit code."""
     options = parse_options(argv, __doc__ or "")
     # Imported here, so that --help and a mistyped option need not wait for torch.
-    from REC.recipes.prepare_data import prepare
+    from hsft.inputs.prepare_data import prepare
 
     set_up_logging()
     prepare(options)

@@ -27,22 +27,22 @@ from transformers import LlamaConfig, LlamaModel
 
 from benchmarks.padding_data import PIXEL_ITEMS, pixel_like, sequences
 from benchmarks.plain_training import PlainModel, pad_to
-from REC.config import Config
-from REC.config.loader import load_config
-from REC.data.cache import open_cache, save_cache
-from REC.data.dataset import TrainBatch, TrainCollate
-from REC.data.split import leave_one_out
-from REC.model.backbone import load_decoder
-from REC.recipes.dry_run import TINYLLAMA, training_shape
-from REC.recipes.setup import Data, build_user_llm, lora_settings
-from REC.recipes.train_and_rank import make_train_loader
-from REC.report.memory import CUDA_CONTEXT, GIB, estimate, meta_decoder
-from REC.trainer.fabric import compute_dtype, make_fabric
-from REC.trainer.optim import build_optimizer
-from REC.utils.environment import device_name
-from REC.utils.errors import EXIT_BAD_INPUT, EXIT_OK
-from REC.utils.files import write_json, write_text
-from REC.utils.logs import set_up_logging
+from hsft.config import Config
+from hsft.config.loader import load_config
+from hsft.data.cache import open_cache, save_cache
+from hsft.data.dataset import TrainBatch, TrainCollate
+from hsft.data.split import leave_one_out
+from hsft.model.backbone import load_decoder
+from hsft.report.memory import CUDA_CONTEXT, GIB, estimate, meta_decoder
+from hsft.run.dry_run import TINYLLAMA, training_shape
+from hsft.run.setup import Data, build_user_llm, lora_settings
+from hsft.run.train_and_rank import make_train_loader
+from hsft.trainer.fabric import compute_dtype, make_fabric
+from hsft.trainer.optim import build_optimizer
+from hsft.utils.environment import device_name
+from hsft.utils.errors import EXIT_BAD_INPUT, EXIT_OK
+from hsft.utils.files import write_json, write_text
+from hsft.utils.logs import set_up_logging
 
 ROOT = Path(__file__).resolve().parents[1]
 # Dense bfloat16 tensor-core peaks with float32 accumulation, from NVIDIA's data sheets and

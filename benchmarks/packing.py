@@ -31,15 +31,15 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from benchmarks.padding_data import demo, pixel_like, sequences
 from benchmarks.plain_training import PlainModel, pad_to
-from REC.data.dataset import CachedEmbeddingTrainDataset, TrainBatch, TrainCollate
-from REC.data.dataset.packing import real_share
-from REC.model.backbone import LoraSettings, add_lora, load_decoder
-from REC.model.item_table import ItemTable
-from REC.model.recommender import LossSettings, Recommender
-from REC.model.user_llm import UserLLM
-from REC.trainer.sampler import SequenceBatches
-from REC.utils.files import write_json, write_text
-from REC.utils.logs import set_up_logging
+from hsft.data.dataset import CachedEmbeddingTrainDataset, TrainBatch, TrainCollate
+from hsft.data.dataset.packing import real_share
+from hsft.model.backbone import LoraSettings, add_lora, load_decoder
+from hsft.model.item_table import ItemTable
+from hsft.model.recommender import LossSettings, Recommender
+from hsft.model.user_llm import UserLLM
+from hsft.trainer.sampler import SequenceBatches
+from hsft.utils.files import write_json, write_text
+from hsft.utils.logs import set_up_logging
 
 ROOT = Path(__file__).resolve().parents[1]
 _RANK, _DROPOUT = 8, 0.05

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
-from REC.data.dataset import CachedEmbeddingTrainDataset
-from REC.data.interactions import Interactions, read_interactions
-from REC.data.split import leave_one_out
+from hsft.data.dataset import CachedEmbeddingTrainDataset
+from hsft.data.interactions import Interactions, read_interactions
+from hsft.data.split import leave_one_out
 
 PIXEL_USERS, PIXEL_ITEMS, PIXEL_INTERACTIONS = 200_000, 96_282, 3_965_656
 # The PixelRec paper gives totals only: the spread and the shortest history are assumptions.

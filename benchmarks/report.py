@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from REC.utils.files import write_text
+from hsft.utils.files import write_text
 
 # Units of which less is better.
 _COSTS = ("s", "MB")

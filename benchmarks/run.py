@@ -25,8 +25,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "code"), str(ROOT)]
 
 from benchmarks import report, stages, synthetic  # noqa: E402
-from REC.utils import environment  # noqa: E402
-from REC.utils.files import write_json, write_text  # noqa: E402
+from hsft.utils import environment  # noqa: E402
+from hsft.utils.files import write_json, write_text  # noqa: E402
 
 FORMAT = 1
 

@@ -27,9 +27,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "code"))
 import torch
 import torch.nn.functional as F
 
-from REC.model.item_table import ItemTable
-from REC.model.losses import catalogue_softmax
-from REC.utils.files import write_json, write_text
+from hsft.model.item_table import ItemTable
+from hsft.model.losses import catalogue_softmax
+from hsft.utils.files import write_json, write_text
 
 ROOT = Path(__file__).resolve().parents[1]
 MIB = 1 << 20

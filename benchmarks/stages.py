@@ -21,20 +21,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks import naive, synthetic
-from REC.data.cache import ItemCache, open_cache
-from REC.data.dataset import (
+from hsft.data.cache import ItemCache, open_cache
+from hsft.data.dataset import (
     CachedEmbeddingEvalDataset,
     CachedEmbeddingTrainDataset,
     EvalCollate,
     TrainCollate,
 )
-from REC.data.interactions import Interactions, read_interactions
-from REC.data.negatives import NegativeSampler
-from REC.data.split import Split, leave_one_out
-from REC.evaluator.evaluator import EvalProtocol, Evaluator
-from REC.model.item_table import ItemTable, table_from_cache
-from REC.model.losses import normalize
-from REC.model.recommender import LossSettings, Recommender, SequenceEncoder
+from hsft.data.interactions import Interactions, read_interactions
+from hsft.data.negatives import NegativeSampler
+from hsft.data.split import Split, leave_one_out
+from hsft.evaluator.evaluator import EvalProtocol, Evaluator
+from hsft.model.item_table import ItemTable, table_from_cache
+from hsft.model.losses import normalize
+from hsft.model.recommender import LossSettings, Recommender, SequenceEncoder
 
 ROOT = Path(__file__).resolve().parents[1]
 DEMO_LLM = ROOT / "model_checkpoints" / "SmolLM2-135M-Instruct"
@@ -361,8 +361,8 @@ def _demo_encoder(layers: int | None) -> Any:
     # transformers takes seconds to import and only the demo's stages need it.
     from transformers import AutoTokenizer
 
-    from REC.model.backbone import load_decoder
-    from REC.model.item_llm import ItemEncoder
+    from hsft.encoding.item_llm import ItemEncoder
+    from hsft.model.backbone import load_decoder
 
     _need(DEMO_LLM / "model.safetensors", DEMO_TEXTS)
     model = load_decoder(
@@ -375,7 +375,7 @@ def _demo_encoder(layers: int | None) -> Any:
 
 
 def _demo_texts(context: Context) -> list[str]:
-    from REC.data.item_text import read_item_texts
+    from hsft.data.item_text import read_item_texts
 
     prompt = "Compress the following sentence into embedding: "
     texts = read_item_texts(DEMO_TEXTS, ("title", "tag", "description"), prompt).texts
@@ -391,9 +391,9 @@ def _items_setup(context: Context) -> tuple[Any, list[str], int, str]:
 
 def items_hsft(context: Context) -> list[Figure]:
     """Encode the demo's items by length within a token budget, their common beginning once."""
-    from REC.data.tokens import tokenize_in_memory
-    from REC.model.item_llm import length_batches
-    from REC.recipes.cache_items import BATCH_TOKENS
+    from hsft.encoding.item_llm import length_batches
+    from hsft.encoding.tokens import tokenize_in_memory
+    from hsft.inputs.cache_items import BATCH_TOKENS
 
     encoder, texts, tokens, note = _items_setup(context)
 
@@ -423,7 +423,7 @@ TRAIN_BATCH = 16
 
 
 def _demo_decoder(seed: int) -> Any:
-    from REC.model.backbone import LoraSettings, add_lora, load_decoder
+    from hsft.model.backbone import LoraSettings, add_lora, load_decoder
 
     _need(DEMO_LLM / "model.safetensors", DEMO_INTERACTIONS, DEMO_CACHE)
     torch.manual_seed(seed)
@@ -449,7 +449,7 @@ def _demo_decoder(seed: int) -> Any:
 
 def train_hsft(context: Context) -> list[Figure]:
     """Train the demo's UserLLM (2 layers of SmolLM2) on HSFT's batches."""
-    from REC.model.user_llm import UserLLM
+    from hsft.model.user_llm import UserLLM
 
     decoder = _demo_decoder(context.seed)
     cache = open_cache(DEMO_CACHE)

@@ -15,8 +15,8 @@ import numpy as np
 import pandas as pd
 import torch
 
-from REC.data.cache import save_cache
-from REC.utils.files import atomic_path, write_json
+from hsft.data.cache import save_cache
+from hsft.utils.files import atomic_path, write_json
 
 SEED = 2020
 _FIRST_TIME, _SECONDS = 1_580_000_000, 3 * 365 * 86_400

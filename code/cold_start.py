@@ -10,9 +10,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from REC.config.options import Parser, add_places, places
-from REC.utils.errors import EXIT_OK, run_program
-from REC.utils.logs import set_up_logging
+from hsft.config.options import Parser, add_places, places
+from hsft.utils.errors import EXIT_OK
+from hsft.utils.logs import set_up_logging
+from hsft.utils.program import run_program
 
 EXAMPLES = (
     "python code/cold_start.py --run saved/Pixel200K-warm-qlora --dataset Pixel200K"
@@ -42,8 +43,8 @@ def main(argv: Sequence[str]) -> int:
     add_places(parser)
     options = parser.parse_args(argv)
     # Imported here, so that --help and a mistyped option need not wait for torch.
-    from REC.recipes.cold_start import cold_start, markdown
-    from REC.report.terminal import write_markdown
+    from hsft.finished.cold_start import cold_start, markdown
+    from hsft.report.terminal import write_markdown
 
     set_up_logging()
     rows = cold_start(options.run, options.dataset, {"show_progress": True, **places(options)})

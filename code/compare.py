@@ -9,8 +9,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from REC.config.options import Parser
-from REC.utils.errors import EXIT_OK, run_program
+from hsft.config.options import Parser
+from hsft.utils.errors import EXIT_OK
+from hsft.utils.program import run_program
 
 EXAMPLES = (
     "python code/compare.py saved/Pixel200K-pop saved/Pixel200K-qlora",
@@ -32,8 +33,8 @@ def main(argv: Sequence[str]) -> int:
     )
     args = parser.parse_args(argv)
     # Imported here, so that --help and a mistyped option need not wait for torch.
-    from REC.report.compare import load_comparison, markdown, save_comparison
-    from REC.report.terminal import write_markdown
+    from hsft.report.compare import load_comparison, markdown, save_comparison
+    from hsft.report.terminal import write_markdown
 
     comparison = load_comparison(args.runs)
     # Saved first: whoever reads the output may stop before its end.

@@ -10,10 +10,11 @@ from typing import get_args
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from REC.config.options import Parser, add_places, places, true_or_false
-from REC.config.schema import DType
-from REC.utils.errors import EXIT_OK, run_program
-from REC.utils.logs import set_up_logging
+from hsft.config.options import Parser, add_places, places, true_or_false
+from hsft.config.schema import DType
+from hsft.utils.errors import EXIT_OK
+from hsft.utils.logs import set_up_logging
+from hsft.utils.program import run_program
 
 EXAMPLES = (
     "python code/export.py --run saved/Pixel200K-qlora",
@@ -63,7 +64,7 @@ def main(argv: Sequence[str]) -> int:
     add_places(parser)
     args = parser.parse_args(list(argv))
     # Imported here, so that --help and a mistyped option need not wait for torch.
-    from REC.recipes.export import ExportOptions, export
+    from hsft.finished.export import ExportOptions, export
 
     set_up_logging()
     default = "export" if args.format == "merged" else "export-adapter"

@@ -9,9 +9,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from REC.config.program import program_config
-from REC.utils.errors import EXIT_OK, refuse, run_program
-from REC.utils.torchrun import global_rank
+from hsft.config.program import program_config
+from hsft.utils.errors import EXIT_OK, refuse
+from hsft.utils.program import run_program
+from hsft.utils.torchrun import global_rank
 
 _START = (
     "python code/main.py --config_file code/overall/LLM_ddp.yaml code/HLLM/HLLM.yaml"
@@ -32,10 +33,10 @@ def main(argv: Sequence[str]) -> int:
     if config is None:
         return EXIT_OK
     # Imported here, so that --help and a mistyped option need not wait for torch.
-    from REC.recipes.check import check_run, quick_problems
-    from REC.recipes.dry_run import dry_run
-    from REC.recipes.next_step import commands_after_run
-    from REC.recipes.train_and_rank import run
+    from hsft.run.check import check_run, quick_problems
+    from hsft.run.dry_run import dry_run
+    from hsft.run.next_step import commands_after_run
+    from hsft.run.train_and_rank import run
 
     if config.check:
         check_run(config)

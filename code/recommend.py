@@ -10,9 +10,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from REC.config.options import Parser, add_places, true_or_false
-from REC.utils.errors import EXIT_OK, run_program
-from REC.utils.logs import set_up_logging
+from hsft.config.options import Parser, add_places, true_or_false
+from hsft.utils.errors import EXIT_OK
+from hsft.utils.logs import set_up_logging
+from hsft.utils.program import run_program
 
 EXAMPLES = (
     "python code/recommend.py --run saved/Pixel200K-qlora --user 1001",
@@ -29,7 +30,7 @@ def main(argv: Sequence[str]) -> int:
     _add_options(parser)
     options = parser.parse_args(argv)
     # Imported here, so that --help and a mistyped option need not wait for torch.
-    from REC.recipes.recommend import run_recommend
+    from hsft.finished.recommend import run_recommend
 
     set_up_logging()
     run_recommend(options)

@@ -9,9 +9,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from REC.config.options import Parser, add_places, places
-from REC.utils.errors import EXIT_OK, InputError, run_program
-from REC.utils.logs import set_up_logging
+from hsft.config.options import Parser, add_places, places
+from hsft.utils.errors import EXIT_OK, InputError
+from hsft.utils.logs import set_up_logging
+from hsft.utils.program import run_program
 
 EXAMPLES = (
     "python code/report.py saved/Pixel200K-qlora",
@@ -56,7 +57,7 @@ def main(argv: Sequence[str]) -> int:
         if getattr(args, name) < 0:
             raise InputError(f"--{name} is {getattr(args, name)}; give a number from 0 up.")
     # Imported here, so that --help and a mistyped option need not wait for torch.
-    from REC.recipes.write_report import write_report
+    from hsft.finished.write_report import write_report
 
     set_up_logging()
     target = write_report(

@@ -9,10 +9,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from REC.config.options import Parser
-from REC.recipes.sweep_plan import keys_help, read_plan
-from REC.utils.errors import EXIT_OK, run_program
-from REC.utils.logs import set_up_logging
+from hsft.config.options import Parser
+from hsft.finished.sweep_plan import keys_help, read_plan
+from hsft.utils.errors import EXIT_OK
+from hsft.utils.logs import set_up_logging
+from hsft.utils.program import run_program
 
 EXAMPLES = ("python code/sweep.py code/overall/sweep_example.yaml",)
 
@@ -27,7 +28,7 @@ def main(argv: Sequence[str]) -> int:
     )
     args = parser.parse_args(list(argv))
     # Imported here, so that --help and a mistyped option need not wait for torch.
-    from REC.recipes.sweep import sweep
+    from hsft.finished.sweep import sweep
 
     set_up_logging()
     sweep(read_plan(args.plan))

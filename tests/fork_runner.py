@@ -23,11 +23,11 @@ sys.path[:0] = [str(ROOT / "code"), str(ROOT)]
 
 import transformers  # noqa: E402
 
+from hsft.encoding import build_cache, parts  # noqa: E402
+from hsft.encoding.item_llm import ItemEncoder  # noqa: E402
+from hsft.inputs import cache_items  # noqa: E402
+from hsft.utils.program import run_program  # noqa: E402
 from item_caching import main  # noqa: E402
-from REC.data import build_cache, parts  # noqa: E402
-from REC.model.item_llm import ItemEncoder  # noqa: E402
-from REC.recipes import cache_items  # noqa: E402
-from REC.utils.errors import run_program  # noqa: E402
 
 # Loaded lazily, which every child would do again.
 WARM = (transformers.LlamaModel, transformers.PreTrainedTokenizerFast, transformers.AutoModel)

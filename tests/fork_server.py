@@ -30,11 +30,11 @@ import peft  # noqa: F401  (imported late by the program, and slow)
 import torch
 from transformers import LlamaModel  # noqa: F401
 
+from hsft.model import weights
+from hsft.trainer import checkpoint
+from hsft.trainer.trainer import Trainer
+from hsft.utils.program import run_program
 from main import main
-from REC.model import weights
-from REC.trainer import checkpoint
-from REC.trainer.trainer import Trainer
-from REC.utils.errors import run_program
 
 CHANGES = ("replace", "unlink", "rmdir", "mkdir", "link", "fsync")
 

@@ -16,7 +16,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from REC.data.cache import save_cache
+from hsft.data.cache import save_cache
 
 ROOT = Path(__file__).resolve().parents[1]
 WORDS = ("title", "tag", "description", ":", "item", *map(str, range(40)))

@@ -12,7 +12,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "code"))
 
-from REC.config.help import key_table
+from hsft.config.help import key_table
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -19,7 +19,7 @@ sys.path[:0] = [str(ROOT / "code"), str(ROOT)]
 
 def divide_everything() -> None:
     """Let ZeRO stage 3 divide the tests' small matrices too, which it would keep whole."""
-    from REC.trainer import zero
+    from hsft.trainer import zero
 
     plain = zero.zero_settings
 
@@ -33,7 +33,7 @@ def divide_everything() -> None:
 
 def run_all(path: str) -> int:
     """Run the commands of a file until one fails; return its exit code."""
-    from REC.utils.errors import run_program
+    from hsft.utils.program import run_program
 
     Path(f"process-{os.environ.get('RANK', '0')}.pid").write_text(str(os.getpid()))
     divide_everything()

@@ -21,7 +21,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "code"))
 
-from REC.utils.errors import InputError, one_line, problems_of
+from hsft.utils.errors import InputError, one_line, problems_of
 
 ROOT = Path(__file__).resolve().parents[2]
 # Values at which parsers go wrong more often than at others.

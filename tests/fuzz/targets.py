@@ -10,16 +10,16 @@ from safetensors.numpy import save as save_arrays
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
-from REC.config.help import dump_config
-from REC.config.loader import load_config, parse_command_line
-from REC.config.schema import Config
-from REC.data.cache import encode_ids, open_cache
-from REC.data.interactions import read_interactions
-from REC.data.item_text import read_item_texts
-from REC.model.backbone import load_model_config, read_extra
-from REC.model.folder import check_decoder, check_files, check_shapes
-from REC.report.compare import load_comparison, markdown
-from REC.report.result import RANKS_FILE, RESULT_FILE
+from hsft.config.help import dump_config
+from hsft.config.loader import load_config, parse_command_line
+from hsft.config.schema import Config
+from hsft.data.cache import encode_ids, open_cache
+from hsft.data.interactions import read_interactions
+from hsft.data.item_text import read_item_texts
+from hsft.model.backbone import load_model_config, read_extra
+from hsft.model.folder import check_decoder, check_files, check_shapes
+from hsft.report.compare import load_comparison, markdown
+from hsft.report.result import RANKS_FILE, RESULT_FILE
 from tests.fuzz.harness import Target
 from tests.helpers import make_llama
 

@@ -1,1 +1,1 @@
-"""From CSV files and item caches to batches of integer ids."""
+"""Paths of HLLM's training code; see `hsft.data`."""

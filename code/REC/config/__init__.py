@@ -1,6 +1,0 @@
-"""Configuration: YAML files and command line merged into one typed, documented schema."""
-
-from REC.config.loader import load_config, parse_command_line
-from REC.config.schema import Config
-
-__all__ = ["Config", "load_config", "parse_command_line"]

@@ -1,0 +1,1 @@
+"""From CSV files and item caches to batches of integer ids."""

@@ -1,0 +1,430 @@
+"""Item caches: one matrix of embeddings and a list of ids, memory-mapped from disk.
+
+The native file is safetensors: tensor `embeddings` [n, D] (float16, bfloat16 or float32), tensor
+`item_ids` uint8 (the ids as a UTF-8 JSON list), and metadata saying how it was made. `.pt` files
+holding `{item_id: tensor}`, as the published HSFT writes them, are read too.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+import pickle
+import struct
+import warnings
+import zipfile
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from safetensors import SafetensorError, safe_open
+
+from hsft.utils.errors import InputError, one_line
+from hsft.utils.files import atomic_path, is_file, require_file
+
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_SAFETENSORS_NAMES = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32"}
+_NAMES_IN_FILES = {code: _DTYPE_NAMES[dtype] for dtype, code in _SAFETENSORS_NAMES.items()}
+_BYTES_KEPT_MAPPED = 64 << 20
+FORMAT = "hsft-item-cache-1"
+
+
+@dataclass(frozen=True)
+class ItemCache:
+    """Embeddings of items.
+
+    Attributes:
+        item_ids: str [n].
+        embeddings: [n, D] float16, bfloat16 or float32; row i belongs to `item_ids[i]`. A native
+            file's matrix is a view of the memory-mapped file, shared by all processes.
+        metadata: how the cache was made (model, text_keys, prompt, pooling, max_text_length,
+            fingerprint of the texts); empty for `.pt` files.
+        path: the file read, None for a cache made in memory.
+    """
+
+    item_ids: list[str]
+    embeddings: torch.Tensor
+    metadata: dict[str, str] = field(default_factory=dict)
+    path: Path | None = None
+
+    @property
+    def dim(self) -> int:
+        """Embedding dimension D."""
+        return self.embeddings.shape[1]
+
+    def __len__(self) -> int:
+        return len(self.item_ids)
+
+    def rows_of(self, item_ids: Sequence[str] | np.ndarray) -> np.ndarray:
+        """Return the row of each id, -1 where the cache has none: int64 [len(item_ids)]."""
+        return pd.Index(np.asarray(self.item_ids, dtype=object)).get_indexer(
+            pd.Index(np.asarray(item_ids, dtype=object))
+        )
+
+
+def default_cache_path(data_path: str, dataset: str | None) -> Path:
+    """Return `<data_path>/<dataset in lower case>_item_embeddings.safetensors`."""
+    if not dataset:
+        raise InputError("no dataset is named; give --dataset NAME, for example Pixel200K.")
+    return Path(data_path) / f"{dataset.lower()}_item_embeddings.safetensors"
+
+
+def find_cache(path: str | Path) -> Path:
+    """Return the cache file to read for `path`.
+
+    A `.pt` path that does not exist stands for the native file beside it, so that commands
+    written for the published HSFT's `.pt` caches find what item_caching.py wrote.
+
+    Raises:
+        InputError: neither is there.
+    """
+    path = Path(path)
+    if is_file(path):
+        return path
+    native = path.with_suffix(".safetensors") if path.name else path
+    if path.suffix == ".pt" and is_file(native):
+        return native
+    also = f" (nor {native})" if path.suffix == ".pt" else ""
+    return require_file(
+        path,
+        f"item cache {path}{also}",
+        "make it with python item_caching.py, the same --config_file and --dataset, and "
+        "--item_pretrain_dir FOLDER, or change --item_cache_path",
+    )
+
+
+def is_native(path: Path) -> bool:
+    """Say whether a file's first bytes are those of a native cache; else it is taken for a `.pt`.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    try:
+        with path.open("rb") as stream:
+            head = stream.read(16)
+    except OSError as error:
+        raise InputError(
+            f"item cache {path} cannot be read: {error.strerror}; change --item_cache_path."
+        ) from error
+    # A safetensors file begins with the length of its JSON header and then the header's brace.
+    return len(head) >= 9 and head[8:9] == b"{" and struct.unpack("<Q", head[:8])[0] < 1 << 30
+
+
+def open_cache(path: str | Path) -> ItemCache:
+    """Open a cache file, native or `.pt`, told apart by content.
+
+    Raises:
+        InputError: the file is missing, damaged, of another kind, or holds NaN or infinity.
+    """
+    path = find_cache(path)
+    cache = _open_native(path) if is_native(path) else _open_pt(path)
+    _refuse_bad_values(cache, path)
+    return cache
+
+
+def read_header(path: str | Path) -> tuple[int, int, str]:
+    """Read a native cache's size without its numbers.
+
+    Returns:
+        (items n, dimensions D, name of the number type).
+
+    Raises:
+        InputError: the file is missing, damaged or no native cache.
+    """
+    path = find_cache(path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            part = file.get_slice("embeddings")
+            items, dim = part.get_shape()
+            dtype = _NAMES_IN_FILES[part.get_dtype()]
+    except (SafetensorError, OSError, RuntimeError, ValueError, KeyError) as error:
+        raise InputError(
+            f"{path} is no native item cache ({one_line(error, 120)}); make it with item_caching.py."
+        ) from error
+    return items, dim, dtype
+
+
+def save_cache(
+    path: str | Path,
+    item_ids: Sequence[str],
+    embeddings: torch.Tensor,
+    metadata: Mapping[str, str],
+) -> None:
+    """Write a native cache file atomically.
+
+    Args:
+        path: target; its name should end in `.safetensors`.
+        item_ids: n ids, none repeated.
+        embeddings: [n, D], float16, bfloat16 or float32, on the CPU.
+        metadata: text -> text; `format` and `dtype` are added.
+    """
+    with atomic_path(path) as temporary:
+        write_cache(
+            temporary,
+            item_ids,
+            embeddings.shape[1],
+            embeddings.dtype,
+            metadata,
+            [(np.arange(len(embeddings)), embeddings)],
+        )
+
+
+def write_cache(
+    path: Path,
+    item_ids: Sequence[str],
+    dim: int,
+    dtype: torch.dtype,
+    metadata: Mapping[str, str],
+    blocks: Iterable[tuple[np.ndarray, torch.Tensor]],
+) -> None:
+    """Write a native cache file block by block, so that the matrix is never in memory as a whole.
+
+    The same content gives the same bytes, whatever the blocks (safetensors' own writer orders
+    metadata at random).
+
+    Args:
+        path: file to write; the caller renames it when it is complete.
+        item_ids: n ids, none repeated.
+        dim: D.
+        dtype: float16, bfloat16 or float32.
+        metadata: text -> text; `format` and `dtype` are added.
+        blocks: (rows int64 [b], embeddings [b, D] of `dtype` on the CPU), each row in one of them.
+
+    Raises:
+        OSError: the disk is full or the file cannot be written.
+    """
+    ids = encode_ids(item_ids).numpy().tobytes()
+    matrix_bytes = len(item_ids) * dim * dtype.itemsize
+    full = {**metadata, "format": FORMAT, "dtype": _DTYPE_NAMES[dtype]}
+    header: dict[str, Any] = {
+        "__metadata__": dict(sorted(full.items())),
+        "embeddings": {
+            "dtype": _SAFETENSORS_NAMES[dtype],
+            "shape": [len(item_ids), dim],
+            "data_offsets": [0, matrix_bytes],
+        },
+        "item_ids": {
+            "dtype": "U8",
+            "shape": [len(ids)],
+            "data_offsets": [matrix_bytes, matrix_bytes + len(ids)],
+        },
+    }
+    encoded = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
+    # The format wants the data to begin at a multiple of 8 bytes.
+    encoded += b" " * (-len(encoded) % 8)
+    start = 8 + len(encoded)
+    with path.open("w+b") as file:
+        file.write(struct.pack("<Q", len(encoded)) + encoded)
+        file.flush()
+        _allocate(file.fileno(), start + matrix_bytes)
+        if matrix_bytes:
+            _fill(file.fileno(), start, len(item_ids), dim, dtype, blocks)
+        file.seek(start + matrix_bytes)
+        file.write(ids)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _allocate(file: int, size: int) -> None:
+    # On a full disk, writing to a mapped file that has holes would kill the process.
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(file, 0, size)
+    else:
+        os.truncate(file, size)
+
+
+def _fill(
+    file: int,
+    start: int,
+    count: int,
+    dim: int,
+    dtype: torch.dtype,
+    blocks: Iterable[tuple[np.ndarray, torch.Tensor]],
+) -> None:
+    kind = {2: (np.int16, torch.int16), 4: (np.int32, torch.int32)}[dtype.itemsize]
+    mapped = mmap.mmap(file, start + count * dim * dtype.itemsize)
+    matrix = np.frombuffer(mapped, kind[0], count * dim, start).reshape(count, dim)
+    written = 0
+    for rows, embeddings in blocks:
+        matrix[rows] = embeddings.contiguous().view(kind[1]).numpy()
+        written += embeddings.nbytes
+        if written >= _BYTES_KEPT_MAPPED:
+            written = 0
+            # Written pages stay with the system; this process need not hold them.
+            mapped.madvise(mmap.MADV_DONTNEED)
+    mapped.flush()
+    del matrix
+    mapped.close()
+
+
+def encode_ids(item_ids: Sequence[str]) -> torch.Tensor:
+    """Return the ids as the UTF-8 bytes of a JSON list: uint8 [bytes]."""
+    encoded = json.dumps(list(item_ids), ensure_ascii=False).encode("utf-8")
+    return torch.frombuffer(bytearray(encoded), dtype=torch.uint8)
+
+
+def _open_native(path: Path) -> ItemCache:
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = set(file.keys())
+            metadata = dict(file.metadata() or {})
+            if not {"embeddings", "item_ids"} <= names:
+                raise InputError(
+                    f"{path} is a safetensors file but no item cache: it holds "
+                    f"{', '.join(sorted(names)[:5]) or 'nothing'}; name a file that "
+                    f"item_caching.py wrote."
+                )
+            embeddings = file.get_tensor("embeddings")
+            encoded = file.get_tensor("item_ids")
+    except (SafetensorError, OSError, RuntimeError, TypeError) as error:
+        raise InputError(
+            f"item cache {path} is damaged ({one_line(error, 120)}); make it anew with "
+            f"item_caching.py."
+        ) from error
+    item_ids = _decode_ids(encoded, path)
+    _check_shape(path, item_ids, embeddings)
+    return ItemCache(item_ids, embeddings, metadata, path)
+
+
+def _decode_ids(encoded: torch.Tensor, path: Path) -> list[str]:
+    try:
+        if encoded.dtype != torch.uint8:
+            raise ValueError(f"stored as {encoded.dtype}")
+        item_ids = json.loads(encoded.numpy().tobytes().decode("utf-8"))
+        if not isinstance(item_ids, list) or not all(isinstance(item, str) for item in item_ids):
+            raise ValueError("not a list of texts")
+        # JSON can spell half a character; such text cannot be written anywhere.
+        "".join(item_ids).encode("utf-8")
+    except (ValueError, RecursionError) as error:
+        raise InputError(
+            f"item cache {path} has an unreadable id list ({one_line(error, 120)}); make it anew "
+            f"with item_caching.py."
+        ) from error
+    return item_ids
+
+
+def _open_pt(path: Path) -> ItemCache:
+    try:
+        _refuse_compressed(path)
+        with warnings.catch_warnings():
+            # Old storage classes make torch print warnings that only its own developers can act on.
+            warnings.simplefilter("ignore")
+            # From a stream, since torch would go by the name's ending and not by the content.
+            with path.open("rb") as stream:
+                content = torch.load(stream, map_location="cpu", weights_only=True)
+    except InputError:
+        raise
+    except Exception as error:  # torch.load raises many kinds on damaged files
+        reason = " ".join(str(error).split())
+        if isinstance(error, pickle.UnpicklingError) and "global" in reason.lower():
+            raise InputError(
+                f"item cache {path} holds more than tensors and was not opened, since such a file "
+                f"can run code; make it anew with item_caching.py."
+            ) from error
+        raise InputError(
+            f"item cache {path} is damaged or no cache at all ({one_line(reason, 120)}); make it "
+            f"anew with item_caching.py."
+        ) from error
+    if not isinstance(content, Mapping) or not content:
+        raise InputError(
+            f"item cache {path} must hold a dictionary of item id -> tensor, not "
+            f"{'nothing' if content is None or content == {} else type(content).__name__}; make it "
+            f"anew with item_caching.py."
+        )
+    item_ids = []
+    for key in content:
+        if isinstance(key, bool) or not isinstance(key, str | int):
+            raise InputError(
+                f"item cache {path}: the key {one_line(repr(key), 40)} is no item id; make it anew "
+                f"with item_caching.py."
+            )
+        item_ids.append(str(key))
+    vectors = list(content.values())
+    _refuse_odd_vectors(path, item_ids, vectors)
+    matrix = torch.stack([vector.detach().reshape(-1) for vector in vectors])
+    if matrix.dtype not in _DTYPE_NAMES:
+        matrix = matrix.float()
+    _check_shape(path, item_ids, matrix)
+    return ItemCache(item_ids, matrix, {}, path)
+
+
+def _refuse_odd_vectors(path: Path, item_ids: list[str], vectors: list[Any]) -> None:
+    """Refuse values that are not plain vectors of one length and number type, held in the file."""
+    first = vectors[0]
+    total = 0
+    for item, vector in zip(item_ids, vectors, strict=True):
+        where = f"item cache {path}: item '{one_line(item, 40)}'"
+        if not isinstance(vector, torch.Tensor) or not vector.is_floating_point():
+            raise InputError(f"{where} is not a tensor of numbers; make it anew.")
+        if vector.layout != torch.strided or vector.device.type != "cpu":
+            raise InputError(f"{where} is not a dense tensor of numbers; make it anew.")
+        if vector.numel() != first.numel():
+            raise InputError(
+                f"{where} has {vector.numel()} dimensions, others have {first.numel()}; make it "
+                f"anew with item_caching.py."
+            )
+        if vector.dtype != first.dtype:
+            raise InputError(
+                f"{where} is {vector.dtype}, others are {first.dtype}; make it anew with "
+                f"item_caching.py."
+            )
+        total += vector.numel() * vector.element_size()
+    # A few bytes can describe a tensor of any size by repeating one number: stride 0.
+    if total > path.stat().st_size:
+        raise InputError(
+            f"item cache {path} claims more numbers than it holds; make it anew with item_caching.py."
+        )
+
+
+def _refuse_compressed(path: Path) -> None:
+    """Refuse a compressed archive: torch writes none, and a small one can unpack to any size."""
+    if not zipfile.is_zipfile(path):
+        return
+    with zipfile.ZipFile(path) as archive:
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+            raise InputError(
+                f"item cache {path} is a compressed archive, which torch.save does not write; make "
+                f"it anew with item_caching.py."
+            )
+
+
+def _check_shape(path: Path, item_ids: list[str], embeddings: torch.Tensor) -> None:
+    if embeddings.dtype not in _DTYPE_NAMES:
+        raise InputError(
+            f"item cache {path} holds {embeddings.dtype}; it must be float16, bfloat16 or float32."
+        )
+    if embeddings.ndim != 2 or embeddings.shape[0] != len(item_ids) or not embeddings.shape[1]:
+        raise InputError(
+            f"item cache {path} has {len(item_ids)} ids for a matrix of shape "
+            f"{tuple(embeddings.shape)}; make it anew with item_caching.py."
+        )
+    if not item_ids:
+        raise InputError(f"item cache {path} holds no items; make it anew with item_caching.py.")
+    if len(set(item_ids)) != len(item_ids):
+        twice = next(item for item, count in Counter(item_ids).items() if count > 1)
+        raise InputError(
+            f"item cache {path} names the item '{one_line(twice, 40)}' twice; make it anew with "
+            f"item_caching.py."
+        )
+
+
+def _refuse_bad_values(cache: ItemCache, path: Path, rows_at_a_time: int = 4096) -> None:
+    # The extremes are NaN where any value is: one pass at the speed of memory, without a mask.
+    extremes = torch.stack(torch.aminmax(cache.embeddings))
+    if bool(extremes.isfinite().all()):
+        return
+    for start in range(0, len(cache), rows_at_a_time):
+        good = cache.embeddings[start : start + rows_at_a_time].isfinite().all(dim=1)
+        if not good.all():
+            item = one_line(cache.item_ids[start + int((~good).nonzero()[0])], 40)
+            raise InputError(
+                f"item cache {path}: the embedding of item '{item}' holds NaN or infinity; make it "
+                f"anew with item_caching.py, with --item_cache_dtype float32 if it overflowed."
+            )

@@ -1,0 +1,211 @@
+"""Batches of item numbers for training and evaluation, gathered by index in one step each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from hsft.data.dataset.packing import pack
+from hsft.data.dataset.testset import CachedEmbeddingEvalDataset
+from hsft.data.dataset.trainset import CachedEmbeddingTrainDataset
+from hsft.data.negatives import NegativeSampler
+from hsft.data.split import ragged_positions
+
+# What `TrainBatch.positions` is in a batch that is not packed.
+NOT_PACKED = torch.empty((0, 0), dtype=torch.int64)
+
+
+class TrainBatch(NamedTuple):
+    """Training sequences: one in each row (R = B, padded on the right), or several (packed).
+
+    Attributes:
+        history: int64 [R, T], item numbers, 0 where padded; without packing T <= L is the longest
+            in the batch.
+        attention_mask: bool [R, T], True on real history items.
+        targets: int64 [R, T], the next item at each position, 0 where padded.
+        loss_mask: bool [R, T], positions that count in the loss.
+        negatives: int64 [B, n], drawn items, [B, 0] when negatives come from the batch.
+        positions: int64 [R, T], each item's number in its own sequence, which starts where 0
+            stands; [0, 0] when every row is one sequence.
+    """
+
+    history: torch.Tensor
+    attention_mask: torch.Tensor
+    targets: torch.Tensor
+    loss_mask: torch.Tensor
+    negatives: torch.Tensor
+    positions: torch.Tensor = NOT_PACKED
+
+
+class EvalBatch(NamedTuple):
+    """Evaluation users.
+
+    Attributes:
+        rows: int64 [B], numbers of the samples in the evaluation set.
+        users: int64 [B], user numbers.
+        history: int64 [B, T], the last T <= L items, right-padded with 0.
+        lengths: int64 [B], real items in each row of `history`, at least 1.
+        targets: int64 [B], the held-out item.
+        seen_rows: int64 [n], row in the batch of each seen item.
+        seen_items: int64 [n], all items of the whole history, beside `seen_rows`.
+        candidates: int64 [B, C], drawn items for sampled evaluation, [B, 0] for full ranking.
+    """
+
+    rows: torch.Tensor
+    users: torch.Tensor
+    history: torch.Tensor
+    lengths: torch.Tensor
+    targets: torch.Tensor
+    seen_rows: torch.Tensor
+    seen_items: torch.Tensor
+    candidates: torch.Tensor
+
+
+class TrainCollate:
+    """Turn sample numbers into a `TrainBatch`.
+
+    Everything random is drawn from a generator seeded by (seed, epoch, first sample of the batch,
+    batch size), so a batch is the same with any number of workers and after a resume.
+
+    Args:
+        dataset: the training sequences.
+        sampler: draws negatives; None leaves `negatives` empty.
+        num_negatives: drawn items per row.
+        random_split: count one random position per row in the loss, not all.
+        seed: base seed.
+        row_length: put several sequences into rows of about this many positions; None gives every
+            sequence a row.
+        pack_below: leave a batch padded when at least this share of it is real: what packing
+            would save is then less than what the mask costs.
+    """
+
+    def __init__(
+        self,
+        dataset: CachedEmbeddingTrainDataset,
+        *,
+        sampler: NegativeSampler | None = None,
+        num_negatives: int = 0,
+        random_split: bool = False,
+        seed: int = 0,
+        row_length: int | None = None,
+        pack_below: float = 0.9,
+    ) -> None:
+        self.dataset = dataset
+        self.row_length, self.pack_below = row_length, pack_below
+        self.sampler = sampler
+        self.num_negatives = num_negatives
+        self.random_split = random_split
+        self.seed = seed
+        self.epoch = 0
+
+    def __call__(self, indices: Sequence[int] | np.ndarray) -> TrainBatch:
+        """Gather a batch.
+
+        Args:
+            indices: int64 [B], sample numbers.
+        """
+        indices = np.asarray(indices, dtype=np.int64)
+        segments = self.dataset.segments
+        starts, ends = segments.starts[indices], segments.ends[indices]
+        history, targets, mask = gather_pairs(self.dataset.interactions.items, starts, ends)
+        loss_mask = mask
+        negatives = np.empty((len(indices), 0), dtype=np.int64)
+        if self.random_split or self.sampler:
+            rng = np.random.default_rng([self.seed, self.epoch, int(indices[0]), len(indices)])
+            if self.random_split:
+                chosen = rng.integers(0, ends - starts - 1)
+                loss_mask = np.arange(mask.shape[1]) == chosen[:, None]
+            if self.sampler:
+                negatives = self.sampler.draw(segments.users[indices], self.num_negatives, rng)
+        positions = NOT_PACKED
+        if self.row_length is not None and mask.mean() < self.pack_below:
+            layout = pack(ends - starts - 1, self.row_length)
+            history, targets, loss_mask = (
+                layout.place(padded, mask) for padded in (history, targets, loss_mask)
+            )
+            mask = layout.place(mask, mask)
+            positions = torch.from_numpy(layout.positions)
+        return TrainBatch(
+            history=torch.from_numpy(history),
+            attention_mask=torch.from_numpy(mask),
+            targets=torch.from_numpy(targets),
+            loss_mask=torch.from_numpy(loss_mask),
+            negatives=torch.from_numpy(negatives),
+            positions=positions,
+        )
+
+
+class EvalCollate:
+    """Turn sample numbers into an `EvalBatch`.
+
+    Args:
+        dataset: the evaluation users.
+        candidates: int64 [E, C], drawn items of every user for sampled evaluation, else None.
+    """
+
+    def __init__(
+        self, dataset: CachedEmbeddingEvalDataset, candidates: np.ndarray | None = None
+    ) -> None:
+        self.dataset = dataset
+        self.candidates = candidates
+
+    def __call__(self, indices: Sequence[int] | np.ndarray) -> EvalBatch:
+        """Gather a batch.
+
+        Args:
+            indices: int64 [B], sample numbers.
+        """
+        indices = np.asarray(indices, dtype=np.int64)
+        segments = self.dataset.segments
+        items = self.dataset.interactions.items
+        starts, ends = segments.starts[indices], segments.ends[indices] - 1
+        recent = np.maximum(starts, ends - self.dataset.max_length)
+        history, _ = gather_padded(items, recent, ends)
+        drawn = (
+            np.empty((len(indices), 0), dtype=np.int64)
+            if self.candidates is None
+            else self.candidates[indices]
+        )
+        return EvalBatch(
+            rows=torch.from_numpy(indices),
+            users=torch.from_numpy(segments.users[indices]),
+            history=torch.from_numpy(history),
+            lengths=torch.from_numpy(ends - recent),
+            targets=torch.from_numpy(items[ends].astype(np.int64)),
+            seen_rows=torch.from_numpy(np.repeat(np.arange(len(indices)), ends - starts)),
+            seen_items=torch.from_numpy(items[ragged_positions(starts, ends)].astype(np.int64)),
+            candidates=torch.from_numpy(drawn),
+        )
+
+
+def gather_padded(
+    items: np.ndarray, starts: np.ndarray, ends: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Copy `items[starts[i]:ends[i]]` into row i, padded with 0 on the right.
+
+    Returns:
+        int64 [B, T] with T the longest range, and bool [B, T], True on real items.
+    """
+    lengths = ends - starts
+    steps = np.arange(lengths.max(initial=0))
+    mask = steps < lengths[:, None]
+    # Clipping keeps the padded places inside the array; the mask then makes them 0, the padding.
+    rows = items.take(starts[:, None] + steps, mode="clip")
+    return np.multiply(rows, mask, dtype=np.int64), mask
+
+
+def gather_pairs(
+    items: np.ndarray, starts: np.ndarray, ends: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Copy each range without its last item, and without its first one, padded with 0.
+
+    Returns:
+        int64 [B, T] histories and int64 [B, T] next items with T + 1 the longest range, and bool
+        [B, T], True on real items.
+    """
+    both, mask = gather_padded(items, starts, ends)
+    mask = np.ascontiguousarray(mask[:, 1:])
+    return both[:, :-1] * mask, np.ascontiguousarray(both[:, 1:]), mask

@@ -1,0 +1,61 @@
+"""Training sequences as integer ids; embeddings are gathered later, by index."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from torch.utils.data import Dataset
+
+from hsft.data.interactions import Interactions
+from hsft.data.split import Segments, Split
+
+
+class CachedEmbeddingTrainDataset(Dataset[np.ndarray]):
+    """Pieces of users' training histories.
+
+    A sample is only its own number: the collate function gathers all items of a batch from one
+    array in a single indexing step, so nothing is stacked per sample.
+
+    Args:
+        split: the leave-one-out split.
+        max_length: `MAX_ITEM_LIST_LENGTH`, the longest history L in items.
+
+    Attributes:
+        interactions: the arrays that samples point into.
+        segments: [S] ranges of `interactions.items`, each of 2 to L + 1 items.
+        max_length: L.
+    """
+
+    def __init__(self, split: Split, max_length: int) -> None:
+        self.interactions: Interactions = split.interactions
+        self.segments: Segments = split.train_segments(max_length)
+        self.max_length = max_length
+
+    def __len__(self) -> int:
+        return len(self.segments)
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        """Return the item numbers of one sequence: int32 [2..L + 1], oldest first."""
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"sequence {index} of {len(self)}")
+        return self.interactions.items[self.segments.starts[index] : self.segments.ends[index]]
+
+    def __getitems__(self, indices: Sequence[int]) -> np.ndarray:
+        """Return the sample numbers of a batch: int64 [B]. DataLoader calls this, not one by one."""
+        return np.asarray(indices, dtype=np.int64)
+
+    @property
+    def num_transitions(self) -> int:
+        """Number of (history, next item) pairs in one pass."""
+        return int((self.segments.ends - self.segments.starts - 1).sum())
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """int64 [S]: transitions of each sequence, 1..L."""
+        return self.segments.ends - self.segments.starts - 1
+
+    def users_of(self, samples: Sequence[int]) -> list[str]:
+        """Return the user id of each sample."""
+        users = self.segments.users[np.asarray(samples, dtype=np.int64)]
+        return [str(user) for user in self.interactions.user_ids[users]]

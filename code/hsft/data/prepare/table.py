@@ -1,0 +1,200 @@
+"""Interactions by the million as three columns of numbers, and what is left out of them."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from operator import itemgetter
+
+import numpy as np
+import pandas as pd
+
+from hsft.data.csv_rows import RowProblems, all_ids_sound, id_problem
+from hsft.data.interactions import refuse_mixed_units, timestamp_problem
+from hsft.data.prepare.rows import Event
+from hsft.utils.errors import InputError, one_line, refuse
+
+# Events that are text in memory at a time.
+BATCH = 1 << 14
+_NUMBER_DIGITS = 18
+
+
+@dataclass(frozen=True)
+class Table:
+    """Interactions in the order of their file.
+
+    Attributes:
+        item_ids: the ids of items by number, those without interactions included.
+        user_ids: likewise of users.
+        items: int32 [N], an item's number.
+        users: int32 [N], a user's number.
+        timestamps: int64 [N].
+    """
+
+    item_ids: list[str]
+    user_ids: list[str]
+    items: np.ndarray
+    users: np.ndarray
+    timestamps: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def keep(self, rows: np.ndarray) -> Table:
+        """Return the rows where bool [N] is True; ids keep their numbers."""
+        return replace(
+            self,
+            items=self.items[rows],
+            users=self.users[rows],
+            timestamps=self.timestamps[rows],
+        )
+
+    def kept_items(self) -> set[str]:
+        """Return the ids of the items that have interactions."""
+        return {self.item_ids[number] for number in np.unique(self.items).tolist()}
+
+
+class _Ids:
+    """Numbers ids by first appearance. Blanks around an id are not part of it.
+
+    Args:
+        name: what to call an id in messages.
+        found: where unusable ids are booked.
+    """
+
+    def __init__(self, name: str, found: RowProblems) -> None:
+        self.numbers: dict[str, int] = {}
+        self._name, self._found = name, found
+
+    def codes(self, column: np.ndarray, rows: Sequence[int]) -> np.ndarray:
+        """Return the numbers of a column's ids: int32 [n].
+
+        Args:
+            column: str [n].
+            rows: their lines in the file.
+        """
+        here, distinct = pd.factorize(column)
+        known = self.numbers
+        before = len(known)
+        codes = [known.setdefault(text.strip(), len(known)) for text in distinct]
+        if not all_ids_sound(list(islice(reversed(known), len(known) - before))):
+            self._book(column, rows)
+        return np.array(codes, dtype=np.int32)[here]
+
+    def _book(self, column: np.ndarray, rows: Sequence[int]) -> None:
+        for row, text in zip(rows, column, strict=True):
+            problem = id_problem(text.strip())
+            if problem is not None:
+                kind = f"{self._name}{problem.rpartition(chr(39))[2]}"
+                self._found.add(kind, row, f"{self._name} {problem}")
+                # It is new again in the next batch, so that all its rows are counted.
+                self.numbers.pop(text.strip(), None)
+
+
+def read_events(
+    events: Iterable[Event], found: RowProblems, min_rating: float | None = None
+) -> tuple[Table, int]:
+    """Read a stream of events; memory holds ids, 16 bytes an event, and one batch of texts.
+
+    Args:
+        events: what a format's module yields.
+        found: where its bad rows, and those found here, are booked.
+        min_rating: events with a lower rating are left out.
+
+    Returns:
+        The interactions, and how many were left out for their rating.
+
+    Raises:
+        InputError: there are bad rows, no rows, or timestamps of several units; `InputErrors` for
+            several kinds of bad rows.
+    """
+    items, users = _Ids("item id", found), _Ids("user id", found)
+    columns = array("i"), array("i"), array("q")
+    low = 0
+    stream = iter(events)
+    while batch := list(islice(stream, BATCH)):
+        rows, item, user, time, rating = (list(map(itemgetter(at), batch)) for at in range(5))
+        keep = np.ones(len(batch), dtype=bool)
+        if min_rating is not None:
+            keep = _ratings(rows, rating, found) >= min_rating
+            low += int((~keep).sum())
+        kept = np.array(rows)[keep].tolist()
+        parts = (
+            items.codes(np.array(item, dtype=object)[keep], kept),
+            users.codes(np.array(user, dtype=object)[keep], kept),
+            _timestamps(rows, time, found)[keep],
+        )
+        for column, part in zip(columns, parts, strict=True):
+            column.frombytes(part.tobytes())
+    refuse(found.sentences())
+    if not columns[0]:
+        rating_words = f" with a rating of at least {min_rating:g}" if low else ""
+        raise InputError(f"{found.path} has no interactions{rating_words}; check the file.")
+    table = Table(
+        list(items.numbers),
+        list(users.numbers),
+        np.frombuffer(columns[0], dtype=np.int32),
+        np.frombuffer(columns[1], dtype=np.int32),
+        np.frombuffer(columns[2], dtype=np.int64),
+    )
+    refuse_mixed_units(table.timestamps, found.path)
+    return table, low
+
+
+def first_of_repeats(table: Table) -> np.ndarray:
+    """Mark all rows but those that repeat an earlier one's user, item and timestamp: bool [N]."""
+    order = np.lexsort((table.items, table.timestamps, table.users))
+    same = np.ones(max(len(order) - 1, 0), dtype=bool)
+    for column in (table.items, table.timestamps, table.users):
+        sorted_column = column[order]
+        same &= sorted_column[1:] == sorted_column[:-1]
+    keep = np.ones(len(table), dtype=bool)
+    # The sort is stable: the first of equal rows is the earliest.
+    keep[order[1:][same]] = False
+    return keep
+
+
+def core_rows(table: Table, user_min: int, item_min: int) -> np.ndarray:
+    """Mark the largest set of rows in which every user and item has enough rows: bool [N].
+
+    Users and items with fewer interactions are taken out in turns until none is left to take out.
+
+    Args:
+        table: the interactions.
+        user_min: interactions that a user needs.
+        item_min: interactions that an item needs.
+    """
+    keep = np.ones(len(table), dtype=bool)
+    while True:
+        before = int(keep.sum())
+        for codes, least in ((table.users, user_min), (table.items, item_min)):
+            if least > 1:
+                keep &= np.bincount(codes[keep], minlength=int(codes.max()) + 1)[codes] >= least
+        if int(keep.sum()) == before or not keep.any():
+            return keep
+
+
+def _timestamps(rows: Sequence[int], texts: Sequence[str], found: RowProblems) -> np.ndarray:
+    """Return int64 [n]; 0 where the row is booked as bad."""
+    if all(map(str.isdecimal, texts)) and max(map(len, texts)) <= _NUMBER_DIGITS:
+        return np.array(list(map(int, texts)), dtype=np.int64)
+    values = []
+    for row, text in zip(rows, texts, strict=True):
+        problem = timestamp_problem(text)
+        if problem is not None:
+            found.add("timestamp", row, f"timestamp {problem}")
+            values.append(0)
+        else:
+            values.append(int(text) if text.strip().lstrip("+-").isdecimal() else int(float(text)))
+    return np.array(values, dtype=np.int64)
+
+
+def _ratings(rows: Sequence[int], texts: Sequence[str], found: RowProblems) -> np.ndarray:
+    """Return float64 [n]; NaN where the row is booked as bad."""
+    values = pd.to_numeric(pd.Series(texts, dtype=object), errors="coerce").to_numpy(dtype=float)
+    for place in np.flatnonzero(np.isnan(values)).tolist():
+        shown = one_line(texts[place], 40)
+        found.add("rating", rows[place], f"rating '{shown}' is not a number")
+    return values

@@ -1,0 +1,1 @@
+"""The ItemLLM, and the building of item caches with it."""

@@ -1,0 +1,399 @@
+"""Encode a catalogue's items once, shared out over processes and resumably."""
+
+from __future__ import annotations
+
+import hashlib
+import heapq
+import json
+import logging
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hsft.data.cache import DTYPES, write_cache
+from hsft.data.item_text import ItemTexts
+from hsft.encoding.item_llm import ItemEncoder, length_batches
+from hsft.encoding.parts import Batches, Hold, Parts, PartWriter
+from hsft.encoding.tokens import Tokens, open_tokens, tokenize_in_memory, tokenize_to_folder
+from hsft.utils.errors import InputError
+from hsft.utils.processes import Processes
+from hsft.utils.progress import Meter
+
+log = logging.getLogger(__name__)
+
+# A part is written when it has this many items or is this old, whichever comes first: what a process
+# that is killed can lose.
+ITEMS_PER_PART = 2048
+SECONDS_PER_PART = 60.0
+
+
+@dataclass(frozen=True)
+class EncodingJob:
+    """What decides every number in a cache; two equal jobs give equal caches.
+
+    Attributes:
+        model: the ItemLLM's folder.
+        text_keys, prompt, max_text_length, dtype, batch_tokens: configuration keys.
+        compute_dtype: number type that the ItemLLM computes in.
+        pooling: `emb_token` or `mean`.
+        fingerprint: of the ids and texts.
+        source: SHA-256 of the HLLM checkpoint that the ItemLLM was imported from, else empty.
+        model_fingerprint: of the ItemLLM's files.
+        model_folder, information: where the ItemLLM and the texts were read, as named in the
+            configuration. They decide no number, so jobs that differ only in them are equal.
+    """
+
+    model: str
+    text_keys: tuple[str, ...]
+    prompt: str
+    max_text_length: int
+    dtype: str
+    pooling: str
+    fingerprint: str
+    batch_tokens: int
+    compute_dtype: str = "float32"
+    source: str = ""
+    model_fingerprint: str = ""
+    model_folder: str = field(default="", repr=False, compare=False)
+    information: str = field(default="", repr=False, compare=False)
+
+    def metadata(self) -> dict[str, str]:
+        """Return what the cache file's metadata say of the job."""
+        return {
+            "model": self.model,
+            "model_fingerprint": self.model_fingerprint,
+            "text_keys": json.dumps(list(self.text_keys), ensure_ascii=False),
+            "prompt": self.prompt,
+            "max_text_length": str(self.max_text_length),
+            "pooling": self.pooling,
+            "fingerprint": self.fingerprint,
+            "compute_dtype": self.compute_dtype,
+            "model_source": self.source,
+        }
+
+    def origin(self) -> dict[str, str]:
+        """Return what they say of where it was done, as far as that is known."""
+        places = {"model_folder": self.model_folder, "information": self.information}
+        return {name: place for name, place in places.items() if place}
+
+    def digest(self) -> str:
+        """Return a SHA-256 that tells this job from any other."""
+        return hashlib.sha256(repr(self).encode()).hexdigest()
+
+
+def encode_items(
+    encoder: ItemEncoder,
+    items: ItemTexts,
+    job: EncodingJob,
+    *,
+    show_progress: bool = True,
+    processes: Processes | None = None,
+) -> Tensor:
+    """Encode every item into a matrix in memory.
+
+    Args:
+        encoder: the ItemLLM.
+        items: ids and texts.
+        job: settings.
+        show_progress: show a bar.
+        processes: share the work; each returns the whole matrix.
+
+    Returns:
+        [n, D] in the job's dtype, rows in the order of `items`.
+
+    Raises:
+        InputError: an embedding does not fit in the dtype.
+    """
+    processes = processes or Processes()
+    _count_empty(items.texts, encoder)
+    tokens = tokenize_in_memory(encoder.tokenize, items.texts)
+    encoder.share_prefix(tokens.common_prefix())
+    batches = plan_batches(tokens, job, encoder)
+    groups = group_batches(batches, range(len(batches)))
+    owners = share_out(_costs(batches, groups, tokens, encoder), processes.size)
+    result = torch.zeros((len(items), encoder.dim), dtype=DTYPES[job.dtype])
+    own = [
+        number
+        for group, owner in zip(groups, owners, strict=True)
+        if owner == processes.rank
+        for number in group
+    ]
+    with _meter(batches, own, tokens, encoder, show_progress) as bar:
+        for number in own:
+            rows = batches.all[number]
+            result[torch.from_numpy(rows)] = encode_batch(
+                encoder, tokens, rows, job, items.item_ids
+            )
+            bar.advance(len(rows), _tokens_of(rows, tokens, encoder))
+    if processes.size > 1:
+        for owner, group in zip(owners.tolist(), groups, strict=True):
+            place = torch.from_numpy(batches.rows(group))
+            own_block = result[place] if owner == processes.rank else None
+            block = processes.broadcast(own_block, owner)
+            assert block is not None
+            result[place] = block
+    return result
+
+
+@dataclass
+class CacheBuild:
+    """The building of one cache file by all processes of a run, resumable at any point.
+
+    Process 0 writes the tokens of all texts into the parts folder, every process encodes its share
+    of the batches that are not there yet and writes them as parts, and process 0 streams the parts
+    into the file. Batches do not depend on the number of processes, nor on where an earlier run was
+    stopped, so neither does the file. No process holds more than one part of embeddings, and process
+    0 alone ever holds the texts.
+
+    Attributes:
+        target: the cache file.
+        parts_dir: folder of the parts and of the unfinished file, on a disk that all processes
+            share; removed at the end.
+        processes: those that take part.
+        show_progress: show a bar.
+        hold: makes a context in which signals wait: for a batch, and for the writing of a part.
+        items: number of items in all, once the texts have been read.
+        kept: items in finished parts, those of an earlier run included, once that is known; with
+            several processes it stays None, since each knows its own parts only.
+    """
+
+    target: Path
+    parts_dir: Path
+    processes: Processes
+    show_progress: bool = True
+    hold: Hold = nullcontext
+    items: int = 0
+    kept: int | None = None
+
+    def run(
+        self,
+        encoder: ItemEncoder,
+        job: EncodingJob,
+        item_ids: Sequence[str],
+        take_texts: Callable[[], list[str]],
+    ) -> None:
+        """Build the file. Collective.
+
+        Args:
+            encoder: the ItemLLM.
+            job: settings; finished parts of the same job are used.
+            item_ids: ids, needed in process 0 only.
+            take_texts: gives the texts, in process 0 only, and lets go of them.
+
+        Raises:
+            InputError: an embedding does not fit in the dtype, the disk is full, or the processes
+                do not share the folder.
+        """
+        processes = self.processes
+        parts = Parts(self.parts_dir, encoder.dim, DTYPES[job.dtype])
+        name = processes.on_first(lambda: self._start(parts, encoder, job, take_texts()))
+        tokens = processes.agreed(lambda: open_tokens(self.parts_dir, name))
+        self.items = len(tokens)
+        encoder.share_prefix(tokens.common_prefix())
+        batches = plan_batches(tokens, job, encoder)
+        found = processes.on_first(lambda: parts.find(batches))
+        there = {number for numbers in found.values() for number in numbers}
+        missing = [number for number in range(len(batches)) if number not in there]
+        groups = group_batches(batches, missing)
+        owners = share_out(_costs(batches, groups, tokens, encoder), processes.size)
+        own = [
+            number
+            for group, owner in zip(groups, owners, strict=True)
+            if owner == processes.rank
+            for number in group
+        ]
+        written = self._encode(encoder, job, item_ids, tokens, batches, parts, own, there)
+        for other in processes.gather(written):
+            found |= other
+        processes.on_first(lambda: self._merge(parts, batches, found, job, item_ids))
+
+    def _start(self, parts: Parts, encoder: ItemEncoder, job: EncodingJob, texts: list[str]) -> str:
+        parts.claim(job.digest())
+        _count_empty(texts, encoder)
+        return tokenize_to_folder(encoder.tokenize, texts, self.parts_dir, self.show_progress)
+
+    def _encode(
+        self,
+        encoder: ItemEncoder,
+        job: EncodingJob,
+        item_ids: Sequence[str],
+        tokens: Tokens,
+        batches: Batches,
+        parts: Parts,
+        own: Sequence[int],
+        there: Iterable[int],
+    ) -> dict[str, range]:
+        """Encode this process's batches into parts and return these."""
+        alone = self.processes.size == 1
+        before = sum(len(batches.all[number]) for number in there)
+        writer = PartWriter(
+            parts, batches, self.hold, items=ITEMS_PER_PART, seconds=SECONDS_PER_PART
+        )
+        share = "" if alone else f" (share of process {self.processes.rank})"
+        with _meter(
+            batches, own, tokens, encoder, self.show_progress, share, before * alone
+        ) as bar:
+            try:
+                with writer:
+                    for number in own:
+                        rows = batches.all[number]
+                        # A signal waits for the batch: what is encoded is not thrown away.
+                        with self.hold():
+                            writer.add(number, encode_batch(encoder, tokens, rows, job, item_ids))
+                        bar.advance(len(rows), _tokens_of(rows, tokens, encoder))
+            finally:
+                self.kept = before + writer.items if alone else None
+        return writer.written
+
+    def _merge(
+        self,
+        parts: Parts,
+        batches: Batches,
+        found: Mapping[str, range],
+        job: EncodingJob,
+        item_ids: Sequence[str],
+    ) -> None:
+        def blocks() -> Iterator[tuple[np.ndarray, Tensor]]:
+            for name, numbers in found.items():
+                rows = batches.rows(numbers)
+                embeddings = parts.read(name, rows)
+                if embeddings is None:
+                    raise InputError(
+                        f"{self.parts_dir / name} is missing or damaged; run the same command "
+                        f"again, with the folder on a disk that all machines share."
+                    )
+                yield rows, embeddings
+
+        unfinished = self.parts_dir / "unfinished.safetensors"
+        try:
+            stated = {**job.metadata(), **job.origin()}
+            write_cache(unfinished, item_ids, parts.dim, parts.dtype, stated, blocks())
+            os.replace(unfinished, self.target)
+        except OSError as error:
+            raise InputError(
+                f"cannot write {self.target}: {error.strerror or error}; free some space and run "
+                f"the same command again: nothing is encoded twice."
+            ) from error
+
+
+def encode_batch(
+    encoder: ItemEncoder,
+    tokens: Tokens,
+    rows: np.ndarray,
+    job: EncodingJob,
+    item_ids: Sequence[str],
+) -> Tensor:
+    """Encode a batch: [b, D] in the job's dtype.
+
+    Args:
+        encoder: the ItemLLM.
+        tokens: of the whole catalogue.
+        rows: int64 [b], item numbers.
+        job: for the dtype.
+        item_ids: to name an item in an error; its number is given where they are not at hand.
+
+    Raises:
+        InputError: an embedding does not fit in the dtype.
+    """
+    done = encoder.encode([tokens[int(row)] for row in rows]).to(DTYPES[job.dtype])
+    bad = (~done.isfinite().all(dim=1)).nonzero()
+    if len(bad):
+        row = int(rows[int(bad[0])])
+        item = f"item '{item_ids[row]}'" if item_ids else f"item number {row + 1}"
+        raise InputError(
+            f"the embedding of {item} does not fit in {job.dtype}; use --item_cache_dtype bfloat16 "
+            f"or float32."
+        )
+    return done
+
+
+def plan_batches(tokens: Tokens, job: EncodingJob, encoder: ItemEncoder) -> Batches:
+    """Put items into batches of similar length; the same job always gives the same batches."""
+    extra = int(encoder.pooling == "emb_token")
+    return Batches(list(length_batches(tokens.lengths, job.batch_tokens, extra)))
+
+
+def group_batches(batches: Batches, numbers: Iterable[int]) -> list[range]:
+    """Put batches into groups, which are what is dealt out to processes.
+
+    Args:
+        batches: the job's.
+        numbers: of the batches to group, ascending.
+
+    Returns:
+        Consecutive batches of about `ITEMS_PER_PART` items each, fewer before a gap.
+    """
+    groups: list[range] = []
+    size = 0
+    for number in numbers:
+        if groups and size < ITEMS_PER_PART and groups[-1].stop == number:
+            groups[-1] = range(groups[-1].start, number + 1)
+        else:
+            groups.append(range(number, number + 1))
+            size = 0
+        size += len(batches.all[number])
+    return groups
+
+
+def share_out(costs: Sequence[int], size: int) -> np.ndarray:
+    """Deal pieces of work out evenly: the most expensive first, each to whoever has least.
+
+    Returns:
+        int64 [len(costs)], the process that does each.
+    """
+    owners = np.zeros(len(costs), dtype=np.int64)
+    loads = [(0, rank) for rank in range(size)]
+    for piece in sorted(range(len(costs)), key=lambda number: -costs[number]):
+        load, rank = heapq.heappop(loads)
+        owners[piece] = rank
+        heapq.heappush(loads, (load + costs[piece], rank))
+    return owners
+
+
+def _costs(
+    batches: Batches, groups: Sequence[range], tokens: Tokens, encoder: ItemEncoder
+) -> list[int]:
+    extra = int(encoder.pooling == "emb_token")
+    costs = [len(rows) * (int(tokens.lengths[rows].max()) + extra) for rows in batches.all]
+    return [sum(costs[number] for number in group) for group in groups]
+
+
+def _meter(
+    batches: Batches,
+    own: Sequence[int],
+    tokens: Tokens,
+    encoder: ItemEncoder,
+    show_progress: bool,
+    share: str = "",
+    before: int = 0,
+) -> Meter:
+    """Make the bar for the batches to encode; `before` items of the total are there already."""
+    bar = Meter(
+        f"encoding items{share}",
+        before + sum(len(batches.all[number]) for number in own),
+        "items",
+        show_progress,
+        device=encoder.model.device,
+        tokens=sum(_tokens_of(batches.all[number], tokens, encoder) for number in own),
+    )
+    bar.skip(before)
+    return bar
+
+
+def _tokens_of(batch: np.ndarray, tokens: Tokens, encoder: ItemEncoder) -> int:
+    """Count the positions that the ItemLLM reads: text and emb token, without padding."""
+    extra = len(batch) if encoder.pooling == "emb_token" else 0
+    return int(tokens.lengths[batch].sum()) + extra
+
+
+def _count_empty(texts: Sequence[str], encoder: ItemEncoder) -> None:
+    empty = sum(1 for text in texts if not text)
+    if empty:
+        given = "the bare emb token's embedding" if encoder.pooling == "emb_token" else "zeros"
+        log.info("%d of %d items have no text and get %s.", empty, len(texts), given)

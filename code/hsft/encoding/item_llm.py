@@ -1,0 +1,250 @@
+"""The ItemLLM: item text in, one embedding per item out, as HLLM encodes items."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedModel
+
+from hsft.encoding.prefix import Prefix, encode_prefix
+from hsft.model.backbone import load_decoder, read_extra
+from hsft.utils.errors import InputError, brief
+
+log = logging.getLogger(__name__)
+
+_MODEL_FILES = (".safetensors", ".bin", ".json", ".model", ".txt")
+_READ_WHOLE = 1 << 20
+_PAGE = 4096
+
+Pooling = Literal["emb_token", "mean"]
+
+
+class ItemEncoder:
+    """Encodes texts with a frozen LLM.
+
+    With `emb_token` pooling the learned embedding `item_emb_tokens` is appended after the text's
+    tokens, and its last hidden state (after the final norm) is the item's embedding. With `mean`
+    pooling it is the mean of the last hidden states of the text's tokens. Attention is causal and
+    rows are padded on the right, so no position sees another item or a padding position.
+
+    Args:
+        model: a decoder with its token embedding.
+        tokenizer: its tokenizer.
+        emb_token: [D] learned embedding for `emb_token` pooling, None for `mean`.
+        max_text_length: longest text in tokens.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: Any, emb_token: Tensor | None, max_text_length: int
+    ) -> None:
+        self.model = model.eval()
+        self.tokenizer = tokenizer
+        self.emb_token = emb_token
+        self.max_text_length = max_text_length
+        self.dim = int(model.config.hidden_size)
+        self._forward: Callable[..., Any] = model
+        self._prefix: Prefix | None = None
+
+    @property
+    def pooling(self) -> Pooling:
+        """How token states become one embedding."""
+        return "mean" if self.emb_token is None else "emb_token"
+
+    def compile(self) -> None:
+        """Run the model through torch.compile (`item_compile`)."""
+        self._forward = torch.compile(self.model, dynamic=True)
+
+    def tokenize(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Return each text's token ids, cut to `max_text_length`: int64 [0..max_text_length]."""
+        if not texts:
+            return []
+        encoded = self.tokenizer(list(texts), truncation=False, padding=False)["input_ids"]
+        return [np.asarray(ids[: self.max_text_length], dtype=np.int64) for ids in encoded]
+
+    def share_prefix(self, tokens: np.ndarray) -> None:
+        """Encode what the coming texts begin with once, where that pays: int64 [P] token ids.
+
+        Texts that begin otherwise are encoded whole.
+        """
+        # torch.compile would trace the key-value cache again for each of its sizes.
+        compiled = self._forward is not self.model
+        self._prefix = None if compiled else encode_prefix(self.model, tokens)
+
+    @torch.inference_mode()
+    def encode(self, tokens: Sequence[np.ndarray]) -> Tensor:
+        """Encode one batch.
+
+        Args:
+            tokens: token ids of B texts; an empty text is the bare emb token, or under mean
+                pooling a zero vector.
+
+        Returns:
+            float32 [B, D] on the CPU.
+        """
+        prefix = self._prefix
+        if prefix is None:
+            return self._encode(tokens, None)
+        size = len(prefix)
+        shared = np.array([np.array_equal(ids[:size], prefix.tokens) for ids in tokens], dtype=bool)
+        found = torch.empty((len(tokens), self.dim))
+        for rows, part in ((np.flatnonzero(shared), prefix), (np.flatnonzero(~shared), None)):
+            if len(rows):
+                cut = len(part) if part else 0
+                rest = [tokens[row][cut:] for row in rows.tolist()]
+                found[torch.from_numpy(rows)] = self._encode(rest, part)
+        return found
+
+    def _encode(self, tokens: Sequence[np.ndarray], prefix: Prefix | None) -> Tensor:
+        """Encode what comes after the prefix in each text."""
+        extra = 0 if self.emb_token is None else 1
+        lengths = np.array([len(ids) for ids in tokens])
+        width = max(int(lengths.max(initial=0)) + extra, 1)
+        padded = np.zeros((len(tokens), width), dtype=np.int64)
+        filled = np.arange(width) < lengths[:, None]
+        padded[filled] = np.concatenate([*tokens, np.empty(0, dtype=np.int64)])
+        device = self.model.device
+        inputs = self.model.get_input_embeddings()(torch.from_numpy(padded).to(device))
+        ends = torch.from_numpy(lengths).to(device)
+        rows = torch.arange(len(tokens), device=device)
+        if self.emb_token is not None:
+            inputs[rows, ends] = self.emb_token.to(inputs)
+        given = {"use_cache": False} if prefix is None else {"use_cache": True, **prefix.given}
+        states = self._forward(inputs_embeds=inputs, **given).last_hidden_state
+        if self.emb_token is not None:
+            return states[rows, ends].float().cpu()
+        mask = torch.from_numpy(filled).to(device).unsqueeze(-1)
+        summed = states.float().masked_fill(~mask, 0.0).sum(dim=1)
+        if prefix is not None:
+            summed, ends = summed + prefix.summed, ends + len(prefix)
+        return (summed / ends.clamp_min(1).unsqueeze(-1)).cpu()
+
+
+def load_item_encoder(
+    folder: str | Path,
+    *,
+    item_emb_token_n: int,
+    max_text_length: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    attention: str,
+    trust_remote_code: bool = False,
+) -> ItemEncoder:
+    """Load an ItemLLM and decide its pooling.
+
+    Args:
+        folder: a transformers model folder; an imported HLLM has `hllm_extra.safetensors` in it.
+        item_emb_token_n: 1 asks for the learned emb token; a folder without one is mean-pooled
+            and the log says so. 0 asks for mean pooling.
+        max_text_length: longest text in tokens.
+        device, dtype, attention: where and how the model runs.
+        trust_remote_code: let transformers run code from the folder.
+
+    Raises:
+        InputError: the model or its tokenizer cannot be loaded.
+    """
+    model = load_decoder(
+        folder,
+        dtype=dtype,
+        attention=attention,
+        keep_token_embedding=True,
+        trust_remote_code=trust_remote_code,
+    ).to(device)
+    tokenizer = load_tokenizer(folder, trust_remote_code)
+    token = emb_token(folder, item_emb_token_n, int(model.config.hidden_size))
+    if token is None and item_emb_token_n:
+        log.info("%s", no_emb_token(folder))
+    return ItemEncoder(model, tokenizer, token, max_text_length)
+
+
+def load_tokenizer(folder: str | Path, trust_remote_code: bool = False) -> Any:
+    """Load a model folder's tokenizer.
+
+    Raises:
+        InputError: there is none, or it does not work.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=trust_remote_code
+        )
+        tokenizer(["a"], truncation=False, padding=False)["input_ids"]
+    except Exception as error:  # transformers raises many kinds for absent or damaged tokenizers
+        raise InputError(
+            f"model folder {folder} has no usable tokenizer ({brief(error, 160)}); fetch the model again."
+        ) from error
+    return tokenizer
+
+
+def no_emb_token(folder: str | Path) -> str:
+    """Return the sentence that says what a folder without an emb token means."""
+    return (
+        f"{folder} has no trained emb token (item_emb_tokens): items are mean-pooled over their "
+        f"text's tokens."
+    )
+
+
+def emb_token(folder: str | Path, item_emb_token_n: int, dim: int) -> Tensor | None:
+    """Return HLLM's learned emb token [D] of a model folder, None for mean pooling.
+
+    Raises:
+        InputError: the token is not of the model's dimension.
+    """
+    if item_emb_token_n == 0:
+        return None
+    token = read_extra(folder).get("item_emb_tokens")
+    if token is None:
+        return None
+    if token.numel() != dim:
+        raise InputError(
+            f"{folder}: item_emb_tokens has {token.numel()} dimensions, the model {dim}; import "
+            f"the checkpoint again."
+        )
+    return token.reshape(dim)
+
+
+def model_fingerprint(folder: str | Path) -> str:
+    """Return a SHA-256 that tells a model folder from others, whatever its name.
+
+    Of files above 1 MiB it reads the size and 64 pages spread over the file: retrained weights
+    differ everywhere, and a model of many gigabytes must not be read a second time.
+    """
+    digest = hashlib.sha256()
+    for path in sorted(Path(folder).iterdir()):
+        if not path.is_file() or path.suffix not in _MODEL_FILES:
+            continue
+        size = path.stat().st_size
+        digest.update(f"{path.name}\0{size}\0".encode())
+        with path.open("rb") as file:
+            if size <= _READ_WHOLE:
+                digest.update(file.read())
+                continue
+            for start in np.linspace(0, size - _PAGE, 64).astype(np.int64).tolist():
+                file.seek(start)
+                digest.update(file.read(_PAGE))
+    return digest.hexdigest()
+
+
+def length_batches(lengths: np.ndarray, max_tokens: int, extra: int = 0) -> Iterator[np.ndarray]:
+    """Split items into batches of similar length within a token budget.
+
+    Args:
+        lengths: int [n], tokens of each item.
+        max_tokens: largest batch, rows times longest row; a longer item is a batch of its own.
+        extra: positions added to each row.
+
+    Yields:
+        int64 item positions; longest items first, so that memory peaks at the start.
+    """
+    order = np.argsort(-lengths, kind="stable")
+    start = 0
+    while start < len(order):
+        width = max(int(lengths[order[start]]) + extra, 1)
+        size = max(1, max_tokens // width)
+        yield order[start : start + size]
+        start += size

@@ -1,0 +1,321 @@
+"""The evaluation loop: user vectors, ranks, metrics; the same for every model."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from hsft.data.dataset import CachedEmbeddingEvalDataset, EvalBatch, EvalCollate
+from hsft.data.interactions import PAD
+from hsft.data.negatives import NegativeSampler
+from hsft.evaluator import metrics, ranking
+from hsft.utils.errors import InputError
+
+log = logging.getLogger(__name__)
+
+# Candidate lists get a stream of their own, so that they do not depend on what else was drawn.
+_CANDIDATE_STREAM = {"valid": 1, "test": 2}
+
+
+class Scorer(Protocol):
+    """What the evaluator needs of a model: vectors whose dot products are the scores."""
+
+    @property
+    def num_items(self) -> int:
+        """Number of items I."""
+
+    def user_vectors(self, history: Tensor, lengths: Tensor) -> Tensor:
+        """Int64 [B, T] and [B] -> float32 [B, D]."""
+
+    def item_slice(self, start: int, end: int) -> Tensor:
+        """Item numbers start..end-1 -> float32 [end - start, D]."""
+
+    def item_vectors(self, items: Tensor) -> Tensor:
+        """Int64 [...] -> float32 [..., D]."""
+
+
+@dataclass(frozen=True)
+class EvalProtocol:
+    """How users are scored: the same object serves every row of a table.
+
+    Attributes:
+        kind: `full` or `sampled`.
+        topk: cut-offs.
+        metrics: metric names.
+        candidates: drawn items per user of `sampled`.
+        seed: seed of the candidate lists.
+        budget_bytes: largest score matrix held at once.
+    """
+
+    kind: str
+    topk: tuple[int, ...]
+    metrics: tuple[str, ...]
+    candidates: int = 99
+    seed: int = 2020
+    budget_bytes: int = 1 << 28
+
+    def describe(self) -> str:
+        """Say the protocol in a few words, for tables."""
+        if self.kind == "full":
+            return "full ranking, seen items masked"
+        return f"{self.candidates} sampled negatives a user (seed {self.seed})"
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The outcome of one evaluation.
+
+    Attributes:
+        phase: `valid` or `test`.
+        users: int64 [E], user numbers, ascending.
+        ranks: int64 [E], rank of each user's target, 1 is best.
+        metrics: `NAME@K` -> value.
+        seconds: wall time.
+    """
+
+    phase: str
+    users: np.ndarray
+    ranks: np.ndarray
+    metrics: dict[str, float]
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Encoded users that are ranked together; fields as in `EvalBatch`, `vectors` float32 [b, D]."""
+
+    vectors: Tensor
+    rows: Tensor
+    targets: Tensor
+    seen_rows: Tensor
+    seen_items: Tensor
+    candidates: Tensor
+
+    @classmethod
+    def of(cls, batches: Sequence[tuple[Tensor, EvalBatch]]) -> _Group:
+        """Put batches and their user vectors below one another."""
+        sizes = [len(vectors) for vectors, _ in batches]
+        before = [sum(sizes[:number]) for number in range(len(sizes))]
+        return cls(
+            vectors=torch.cat([vectors for vectors, _ in batches]),
+            rows=torch.cat([batch.rows for _, batch in batches]),
+            targets=torch.cat([batch.targets for _, batch in batches]),
+            seen_rows=torch.cat(
+                [batch.seen_rows + n for n, (_, batch) in zip(before, batches, strict=True)]
+            ),
+            seen_items=torch.cat([batch.seen_items for _, batch in batches]),
+            candidates=torch.cat([batch.candidates for _, batch in batches]),
+        )
+
+
+class Evaluator:
+    """Scores all users of one phase.
+
+    Args:
+        dataset: the users.
+        protocol: how they are scored.
+        batch_size: users encoded at a time.
+        num_workers: processes preparing batches.
+        rank, world_size: this process's share of the users: every world_size-th one, so that each
+            is counted exactly once. All processes encode the same number of users, the last of
+            them possibly one whose score is thrown away, since under ZeRO stage 3 the model runs
+            in all of them together.
+        candidates: int64 [E, C], the users' lists of `sampled`, where the dataset is a part of the
+            users for whom they were drawn; drawn here when None.
+
+    Raises:
+        InputError: there are no users to score, or too few items for the candidate lists.
+    """
+
+    def __init__(
+        self,
+        dataset: CachedEmbeddingEvalDataset,
+        protocol: EvalProtocol,
+        *,
+        batch_size: int,
+        num_workers: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        candidates: np.ndarray | None = None,
+    ) -> None:
+        if not len(dataset):
+            raise InputError(
+                f"no user has a history and a {dataset.phase} target; the interactions need users "
+                f"with at least {3 if dataset.phase == 'valid' else 2} items."
+            )
+        self.dataset = dataset
+        self.protocol = protocol
+        self.world_size = world_size
+        self._own = np.arange(rank, len(dataset), world_size)
+        if candidates is None and protocol.kind == "sampled":
+            candidates = draw_candidates(dataset, protocol)
+        self._loader: DataLoader[Any] = DataLoader(
+            dataset,
+            batch_size=batch_size,
+            sampler=np.resize(np.append(self._own, 0), -(-len(dataset) // world_size)).tolist(),
+            collate_fn=EvalCollate(dataset, candidates),
+            num_workers=num_workers,
+        )
+
+    @property
+    def own_users(self) -> int:
+        """Users that this process scores."""
+        return len(self._own)
+
+    # Not inference_mode: its tensors would stay behind as ZeRO stage 3's gathered parameters.
+    @torch.no_grad()
+    def run(
+        self,
+        scorer: Scorer,
+        device: torch.device,
+        *,
+        gather: Callable[[np.ndarray], np.ndarray] | None = None,
+        on_batch: Callable[[int], None] = lambda users: None,
+        autocast: Callable[[], Any] | None = None,
+    ) -> Evaluation:
+        """Rank every user's target and average the metrics.
+
+        Args:
+            scorer: the model, in evaluation mode.
+            device: where it is.
+            gather: adds up an int64 array over all processes; None in a single one.
+            on_batch: called with the number of users just encoded.
+            autocast: context manager factory for the model's forward pass.
+        """
+        began = time.perf_counter()
+        ranks = np.zeros(len(self.dataset), dtype=np.int64)
+        covered = {k: np.zeros(scorer.num_items + 1, dtype=bool) for k in self._coverage_cuts()}
+        for group in self._groups(scorer, device, on_batch, autocast):
+            found = self._rank(scorer, group, covered)
+            ranks[group.rows.numpy(force=True)] = found.numpy(force=True)
+        if gather is not None:
+            counted = np.zeros_like(ranks)
+            counted[self._own] = ranks[self._own]
+            ranks = gather(counted)
+            covered = {k: gather(seen.astype(np.int64)) > 0 for k, seen in covered.items()}
+        values = metrics.compute(self.protocol.metrics, self.protocol.topk, ranks)
+        for k, seen in covered.items():
+            values[f"Coverage@{k}"] = float(seen[1:].mean())
+        return Evaluation(
+            phase=self.dataset.phase,
+            users=self.dataset.segments.users,
+            ranks=ranks,
+            metrics=values,
+            seconds=time.perf_counter() - began,
+        )
+
+    def _coverage_cuts(self) -> Sequence[int]:
+        wanted = "Coverage" in self.protocol.metrics and self.protocol.kind == "full"
+        return self.protocol.topk if wanted else ()
+
+    def _groups(
+        self,
+        scorer: Scorer,
+        device: torch.device,
+        on_batch: Callable[[int], None],
+        autocast: Callable[[], Any] | None,
+    ) -> Iterator[_Group]:
+        """Encode batch after batch and yield them in groups.
+
+        Full ranking prepares all item vectors for each group of users that it scores, so groups
+        are as large as the budget allows; sampled ranking takes batches as they come.
+        """
+        waiting: list[tuple[Tensor, EvalBatch]] = []
+        count = 0
+        for batch in self._loader:
+            moved = EvalBatch(*(part.to(device, non_blocking=True) for part in batch))
+            with nullcontext() if autocast is None else autocast():
+                users = scorer.user_vectors(moved.history, moved.lengths).float()
+            on_batch(len(users))
+            if waiting and count + len(users) > self._users_at_a_time(scorer, users.shape[1]):
+                yield _Group.of(waiting)
+                waiting, count = [], 0
+            waiting.append((users, moved))
+            count += len(users)
+        if waiting:
+            yield _Group.of(waiting)
+
+    def _users_at_a_time(self, scorer: Scorer, dim: int) -> int:
+        if self.protocol.kind == "sampled":
+            return 1
+        return ranking.users_at_a_time(scorer.num_items, self.protocol.budget_bytes, dim)
+
+    def _rank(self, scorer: Scorer, group: _Group, covered: dict[int, np.ndarray]) -> Tensor:
+        """Rank a group's targets: int64 [b]."""
+        users = group.vectors
+        if self.protocol.kind == "sampled":
+            return self._rank_candidates(scorer, group)
+        dim = users.shape[1]
+        most = self._users_at_a_time(scorer, dim)
+        # Parts of equal size: a last part of a few users would cost as much as a full one.
+        size = -(-len(users) // -(-len(users) // most))
+        at_a_time = ranking.items_at_a_time(dim, self.protocol.budget_bytes, users.device)
+        buffer = users.new_empty((size, scorer.num_items + 1))
+        found = []
+        for start in range(0, len(users), size):
+            part = slice(start, start + size)
+            scores = ranking.full_scores(
+                users[part], scorer.item_slice, scorer.num_items, at_a_time, buffer
+            )
+            own = (group.seen_rows >= start) & (group.seen_rows < start + size)
+            found.append(
+                ranking.full_ranks(
+                    scores, group.targets[part], group.seen_rows[own] - start, group.seen_items[own]
+                )
+            )
+            if covered:
+                self._cover(scores, covered)
+        return torch.cat(found)
+
+    @staticmethod
+    def _cover(scores: Tensor, covered: dict[int, np.ndarray]) -> None:
+        deepest = min(max(covered), scores.shape[1])
+        best = scores.topk(deepest, dim=1)
+        listed = torch.where(best.values > -torch.inf, best.indices, PAD)
+        for k, seen in covered.items():
+            seen[listed[:, :k].unique().cpu().numpy()] = True
+
+    def _rank_candidates(self, scorer: Scorer, group: _Group) -> Tensor:
+        users = group.vectors
+        items = torch.cat([group.targets.unsqueeze(1), group.candidates], dim=1)
+        size = max(1, self.protocol.budget_bytes // (4 * items.shape[1] * users.shape[1]))
+        return torch.cat(
+            [
+                ranking.candidate_ranks(
+                    users[start : start + size], scorer.item_vectors(items[start : start + size])
+                )
+                for start in range(0, len(users), size)
+            ]
+        )
+
+
+def draw_candidates(dataset: CachedEmbeddingEvalDataset, protocol: EvalProtocol) -> np.ndarray:
+    """Draw every user's candidate list: distinct items the user never interacted with.
+
+    The lists depend on seed, phase and data alone, so every model is scored on the same ones.
+
+    Returns:
+        int64 [E, C].
+
+    Raises:
+        InputError: a user has fewer than C such items.
+    """
+    sampler = NegativeSampler(dataset.interactions)
+    users = dataset.segments.users
+    fewest = int(sampler.available[users].min())
+    if fewest < protocol.candidates:
+        raise InputError(
+            f"eval_neg_sample_num is {protocol.candidates}, but a user has only {fewest} items left "
+            f"to draw from in this catalogue; lower it to {fewest} or use eval_protocol: full."
+        )
+    rng = np.random.default_rng([protocol.seed, _CANDIDATE_STREAM[dataset.phase]])
+    return sampler.draw(users, protocol.candidates, rng, distinct=True)

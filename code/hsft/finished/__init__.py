@@ -1,0 +1,1 @@
+"""What is done with finished runs: open, recommend, export, report, serve, sweep."""

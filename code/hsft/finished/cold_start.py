@@ -1,0 +1,275 @@
+"""Cold start: how well a finished run ranks items that its data never had."""
+
+from __future__ import annotations
+
+import logging
+import shlex
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hsft.data.cache import ItemCache
+from hsft.data.dataset import CachedEmbeddingEvalDataset
+from hsft.data.interactions import Interactions, dataset_file, read_interactions, renumber
+from hsft.data.split import leave_one_out
+from hsft.evaluator.evaluator import EvalProtocol, Evaluator, Scorer
+from hsft.evaluator.intervals import bootstrap_interval
+from hsft.evaluator.metrics import per_user
+from hsft.finished.open_run import OpenRun, open_run
+from hsft.model.reference import build_reference
+from hsft.utils.errors import InputError, one_line
+from hsft.utils.progress import Meter
+
+log = logging.getLogger(__name__)
+
+METRICS = ("Recall", "NDCG")
+ALL_ITEMS, COLD_ITEMS = "all items", "cold items"
+REFERENCES = ("pop", "random")
+# Below every score of a model, and finite: infinity times a padded zero would be NaN.
+_BELOW_ALL = -1e30
+
+
+class ColdOnly:
+    """Ranks the last items of another scorer's catalogue above all others, among them as it does.
+
+    A further dimension, 1 in every user vector, is 0 in the vectors of those items and far below
+    every score in the others'.
+
+    Args:
+        scorer: the model.
+        own_items: items 1..own_items are the others.
+    """
+
+    def __init__(self, scorer: Scorer, own_items: int) -> None:
+        self._scorer, self._own_items = scorer, own_items
+
+    @property
+    def num_items(self) -> int:
+        """Number of items I, the others included."""
+        return self._scorer.num_items
+
+    def user_vectors(self, history: Tensor, lengths: Tensor) -> Tensor:
+        """Int64 [B, T] and [B] -> float32 [B, D + 1]."""
+        vectors = self._scorer.user_vectors(history, lengths).float()
+        return torch.cat([vectors, vectors.new_ones((len(vectors), 1))], dim=1)
+
+    def item_slice(self, start: int, end: int) -> Tensor:
+        """Item numbers start..end-1 -> float32 [end - start, D + 1]."""
+        vectors = self._scorer.item_slice(start, end)
+        return self._widen(vectors, torch.arange(start, end, device=vectors.device))
+
+    def item_vectors(self, items: Tensor) -> Tensor:
+        """Int64 [...] -> float32 [..., D + 1]."""
+        return self._widen(self._scorer.item_vectors(items), items)
+
+    def _widen(self, vectors: Tensor, items: Tensor) -> Tensor:
+        penalty = torch.where(items > self._own_items, 0.0, _BELOW_ALL).unsqueeze(-1)
+        return torch.cat([vectors.float(), penalty.to(vectors.device)], dim=-1)
+
+
+def cold_start(
+    run_dir: str | Path,
+    full_dataset: str,
+    overrides: Mapping[str, Any] | None = None,
+    *,
+    again: bool = False,
+) -> list[dict[str, Any]]:
+    """Evaluate a run on the items that were held out from its data.
+
+    The users are those whose test target in the full data (leave-one-out) is a cold item, one that
+    the run's own data never had; the history is everything before it. The target is ranked with
+    seen items masked, once among all items of the full data and once among its cold items.
+
+    Args:
+        run_dir: a run of a model that reads item embeddings.
+        full_dataset: name of the data set that the run's own was cut from.
+        overrides: configuration keys with other values; `item_cache_path` names the cache of the
+            full data where the run's own cache has only the run's items.
+        again: this program has read the run's data before and has said how many they are.
+
+    Returns:
+        A row for each of the run's models, then `pop` (counted in the run's training items) and
+        `random`, for either kind of candidates: `model`, `candidates` (`all items` or
+        `cold items`), `items` (how many candidates there are, seen ones not yet taken off), `users`,
+        and `metrics`, name -> `value`, `low` and `high` (95 % bootstrap interval over users).
+
+    Raises:
+        InputError: the run's model knows items by their ids only; the run's data is the full data
+            itself or not part of it; there is no cold test target; or the item cache lacks items.
+    """
+    run, dataset = _open(run_dir, full_dataset, overrides, again)
+    log.info("%d users' test targets are cold items.", len(dataset))
+    seen = dataset.count_seen_targets()
+    if seen:
+        log.info("%d of them are in their user's history already and count as misses.", seen)
+    own_items = run.own_items
+    cold_items = run.data.interactions.num_items - own_items
+    evaluator = Evaluator(
+        dataset,
+        EvalProtocol(
+            "full",
+            tuple(run.config.topk),
+            METRICS,
+            budget_bytes=run.config.logits_budget_mb << 20,
+        ),
+        batch_size=run.config.eval_batch_size,
+        num_workers=run.config.num_workers,
+    )
+    rows: list[dict[str, Any]] = []
+    for name, build in _models(run):
+        scorer = build()
+        rows += [
+            {
+                "model": name,
+                "candidates": candidates,
+                "items": items,
+                "users": len(dataset),
+                "metrics": _rank(run, evaluator, shown, f"{name}, {candidates}"),
+            }
+            for candidates, items, shown in (
+                (ALL_ITEMS, own_items + cold_items, scorer),
+                (COLD_ITEMS, cold_items, ColdOnly(scorer, own_items)),
+            )
+        ]
+    return sorted(rows, key=lambda row: row["candidates"] != ALL_ITEMS)
+
+
+def check_cold_start(
+    run_dir: str | Path, full_dataset: str, overrides: Mapping[str, Any] | None = None
+) -> None:
+    """Raise what `cold_start` would raise for the same arguments, without loading a model.
+
+    Raises:
+        InputError: as `cold_start`.
+    """
+    _open(run_dir, full_dataset, overrides, again=True)
+
+
+def _open(
+    run_dir: str | Path, full_dataset: str, overrides: Mapping[str, Any] | None, again: bool
+) -> tuple[OpenRun, CachedEmbeddingEvalDataset]:
+    """Return the run with the cold items added, and the users whose test target is one of them."""
+    given = dict(overrides or {})
+    if "item_cache_path" in given:
+        given["use_item_cache"] = True
+    run = open_run(run_dir, given, again=again)
+    run.refuse_new_items()
+    _refuse_same_data(run, full_dataset)
+    full = read_interactions(dataset_file(run.config.data_path, full_dataset))
+    _refuse_other_data(run, full, full_dataset)
+    own = set(run.data.interactions.item_ids[1:])
+    cold = [str(item) for item in full.item_ids[1:] if item not in own]
+    extended = run.with_items(_embeddings(run, cold, full_dataset))
+    return extended, _cold_targets(extended, full, full_dataset)
+
+
+def _refuse_same_data(run: OpenRun, name: str) -> None:
+    if run.config.dataset == name:
+        shown = one_line(name)
+        raise InputError(
+            f"{run.folder} was trained on {shown} itself, so none of its items is new to it; make a "
+            f"copy without some items (python prepare_data.py hold-out --dataset "
+            f"{shlex.quote(shown)}), train on that and name its run."
+        )
+
+
+def _refuse_other_data(run: OpenRun, full: Interactions, name: str) -> None:
+    own = run.data.interactions
+    for kind, ids, known in (
+        ("item", own.item_ids[1:], full.item_ids[1:]),
+        ("user", own.user_ids, full.user_ids),
+    ):
+        lacking = sorted(set(ids) - set(known))
+        if lacking:
+            raise InputError(
+                f"{run.config.dataset}, the data of {run.folder}, is no part of {one_line(name)}: "
+                f"that lacks {len(lacking)} of its {len(ids)} {kind}s, for example "
+                f"'{one_line(lacking[0], 40)}'; "
+                f"name the data set that items were held out from."
+            )
+
+
+def _embeddings(run: OpenRun, cold: Sequence[str], name: str) -> ItemCache:
+    """Return the cold items' rows of the run's item cache."""
+    cache = run.data.cache
+    assert cache is not None
+    rows = cache.rows_of(cold)
+    lacking = [item for item, row in zip(cold, rows, strict=True) if row < 0]
+    if lacking:
+        raise InputError(
+            f"{len(lacking)} items of {one_line(name)} are not in the item cache "
+            f"{cache.path or 'made now'}, for example {', '.join(lacking[:5])}; encode all of "
+            f"{one_line(name)} with item_caching.py and name that cache with --item_cache_path."
+        )
+    return ItemCache(list(cold), cache.embeddings[torch.from_numpy(rows)], cache.metadata)
+
+
+def _cold_targets(run: OpenRun, full: Interactions, name: str) -> CachedEmbeddingEvalDataset:
+    split = leave_one_out(renumber(full, run.data.interactions.item_ids))
+    everyone = CachedEmbeddingEvalDataset(split, "test", run.config.MAX_ITEM_LIST_LENGTH)
+    dataset = everyone.keep(everyone.targets > run.own_items)
+    if not len(dataset):
+        raise InputError(
+            f"no user's test target in {one_line(name)} is an item that {run.config.dataset} lacks, "
+            f"so there is nothing to measure; hold more items out and train on what is left."
+        )
+    return dataset
+
+
+def _models(run: OpenRun) -> list[tuple[str, Callable[[], Scorer]]]:
+    def reference(name: str) -> Scorer:
+        # The split is of the run's own interactions, in which no cold item is counted.
+        config = run.config.model_copy(update={"model": name})
+        return build_reference(config, run.data.split, None, run.fabric.device)
+
+    own = [(name, partial(run.build, name)) for name in run.models]
+    return [*own, *((name, partial(reference, name)) for name in REFERENCES)]
+
+
+def _rank(
+    run: OpenRun, evaluator: Evaluator, scorer: Scorer, task: str
+) -> dict[str, dict[str, float]]:
+    with Meter(f"ranking: {task}", evaluator.own_users, "users", run.config.show_progress) as bar:
+        found = evaluator.run(
+            scorer, run.fabric.device, on_batch=bar.advance, autocast=run.fabric.autocast
+        )
+    summary = {}
+    for metric in METRICS:
+        for k in run.config.topk:
+            low, high = bootstrap_interval(metric, found.ranks, k)
+            value = float(per_user(metric, found.ranks, k).mean())
+            summary[f"{metric}@{k}"] = {"value": value, "low": low, "high": high}
+    return summary
+
+
+def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Format the rows as Markdown, one table for either kind of candidates."""
+    names = list(rows[0]["metrics"])
+    lines = [f"cold start: {rows[0]['users']} users whose test target is a cold item"]
+    for candidates in dict.fromkeys(row["candidates"] for row in rows):
+        own = [row for row in rows if row["candidates"] == candidates]
+        among = f"{'all' if candidates == ALL_ITEMS else 'the'} {own[0]['items']} "
+        among += "items" if candidates == ALL_ITEMS else "cold items"
+        lines += [
+            "",
+            f"ranked among {among}, seen ones masked:",
+            "",
+            "| model | " + " | ".join(names) + " |",
+            "| --- |" + " ---: |" * len(names),
+        ]
+        for row in own:
+            cells = [
+                f"{entry['value']:.4f} [{entry['low']:.4f}, {entry['high']:.4f}]"
+                for entry in row["metrics"].values()
+            ]
+            lines.append(f"| {row['model']} | " + " | ".join(cells) + " |")
+    lines += [
+        "",
+        "95 % bootstrap intervals over users; ties count against the model, so pop, which counts 0 "
+        "for every cold item, finds none.",
+    ]
+    return "\n".join(lines) + "\n"

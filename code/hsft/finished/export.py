@@ -1,0 +1,367 @@
+"""Export a fine-tuned UserLLM: merged into a plain model folder, or its adapter, with a model card."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+
+from hsft.config import Config
+from hsft.config.help import dump_config
+from hsft.config.options import PLACES
+from hsft.data.cache import DTYPES
+from hsft.evaluator.evaluator import Evaluation
+from hsft.finished.open_run import open_run, run_config
+from hsft.hub.manifest import EXPORT_FILE, origin
+from hsft.model.backbone import add_lora, load_decoder, load_model_config, read_extra
+from hsft.model.folder import EMBEDDING_KEYS, EXTRA_FILE, check_files
+from hsft.model.item_adapter import adapter_shape, adapter_tensors, load_adapter
+from hsft.model.item_table import ItemTable
+from hsft.model.recommender import Recommender
+from hsft.model.user_llm import UserLLM
+from hsft.model.weights import ADAPTER_DIR, REST_FILE, load_trained
+from hsft.report.compare import Comparison, Row, load_comparison
+from hsft.report.model_card import EXPORTED, Exported, Format, model_card
+from hsft.report.result import TUNED, read_ranks, read_result
+from hsft.run.run_dir import CONFIG_FILE
+from hsft.run.setup import build_user_llm, lora_settings, loss_settings, make_evaluator
+from hsft.run.train_and_rank import evaluate
+from hsft.trainer.trainer import BEST_DIR
+from hsft.utils.environment import versions
+from hsft.utils.errors import InputError, Interrupted
+from hsft.utils.files import atomic_path, free_bytes, is_file, is_folder, read_json
+from hsft.utils.signals import StopSignals
+
+log = logging.getLogger(__name__)
+
+# Keys that belong to the run's machine and not to its model.
+_LOCAL_KEYS = (
+    *PLACES,
+    "checkpoint_dir",
+    "run_name",
+    "overwrite",
+    "auto_resume",
+    "show_progress",
+)
+_ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+_SPARE_BYTES = 64 << 20
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """What to export.
+
+    Attributes:
+        run: the run's folder.
+        out: the folder to write.
+        format: `merged` or `adapter`.
+        dtype: number type of merged weights, a name of `DTYPES`.
+        evaluate: score what was merged, on the run's phase and protocol.
+        overwrite: replace an earlier export at `out`.
+        places: keys of the run's configuration with other values, for what has moved.
+    """
+
+    run: Path
+    out: Path
+    format: Format = "merged"
+    dtype: str = "bfloat16"
+    evaluate: bool = False
+    overwrite: bool = False
+    places: Mapping[str, Any] | None = None
+
+
+def export(options: ExportOptions) -> Path:
+    """Export a run that trained the UserLLM.
+
+    The folder appears whole at the end or not at all. `merged` holds safetensors and `config.json`
+    of a plain transformers decoder and `hllm_extra.safetensors`, and is a `user_pretrain_dir`;
+    `adapter` holds peft's two files and `trained.safetensors`. Both have the run's settings in
+    `config.yaml`, the card `README.md`, and `export.json`.
+
+    Returns:
+        The folder.
+
+    Raises:
+        InputError: the run has trained no UserLLM or is not finished, a file is missing or damaged,
+            the disk is too small, or `out` must not be replaced.
+        Interrupted: SIGINT or SIGTERM came; nothing half-written is left.
+    """
+    try:
+        with StopSignals():
+            return _export(options)
+    except Interrupted as ending:
+        raise Interrupted(f"{ending}; nothing was exported", ending.exit_code) from None
+
+
+def _export(options: ExportOptions) -> Path:
+    _refuse_out(options)
+    run = _TrainedRun(options.run, run_config(options.run, options.places), options)
+    run.refuse()
+    with atomic_path(options.out) as folder:
+        folder.mkdir()
+        if options.format == "merged":
+            item_adapter = _write_merged(run, folder)
+            found = _score(run, folder) if options.evaluate else None
+        else:
+            item_adapter, found = _write_adapter(run, folder), None
+        _write_about(run, folder, item_adapter, found)
+    log.info("wrote %s.", options.out)
+    return options.out
+
+
+@dataclass(frozen=True)
+class _TrainedRun:
+    folder: Path
+    config: Config
+    options: ExportOptions
+
+    @cached_property
+    def result(self) -> dict[str, Any]:
+        return read_result(self.folder)
+
+    @property
+    def best(self) -> Path:
+        return self.folder / BEST_DIR
+
+    @property
+    def base(self) -> Path:
+        return Path(self.config.user_pretrain_dir or "")
+
+    def refuse(self) -> None:
+        """Refuse a run that there is nothing to export of, before anything large is read."""
+        config, options = self.config, self.options
+        if config.model != "HLLM" or config.val_only:
+            what = "evaluated only" if config.model == "HLLM" else f"a run of model: {config.model}"
+            raise InputError(
+                f"{self.folder} is {what}, so it has no trained UserLLM to export; name a run that "
+                f"fine-tuned one."
+            )
+        if options.format == "adapter" and not config.use_qlora:
+            raise InputError(
+                f"{self.folder} trained all weights and has no adapter; use --format merged."
+            )
+        if options.format == "adapter" and options.evaluate:
+            raise InputError(
+                f"the table of {self.folder} was measured with its adapter as it is; leave out "
+                f"--evaluate, which scores what --format merged writes."
+            )
+        if not any(row["name"] == TUNED for row in self.result["rows"]):
+            raise InputError(f"{self.folder}/result.json has no row '{TUNED}'; run it again.")
+        if options.format == "merged":
+            # atomic_path would take a missing folder's error for one of writing.
+            load_model_config(self.base, config.trust_remote_code)
+            check_files(self.base)
+
+
+def _refuse_out(options: ExportOptions) -> None:
+    out = options.out
+    if not out.exists() or (is_folder(out) and not any(out.iterdir())):
+        return
+    if not is_file(out / EXPORT_FILE):
+        raise InputError(
+            f"{out} exists and is no export (it has no {EXPORT_FILE}); give another --out."
+        )
+    if not options.overwrite:
+        raise InputError(f"{out} exists; give another --out or set --overwrite True.")
+
+
+def _write_merged(run: _TrainedRun, folder: Path) -> str:
+    """Write the decoder and what belongs to it; return the kind of item adapter."""
+    config, dtype = run.config, DTYPES[run.options.dtype]
+    weights = check_files(run.base)
+    _refuse_full_disk(run.options.out, weights.count(config.user_llm_layers) * dtype.itemsize)
+    # UserLLMs read vectors; one that came without a token embedding is exported without.
+    whole = not weights.shapes or any(
+        part in name for name in weights.shapes for part in EMBEDDING_KEYS
+    )
+    log.info("loading %s in float32, without quantisation.", run.base)
+    model = _load_unquantised(run, keep_token_embedding=whole)
+    decoder: Any = model.encoder.decoder
+    if config.use_qlora:
+        log.info("merging the adapter.")
+        decoder = decoder.merge_and_unload()
+    # Turned off for training alone.
+    own = load_model_config(run.base, config.trust_remote_code)
+    decoder.config.use_cache = getattr(own, "use_cache", True)
+    log.info("writing %s in %s.", run.options.out, run.options.dtype)
+    decoder.to(dtype)
+    _refuse_overflow(decoder, run.options.dtype)
+    decoder.save_pretrained(folder)
+    items = model.encoder.items
+    extra = {
+        **read_extra(run.base),
+        **adapter_tensors(items),
+        "logit_scale": model.logit_scale.detach().reshape(()).contiguous(),
+    }
+    save_file(extra, folder / EXTRA_FILE, metadata={"format": "pt"})
+    return _adapter_of(run)
+
+
+def _load_unquantised(run: _TrainedRun, *, keep_token_embedding: bool) -> Recommender:
+    """Load the trained model in float32 on the CPU, without the data."""
+    config = run.config
+    decoder: Any = load_decoder(
+        run.base,
+        dtype=torch.float32,
+        attention="eager",  # every model has it, and nothing is computed
+        layers=config.user_llm_layers,
+        keep_token_embedding=keep_token_embedding,
+        trust_remote_code=config.trust_remote_code,
+    )
+    # Frozen in training, which has no use for it.
+    decoder.get_input_embeddings().requires_grad_(False)
+    hidden = int(decoder.config.hidden_size)
+    if config.use_qlora:
+        lora = replace(lora_settings(config), quant_type="none")
+        decoder = add_lora(decoder, lora, gradient_checkpointing=False)
+    extra = read_extra(run.base)
+    items = ItemTable(torch.zeros(1, hidden), *adapter_shape(config, extra, run.base, train=True))
+    load_adapter(items, extra, trained=config.item_adapter != "none")
+    scale = extra.get("logit_scale")
+    model = Recommender(
+        UserLLM(decoder, items), loss_settings(config), None if scale is None else float(scale)
+    )
+    load_trained(model, run.best)
+    return model.eval()
+
+
+def _adapter_of(run: _TrainedRun) -> str:
+    return adapter_shape(run.config, read_extra(run.base), run.base, train=True)[0]
+
+
+def _refuse_full_disk(out: Path, needed: int) -> None:
+    free = free_bytes(out.parent)
+    if free < needed + _SPARE_BYTES:
+        raise InputError(
+            f"the export {out} needs {needed / 2**30:.1f} GiB, its disk has {free / 2**30:.1f} GiB "
+            f"free; free some space or give another --out."
+        )
+
+
+def _refuse_overflow(decoder: torch.nn.Module, dtype: str) -> None:
+    for name, value in decoder.named_parameters():
+        if not value.isfinite().all():
+            raise InputError(
+                f"weight {name} is not finite in {dtype}; use --dtype bfloat16 or float32."
+            )
+
+
+def _write_adapter(run: _TrainedRun, folder: Path) -> str:
+    """Copy the adapter and what else was trained; return the kind of item adapter."""
+    if run.config.item_adapter == "none" and _adapter_of(run) != "none":
+        raise InputError(
+            f"{run.base} comes with an item adapter, which {run.folder} used and did not train, so "
+            f"the LoRA adapter alone is not its model; use --format merged."
+        )
+    for source in (
+        *(run.best / ADAPTER_DIR / name for name in _ADAPTER_FILES),
+        run.best / REST_FILE,
+    ):
+        if not is_file(source):
+            raise InputError(f"{source} does not exist; the run has no trained model there.")
+        shutil.copyfile(source, folder / source.name)
+    settings = read_json(folder / _ADAPTER_FILES[0])
+    if not isinstance(settings, dict):
+        raise InputError(
+            f"{run.best / ADAPTER_DIR / _ADAPTER_FILES[0]} is not peft's; run it again."
+        )
+    # It would tell where the base model lay on this machine.
+    settings["base_model_name_or_path"] = _base_repo(run) or run.base.name
+    _write_json(folder / _ADAPTER_FILES[0], settings)
+    return run.config.item_adapter
+
+
+def _score(run: _TrainedRun, folder: Path) -> Evaluation:
+    """Score the folder's model as the run was scored, through what a later run would do with it."""
+    opened = open_run(run.folder, {**(run.options.places or {}), "show_progress": True})
+    changes = {**_merged_changes(run), "user_pretrain_dir": str(folder)}
+    config = opened.config.model_copy(update=changes)
+    evaluator = make_evaluator(config, opened.data.split, config.eval_phase, opened.fabric)
+    model = build_user_llm(config, opened.data, opened.fabric, train=False)
+    found = evaluate(config, model.eval(), evaluator, opened.fabric)
+    users, _ = read_ranks(run.folder, TUNED)
+    if not np.array_equal(users, found.users):
+        raise InputError(
+            f"the data are not those that {run.folder} was scored on: other users have a "
+            f"{config.eval_phase} target; name the run's own with --data_path."
+        )
+    return found
+
+
+def _merged_changes(run: _TrainedRun) -> dict[str, Any]:
+    """Return what differs in a configuration that evaluates the merged model."""
+    return {
+        "val_only": True,
+        "use_qlora": False,
+        "user_llm_layers": None,
+        "item_adapter": "none",
+        "similarity": loss_settings(run.config).similarity,
+    }
+
+
+def _write_about(
+    run: _TrainedRun, folder: Path, item_adapter: str, found: Evaluation | None
+) -> None:
+    options = run.options
+    ranks = read_ranks(run.folder, TUNED)[1]
+    changed = None if found is None else int((found.ranks != ranks).sum())
+    dtype = options.dtype if options.format == "merged" else "float32"
+    card = Exported(
+        name=run.folder.resolve().name,
+        format=options.format,
+        dtype=dtype,
+        config=run.config,
+        result=run.result,
+        table=_table(run, found),
+        tuned=TUNED,
+        base=run.base.resolve().name,
+        base_repo=_base_repo(run),
+        item_adapter=item_adapter,
+        similarity=loss_settings(run.config).similarity,
+        other_ranks=changed,
+    )
+    (folder / "README.md").write_text(model_card(card), encoding="utf-8")
+    default = {name: Config.model_fields[name].get_default() for name in _LOCAL_KEYS}
+    changes = _merged_changes(run) if options.format == "merged" else {}
+    own = run.config.model_copy(update={**default, **changes})
+    (folder / CONFIG_FILE).write_text(dump_config(own), encoding="utf-8")
+    manifest = {
+        "format": options.format,
+        "run": card.name,
+        "dtype": dtype,
+        "quant_type": run.config.qlora_quant_type if run.config.use_qlora else None,
+        "item_adapter": item_adapter,
+        "exported": None if found is None else {"metrics": found.metrics, "other_ranks": changed},
+        "versions": versions(),
+    }
+    _write_json(folder / EXPORT_FILE, manifest)
+
+
+def _table(run: _TrainedRun, found: Evaluation | None) -> Comparison:
+    """Return the run's own comparison, with the exported model's row when it was scored."""
+    whole = load_comparison([run.folder])
+    names = [entry["name"] for entry in run.result["rows"]]
+    rows = [replace(row, name=name) for row, name in zip(whole.rows, names, strict=True)]
+    if found is not None:
+        rows.append(Row(EXPORTED, found.users, found.ranks))
+    return replace(whole, rows=rows)
+
+
+def _base_repo(run: _TrainedRun) -> str | None:
+    """Return the hub's name of the checkpoint that the base model was imported from."""
+    source = (origin(run.base) or {}).get("source")
+    repo = source.get("repo") if isinstance(source, dict) else None
+    return repo if isinstance(repo, str) else None
+
+
+def _write_json(target: Path, value: Any) -> None:
+    target.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

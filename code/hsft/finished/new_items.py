@@ -1,0 +1,124 @@
+"""Add items that a finished run has never met, by encoding their text as its item cache was made."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from hsft.config import Config
+from hsft.data.cache import DTYPES, ItemCache
+from hsft.data.item_text import read_item_texts, read_item_titles
+from hsft.encoding.item_llm import model_fingerprint
+from hsft.finished.open_run import OpenRun
+from hsft.inputs.cache_items import encode_texts
+from hsft.model.backbone import load_model_config
+from hsft.utils.errors import InputError, one_line
+from hsft.utils.files import is_folder
+
+# This program has no --text_keys: those of the item cache rule.
+_REMEDIES = ("check --add_items", "change the file")
+
+log = logging.getLogger(__name__)
+
+
+def add_items(run: OpenRun, path: str | Path) -> OpenRun:
+    """Encode the items of an information CSV and return the run with them in its catalogue.
+
+    Args:
+        run: an open run whose model reads item embeddings.
+        path: CSV with `item_id` and the `text_keys` that the item cache was made with.
+
+    Raises:
+        InputError: the run's model cannot score new items; the file is bad or names an item of the
+            catalogue; there is no ItemLLM, or another than the one that made the cache. Where the
+            run names none, the folder that the cache was made from is used, if it has not changed.
+    """
+    run.refuse_new_items()
+    cache = run.data.cache
+    assert cache is not None
+    config = _with_model(encoding_config(run.config, cache), cache)
+    texts = read_item_texts(path, config.text_keys, config.item_prompt, _REMEDIES)
+    run.refuse_known(texts.item_ids)
+    titles = read_item_titles(path, config.text_keys[0])
+    _refuse_other_model(config, cache)
+    new = encode_texts(config, texts)
+    pooling = cache.metadata.get("pooling", new.metadata["pooling"])
+    if new.metadata["pooling"] != pooling:
+        raise InputError(
+            f"the item cache {_name(cache)} was made with {pooling} pooling, which the ItemLLM in "
+            f"{config.item_pretrain_dir} cannot do; name the ItemLLM that made it with "
+            f"--item_pretrain_dir."
+        )
+    return run.with_items(new, titles)
+
+
+def encoding_config(config: Config, cache: ItemCache) -> Config:
+    """Return the configuration with the settings that an item cache says it was made with.
+
+    Raises:
+        InputError: what the cache says is not a setting.
+    """
+    stated = cache.metadata
+    given: dict[str, Any] = {
+        "item_cache_dtype": next(
+            name for name, dtype in DTYPES.items() if dtype == cache.embeddings.dtype
+        )
+    }
+    try:
+        if "text_keys" in stated:
+            given["text_keys"] = json.loads(stated["text_keys"])
+        if "prompt" in stated:
+            given["item_prompt"] = stated["prompt"]
+        if "max_text_length" in stated:
+            given["MAX_TEXT_LENGTH"] = int(stated["max_text_length"])
+        if "pooling" in stated:
+            given["item_emb_token_n"] = int(stated["pooling"] == "emb_token")
+        return Config.model_validate({**config.model_dump(), **given})
+    except (ValueError, RecursionError, ValidationError) as error:
+        raise InputError(
+            f"the item cache {_name(cache)} has unreadable metadata; make it anew with "
+            f"item_caching.py."
+        ) from error
+
+
+def _with_model(config: Config, cache: ItemCache) -> Config:
+    """Name the folder that the cache was made from, where none is named and it is still that one."""
+    folder = cache.metadata.get("model_folder", "")
+    if config.item_pretrain_dir or not folder or not is_folder(folder):
+        return config
+    if model_fingerprint(folder) != cache.metadata.get("model_fingerprint"):
+        return config
+    log.info("encoding with %s, which made the item cache.", one_line(folder, 200))
+    return config.model_copy(update={"item_pretrain_dir": folder})
+
+
+def _refuse_other_model(config: Config, cache: ItemCache) -> None:
+    folder = config.item_pretrain_dir
+    if not folder:
+        raise InputError(
+            "no ItemLLM is named to encode the new items; give --item_pretrain_dir FOLDER, the one "
+            "that made the item cache."
+        )
+    load_model_config(folder, config.trust_remote_code)
+    made_by = cache.metadata.get("model_fingerprint")
+    if not made_by:
+        log.warning(
+            "the item cache %s does not say which ItemLLM made it; the scores of new items mean "
+            "something only if it was %s, with this configuration's settings.",
+            _name(cache),
+            folder,
+        )
+    elif model_fingerprint(folder) != made_by:
+        raise InputError(
+            f"the ItemLLM in {folder} is not the one that made the item cache {_name(cache)} "
+            f"({cache.metadata.get('model', 'unnamed')}), so their embeddings cannot be compared; "
+            f"name that one with --item_pretrain_dir."
+        )
+
+
+def _name(cache: ItemCache) -> str:
+    return str(cache.path or "made now")

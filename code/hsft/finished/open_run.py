@@ -1,0 +1,291 @@
+"""Open a finished run's folder: its data and its models, ready to score."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.fabric import Fabric
+
+from hsft.config import Config, load_config
+from hsft.config.schema import READS_EMBEDDINGS
+from hsft.data.cache import ItemCache
+from hsft.data.item_text import information_file, read_item_titles
+from hsft.evaluator.evaluator import Scorer
+from hsft.evaluator.recommend import Recommendations, recommend
+from hsft.model.reference import build_reference
+from hsft.model.sasrec import build_sasrec
+from hsft.model.weights import load_trained
+from hsft.report.result import RESULT_FILE, TUNED, UNTRAINED, no_run, unfinished
+from hsft.run.run_dir import CONFIG_FILE
+from hsft.run.setup import Data, build_user_llm, load_data
+from hsft.trainer.fabric import make_fabric, peers_of
+from hsft.trainer.trainer import BEST_DIR
+from hsft.utils.errors import InputError
+from hsft.utils.files import is_file, is_folder
+
+
+@dataclass(frozen=True)
+class OpenRun:
+    """A run's configuration, data and models.
+
+    Attributes:
+        folder: the run's folder.
+        config: its configuration, with what moved since.
+        data: interactions, split and, where the model needs it, the item cache.
+        fabric: Lightning Fabric, launched.
+        new_titles: item id -> title of items added after the run.
+    """
+
+    folder: Path
+    config: Config
+    data: Data
+    fabric: Fabric
+    new_titles: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """Names of the models that can be built, as the rows of its `result.json` are named.
+
+        A fine-tuning run has `untrained` too, whether or not it was evaluated.
+        """
+        if self.config.model != "HLLM":
+            return (self.config.model,)
+        return (UNTRAINED,) if self.config.val_only else (UNTRAINED, TUNED)
+
+    @cached_property
+    def titles(self) -> dict[str, str]:
+        """Item id -> title (the first of `text_keys`), empty without an information file."""
+        try:
+            path = information_file(self.config.text_path, self.config.dataset)
+        except InputError:
+            return dict(self.new_titles)
+        return {**read_item_titles(path, self.config.text_keys[0]), **self.new_titles}
+
+    @property
+    def own_items(self) -> int:
+        """Number of the run's own items; items with higher numbers were added to it."""
+        own = self.data.own_items
+        return self.data.interactions.num_items if own is None else own
+
+    def refuse_new_items(self) -> None:
+        """Refuse a run whose model cannot score items that it was not trained with.
+
+        Raises:
+            InputError: the run's model knows items by their ids only.
+        """
+        if not self.config.reads_embeddings:
+            raise InputError(
+                f"{self.folder} is a run of {self.config.model}, which knows items by their ids "
+                f"and cannot score new ones; name a run of {' or '.join(READS_EMBEDDINGS)}."
+            )
+
+    def refuse_known(self, item_ids: Sequence[str]) -> None:
+        """Refuse ids of items that are in the catalogue.
+
+        Raises:
+            InputError: there are some.
+        """
+        again = [item for item in item_ids if item in self._number_of]
+        if again:
+            raise InputError(
+                f"{len(again)} of {len(item_ids)} new items are in the catalogue of "
+                f"{self.config.dataset} already, for example '{again[0]}'; leave them out."
+            )
+
+    def with_items(self, new: ItemCache, titles: Mapping[str, str] | None = None) -> OpenRun:
+        """Return the run with items added to its catalogue, without interactions.
+
+        The run's items keep their numbers and the new ones follow, so that a model built from the
+        result scores the run's items as before.
+
+        Args:
+            new: ids and embeddings, made as the run's item cache was.
+            titles: item id -> title of the new items.
+
+        Raises:
+            InputError: the run's model cannot score new items, an id is in the catalogue, or the
+                embeddings have other dimensions.
+        """
+        self.refuse_new_items()
+        self.refuse_known(new.item_ids)
+        cache = self.data.cache
+        assert cache is not None
+        whole = self.data.interactions
+        own = torch.from_numpy(cache.rows_of(whole.item_ids[1:]))
+        if new.dim != cache.dim:
+            raise InputError(
+                f"the new items' embeddings have {new.dim} dimensions, the item cache "
+                f"{cache.path or 'made now'} has {cache.dim}; encode them with the same ItemLLM."
+            )
+        embeddings = torch.cat([cache.embeddings[own], new.embeddings])
+        item_ids = np.concatenate([whole.item_ids, np.array(new.item_ids, dtype=object)])
+        data = Data(
+            replace(self.data.split, interactions=replace(whole, item_ids=item_ids)),
+            ItemCache(item_ids[1:].tolist(), embeddings, cache.metadata, cache.path),
+            self.own_items,
+        )
+        return replace(self, data=data, new_titles={**self.new_titles, **(titles or {})})
+
+    def build(self, name: str) -> Scorer:
+        """Build one of `models`, in evaluation mode, on the device.
+
+        Raises:
+            InputError: there is no such model in this run, or its files are missing or damaged.
+        """
+        if name not in self.models:
+            raise InputError(
+                f"{self.folder} has no model '{name}'; it has {', '.join(self.models)}."
+            )
+        config, data, device = self.config, self.data, self.fabric.device
+        if config.model in ("pop", "random", "item_knn"):
+            return build_reference(config, data.split, data.cache, device, data.own_items)
+        if config.model == "sasrec":
+            model = build_sasrec(config, data.interactions.num_items, peers_of(self.fabric))
+        else:
+            model = build_user_llm(config, data, self.fabric, train=name == TUNED)
+        if name != UNTRAINED:
+            self._refuse_unfinished()
+            load_trained(model, self.folder / BEST_DIR)
+        return model.to(device).eval()
+
+    def _refuse_unfinished(self) -> None:
+        if not is_folder(self.folder / BEST_DIR) and not is_file(self.folder / RESULT_FILE):
+            raise unfinished(self.folder)
+
+    def recommend(
+        self,
+        scorer: Scorer,
+        histories: Sequence[np.ndarray],
+        topk: int,
+        exclude_seen: bool = True,
+    ) -> Recommendations:
+        """Return the best items for histories of item numbers, under the run's precision."""
+        with self.fabric.autocast():
+            return recommend(
+                scorer,
+                histories,
+                topk=topk,
+                max_length=self.config.MAX_ITEM_LIST_LENGTH,
+                device=self.fabric.device,
+                exclude_seen=exclude_seen,
+                batch_size=self.config.eval_batch_size,
+                budget_bytes=self.config.logits_budget_mb << 20,
+            )
+
+    def history(self, user_id: str) -> np.ndarray:
+        """Return all items of a user, oldest first: int32 [n].
+
+        Raises:
+            InputError: the data has no such user.
+        """
+        data = self.data.interactions
+        rows = np.flatnonzero(data.user_ids == user_id)
+        if not len(rows):
+            some = ", ".join(map(str, data.user_ids[:5]))
+            raise InputError(
+                f"{self.config.dataset} has no user '{user_id}'; its users are, for example, {some}."
+            )
+        user = rows[0]
+        return data.items[data.offsets[user] : data.offsets[user + 1]]
+
+    def item_numbers(self, item_ids: Sequence[str]) -> np.ndarray:
+        """Return the numbers of item ids: int64 [n].
+
+        Raises:
+            InputError: the data has no such item.
+        """
+        known = self._number_of
+        unknown = [item for item in item_ids if item not in known]
+        if unknown:
+            some = ", ".join(map(str, self.data.interactions.item_ids[1:6]))
+            raise InputError(
+                f"{self.config.dataset} has no item '{unknown[0]}'; its items are, for example, {some}."
+            )
+        return np.array([known[item] for item in item_ids], dtype=np.int64)
+
+    @cached_property
+    def _number_of(self) -> dict[str, int]:
+        ids = self.data.interactions.item_ids
+        return {str(item): number for number, item in enumerate(ids[1:], start=1)}
+
+
+def items_read(config: Config, length: int) -> int:
+    """Return how many of a history's last items decide what a run's model recommends."""
+    if config.model in ("pop", "random"):
+        return 0
+    if config.model == "item_knn" and config.knn_history == "last":
+        return min(length, 1)
+    return min(length, config.MAX_ITEM_LIST_LENGTH)
+
+
+def open_run(
+    folder: str | Path, overrides: Mapping[str, Any] | None = None, *, again: bool = False
+) -> OpenRun:
+    """Open a run that `main.py` made.
+
+    Paths in its configuration are relative to the folder in which it was started.
+
+    Args:
+        folder: the run's folder; a run that was stopped can be opened once it has a `best/`.
+        overrides: configuration keys with other values, such as a path that moved.
+        again: this program has read the same interactions before and has said how many they are.
+
+    Raises:
+        InputError: the folder is no run, or its data or models are missing.
+    """
+    folder = Path(folder)
+    config = run_config(folder, overrides)
+    refuse_elsewhere(folder, config, overrides)
+    if config.num_threads is not None:
+        torch.set_num_threads(config.num_threads)
+    fabric = make_fabric(config)
+    # The random reference draws from it.
+    fabric.seed_everything(config.seed, workers=True, verbose=False)
+    data = load_data(config, need_cache=config.reads_embeddings, again=again)
+    return OpenRun(folder, config, data, fabric)
+
+
+def refuse_elsewhere(
+    folder: Path, config: Config, overrides: Mapping[str, Any] | None = None
+) -> None:
+    """Refuse to look for a run's data in another folder than the one in which it was made.
+
+    Args:
+        folder: the run's folder.
+        config: its configuration.
+        overrides: keys that were given other values.
+
+    Raises:
+        InputError: the data's path is relative, not given anew, and leads nowhere from here.
+    """
+    path = Path(config.data_path) / f"{config.dataset}.csv"
+    if "data_path" in (overrides or {}) or path.is_absolute() or is_file(path):
+        return
+    raise InputError(
+        f"{path.absolute()}, the data of {folder}, does not exist: paths in {CONFIG_FILE} are "
+        f"relative to the folder that the run was made in; run this program there, or say where "
+        f"things are with --data_path and the like (--help lists them)."
+    )
+
+
+def run_config(folder: Path, overrides: Mapping[str, Any] | None = None) -> Config:
+    """Read a run's configuration, for use in one process.
+
+    Args:
+        folder: the run's folder.
+        overrides: configuration keys with other values.
+
+    Raises:
+        InputError: the folder is no run, or a value is none that its key takes.
+    """
+    if not is_file(folder / CONFIG_FILE):
+        raise no_run(folder, "run", CONFIG_FILE)
+    alone = {"strategy": "ddp", "show_progress": False, **(overrides or {})}
+    config, _ = load_config([folder / CONFIG_FILE], alone)
+    return config

@@ -1,0 +1,403 @@
+"""`sweep.yaml`: which keys are searched, over what, and how."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import random
+import shlex
+import textwrap
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+
+from hsft.config import Config, load_config
+from hsft.config.help import describe_type
+from hsft.config.loader import flat_fields, read_yaml_file, suggest_key
+from hsft.config.schema import Int, PositiveInt, Text
+from hsft.utils.errors import InputError, one_line, refuse
+
+# What a sweep decides itself: it validates only, each trial in a run folder of its own.
+MANAGED = (
+    *("auto_resume", "check", "checkpoint_dir", "dry_run", "eval_baseline", "eval_phase"),
+    *("overwrite", "run_name", "valid_metric"),
+)
+# Trials with other values of these are scored on other users or in another way.
+_NOT_COMPARABLE = (
+    *("data_path", "dataset", "missing_items", "topk", "metrics", "eval_protocol"),
+    "eval_neg_sample_num",
+)
+_MAX_POINTS = 100_000
+_MAX_CORNERS = 256
+
+
+class _File(BaseModel):
+    """The keys of `sweep.yaml`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    config_file: Annotated[list[Text], Field(min_length=1)] = Field(
+        description="configuration files of every trial, as on main.py's command line"
+    )
+    fixed: dict[str, Any] = Field({}, description="main.py's keys that all trials share")
+    search: Annotated[dict[str, Any], Field(min_length=1)] = Field(
+        description="main.py's keys that are searched: a list of values, or {low: A, high: B} "
+        "with log: True or step: C where wanted"
+    )
+    metric: Text = Field("NDCG@10", description="validation metric; the highest is best")
+    trials: PositiveInt = Field(20, description="trials in all; raise it and start again for more")
+    sampler: Literal["tpe", "random", "grid"] = Field(
+        "tpe", description="tpe, random, or grid: every combination, in random order"
+    )
+    seed: Annotated[Int, Field(ge=0, le=2**31 - 1)] = Field(2020, description="of the sampler")
+    pruner: Literal["none", "median"] = Field(
+        "none", description="none, or median: end a training that is below the others' median"
+    )
+    dir: Text = Field(
+        "runs/sweep", description="folder of study.db, trials/, sweep.md and sweep.csv"
+    )
+    keep_models: Literal["best", "all"] = Field(
+        "best", description="whose weights are kept: best, the best trial's, or all"
+    )
+
+
+def keys_help() -> str:
+    """Describe the keys of `sweep.yaml`, a paragraph each, for --help."""
+    lines = ["keys of SWEEP.yaml:"]
+    for name, info in _File.model_fields.items():
+        default = "required" if info.is_required() else f"default: {info.default or 'none'}"
+        text = f"{info.description} ({default})"
+        lines += textwrap.wrap(
+            text, 100, initial_indent=f"  {name:<13}", subsequent_indent=" " * 15
+        )
+    return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One of several values.
+
+    Attributes:
+        values: what the key takes.
+    """
+
+    values: tuple[Any, ...]
+
+    def corners(self) -> tuple[Any, ...]:
+        """Return the values to try before a sweep starts."""
+        return self.values
+
+    def points(self) -> tuple[Any, ...] | None:
+        """Return every value."""
+        return self.values
+
+    def describe(self) -> Any:
+        """Return it as plain data."""
+        return list(self.values)
+
+
+@dataclass(frozen=True)
+class Range:
+    """A number between two bounds, both included.
+
+    Attributes:
+        low, high: the bounds.
+        whole: an integer.
+        log: drawn evenly on a logarithmic scale.
+        step: distance of the values from `low` on; None: 1 for integers, any value otherwise.
+    """
+
+    low: float
+    high: float
+    whole: bool
+    log: bool = False
+    step: float | None = None
+
+    def corners(self) -> tuple[Any, ...]:
+        """Return the values to try before a sweep starts."""
+        return (self.low, self.high)
+
+    def points(self) -> tuple[Any, ...] | None:
+        """Return every value, None where there is no end of them."""
+        step = self.step or (1 if self.whole else None)
+        if step is None:
+            return None
+        count = math.floor((self.high - self.low) / step + 1e-9) + 1
+        if count > _MAX_POINTS:
+            return None
+        return tuple(self.low + number * step for number in range(count))
+
+    def describe(self) -> Any:
+        """Return it as plain data."""
+        return {"low": self.low, "high": self.high, "log": self.log, "step": self.step}
+
+
+@dataclass(frozen=True)
+class SweepPlan:
+    """A sweep, read and checked.
+
+    Attributes:
+        path: the file it is from.
+        files: configuration files of every trial.
+        fixed: `key` or `section.key` -> value of every trial.
+        search: `key` or `section.key` -> what it is searched over.
+        metric: validation metric that is maximised.
+        trials: how many trials in all.
+        sampler: `tpe`, `random` or `grid`.
+        seed: of the sampler.
+        pruner: `none` or `median`.
+        folder: where trials and tables go.
+        keep_models: `best` keeps the weights of the best trial only, `all` those of all.
+        base: the configuration of a trial, for checks.
+    """
+
+    path: Path
+    files: tuple[str, ...]
+    fixed: dict[str, Any]
+    search: dict[str, Choice | Range]
+    metric: str
+    trials: int
+    sampler: str
+    seed: int
+    pruner: str
+    folder: Path
+    keep_models: str
+    base: Config
+
+    def config(self, params: Mapping[str, Any], run_name: str) -> Config:
+        """Return the configuration of one trial.
+
+        Raises:
+            InputError: the values do not go together.
+        """
+        # DeepSpeed's runs cannot be resumed: one that was cut short is done again.
+        again = self.base.strategy == "deepspeed"
+        managed = {
+            **_managed(self.metric, self.folder),
+            "run_name": run_name,
+            "auto_resume": not again,
+            "overwrite": again,
+        }
+        return _load(self.path, self.files, {**self.fixed, **params, **managed})
+
+    def grid(self) -> list[dict[str, Any]]:
+        """Return every combination, in an order drawn with `seed`."""
+        axes = [axis.points() or () for axis in self.search.values()]
+        points = [dict(zip(self.search, point, strict=True)) for point in itertools.product(*axes)]
+        random.Random(self.seed).shuffle(points)
+        return points
+
+    def command(self, params: Mapping[str, Any]) -> str:
+        """Return the command that trains with these values and scores the test users."""
+        keys = {**self.fixed, **params, "valid_metric": self.metric, "eval_phase": "test"}
+        words = ["python", "code/main.py", "--config_file", *self.files]
+        for key, value in keys.items():
+            words += [f"--{key}", _word(value)]
+        return shlex.join(words)
+
+    def identity(self) -> dict[str, Any]:
+        """Return what every session of one sweep must share, as plain data."""
+        return {
+            "search": {key: axis.describe() for key, axis in self.search.items()},
+            "metric": self.metric,
+            "sampler": self.sampler,
+            "seed": self.seed,
+            "pruner": self.pruner,
+            "config": self.base.model_dump(mode="json"),
+        }
+
+
+def read_plan(path: str | Path) -> SweepPlan:
+    """Read `sweep.yaml` and check all that can be before a trial starts.
+
+    Raises:
+        InputError: the file is missing or no YAML, a key or value is unknown or out of range, or
+            no combination of the values makes a configuration.
+    """
+    path = Path(path)
+    given = read_yaml_file(path)
+    if isinstance(given.get("config_file"), str):
+        given["config_file"] = [given["config_file"]]
+    try:
+        file = _File.model_validate(given)
+    except ValidationError as error:
+        refuse([_sentence(path, item) for item in error.errors()])
+        raise
+    fixed = _flatten(file.fixed)
+    search = {key: _axis(path, key, spec) for key, spec in _flatten(file.search).items()}
+    _refuse_keys(path, fixed, search)
+    if file.sampler == "grid":
+        _refuse_endless(path, search)
+    base = _first_valid(path, tuple(file.config_file), fixed, search, file)
+    if "seed" in search and base.eval_protocol == "sampled":
+        raise InputError(
+            f"{path}: seed decides the candidates of eval_protocol: sampled, so trials could not be "
+            f"compared; take it out of search or use eval_protocol: full."
+        )
+    return SweepPlan(
+        path=path,
+        files=tuple(file.config_file),
+        fixed=fixed,
+        search=search,
+        metric=file.metric,
+        trials=file.trials,
+        sampler=file.sampler,
+        seed=file.seed,
+        pruner=file.pruner,
+        folder=Path(file.dir),
+        keep_models=file.keep_models,
+        base=base,
+    )
+
+
+def _sentence(path: Path, item: Any) -> str:
+    name = ".".join(map(str, item["loc"]))
+    if item["type"] == "extra_forbidden":
+        known = ", ".join(_File.model_fields)
+        return f"{path}: unknown key '{one_line(name, 40)}'; the keys of a sweep are {known}."
+    if item["type"] == "missing":
+        return f"{path} lacks the key '{name}'; see code/overall/sweep_example.yaml."
+    given = one_line(repr(item["input"]), 60)
+    return f"{path}: {name}: {item['msg'][:1].lower()}{item['msg'][1:]}, but it is {given}."
+
+
+def _flatten(values: Mapping[str, Any], above: str = "") -> dict[str, Any]:
+    """Write sections as `section.key`; a mapping under a key of the configuration stays."""
+    known, flat = flat_fields(), {}
+    for key, value in values.items():
+        name = f"{above}{key}"
+        if isinstance(value, dict) and name not in known and value:
+            flat.update(_flatten(value, f"{name}."))
+        else:
+            flat[name] = value
+    return flat
+
+
+def _refuse_keys(path: Path, fixed: Mapping[str, Any], search: Mapping[str, Any]) -> None:
+    problems = [
+        f"{path}: {key} is set by the sweep itself; take it out."
+        for key in (*fixed, *search)
+        if key in MANAGED
+    ]
+    problems += [
+        f"{path}: {key} stands under fixed and under search; keep one."
+        for key in search
+        if key in fixed
+    ]
+    problems += [
+        f"{path}: trials that differ in {key} cannot be compared; move it from search to fixed."
+        for key in search
+        if key in _NOT_COMPARABLE
+    ]
+    refuse(problems)
+
+
+def _axis(path: Path, key: str, spec: Any) -> Choice | Range:
+    where = f"{path}: search key '{one_line(key, 60)}'"
+    info = flat_fields().get(key)
+    if info is None:
+        end = suggest_key(key) or "; see python code/main.py --help for all keys."
+        raise InputError(f"{path}: unknown search key '{one_line(key, 60)}'{end}")
+    if isinstance(spec, list):
+        if len({json.dumps(value) for value in spec}) != len(spec) or not spec:
+            raise InputError(f"{where}: a list needs one value or more, each once.")
+        return Choice(tuple(_value(where, info, value) for value in spec))
+    if isinstance(spec, dict):
+        return _range(where, info, spec)
+    raise InputError(f"{where} is {spec!r}; write a list of values, or low and high.")
+
+
+def _range(where: str, info: Any, spec: Mapping[str, Any]) -> Range:
+    kind = describe_type(info.annotation).partition(" ")[0]
+    if kind not in ("integer", "number"):
+        raise InputError(f"{where} takes no numbers; write a list of values.")
+    odd = sorted(spec.keys() - {"low", "high", "log", "step"})
+    if odd or not {"low", "high"} <= spec.keys():
+        raise InputError(
+            f"{where}: write {{low: A, high: B}}, with log: True or step: C if wanted."
+        )
+    log, step = spec.get("log", False), spec.get("step")
+    low, high = (_value(where, info, spec[name]) for name in ("low", "high"))
+    if not isinstance(log, bool):
+        raise InputError(f"{where}: log must be True or False, not {log!r}.")
+    if low is None or high is None or not low < high:
+        raise InputError(f"{where}: low ({low}) must be less than high ({high}).")
+    numbers = (int,) if kind == "integer" else (int, float)
+    if step is not None and (
+        isinstance(step, bool) or not isinstance(step, numbers) or not 0 < step <= high - low
+    ):
+        raise InputError(f"{where}: step must be a {kind} above 0 and within the range.")
+    if log and (low <= 0 or step is not None):
+        raise InputError(f"{where}: log needs a low above 0 and no step.")
+    return Range(low, high, kind == "integer", log, step)
+
+
+def _value(where: str, info: Any, value: Any) -> Any:
+    """Check one value against its key and return it as the key's type."""
+    kind: Any = Annotated[(info.annotation, *info.metadata)] if info.metadata else info.annotation
+    try:
+        return TypeAdapter(kind).validate_python(value)
+    except ValidationError as error:
+        reason = error.errors()[0]["msg"].removeprefix("Value error, ")
+        raise InputError(
+            f"{where}: {one_line(repr(value), 60)}: {reason[:1].lower()}{reason[1:]}."
+        ) from error
+
+
+def _refuse_endless(path: Path, search: Mapping[str, Choice | Range]) -> None:
+    points = {key: axis.points() for key, axis in search.items()}
+    endless = [key for key, values in points.items() if values is None]
+    if endless:
+        raise InputError(
+            f"{path}: sampler: grid cannot take every value of {endless[0]}; give a list or a step."
+        )
+    count = math.prod(len(values or ()) for values in points.values())
+    if count > _MAX_POINTS:
+        raise InputError(f"{path}: the grid has {count} points; search fewer keys or values.")
+
+
+def _first_valid(
+    path: Path,
+    files: Sequence[str],
+    fixed: Mapping[str, Any],
+    search: Mapping[str, Choice | Range],
+    file: _File,
+) -> Config:
+    """Return the first combination of the searched values that makes a configuration.
+
+    Values can exclude each other (loss: bce and negatives: catalogue), so not every one has to.
+    """
+    managed = _managed(file.metric, Path(file.dir))
+    first: InputError | None = None
+    corners = itertools.product(*(axis.corners() for axis in search.values()))
+    for corner in itertools.islice(corners, _MAX_CORNERS):
+        params = dict(zip(search, corner, strict=True))
+        try:
+            return _load(path, files, {**fixed, **params, **managed})
+        except InputError as error:
+            first = first or error
+    assert first is not None
+    raise first
+
+
+def _managed(metric: str, folder: Path) -> dict[str, Any]:
+    return {
+        "eval_phase": "valid",
+        "eval_baseline": False,
+        "valid_metric": metric,
+        "checkpoint_dir": str(folder / "trials"),
+        "check": False,
+        "dry_run": False,
+    }
+
+
+def _load(path: Path, files: Sequence[str], overrides: Mapping[str, Any]) -> Config:
+    return load_config(files, overrides, where=str(path))[0]
+
+
+def _word(value: Any) -> str:
+    return str(value) if isinstance(value, str | bool) else json.dumps(value)

@@ -1,0 +1,167 @@
+"""The command line of download_itemllm.py and download_userllm.py."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, get_args
+
+from huggingface_hub import constants
+
+from hsft.config.options import Parser
+from hsft.config.schema import DType
+
+if TYPE_CHECKING:
+    from hsft.hub.layout import Side
+
+DEFAULT_REPO = "ByteDance/HLLM"
+DEFAULT_FILE = "1B_Pixel8M/pytorch_model.bin"
+DEFAULT_BASE_REPO = "TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T"
+_SIZE = re.compile(r"(\d+(?:\.\d+)?) ?([KMG]B)", re.IGNORECASE)
+_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
+
+
+@dataclass(frozen=True)
+class ImportOptions:
+    """What to import and where to; `--help` of the programs says what each option means."""
+
+    side: Side
+    out: Path
+    from_file: Path | None
+    sha256: str | None
+    repo: str
+    file: str
+    revision: str
+    base_repo: str
+    base_revision: str
+    base_dir: Path | None
+    cache: Path
+    dtype: str
+    shard_bytes: int
+    force: bool
+
+
+def parse_options(side: Side, argv: Sequence[str], summary: str) -> ImportOptions:
+    """Read a download program's command line.
+
+    Raises:
+        InputError: an option is unknown or has a value that it cannot have.
+    """
+    args = _parser(side, summary).parse_args(list(argv))
+    return ImportOptions(
+        side=side,
+        # A linked folder is replaced where it really is, so that the link stays.
+        out=Path(args.out).resolve(),
+        from_file=Path(args.from_file) if args.from_file else None,
+        sha256=args.sha256,
+        repo=args.repo,
+        file=args.file,
+        revision=args.revision,
+        base_repo=args.base_repo,
+        base_revision=args.base_revision,
+        base_dir=Path(args.base_dir) if args.base_dir else None,
+        cache=Path(args.cache_dir or constants.HF_HUB_CACHE).expanduser().absolute(),
+        dtype=args.dtype,
+        shard_bytes=args.max_shard_size,
+        force=args.force,
+    )
+
+
+def _parser(side: Side, summary: str) -> argparse.ArgumentParser:
+    name = f"{side.capitalize()}LLM"
+    program = f"python download_{side}llm.py"
+    parser = Parser(
+        program,
+        summary,
+        [program, f"{program} --from_file pytorch_model.bin --base_dir TinyLlama-1.1B"],
+    )
+    parser.add_argument(
+        "--out",
+        metavar="DIR",
+        default=f"model_checkpoints/{name}_complete",
+        help="model folder to make (default: %(default)s); it appears whole or not at all",
+    )
+    parser.add_argument(
+        "--force",
+        action="store_true",
+        help="replace an import that is there; without it a finished one is left alone",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=get_args(DType),
+        default="bfloat16",
+        help="number type of the weights written (default: %(default)s, which HLLM computed in and "
+        "whose range holds every float32 weight; float32 for --precision 32-true or to train all "
+        "weights; float16 for cards without bfloat16)",
+    )
+    parser.add_argument(
+        "--max_shard_size",
+        metavar="SIZE",
+        type=_size,
+        default="250MB",
+        help="largest weights file, for example 500MB or 2GB (default: %(default)s); memory use "
+        "grows with it: three times this when float32 becomes bfloat16",
+    )
+    source = parser.add_argument_group("where the checkpoint comes from")
+    source.add_argument(
+        "--from_file",
+        metavar="FILE",
+        help="an already downloaded pytorch_model.bin; the checkpoint is then not fetched",
+    )
+    source.add_argument(
+        "--sha256", metavar="HEX", type=_sha256, help="checksum that the checkpoint must have"
+    )
+    source.add_argument(
+        "--repo", default=DEFAULT_REPO, help="hub repository (default: %(default)s)"
+    )
+    source.add_argument(
+        "--file", default=DEFAULT_FILE, help="file in the repository (default: %(default)s)"
+    )
+    source.add_argument(
+        "--revision",
+        default="main",
+        help="branch, tag or commit of the repository (default: %(default)s)",
+    )
+    source.add_argument(
+        "--cache_dir",
+        metavar="DIR",
+        help="Hugging Face cache to download to (default: HF_HUB_CACHE, else HF_HOME/hub, else "
+        "~/.cache/huggingface/hub); the download stays there for the other LLM's import, and "
+        "`hf cache rm` frees the space",
+    )
+    base = parser.add_argument_group("where config.json and the tokenizer come from")
+    base.add_argument(
+        "--base_dir",
+        metavar="DIR",
+        help="a local folder with the base model's config.json"
+        + (" and tokenizer" if side == "item" else "")
+        + ", instead of the hub",
+    )
+    base.add_argument(
+        "--base_repo",
+        default=DEFAULT_BASE_REPO,
+        help="hub repository of the base model (default: %(default)s)",
+    )
+    base.add_argument(
+        "--base_revision",
+        default="main",
+        help="branch, tag or commit of the base model (default: %(default)s)",
+    )
+    return parser
+
+
+def _size(text: str) -> int:
+    found = _SIZE.fullmatch(text.strip())
+    value = int(float(found[1]) * _UNITS[found[2].upper()]) if found else 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"'{text}' is no size; write for example 500MB or 2GB")
+    return value
+
+
+def _sha256(text: str) -> str:
+    if not re.fullmatch(r"[0-9a-fA-F]{64}", text):
+        raise argparse.ArgumentTypeError(f"'{text}' is no SHA-256 of 64 hex digits")
+    return text.lower()

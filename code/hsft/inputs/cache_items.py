@@ -1,0 +1,265 @@
+"""Encode a dataset's items through the ItemLLM, to a cache file or in memory."""
+
+from __future__ import annotations
+
+import json
+import logging
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from hsft.config import Config
+from hsft.data.cache import ItemCache, default_cache_path, open_cache
+from hsft.data.interactions import read_interactions, suspicious_ids
+from hsft.data.item_text import (
+    ItemTexts,
+    information_file,
+    read_item_texts,
+    suspicious_item_ids,
+    textless,
+    with_items,
+)
+from hsft.encoding.build_cache import CacheBuild, EncodingJob, encode_items
+from hsft.encoding.item_llm import ItemEncoder, load_item_encoder, model_fingerprint
+from hsft.hub.manifest import origin
+from hsft.model.backbone import load_model_config
+from hsft.trainer.fabric import attention_kernel, choose_device, compute_dtype
+from hsft.utils.errors import InputError, Interrupted, one_line
+from hsft.utils.files import remove
+from hsft.utils.processes import Processes, join_processes
+from hsft.utils.signals import StopSignals
+from hsft.utils.torchrun import local_rank
+
+log = logging.getLogger(__name__)
+
+# Shares end at different times on unlike machines; torchrun ends the run when one of them fails.
+_PATIENCE = timedelta(days=7)
+# A GPU wants large batches; on a CPU small ones are less padding and stay in the caches.
+BATCH_TOKENS = {"cuda": 8192, "cpu": 2048}
+# Bytes of item information that are read in about a second.
+_QUICKLY_READ = 64 << 20
+
+
+def cache_path(config: Config) -> Path:
+    """Return where the item cache is: `item_cache_path`, or the dataset's default file."""
+    if config.item_cache_path:
+        return Path(config.item_cache_path)
+    return default_cache_path(config.data_path, config.dataset)
+
+
+def write_item_cache(config: Config) -> Path:
+    """Encode every item and write the cache file; an interrupted run is continued.
+
+    Under torchrun the items are shared out. A `.pt` path in `item_cache_path` stands for the native
+    file beside it, since pickles are not written; `open_cache` finds it under either name.
+
+    Returns:
+        The file written; a file that is there already and is what would be written is left.
+
+    Raises:
+        InputError: a file or model folder is missing or unusable.
+        Interrupted: SIGINT or SIGTERM came; what is encoded is kept.
+    """
+    target = cache_path(config).with_suffix(".safetensors")
+    with StopSignals() as stop:
+        processes = join_processes(_PATIENCE)
+        build = CacheBuild(
+            target,
+            target.with_name(f"{target.name}.parts"),
+            processes,
+            config.show_progress,
+            stop.held_back,
+        )
+        try:
+            _write_item_cache(config, build)
+        except Interrupted as stopped:
+            if not stop.received:
+                raise
+            kept = "" if build.kept is None else f" ({build.kept:,} of {build.items:,} items)"
+            done = f"; what is encoded is kept{kept}, and the same command goes on from there"
+            raise stop.interruption(done=done) from stopped
+    return target
+
+
+def _write_item_cache(config: Config, build: CacheBuild) -> None:
+    target, processes = build.target, build.processes
+    # In process 0 alone: ids, texts and fingerprint.
+    found: list[ItemTexts] = []
+
+    def read() -> tuple[str, int, str]:
+        found.append(_catalogue(config))
+        source = information_file(config.text_path, config.dataset)
+        return found[0].fingerprint, len(found[0]), str(source)
+
+    fingerprint, count, source = processes.on_first(read)
+    item_ids = found[0].item_ids if found else []
+    encoder, job = _encoder(config, fingerprint, count, source)
+    if processes.on_first(lambda: _is_current(target, job, item_ids)):
+        log.info(
+            "%s holds these items encoded by this model already and is left as it is; remove it to "
+            "encode them again.",
+            target,
+        )
+    else:
+        build.run(encoder, job, item_ids, lambda: found.pop().texts)
+        log.info(
+            "wrote %s: %d items of %d dimensions in %s.", target, count, encoder.dim, job.dtype
+        )
+    if processes.first:
+        remove(build.parts_dir)
+
+
+def _is_current(target: Path, job: EncodingJob, item_ids: list[str]) -> bool:
+    if not target.is_file():
+        return False
+    try:
+        cache = open_cache(target)
+    except InputError:
+        return False
+    wanted = {**job.metadata(), "dtype": job.dtype}
+    return cache.item_ids == item_ids and wanted.items() <= cache.metadata.items()
+
+
+def encode_in_memory(config: Config) -> ItemCache:
+    """Encode every item now, through the code that writes cache files (`use_item_cache: False`)."""
+    return encode_texts(config, _catalogue(config))
+
+
+def encode_texts(config: Config, items: ItemTexts) -> ItemCache:
+    """Encode texts with the configuration's ItemLLM, into memory.
+
+    Raises:
+        InputError: the model folder is unusable, or an embedding does not fit in the dtype.
+    """
+    encoder, job = _encoder(config, items.fingerprint, len(items))
+    embeddings = encode_items(
+        encoder, items, job, show_progress=config.show_progress, processes=Processes.here()
+    )
+    return ItemCache(items.item_ids, embeddings, job.metadata())
+
+
+def other_cache(config: Config, cache: ItemCache, item_ids: np.ndarray) -> str | None:
+    """Return a sentence where a cache was made with other settings, another model or other texts.
+
+    Texts are compared when the item information is small enough to be read in about a second.
+
+    Args:
+        config: the run's configuration.
+        cache: the cache that the run reads.
+        item_ids: str, ids of the interactions.
+    """
+    stated = cache.metadata
+    expected = {
+        "text_keys": ("text_keys", json.dumps(config.text_keys, ensure_ascii=False)),
+        "prompt": ("item_prompt", config.item_prompt),
+        "max_text_length": ("MAX_TEXT_LENGTH", str(config.MAX_TEXT_LENGTH)),
+    }
+    if config.item_emb_token_n == 0:
+        expected["pooling"] = ("item_emb_token_n", "mean")
+    if config.item_pretrain_dir and Path(config.item_pretrain_dir).is_dir():
+        mark = model_fingerprint(config.item_pretrain_dir)
+        expected["model_fingerprint"] = ("item_pretrain_dir", mark)
+    other = [
+        key for name, (key, value) in expected.items() if stated.get(name) not in (None, value)
+    ]
+    if not other and "fingerprint" in stated and _texts_differ(config, cache, item_ids):
+        other = ["text_path"]
+    if not other:
+        return None
+    source = stated.get("information")
+    made = f" it was made from {one_line(source, 200)};" if source else ""
+    return (
+        f"the item cache {cache.path} was not made with this configuration's {' and '.join(other)};"
+        f"{made} make it anew with item_caching.py if that is not intended."
+    )
+
+
+def _texts_differ(config: Config, cache: ItemCache, item_ids: np.ndarray) -> bool:
+    try:
+        path = information_file(config.text_path, config.dataset)
+        if path.stat().st_size > _QUICKLY_READ:
+            return False
+        items = read_item_texts(path, config.text_keys, config.item_prompt)
+    except InputError:
+        # The run does not need the file.
+        return False
+    items = with_items(items, item_ids)
+    # A cache of more items, as of a data set that this one was cut from, says nothing of these.
+    if len(items) < len(cache) and set(items.item_ids) < set(cache.item_ids):
+        return False
+    return items.fingerprint != cache.metadata["fingerprint"]
+
+
+def _catalogue(config: Config) -> ItemTexts:
+    """Read the item texts, and add items that only the interactions name, without text.
+
+    Raises:
+        InputError: a file is bad, or no item has text.
+    """
+    path = information_file(config.text_path, config.dataset)
+    items = read_item_texts(path, config.text_keys, config.item_prompt)
+    source = Path(config.data_path) / f"{config.dataset}.csv"
+    warnings = [suspicious_item_ids(items, path)]
+    wanted = np.empty(0, dtype=object)
+    if config.dataset and source.is_file():
+        interactions = read_interactions(source)
+        warnings.append(suspicious_ids(interactions, source))
+        wanted = interactions.item_ids[1:]
+    problem = textless(items, path, config.text_keys, wanted)
+    if problem:
+        raise InputError(problem)
+    for warning in filter(None, warnings):
+        log.warning(warning)
+    return with_items(items, wanted)
+
+
+def _encoder(
+    config: Config, fingerprint: str, count: int, information: str = ""
+) -> tuple[ItemEncoder, EncodingJob]:
+    if not config.item_pretrain_dir:
+        raise InputError(
+            "no ItemLLM is named; give --item_pretrain_dir FOLDER (download_itemllm.py makes one)."
+        )
+    device = torch.device(choose_device(config))
+    if device.type == "cuda":
+        device = torch.device("cuda", local_rank() % torch.cuda.device_count())
+    dtype = compute_dtype(config)
+    model = load_model_config(config.item_pretrain_dir, config.trust_remote_code)
+    encoder = load_item_encoder(
+        config.item_pretrain_dir,
+        item_emb_token_n=config.item_emb_token_n,
+        max_text_length=config.MAX_TEXT_LENGTH,
+        device=device,
+        dtype=dtype,
+        attention=attention_kernel(config, device, model),
+        trust_remote_code=config.trust_remote_code,
+    )
+    if config.item_compile:
+        encoder.compile()
+    imported = origin(config.item_pretrain_dir)
+    job = EncodingJob(
+        model=Path(config.item_pretrain_dir).name,
+        text_keys=tuple(config.text_keys),
+        prompt=config.item_prompt,
+        max_text_length=config.MAX_TEXT_LENGTH,
+        dtype=config.item_cache_dtype,
+        pooling=encoder.pooling,
+        fingerprint=fingerprint,
+        model_folder=config.item_pretrain_dir,
+        information=information,
+        model_fingerprint=model_fingerprint(config.item_pretrain_dir),
+        batch_tokens=config.item_batch_tokens or BATCH_TOKENS[device.type],
+        compute_dtype=str(dtype).removeprefix("torch."),
+        source=imported["source"]["sha256"] if imported else "",
+    )
+    log.info(
+        "encoding %d items with %s on %s in %s, %s pooling.",
+        count,
+        config.item_pretrain_dir,
+        device,
+        job.compute_dtype,
+        job.pooling,
+    )
+    return encoder, job

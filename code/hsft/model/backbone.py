@@ -1,0 +1,401 @@
+"""Load an LLM's decoder from a model folder: whole or first layers, plain or quantised, with LoRA."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, BitsAndBytesConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+from transformers.utils import logging as transformers_logging
+
+from hsft.model.folder import (
+    EMBEDDING_KEYS,
+    EXTRA_FILE,
+    check_decoder,
+    check_embeddings,
+    check_files,
+    check_shapes,
+    model_class,
+)
+from hsft.utils.errors import InputError, brief, one_line
+from hsft.utils.files import is_file, is_folder
+
+log = logging.getLogger(__name__)
+
+_CPU_KERNEL_SWITCH = "support_avx512bf16_for_cpu"
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    """LoRA and quantisation of the frozen weights (QLoRA, arXiv 2305.14314).
+
+    Attributes:
+        rank, alpha, dropout, target_modules: as peft's LoraConfig.
+        quant_type: `nf4`, `fp4`, `int8`, or `none` for plain LoRA.
+        compute_dtype: number type of the quantised layers' products.
+        double_quant: quantise the quantisation constants too.
+    """
+
+    rank: int
+    alpha: int
+    dropout: float
+    target_modules: tuple[str, ...]
+    quant_type: str = "nf4"
+    compute_dtype: torch.dtype = torch.bfloat16
+    double_quant: bool = True
+
+
+def load_model_config(folder: str | Path, trust_remote_code: bool = False) -> Any:
+    """Read a model folder's `config.json`.
+
+    Raises:
+        InputError: the folder or its config.json is missing or is not a transformers config.
+    """
+    folder = Path(folder)
+    if not is_folder(folder):
+        raise InputError(
+            f"model folder {folder} does not exist; fetch it with download_itemllm.py or "
+            f"download_userllm.py, or name another folder."
+        )
+    if not is_file(folder / "config.json"):
+        raise InputError(f"model folder {folder} has no config.json; name a transformers folder.")
+    try:
+        return AutoConfig.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=trust_remote_code
+        )
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise InputError(
+            f"{folder / 'config.json'} is not a model configuration that transformers can read: "
+            f"{brief(error)}."
+        ) from error
+    except Exception as error:  # configs are validated by libraries that raise their own kinds
+        raise InputError(
+            f"{folder / 'config.json'} is not a valid model configuration: {brief(error)}."
+        ) from error
+
+
+def decoder_config(
+    folder: str | Path,
+    layers: int | None = None,
+    keep_token_embedding: bool = False,
+    trust_remote_code: bool = False,
+) -> Any:
+    """Read a model folder's config, cut to the first `layers` layers and, unless it is kept, to a
+    vocabulary of one token.
+
+    Raises:
+        InputError: as `load_model_config`, or it is no decoder, or has fewer layers.
+    """
+    config = load_model_config(folder, trust_remote_code)
+    check_decoder(config, Path(folder), layers)
+    cut_decoder(config, layers, keep_token_embedding)
+    return config
+
+
+def cut_decoder(config: Any, layers: int | None, keep_token_embedding: bool = False) -> None:
+    """Cut a model configuration as `decoder_config` does."""
+    if layers is not None:
+        keep_layers(config, layers)
+    if not keep_token_embedding:
+        config.vocab_size = 1
+        config.pad_token_id = None
+
+
+def load_decoder(
+    folder: str | Path,
+    *,
+    dtype: torch.dtype,
+    attention: str,
+    layers: int | None = None,
+    keep_token_embedding: bool = False,
+    lora: LoraSettings | None = None,
+    device: torch.device | None = None,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """Load the decoder stack of an LLM, without its output head.
+
+    Args:
+        folder: a transformers model folder.
+        dtype: number type of the weights that are not quantised.
+        attention: transformers' `attn_implementation`.
+        layers: keep the first N decoder layers; None keeps all.
+        keep_token_embedding: load the token embedding; the UserLLM reads vectors and needs none.
+        lora: used for its quantisation only; see `add_lora`.
+        device: where quantised weights are placed.
+        trust_remote_code: let transformers run code from the folder.
+
+    Returns:
+        A transformers model whose call takes `inputs_embeds` [B, T, hidden_size].
+
+    Raises:
+        InputError: the folder is not a readable model, a weight is missing or misshapen, or it
+            has fewer layers than asked for.
+    """
+    folder = Path(folder)
+    config = decoder_config(folder, layers, keep_token_embedding, trust_remote_code)
+    check_shapes(config, check_files(folder), folder)
+    kwargs: dict[str, Any] = {}
+    if lora is not None and lora.quant_type != "none":
+        kwargs["quantization_config"] = _quantization(lora)
+        kwargs["device_map"] = {"": device if device is not None else torch.device("cpu")}
+    verbosity = transformers_logging.get_verbosity()
+    # Weights left out on purpose (head, token embedding, later layers) would be reported at length.
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        model, info = AutoModel.from_pretrained(
+            folder,
+            config=config,
+            dtype=dtype,
+            attn_implementation=attention,
+            local_files_only=True,
+            trust_remote_code=trust_remote_code,
+            ignore_mismatched_sizes=not keep_token_embedding,
+            output_loading_info=True,
+            **kwargs,
+        )
+    except InputError:
+        raise
+    except Exception as error:  # transformers, safetensors and torch raise many kinds here
+        if "weights only load failed" in str(error).lower():
+            raise InputError(
+                f"model folder {folder} holds a pickle with more than tensors, which was not opened "
+                f"since it can run code; fetch the model as safetensors."
+            ) from error
+        if "attention implementation" in str(error):
+            raise InputError(
+                f"the model in {folder} does not run with attn_implementation {attention}; set "
+                f"--attn_implementation eager."
+            ) from error
+        raise InputError(
+            f"model folder {folder} cannot be loaded: {brief(error)}; fetch it again or name "
+            f"another folder."
+        ) from error
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+    _refuse_incomplete(info, folder, keep_token_embedding)
+    check_embeddings(model, folder)
+    model.config.use_cache = False
+    if not keep_token_embedding:
+        # One unused row is left of it: DDP waits for a gradient of everything that is trainable.
+        model.get_input_embeddings().requires_grad_(False)
+    return model
+
+
+def add_lora(model: PreTrainedModel, lora: LoraSettings, gradient_checkpointing: bool) -> nn.Module:
+    """Freeze a decoder and add a LoRA adapter (arXiv 2106.09685) through peft.
+
+    Returns:
+        The peft model; only its LoRA matrices require gradients, in float32.
+
+    Raises:
+        InputError: no layer has one of the target names.
+    """
+    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+
+    if lora.quant_type != "none":
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+        _keep_differentiable(model)
+    targets: Any = list(lora.target_modules)
+    settings = LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules="all-linear" if targets == ["all-linear"] else targets,
+        bias="none",
+    )
+    try:
+        adapted = get_peft_model(model, settings)
+    except ValueError as error:
+        raise InputError(_target_problem(targets, model)) from error
+    if gradient_checkpointing:
+        enable_checkpointing(model)
+    return adapted
+
+
+def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Return a model's linear layers by name: quantised ones, and GPT-2's Conv1D, included."""
+    return {
+        name: part
+        for name, part in model.named_modules()
+        if isinstance(part, nn.Linear | Conv1D) or "Linear" in type(part).__name__
+    }
+
+
+def is_target(name: str, wanted: Sequence[str]) -> bool:
+    """Say whether LoRA goes to the linear layer of this name, as peft decides it."""
+    return list(wanted) == ["all-linear"] or any(
+        name == each or name.endswith(f".{each}") for each in wanted
+    )
+
+
+def check_lora_targets(model: nn.Module, wanted: Sequence[str]) -> None:
+    """Refuse target names that no linear layer has.
+
+    Raises:
+        InputError: says which there are.
+    """
+    if not any(is_target(name, wanted) for name in linear_layers(model)):
+        raise InputError(_target_problem(wanted, model))
+
+
+def _target_problem(wanted: Sequence[str], model: nn.Module) -> str:
+    names = sorted({name.rpartition(".")[2] for name in linear_layers(model)})
+    return (
+        f"qlora_target_modules {list(wanted)} names no linear layer of the UserLLM; its linear "
+        f"layers are {', '.join(names)}, or write [all-linear]."
+    )
+
+
+def enable_checkpointing(model: PreTrainedModel) -> None:
+    """Recompute the decoder layers' activations in the backward pass."""
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+
+def choose_attention(
+    requested: str, allow_flash: bool, device: torch.device, half: bool, model_config: Any = None
+) -> str:
+    """Resolve `attn_implementation: auto`, and refuse what cannot run.
+
+    `auto` is flash-attn, sdpa or eager, the first of them that runs here and that the model has.
+
+    Args:
+        requested: `auto`, `sdpa`, `flash_attention_2` or `eager`.
+        allow_flash: False keeps `auto` from flash-attn.
+        device: where the model runs.
+        half: whether it computes in bfloat16 or float16, as flash-attn needs.
+        model_config: as `load_model_config` gives; None: a model that has every kernel.
+
+    Raises:
+        InputError: `flash_attention_2` was asked for and cannot run here, or the model lacks the
+            kernel.
+    """
+    installed = importlib.util.find_spec("flash_attn") is not None
+    runs = installed and half and device.type == "cuda"
+    lacking = _lacking_kernels(model_config)
+    if requested == "auto":
+        flash = runs and allow_flash and "flash_attention_2" not in lacking
+        return "flash_attention_2" if flash else "eager" if "sdpa" in lacking else "sdpa"
+    if requested in lacking:
+        raise InputError(
+            f"attn_implementation: models of type {one_line(model_config.model_type, 40)} do not "
+            f"run with {requested}; set --attn_implementation auto or eager."
+        )
+    if requested == "flash_attention_2" and not runs:
+        lacks = (
+            "a CUDA device"
+            if device.type != "cuda"
+            else "the package flash-attn"
+            if not installed
+            else "a 16-bit precision"
+        )
+        raise InputError(
+            f"attn_implementation: flash_attention_2 needs {lacks}; use auto or sdpa instead."
+        )
+    return requested
+
+
+def _lacking_kernels(model_config: Any) -> set[str]:
+    kind = None if model_config is None else model_class(model_config)
+    has = {"sdpa": "_supports_sdpa", "flash_attention_2": "_supports_flash_attn"}
+    return {name for name, flag in has.items() if kind and not getattr(kind, flag, True)}
+
+
+def read_extra(folder: str | Path) -> dict[str, Tensor]:
+    """Read HLLM's `item_emb_tokens` [1, 1, D] and `logit_scale` [] saved beside a model.
+
+    Returns:
+        The tensors found, empty for a folder that is no imported HLLM checkpoint.
+
+    Raises:
+        InputError: the file is damaged, or logit_scale is not one number.
+    """
+    path = Path(folder) / EXTRA_FILE
+    if not is_file(path):
+        return {}
+    try:
+        with safe_open(path, framework="pt") as file:
+            extra = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, RuntimeError, TypeError) as error:
+        raise InputError(
+            f"{path} is damaged ({one_line(error, 120)}); import the checkpoint again with --force."
+        ) from error
+    for name, value in extra.items():
+        if not value.is_floating_point() or not value.isfinite().all():
+            raise InputError(
+                f"{path}: {one_line(name, 40)} holds NaN, infinity or no numbers; import the "
+                f"checkpoint again with --force."
+            )
+    if "logit_scale" in extra and extra["logit_scale"].numel() != 1:
+        raise InputError(
+            f"{path}: logit_scale has {extra['logit_scale'].numel()} numbers, not one; import the "
+            f"checkpoint again with --force."
+        )
+    return extra
+
+
+def keep_layers(config: Any, layers: int) -> None:
+    """Cut a model configuration to its first decoder layers."""
+    config.num_hidden_layers = layers
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:layers]
+
+
+def check_quantization(quant_type: str) -> None:
+    """Refuse a quantised UserLLM where its kernels are missing.
+
+    Raises:
+        InputError: bitsandbytes is not installed; some systems have no build of it.
+    """
+    if quant_type != "none" and importlib.util.find_spec("bitsandbytes") is None:
+        raise InputError(
+            f"qlora_quant_type: {quant_type} needs the package bitsandbytes, which is not installed; "
+            f"install it with pip install bitsandbytes, or, where there is no build for this system, "
+            f"set --qlora_quant_type none (plain LoRA)."
+        )
+
+
+def _quantization(lora: LoraSettings) -> BitsAndBytesConfig:
+    if lora.quant_type == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=lora.quant_type,
+        bnb_4bit_compute_dtype=lora.compute_dtype,
+        bnb_4bit_use_double_quant=lora.double_quant,
+    )
+
+
+def _refuse_incomplete(info: dict[str, Any], folder: Path, keep_token_embedding: bool) -> None:
+    def allowed(key: str) -> bool:
+        return not keep_token_embedding and any(name in key for name in EMBEDDING_KEYS)
+
+    missing = sorted(key for key in info.get("missing_keys", []) if not allowed(key))
+    if missing:
+        raise InputError(
+            f"model folder {folder} lacks the weight {missing[0]} ({len(missing)} in all); "
+            f"fetch it again."
+        )
+    mismatched = [entry for entry in info.get("mismatched_keys", []) if not allowed(str(entry[0]))]
+    if mismatched:
+        raise InputError(
+            f"model folder {folder}: weight {mismatched[0][0]} does not have the shape that its "
+            f"config.json says ({len(mismatched)} in all); fetch it again."
+        )
+
+
+def _keep_differentiable(model: nn.Module) -> None:
+    # In evaluation mode on CPUs with AVX512-BF16, bitsandbytes rewrites 4-bit weights for a kernel
+    # without a backward pass, and keeps using it: training after the first validation would then
+    # silently get no gradient through those layers.
+    for module in model.modules():
+        if hasattr(module, _CPU_KERNEL_SWITCH):
+            setattr(module, _CPU_KERNEL_SWITCH, False)

@@ -1,0 +1,229 @@
+"""What can be said of a model folder without loading its weights: files, shards, shapes, kind of model."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import re
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers import AutoModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+from hsft.utils.errors import InputError, one_line
+from hsft.utils.files import is_file, read_json
+
+EXTRA_FILE = "hllm_extra.safetensors"
+_INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+_LAYER = re.compile(r"\b(?:layers|h)\.(\d+)\.")
+# Parts of the names of token embeddings, and with the output head of all weights of the vocabulary's
+# size: the UserLLM loads none of them.
+EMBEDDING_KEYS = ("embed_tokens", "wte", "word_embeddings", "embed_in")
+_VOCABULARY = (*EMBEDDING_KEYS, "lm_head", "embed_out")
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The tensors that a folder's safetensors headers list.
+
+    Attributes:
+        shapes: name -> shape; empty when the folder holds only `pytorch_model*.bin`.
+    """
+
+    shapes: dict[str, tuple[int, ...]]
+
+    def count(self, layers: int | None = None, vocabulary: bool = True) -> int:
+        """Return the number of weights.
+
+        Args:
+            layers: of the first N decoder layers only.
+            vocabulary: with the token embedding and the output head.
+        """
+        total = 0
+        for name, shape in self.shapes.items():
+            found = _LAYER.search(name)
+            if layers is not None and found and int(found.group(1)) >= layers:
+                continue
+            if vocabulary or not any(part in name for part in _VOCABULARY):
+                total += math.prod(shape)
+        return total
+
+
+def check_files(folder: Path) -> Weights:
+    """Check a model folder's files and read the headers of its weights.
+
+    Raises:
+        InputError: it holds no weights, a pipe or device, an adapter's configuration, an index that
+            leads out of the folder, or a shard that is missing or damaged.
+    """
+    for entry in folder.iterdir():
+        if entry.exists() and not entry.is_file() and not entry.is_dir():
+            raise InputError(
+                f"model folder {folder} holds {entry.name}, a pipe or device; remove it."
+            )
+    if is_file(folder / "adapter_config.json"):
+        # transformers would follow the adapter's configuration to whatever base model it names.
+        raise InputError(
+            f"model folder {folder} holds an adapter (adapter_config.json), not a whole model; name "
+            f"the folder of its base model."
+        )
+    shards = {file.name for file in folder.glob("*.safetensors") if file.name != EXTRA_FILE}
+    listed: dict[str, str] = {}
+    for name in _INDEXES:
+        if is_file(folder / name):
+            listed |= _read_index(folder, name)
+    if not shards and not any(folder.glob("pytorch_model*.bin")):
+        raise InputError(f"model folder {folder} holds no weights (*.safetensors); fetch it again.")
+    if is_file(folder / "model.safetensors"):
+        shards = {"model.safetensors"}
+    elif any(shard.endswith(".safetensors") for shard in listed.values()):
+        shards = {shard for shard in listed.values() if shard.endswith(".safetensors")}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for shard in sorted(shards):
+        shapes |= _read_shapes(folder / shard)
+    for tensor, shard in listed.items():
+        if shard in shards and tensor not in shapes:
+            raise InputError(
+                f"model folder {folder}: its index places the weight {one_line(tensor, 80)} in "
+                f"{shard}, which lacks it; fetch the model again."
+            )
+    return Weights(shapes)
+
+
+def _read_index(folder: Path, name: str) -> dict[str, str]:
+    path = folder / name
+    content = read_json(path)
+    placed = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(placed, dict) or not placed:
+        raise InputError(f"{path} has no weight_map; fetch the model again.")
+    for shard in sorted({str(shard) for shard in placed.values()}):
+        if Path(shard).name != shard or "\\" in shard or "\0" in shard:
+            raise InputError(
+                f"{path} points outside its folder ('{one_line(shard, 80)}'); do not use it."
+            )
+        if not is_file(folder / shard):
+            raise InputError(
+                f"model folder {folder} lacks the shard {one_line(shard, 80)}; fetch it again."
+            )
+    return {str(tensor): str(shard) for tensor, shard in placed.items()}
+
+
+def _read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = list(file.keys())
+            return {name: tuple(file.get_slice(name).get_shape()) for name in names}
+    except (SafetensorError, OSError, RuntimeError, ValueError, struct.error) as error:
+        raise InputError(
+            f"{path} is damaged ({one_line(error, 120)}); fetch the model again."
+        ) from error
+
+
+def check_decoder(config: Any, folder: Path, layers: int | None = None) -> None:
+    """Refuse a model that is no decoder reading vectors from left to right.
+
+    An encoder would run, but every position would see the items that it has to predict.
+
+    Raises:
+        InputError: says what is wrong with the kind of model, or `layers` are more than it has.
+    """
+    kind = one_line(getattr(config, "model_type", "unknown"), 40)
+    remedy = "name the folder of a decoder such as Llama, Qwen or Mistral"
+    for name in ("hidden_size", "num_hidden_layers"):
+        value = getattr(config, name, None)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise InputError(
+                f"{folder / 'config.json'} describes a model of type {kind} without {name}, which "
+                f"is no text decoder; {remedy}."
+            )
+    looks_ahead = (
+        getattr(config, "is_encoder_decoder", False)
+        or (kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False))
+        or getattr(config, "use_bidirectional_attention", False)
+        or getattr(config, "is_causal", True) is False
+    )
+    if looks_ahead:
+        raise InputError(
+            f"the model in {folder} is of type {kind}, an encoder whose positions see later ones; "
+            f"{remedy}."
+        )
+    built = model_class(config)
+    if built and "inputs_embeds" not in inspect.signature(built.forward).parameters:
+        raise InputError(
+            f"the model in {folder} is of type {kind}, which takes no vectors (inputs_embeds); {remedy}."
+        )
+    if layers is not None and layers > config.num_hidden_layers:
+        raise InputError(
+            f"user_llm_layers is {layers}, but the model in {folder} has only "
+            f"{config.num_hidden_layers} layers; lower it."
+        )
+
+
+def model_class(config: Any) -> Any | None:
+    """Return the class that transformers builds for a configuration, None where it knows none."""
+    found = AutoModel._model_mapping.get(type(config), None)
+    return found if isinstance(found, type) else None
+
+
+def check_embeddings(model: Any, folder: Path) -> None:
+    """Refuse a decoder that reads vectors of another width than it gives (OPT-350m).
+
+    Raises:
+        InputError: they differ.
+    """
+    hidden = model.config.hidden_size
+    width = getattr(model.get_input_embeddings(), "embedding_dim", hidden)
+    if width != hidden:
+        raise InputError(
+            f"the model in {folder} reads vectors of {width} numbers into layers of {hidden}; name "
+            f"the folder of a decoder whose token embeddings are as wide as its layers."
+        )
+
+
+def check_positions(model: Any, length: int, folder: Path, key: str) -> None:
+    """Refuse rows longer than a table of learned positions (GPT-2, OPT); rotary ones have no end.
+
+    Args:
+        model: the decoder, on any device.
+        length: of the longest row.
+        folder: its folder, for the message.
+        key: the configuration key that says the length.
+
+    Raises:
+        InputError: there are fewer positions.
+    """
+    tables = [
+        part
+        for part in model.modules()
+        if isinstance(part, nn.Embedding) and part is not model.get_input_embeddings()
+    ]
+    most = getattr(model.config, "max_position_embeddings", None)
+    if tables and isinstance(most, int) and most < length:
+        raise InputError(
+            f"the model in {folder} has learned {most} positions, {key} asks for {length}; lower {key}."
+        )
+
+
+def check_shapes(config: Any, weights: Weights, folder: Path) -> None:
+    """Compare the weights' shapes with config.json where the names say what they are.
+
+    Raises:
+        InputError: the hidden size differs, or there are fewer layers than the configuration says.
+    """
+    for name, shape in weights.shapes.items():
+        if name.endswith(".input_layernorm.weight") and shape != (config.hidden_size,):
+            raise InputError(
+                f"model folder {folder}: weight {name} does not have the shape that its config.json "
+                f"says (hidden size {config.hidden_size}, stored {list(shape)}); fetch it again."
+            )
+    numbers = [int(found.group(1)) for found in map(_LAYER.search, weights.shapes) if found]
+    if numbers and max(numbers) + 1 < config.num_hidden_layers:
+        raise InputError(
+            f"model folder {folder} holds the weights of {max(numbers) + 1} layers, its config.json "
+            f"says {config.num_hidden_layers}; fetch it again."
+        )

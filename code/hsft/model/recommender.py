@@ -1,0 +1,199 @@
+"""What every trainable model offers, and the loss that is computed inside its forward pass."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hsft.data.dataset import TrainBatch
+from hsft.model import losses
+from hsft.model.item_table import ItemTable
+
+Similarity = Literal["cosine", "dot"]
+
+
+@dataclass(frozen=True)
+class Peers:
+    """What the loss needs of the other processes of a run; as it stands, a single process.
+
+    Attributes:
+        count: number of processes W.
+        gather_ids: int64 [n], n may differ -> the item numbers of all processes, in their order.
+        add_up: float64 [n] -> its sum over all processes, without gradient.
+    """
+
+    count: int = 1
+    gather_ids: Callable[[Tensor], Tensor] = lambda ids: ids
+    add_up: Callable[[Tensor], Tensor] = lambda values: values
+
+
+class SequenceEncoder(nn.Module):
+    """Turns histories of item numbers into user vectors, and item numbers into item vectors.
+
+    Subclass this to plug in another model: everything else (losses, trainer, evaluator) only
+    calls these two.
+
+    Attributes:
+        items: the table of item vectors; its `forward` and `slice` give item vectors.
+    """
+
+    items: ItemTable
+
+    def forward(self, history: Tensor, positions: Tensor | None = None) -> Tensor:
+        """Encode every prefix of each history.
+
+        Args:
+            history: int64 [B, T] item numbers, right-padded with 0.
+            positions: int64 [B, T] when rows hold several histories: each item's number in its
+                own, which starts where 0 stands and must not be read by the others. An encoder
+                that cannot do this is trained with `pack_sequences: False`.
+
+        Returns:
+            [B, T, D]; position t has read items 0..t. Values at padded positions are undefined.
+        """
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class LossSettings:
+    """Which loss is trained; see the configuration keys of the same names."""
+
+    loss: Literal["bce", "nce"]
+    negatives: Literal["in_batch", "sampled", "catalogue"]
+    nce_thres: float
+    budget_bytes: int
+    similarity: Similarity
+
+
+class Recommender(nn.Module):
+    """An encoder together with its loss.
+
+    The loss is part of `forward`, so that wrappers which hook the forward pass (DDP, DeepSpeed)
+    see every use of a parameter.
+
+    Args:
+        encoder: the model.
+        settings: the loss.
+        logit_scale: initial log factor on cosines; HLLM's ln(1/0.07) when None.
+        peers: the other processes.
+    """
+
+    def __init__(
+        self,
+        encoder: SequenceEncoder,
+        settings: LossSettings,
+        logit_scale: float | None = None,
+        peers: Peers | None = None,
+    ) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.settings = settings
+        self.peers = peers or Peers()
+        initial = losses.LOGIT_SCALE_INIT if logit_scale is None else logit_scale
+        self.logit_scale = nn.Parameter(
+            # One element, not a scalar: DeepSpeed cannot broadcast parameters without dimensions.
+            torch.tensor([initial], dtype=torch.float32),
+            requires_grad=settings.loss == "nce" and settings.similarity == "cosine",
+        )
+
+    def forward(self, batch: TrainBatch) -> Tensor:
+        """Return the batch's loss: scalar float32, the mean over the batches of all processes.
+
+        With several processes the value is the same in each, so that all take the same decisions
+        on it. Its gradient is W times this process's part of the mean's: processes hold different
+        numbers of positions, and the average of gradients that DDP and DeepSpeed take is then
+        the gradient of the mean over all positions, as in one process with the whole batch.
+        """
+        where = (batch.positions,) if batch.positions.numel() else ()
+        states = self.encoder(batch.history, *where)[batch.loss_mask]
+        targets = batch.targets[batch.loss_mask]
+        # The loss is exact arithmetic on small vectors; autocast would round its logits.
+        with torch.autocast(device_type=states.device.type, enabled=False):
+            mean, count = self._loss(states, targets, batch)
+            return mean if self.peers.count == 1 else self._over_processes(mean, count)
+
+    def _over_processes(self, mean: Tensor, count: int | Tensor) -> Tensor:
+        counted = torch.as_tensor(count, dtype=torch.float64, device=mean.device)
+        summed, total = self.peers.add_up(torch.stack([mean.detach().double() * counted, counted]))
+        total = total.clamp_min(1.0)
+        share = mean * (counted * self.peers.count / total).to(mean)
+        return (share - share.detach()) + (summed / total).to(mean)
+
+    def _loss(
+        self, states: Tensor, targets: Tensor, batch: TrainBatch
+    ) -> tuple[Tensor, int | Tensor]:
+        """Return the mean over this process's batch, and the number of terms in it."""
+        settings = self.settings
+        items = self.encoder.items
+        scale = self.scale()
+        if settings.negatives == "catalogue":
+            loss = losses.catalogue_softmax(
+                states,
+                items,
+                targets - 1,
+                scale,
+                cosine=settings.similarity == "cosine",
+                budget_bytes=settings.budget_bytes,
+            )
+            return loss, len(targets)
+        own = targets if settings.negatives == "in_batch" else batch.negatives.reshape(-1)
+        pool_ids = self.peers.gather_ids(own)
+        positives, pool = items(targets), items(pool_ids)
+        if settings.loss == "bce":
+            excluded = targets.unsqueeze(1) == pool_ids
+            loss = losses.binary_cross_entropy(
+                states, positives, pool, excluded, settings.budget_bytes
+            )
+            return loss, len(targets) * (1 + len(pool_ids)) - excluded.sum()
+        loss = losses.info_nce(
+            states, positives, pool, scale, settings.nce_thres, None, settings.budget_bytes
+        )
+        return loss, len(targets)
+
+    def scale(self) -> Tensor:
+        """Return the log factor on cosines, clamped to [0, ln 100] as HLLM does; 0 for dots."""
+        if self.settings.similarity == "dot":
+            return self.logit_scale.new_zeros(())
+        with torch.no_grad():
+            self.logit_scale.clamp_(0.0, math.log(100))
+        return self.logit_scale[0]
+
+    def user_vectors(self, history: Tensor, lengths: Tensor) -> Tensor:
+        """Encode users for scoring.
+
+        Args:
+            history: int64 [B, T], right-padded with 0.
+            lengths: int64 [B], real items in each row.
+
+        Returns:
+            float32 [B, D], of unit length under cosine similarity.
+        """
+        states = self.encoder(history)
+        last = states[torch.arange(len(history), device=states.device), lengths - 1].float()
+        return losses.normalize(last) if self.settings.similarity == "cosine" else last
+
+    def item_slice(self, start: int, end: int) -> Tensor:
+        """Return item vectors start..end-1 for scoring: float32 [end - start, D]."""
+        return self._for_scoring(self.encoder.items.slice(start, end))
+
+    def item_vectors(self, items: Tensor) -> Tensor:
+        """Return the vectors of item numbers for scoring: int64 [...] -> float32 [..., D]."""
+        return self._for_scoring(self.encoder.items(items))
+
+    def _for_scoring(self, vectors: Tensor) -> Tensor:
+        if self.settings.similarity != "cosine":
+            return vectors.float()
+        # As `losses.normalize`, in place: one piece of memory instead of two in ranking's inner loop.
+        own = vectors.to(torch.float32, copy=True)
+        return F.normalize(own, dim=-1, out=own)
+
+    @property
+    def num_items(self) -> int:
+        """Number of items I, the padding item not counted."""
+        return self.encoder.items.num_items

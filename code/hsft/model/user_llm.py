@@ -1,0 +1,73 @@
+"""The UserLLM: an LLM's decoder that reads item vectors in place of token embeddings."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from hsft.model.item_table import ItemTable
+from hsft.model.recommender import SequenceEncoder
+
+
+class UserLLM(SequenceEncoder):
+    """HLLM's user side (arXiv 2409.12740, section 3.3).
+
+    Histories are padded on the right and attention is causal, so real positions never see padding
+    and no attention mask is needed, which keeps the fast kernels usable. Rotary embeddings are
+    relative: positions counted from the left give the same result as HLLM's left padding.
+
+    Rows of several histories are told to transformers by positions that start again: it then makes
+    a block-diagonal causal mask (sdpa, eager) or calls the variable-length kernel
+    (flash_attention_2, one row only).
+
+    Args:
+        decoder: a transformers decoder (or a peft model around one) that takes `inputs_embeds`.
+        items: the item table, D = the decoder's hidden size.
+    """
+
+    def __init__(self, decoder: nn.Module, items: ItemTable) -> None:
+        super().__init__()
+        self.decoder = decoder
+        self.items = items
+
+    def forward(self, history: Tensor, positions: Tensor | None = None) -> Tensor:
+        """Encode every prefix of each history: int64 [B, T] -> [B, T, D]."""
+        return self._states(self.items(history).to(self._dtype), positions)
+
+    def keeps_apart(self) -> bool:
+        """Say whether the histories of one row do not see each other, as `pack_sequences` needs.
+
+        Some of transformers' models (OPT, BLOOM) attend over the whole row whatever the positions
+        are. What is masked has a gradient of exactly zero, so one small pass tells.
+        """
+        table = self.items.embeddings
+        width = table.shape[1]
+        waves = torch.arange(4 * width, device=table.device).sin().view(1, 4, width)
+        vectors = waves.to(self._dtype, copy=True).requires_grad_()
+        positions = torch.tensor([[0, 1, 0, 1]], device=vectors.device)
+        modes = [(part, part.training) for part in self.decoder.modules()]
+        self.decoder.eval()
+        try:
+            with torch.enable_grad():
+                second = self._states(vectors, positions)[:, 2:].float()
+                # Weighted, since the plain sum of what a LayerNorm gives does not change at all.
+                (found,) = torch.autograd.grad((second * waves[:, :2]).sum(), vectors)
+        except TypeError:  # the model takes no positions
+            return False
+        finally:
+            for part, mode in modes:
+                part.training = mode
+        return bool((found[:, :2] == 0).all())
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        """Number type of what the decoder's layers read: that of the embeddings in whose place it is."""
+        embeddings: nn.Embedding = self.decoder.get_input_embeddings()  # type: ignore[operator]
+        return embeddings.weight.dtype
+
+    def _states(self, vectors: Tensor, positions: Tensor | None) -> Tensor:
+        where = {} if positions is None else {"position_ids": positions}
+        states: Tensor = self.decoder(
+            inputs_embeds=vectors, use_cache=False, **where
+        ).last_hidden_state
+        return states

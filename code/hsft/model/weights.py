@@ -1,0 +1,111 @@
+"""Save and load what training changed: the LoRA adapter in peft's format, the rest beside it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from hsft.model.recommender import Recommender
+from hsft.utils.errors import InputError
+from hsft.utils.files import atomic_path
+
+ADAPTER_DIR = "adapter"
+REST_FILE = "trained.safetensors"
+
+
+def save_trained(model: Recommender, folder: str | Path) -> None:
+    """Write every trained weight to `folder`, atomically.
+
+    `adapter/` is a peft folder that `PeftModel.from_pretrained` reads; `trained.safetensors` holds
+    the other trained weights (logit_scale, item adapter, or the whole decoder when all of it is
+    trained) by their names in the `Recommender`.
+    """
+    peft_model = _peft_model(model)
+    with atomic_path(folder) as temporary:
+        temporary.mkdir(parents=True)
+        if peft_model is not None:
+            peft_model.save_pretrained(temporary / ADAPTER_DIR, save_embedding_layers=False)
+        save_file(rest_state(model), temporary / REST_FILE)
+
+
+def load_trained(model: Recommender, folder: str | Path) -> None:
+    """Load what `save_trained` wrote into a model built with the same configuration.
+
+    Raises:
+        InputError: a file is missing, damaged, or belongs to another configuration.
+    """
+    folder = Path(folder)
+    peft_model = _peft_model(model)
+    if peft_model is not None:
+        from peft import set_peft_model_state_dict
+
+        state = _read(folder / ADAPTER_DIR / "adapter_model.safetensors")
+        _refuse_other_shapes(folder, set_peft_model_state_dict, peft_model, state)
+    rest = _read(folder / REST_FILE)
+    own = dict(model.named_parameters())
+    expected = rest_state(model)
+    if rest.keys() != expected.keys():
+        odd = sorted(rest.keys() ^ expected.keys())
+        raise InputError(
+            f"{folder} was trained with another configuration: it differs in {odd[0]} "
+            f"({len(odd)} weights in all); use the run's own config.yaml."
+        )
+    with torch.no_grad():
+        for name, value in rest.items():
+            if own[name].shape != value.shape:
+                raise InputError(
+                    f"{folder}: weight {name} has shape {tuple(value.shape)}, this configuration "
+                    f"needs {tuple(own[name].shape)}."
+                )
+            own[name].copy_(value)
+
+
+def rest_state(model: Recommender) -> dict[str, Tensor]:
+    """Return the trained weights outside the LoRA adapter, by name."""
+    return {
+        name: value.detach().cpu().contiguous()
+        for name, value in model.named_parameters()
+        if value.requires_grad and "lora_" not in name
+    }
+
+
+def trainable_state(model: nn.Module) -> dict[str, Tensor]:
+    """Return every trainable weight by name: what a resumable checkpoint holds."""
+    return {
+        name: value.detach().cpu()
+        for name, value in model.named_parameters()
+        if value.requires_grad
+    }
+
+
+def _peft_model(model: Recommender) -> Any | None:
+    decoder = getattr(model.encoder, "decoder", None)
+    return decoder if hasattr(decoder, "peft_config") else None
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except FileNotFoundError as error:
+        raise InputError(f"{path} does not exist; the run has no trained model there.") from error
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path} is damaged: {error}.") from error
+
+
+def _refuse_other_shapes(folder: Path, load: Any, model: Any, state: dict[str, Tensor]) -> None:
+    try:
+        outcome = load(model, state)
+    except RuntimeError as error:
+        raise InputError(
+            f"the adapter in {folder} does not fit this UserLLM and LoRA rank; use the run's own "
+            f"config.yaml."
+        ) from error
+    missing = [key for key in outcome.missing_keys if "lora_" in key]
+    if missing or outcome.unexpected_keys:
+        odd = (missing or list(outcome.unexpected_keys))[0]
+        raise InputError(f"the adapter in {folder} does not fit this UserLLM: {odd} differs.")

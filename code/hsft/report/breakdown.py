@@ -1,0 +1,160 @@
+"""Metrics by groups of users: by history length, by the target's popularity, and Recall@K by K."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from hsft.evaluator.intervals import DRAWS, bootstrap_interval
+from hsft.evaluator.metrics import per_user
+
+# Head and tail each hold this share of the training interactions.
+SHARE = 0.2
+
+
+@dataclass(frozen=True)
+class Group:
+    """Users that are averaged over together; the groups of one breakdown hold every user once.
+
+    Attributes:
+        name: what they have in common.
+        members: bool [E].
+        notes: what else to say of it, such as how many items it is about.
+    """
+
+    name: str
+    members: np.ndarray
+    notes: Sequence[str] = ()
+
+    @property
+    def size(self) -> int:
+        """Number of users."""
+        return int(self.members.sum())
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A metric's mean over users and its 95 % bootstrap interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class RecallCurve:
+    """Recall@K for K = 1, 2, ...: each float64 [K], `low` and `high` a 95 % interval at each K."""
+
+    cuts: np.ndarray
+    values: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+
+
+def group_estimate(group: Group, name: str, ranks: np.ndarray, k: int) -> Estimate | None:
+    """Average a metric over a group's users; None for a group without users.
+
+    Args:
+        group: the users.
+        name: Recall, HitRate, NDCG or MRR.
+        ranks: int64 [E].
+        k: cut-off.
+    """
+    own = ranks[group.members]
+    if not len(own):
+        return None
+    return Estimate(float(per_user(name, own, k).mean()), *bootstrap_interval(name, own, k))
+
+
+def history_groups(lengths: np.ndarray, parts: int = 4) -> list[Group]:
+    """Group users by the length of their history, cut at quantiles so that groups are of like size.
+
+    Users with histories of one length are never separated; where many share a length there are
+    fewer groups.
+
+    Args:
+        lengths: int64 [E], items before the target, at least 1.
+        parts: groups wanted.
+    """
+    shares = np.arange(1, parts) / parts
+    cuts = np.unique(np.quantile(lengths, shares, method="inverted_cdf").astype(np.int64))
+    cuts = np.append(cuts[cuts < lengths.max()], lengths.max())
+    group_of = np.searchsorted(cuts, lengths)
+    first = [int(lengths.min()), *(int(cut) + 1 for cut in cuts[:-1])]
+    return [
+        Group(f"{_span(low, int(high))} {'item' if high == 1 else 'items'}", group_of == number)
+        for number, (low, high) in enumerate(zip(first, cuts, strict=True))
+    ]
+
+
+def popularity_groups(counts: np.ndarray, targets: np.ndarray) -> list[Group]:
+    """Group users by how popular their target is among the training items.
+
+    Items are ordered by training interactions. Head: the most popular items that hold the first
+    20 % of the interactions; tail: the least popular ones that hold the last 20 %; middle: those
+    between. Items with the same count are never separated: they belong to the head when fewer than
+    20 % of the interactions are with more popular items, to the tail when fewer than 20 % are with
+    less popular ones, and to the middle when both hold. Items without a training interaction are a
+    group of their own.
+
+    Args:
+        counts: int64 [I + 1], training interactions of each item, entry 0 the padding item.
+        targets: int64 [E], item number of each user's target.
+
+    Returns:
+        Four groups: head, middle, tail, never in training; some may be empty.
+    """
+    levels, level_of = np.unique(counts[1:], return_inverse=True)
+    held = np.bincount(level_of, weights=counts[1:].astype(np.float64), minlength=len(levels))
+    total = max(held.sum(), 1.0)
+    up_to = np.cumsum(held)
+    below, above = (up_to - held) / total, (total - up_to) / total
+    head, tail = above < SHARE, below < SHARE
+    kind = np.select([levels == 0, head & ~tail, tail & ~head], [3, 0, 2], default=1)
+    of_item = kind[level_of]
+    of_user = of_item[targets - 1]
+    names = ("head", "middle", "tail", "never in training")
+    return [
+        Group(name, of_user == number, _about(counts[1:][of_item == number]))
+        for number, name in enumerate(names)
+    ]
+
+
+def recall_curve(
+    ranks: np.ndarray, deepest: int = 100, *, draws: int = DRAWS, seed: int = 0
+) -> RecallCurve:
+    """Return Recall@K for K = 1..`deepest` with bootstrap intervals over users, each K by itself.
+
+    Args:
+        ranks: int64 [E].
+        deepest: largest K.
+        draws: bootstrap samples.
+        seed: of the draws.
+    """
+    # One column a rank, the last for all deeper ones; see hsft.evaluator.intervals.
+    counts = np.bincount(np.minimum(ranks, deepest + 1), minlength=deepest + 2)[1:]
+    rng = np.random.default_rng(seed)
+    drawn = rng.multinomial(len(ranks), counts / len(ranks), size=draws)[:, :-1]
+    low, high = np.quantile(np.cumsum(drawn, axis=1) / len(ranks), [0.025, 0.975], axis=0)
+    values = np.cumsum(counts[:-1]) / len(ranks)
+    return RecallCurve(np.arange(1, deepest + 1), values, low, high)
+
+
+def counted(number: int, unit: str) -> str:
+    """Write a number with its unit: `1 item`, `1,200 items`."""
+    return f"{number:,} {unit}" if number == 1 else f"{number:,} {unit}s"
+
+
+def _span(low: int, high: int) -> str:
+    return f"{low}" if low == high else f"{low} to {high}"
+
+
+def _about(counts: np.ndarray) -> list[str]:
+    """Say how many items a group has and how often they were met."""
+    notes = [counted(len(counts), "item")]
+    if len(counts) and counts.max() > 0:
+        span = _span(int(counts.min()), int(counts.max()))
+        notes.append("met once" if span == "1" else f"met {span} times")
+    return notes

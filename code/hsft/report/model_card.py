@@ -1,0 +1,314 @@
+"""The model card of an exported run, in the Hugging Face format, filled in from its results."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from huggingface_hub import EvalResult, ModelCardData
+
+from hsft.config import Config
+from hsft.evaluator.metrics import PER_USER
+from hsft.report.compare import Comparison, Row, markdown, records
+from hsft.utils.errors import one_line
+
+Format = Literal["merged", "adapter"]
+
+# Name of the row that was measured on an exported folder itself.
+EXPORTED = "exported"
+# Metadata of the cards: what the hub sorts models by.
+_TAGS = ("sequential-recommendation", "recommender-system", "hllm")
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What a card tells of.
+
+    Attributes:
+        name: the run's name.
+        format: `merged`, a whole model, or `adapter`, LoRA matrices for the base model.
+        dtype: number type of the weights in the folder.
+        config: the run's configuration.
+        result: the run's `result.json`.
+        table: its rows, measured as there; with `exported` when the folder itself was scored.
+        tuned: name of the fine-tuned model's row.
+        base: name of the base model's folder.
+        base_repo: the hub's name of the checkpoint that it was imported from, where known.
+        item_adapter: `none`, or the kind of the adapter that `hllm_extra.safetensors` or
+            `trained.safetensors` holds.
+        similarity: how its user and item vectors are compared, `cosine` or `dot`.
+        other_ranks: users whose target ranks elsewhere than in the run; None: not scored.
+    """
+
+    name: str
+    format: Format
+    dtype: str
+    config: Config
+    result: Mapping[str, Any]
+    table: Comparison
+    tuned: str
+    base: str
+    base_repo: str | None
+    item_adapter: str
+    similarity: str
+    other_ranks: int | None = None
+
+    @property
+    def quantised(self) -> bool:
+        """Whether training saw quantised weights."""
+        return self.config.use_qlora and self.config.qlora_quant_type != "none"
+
+    @property
+    def own_row(self) -> Row | None:
+        """The row that was measured on what the folder holds, None when nothing was."""
+        wanted = EXPORTED if self.format == "merged" else self.tuned
+        return next((row for row in self.table.rows if row.name == wanted), None)
+
+
+def model_card(exported: Exported) -> str:
+    """Return a `README.md`: YAML header, results, settings, how to load the folder, limits."""
+    parts = [
+        f"---\n{_metadata(exported).to_yaml()}\n---\n",
+        f"# {_plain(exported.name)}\n\n{_summary(exported)}\n",
+        f"## Results\n\n{_results(exported)}",
+        f"## Data\n\n{_data(exported)}\n",
+        f"## Loading\n\n{_loading(exported)}",
+        f"## Limits\n\n{_limits(exported)}",
+    ]
+    return "\n".join(parts)
+
+
+def _metadata(exported: Exported) -> ModelCardData:
+    config, row = exported.config, exported.own_row
+    measured = [entry for entry in records(exported.table) if row and entry["run"] == row.name]
+    found = [
+        EvalResult(
+            task_type="sequential-recommendation",
+            dataset_type=str(config.dataset),
+            dataset_name=str(config.dataset),
+            dataset_split=config.eval_phase,
+            metric_type=entry["metric"],
+            metric_value=round(entry["value"], 6),
+        )
+        for entry in measured
+    ]
+    tags = [*_TAGS, *(["lora"] if config.use_qlora else []), f"loss:{config.loss}"]
+    return ModelCardData(
+        library_name="transformers" if exported.format == "merged" else "peft",
+        base_model=exported.base_repo,
+        tags=tags,
+        datasets=[str(config.dataset)],
+        metrics=[name for name in config.metrics if name in list(PER_USER)],
+        # The hub asks for a name wherever there are results.
+        model_name=exported.name if found else None,
+        eval_results=found or None,
+    )
+
+
+def _summary(exported: Exported) -> str:
+    config = exported.config
+    base = _code(exported.base)
+    if exported.base_repo:
+        base += f" (imported from {_plain(exported.base_repo)})"
+    layers = f", its first {config.user_llm_layers} layers," if config.user_llm_layers else ""
+    trained = "LoRA" if config.use_qlora else "all weights"
+    if exported.quantised:
+        trained = f"LoRA on {config.qlora_quant_type} weights (QLoRA)"
+    holds = {
+        "merged": f"a whole decoder in {exported.dtype}"
+        + (", the LoRA adapter merged into it" if config.use_qlora else ""),
+        "adapter": "the LoRA adapter in peft's format, without the base model's weights",
+    }
+    return (
+        f"A UserLLM of HLLM (arXiv 2409.12740): the decoder {base}{layers} fine-tuned on "
+        f"{_plain(config.dataset)} with {trained}. It reads the item embeddings of a user's history "
+        f"and gives a user vector, which is compared with item vectors by {exported.similarity}. "
+        f"The folder holds {holds[exported.format]}."
+    )
+
+
+def _results(exported: Exported) -> str:
+    return f"{markdown(exported.table)}\n{_what_was_scored(exported)}\n"
+
+
+def _what_was_scored(exported: Exported) -> str:
+    if exported.format == "adapter":
+        text = f"The row {exported.tuned} was measured with this adapter"
+        if exported.quantised:
+            text += f" on base weights quantised to {exported.config.qlora_quant_type}"
+        return text + "."
+    reasons = [f"the weights here are {exported.dtype}"]
+    if exported.quantised:
+        reasons.insert(
+            0,
+            f"LoRA was trained against {exported.config.qlora_quant_type} weights, and here it is "
+            f"merged into the base model's weights without quantisation",
+        )
+    text = (
+        f"The row {exported.tuned} was measured in the run, before the export: "
+        f"{', and '.join(reasons)}. "
+    )
+    if exported.other_ranks is None:
+        return text + "What this folder itself scores was not measured (`--evaluate True` does so)."
+    users = len(exported.table.rows[0].users)
+    return (
+        f"{text}The row exported was measured on this folder by the same code: the target ranks "
+        f"elsewhere for {exported.other_ranks} of {users} users."
+    )
+
+
+def _data(exported: Exported) -> str:
+    data = exported.result.get("data")
+    data = data if isinstance(data, dict) else {}
+    sizes = [f"{data[key]} {key}" for key in ("users", "items", "interactions") if key in data]
+    text = f"{_plain(exported.config.dataset)}: {_plain(', '.join(sizes))}."
+    cache = exported.result.get("cache")
+    if isinstance(cache, dict) and cache.get("model"):
+        item_llm = str(cache["model"]).rstrip("/").rpartition("/")[2]
+        text += f" Item embeddings: {_code(item_llm)}."
+    return (
+        f"{text} Split: leave-one-out by time, a user's last item for test, the one before it for "
+        f"validation."
+    )
+
+
+def _loading(exported: Exported) -> str:
+    python = _merged_code(exported) if exported.format == "merged" else _adapter_code(exported)
+    text = f"```python\n{python}```\n"
+    if exported.format == "adapter":
+        return text + (
+            "\n`trained.safetensors` holds what was trained besides the adapter; `config.yaml` the "
+            "run's settings, without its paths.\n"
+        )
+    return text + (
+        "\nWith HSFT, which made it, `FOLDER` being this folder:\n\n"
+        "```sh\npython code/main.py --config_file FOLDER/config.yaml --user_pretrain_dir FOLDER"
+        f"{_item_cache(exported.config)}\n```\n\n"
+        "`hllm_extra.safetensors` holds the logit scale"
+        + (" and the item adapter" if exported.item_adapter != "none" else "")
+        + "; HSFT reads it beside the model. Without this `config.yaml`, give `--similarity "
+        f"{exported.similarity}`.\n"
+    )
+
+
+def _item_cache(config: Config) -> str:
+    """Name the run's item cache where the dataset's name does not lead to it."""
+    if not config.item_cache_path:
+        return ""
+    path = Path(config.item_cache_path)
+    shown = f"PATH/TO/{path.name}" if path.is_absolute() else str(path)
+    return f" \\\n    --item_cache_path {shlex.quote(one_line(shown, 200).replace('`', ''))}"
+
+
+def _merged_code(exported: Exported) -> str:
+    lines = [
+        "import torch",
+        *_adapter_import(exported),
+        "from transformers import AutoModel",
+        "",
+        'folder = "."  # this folder, or its name on the hub',
+        "user_llm = AutoModel.from_pretrained(folder).eval()",
+    ]
+    return _text([*lines, *_use(exported, "hllm_extra.safetensors", "item_adapter.")])
+
+
+def _adapter_code(exported: Exported) -> str:
+    config = exported.config
+    options = []
+    if config.user_llm_layers:
+        options.append(f"num_hidden_layers={config.user_llm_layers}")
+    if exported.quantised:
+        options.append(f"quantization_config={_quantization_code(config)}")
+    quantised = ", BitsAndBytesConfig" if exported.quantised else ""
+    lines = [
+        "import torch",
+        "from peft import PeftModel",
+        *_adapter_import(exported),
+        f"from transformers import AutoModel{quantised}",
+        "",
+        f"base = {json.dumps(f'PATH/TO/{exported.base}')}  # your folder of the base model",
+        'folder = "."  # this folder, or its name on the hub',
+        f"decoder = AutoModel.from_pretrained({', '.join(['base', *options])})",
+        "user_llm = PeftModel.from_pretrained(decoder, folder).eval()",
+    ]
+    return _text([*lines, *_use(exported, "trained.safetensors", "encoder.items.adapter.")])
+
+
+def _quantization_code(config: Config) -> str:
+    if config.qlora_quant_type == "int8":
+        return "BitsAndBytesConfig(load_in_8bit=True)"
+    return (
+        f"BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type={config.qlora_quant_type!r}, "
+        f"bnb_4bit_use_double_quant={config.qlora_double_quant})"
+    )
+
+
+def _adapter_import(exported: Exported) -> list[str]:
+    return ["from safetensors.torch import load_file"] if exported.item_adapter in _ADAPTERS else []
+
+
+# x + Wx, and x + B(A x).
+_ADAPTERS = {"linear": ("weight",), "lowrank": ("0.weight", "1.weight")}
+
+
+def _use(exported: Exported, file: str, prefix: str) -> list[str]:
+    """Return the lines that turn a history's item embeddings into a user vector."""
+    lines = [
+        "",
+        "# The item embeddings of one history, oldest first: [1, length, hidden size].",
+        "history = torch.randn(1, 5, user_llm.config.hidden_size, dtype=user_llm.dtype)",
+    ]
+    if exported.item_adapter in _ADAPTERS:
+        product = "history.float()"
+        for name in _ADAPTERS[exported.item_adapter]:
+            product += f' @ trained["{prefix}{name}"].float().T'
+        lines += [
+            f'trained = load_file(f"{{folder}}/{file}")',
+            f"history = history + ({product}).to(history.dtype)  # candidates' embeddings alike",
+        ]
+    return [
+        *lines,
+        "with torch.no_grad():",
+        "    user_vector = user_llm(inputs_embeds=history).last_hidden_state[:, -1]",
+    ]
+
+
+def _limits(exported: Exported) -> str:
+    config = exported.config
+    lines = [
+        "It reads item embeddings, not text: those of the ItemLLM that it was trained with.",
+        f"It was trained and measured on histories of at most {config.MAX_ITEM_LIST_LENGTH} items, "
+        f"on one dataset, with one seed ({config.seed}).",
+        "The table is offline ranking of held-out items; it says nothing of what users would do "
+        "with the recommendations.",
+        "The base model's and the data's licences apply; this card states none.",
+    ]
+    if config.item_embedding_transform != "none":
+        lines.insert(
+            1,
+            f"The embeddings were mapped before (item_embedding_transform: "
+            f"{config.item_embedding_transform}), with a map fitted on the catalogue, which is not "
+            f"part of this folder.",
+        )
+    if exported.item_adapter != "none":
+        lines.insert(
+            1, f"The embeddings pass through a trained item adapter ({exported.item_adapter})."
+        )
+    return "".join(f"- {line}\n" for line in lines)
+
+
+def _text(lines: list[str]) -> str:
+    return "".join(f"{line}\n" for line in lines)
+
+
+def _plain(text: object) -> str:
+    """Write a name from a file as one line that Markdown takes for text."""
+    return "".join(f"\\{char}" if char in "\\`*<>[]|" else char for char in one_line(text, 200))
+
+
+def _code(text: object) -> str:
+    return f"`{one_line(text, 200).replace('`', '')}`"

@@ -1,0 +1,442 @@
+"""Validation before work: what would end a run later is said at its start, all of it at once.
+
+`quick_problems` opens no large file and comes first in every command. `--check True` goes on to read
+the interactions, the item texts and the cache, and stops before any LLM weight is loaded.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from hsft.config import Config
+from hsft.data.cache import DTYPES, ItemCache, find_cache, is_native, open_cache, read_header
+from hsft.data.dataset import CachedEmbeddingEvalDataset, CachedEmbeddingTrainDataset
+from hsft.data.interactions import (
+    Interactions,
+    dataset_file,
+    read_interactions,
+    suspicious_ids,
+)
+from hsft.data.item_text import (
+    ItemTexts,
+    information_file,
+    read_item_texts,
+    suspicious_item_ids,
+    textless,
+)
+from hsft.data.split import Phase, Split, leave_one_out
+from hsft.encoding.item_llm import emb_token, load_tokenizer, no_emb_token
+from hsft.evaluator.evaluator import Evaluator
+from hsft.inputs.cache_items import cache_path, other_cache
+from hsft.model.backbone import (
+    check_lora_targets,
+    check_quantization,
+    keep_layers,
+    load_model_config,
+    read_extra,
+)
+from hsft.model.folder import (
+    Weights,
+    check_decoder,
+    check_embeddings,
+    check_files,
+    check_positions,
+    check_shapes,
+)
+from hsft.model.item_adapter import adapter_shape
+from hsft.model.item_table import refuse_other_dim
+from hsft.report.memory import GIB, estimate, meta_decoder
+from hsft.run.dry_run import training_shape
+from hsft.run.run_dir import choose_run_dir
+from hsft.run.setup import check_training, eval_protocol, match_cache, user_attention
+from hsft.trainer.fabric import attention_kernel, check_device, choose_device, compute_dtype
+from hsft.trainer.wandb_log import load_wandb
+from hsft.utils.errors import InputError, one_line, problems_of, refuse
+from hsft.utils.files import free_bytes, is_file
+from hsft.utils.torchrun import global_rank
+
+log = logging.getLogger(__name__)
+
+# Beside what a run's own files need: logs, tensorboard, result, an adapter.
+_SPARE_BYTES = 64 << 20
+
+
+class Findings:
+    """Problems and warnings, one sentence each, and what is worth knowing of a good input.
+
+    A warning is what the run would say and go on.
+    """
+
+    def __init__(self) -> None:
+        self.problems: list[str] = []
+        self.warnings: list[str] = []
+        self.notes: list[str] = []
+
+    @contextmanager
+    def collect(self) -> Iterator[None]:
+        """Book an `InputError` of the block as problems and go on after the block."""
+        try:
+            yield
+        except InputError as error:
+            self.problems += [text for text in problems_of(error) if text not in self.problems]
+
+    def warn(self, sentence: str | None) -> None:
+        """Book a warning, if there is one."""
+        if sentence:
+            self.warnings.append(sentence)
+
+    def finish(self) -> None:
+        """Print the summary of a good input.
+
+        Raises:
+            InputError: there are problems.
+        """
+        if self.problems:
+            for warning in self.warnings:
+                log.warning("%s", warning)
+        refuse(self.problems)
+        if global_rank() == 0:
+            count = len(self.warnings)
+            end = f"; {count} warning{'s' * (count > 1)} above" if count else ""
+            warnings = [f"warning: {one_line(warning)}" for warning in self.warnings]
+            lines = [*self.notes, *warnings, f"no problem found{end}"]
+            sys.stdout.write("".join(f"{line}\n" for line in lines))
+
+
+def quick_problems(config: Config) -> list[str]:
+    """Return what is wrong with a run of main.py as far as small files and headers tell."""
+    found = Findings()
+    _quick_run(config, found)
+    return found.problems
+
+
+def quick_caching_problems(config: Config) -> list[str]:
+    """Return what is wrong with a run of item_caching.py as far as small files and headers tell."""
+    found = Findings()
+    _quick_caching(config, found)
+    return found.problems
+
+
+def check_run(config: Config) -> None:
+    """Check everything that a run of main.py reads and print a short summary.
+
+    Raises:
+        InputError: something has to be changed; `InputErrors` with all of it.
+    """
+    found = Findings()
+    _quick_run(config, found)
+    interactions = _interactions(config, found)
+    cache = None
+    if config.reads_embeddings:
+        if not config.use_item_cache:
+            texts = _item_texts(config, found)
+            if texts is not None and interactions is not None:
+                _texts_suffice(config, texts, interactions, found)
+        elif _has_cache_path(config):
+            with found.collect():
+                cache = open_cache(cache_path(config))
+                found.notes.append(
+                    f"item cache {cache.path}: {len(cache)} items of {cache.dim} dimensions"
+                )
+    if interactions is not None:
+        if cache is not None:
+            found.warn(other_cache(config, cache, interactions.item_ids[1:]))
+            with found.collect():
+                interactions = match_cache(interactions, cache, config)
+        _split(config, leave_one_out(interactions), found)
+    _memory(config, found, interactions, cache)
+    found.finish()
+
+
+def check_caching(config: Config) -> None:
+    """Check everything that a run of item_caching.py reads and print a short summary.
+
+    Raises:
+        InputError: something has to be changed; `InputErrors` with all of it.
+    """
+    found = Findings()
+    _quick_caching(config, found)
+    texts = _item_texts(config, found)
+    interactions = None
+    if _has_interactions(config):
+        interactions = _interactions(config, found)
+    if texts is not None:
+        known = set(texts.item_ids)
+        bare = 0
+        if interactions is not None:
+            bare = sum(1 for item in interactions.item_ids[1:] if item not in known)
+            found.notes.append(f"{bare} items of the interactions have no information")
+        _texts_suffice(config, texts, interactions, found)
+        _caching_space(config, len(texts) + bare, found)
+    found.finish()
+
+
+def _quick_run(config: Config, found: Findings) -> None:
+    with found.collect():
+        check_device(config)
+    with found.collect():
+        dataset_file(config.data_path, config.dataset)
+    with found.collect():
+        _writable(choose_run_dir(config).path, "run folder", "--checkpoint_dir")
+    if config.trains and config.log_wandb:
+        with found.collect():
+            load_wandb()
+    if config.trains and config.use_qlora:
+        with found.collect():
+            check_quantization(config.qlora_quant_type)
+    hidden = None
+    if config.model == "HLLM":
+        hidden = _user_model(config, found)
+    if config.reads_embeddings:
+        if not config.use_item_cache:
+            _item_model(config, found)
+        elif _has_cache_path(config):
+            with found.collect():
+                _cache_header(config, hidden)
+
+
+def _quick_caching(config: Config, found: Findings) -> None:
+    with found.collect():
+        check_device(config)
+    with found.collect():
+        information_file(config.text_path, config.dataset)
+    with found.collect():
+        _writable(cache_path(config), "item cache", "--item_cache_path")
+    _item_model(config, found)
+
+
+def _has_interactions(config: Config) -> bool:
+    return config.dataset is not None and is_file(Path(config.data_path) / f"{config.dataset}.csv")
+
+
+def _has_cache_path(config: Config) -> bool:
+    # The default cache of a dataset that is not there would only be a second problem.
+    return config.item_cache_path is not None or _has_interactions(config)
+
+
+def _writable(target: Path, name: str, key: str) -> None:
+    """Refuse a target whose folder cannot be made or written."""
+    parent = target.absolute().parent
+    try:
+        while not parent.exists():
+            parent = parent.parent
+        wrong = "is no folder" if not parent.is_dir() else "is not writable"
+        usable = parent.is_dir() and os.access(parent, os.W_OK | os.X_OK)
+    except OSError as error:
+        wrong, usable = f"cannot be used ({error.strerror})", False
+    if not usable:
+        raise InputError(f"the {name} {target} cannot be written: {parent} {wrong}; change {key}.")
+    longest = os.pathconf(parent, "PC_NAME_MAX")
+    # Temporary names and the numbers of runs are longer than the name itself.
+    if len(os.fsencode(target.name)) + 32 > longest:
+        raise InputError(
+            f"the {name} {target} cannot be made: the name is too long; shorten it with --run_name, "
+            f"--dataset or {key}."
+        )
+    free = free_bytes(parent)
+    if free < _SPARE_BYTES:
+        raise InputError(
+            f"the {name} {target} needs more than the {free >> 20} MiB that are free on its disk; "
+            f"free some space or change {key}."
+        )
+
+
+def _user_model(config: Config, found: Findings) -> int | None:
+    """Check the UserLLM's folder and return its hidden size, None when that is not known."""
+    if not config.user_pretrain_dir:
+        found.problems.append(
+            "no UserLLM is named; give --user_pretrain_dir FOLDER (download_userllm.py makes one)."
+        )
+        return None
+    folder = Path(config.user_pretrain_dir)
+    hidden = None
+    with found.collect():
+        model = load_model_config(folder, config.trust_remote_code)
+        check_decoder(model, folder, config.user_llm_layers)
+        hidden = int(model.hidden_size)
+        weights = check_files(folder)
+        check_shapes(model, weights, folder)
+        _one_layer(config, folder, model)
+        _training_space(config, weights)
+    with found.collect():
+        extra = read_extra(folder)
+        if hidden is not None:
+            adapter_shape(config, extra, folder, train=not config.val_only)
+    with found.collect():
+        user_attention(config, torch.device(choose_device(config)))
+    return hidden
+
+
+def _one_layer(config: Config, folder: Path, model: Any) -> None:
+    """Check what the UserLLM's first layer tells; the others are like it."""
+    # A target such as h.3.attn.c_attn names its layer.
+    named = any("." in target for target in config.qlora_target_modules)
+    keep_layers(model, (config.user_llm_layers or model.num_hidden_layers) if named else 1)
+    decoder = meta_decoder(model, config.trust_remote_code)
+    check_embeddings(decoder, folder)
+    check_positions(decoder, config.MAX_ITEM_LIST_LENGTH, folder, "MAX_ITEM_LIST_LENGTH")
+    if config.use_qlora and not config.val_only:
+        check_lora_targets(decoder, config.qlora_target_modules)
+
+
+def _item_model(config: Config, found: Findings) -> None:
+    if not config.item_pretrain_dir:
+        found.problems.append(
+            "no ItemLLM is named; give --item_pretrain_dir FOLDER (download_itemllm.py makes one)."
+        )
+        return
+    folder = Path(config.item_pretrain_dir)
+    with found.collect():
+        model = load_model_config(folder, config.trust_remote_code)
+        check_decoder(model, folder)
+        check_shapes(model, check_files(folder), folder)
+        load_tokenizer(folder, config.trust_remote_code)
+        token = emb_token(folder, config.item_emb_token_n, int(model.hidden_size))
+        if token is None and config.item_emb_token_n:
+            found.notes.append(no_emb_token(folder))
+        keep_layers(model, 1)
+        decoder = meta_decoder(model, config.trust_remote_code)
+        check_embeddings(decoder, folder)
+        # The emb token comes after the longest text.
+        longest = config.MAX_TEXT_LENGTH + (0 if token is None else 1)
+        check_positions(decoder, longest, folder, "MAX_TEXT_LENGTH")
+    with found.collect():
+        model = load_model_config(folder, config.trust_remote_code)
+        attention_kernel(config, torch.device(choose_device(config)), model)
+
+
+def _cache_header(config: Config, hidden: int | None) -> None:
+    path = find_cache(cache_path(config))
+    if hidden is None or not is_native(path):
+        return
+    _, dim, _ = read_header(path)
+    refuse_other_dim(path, dim, hidden, config.user_pretrain_dir or "")
+
+
+def _interactions(config: Config, found: Findings) -> Interactions | None:
+    interactions = None
+    with found.collect():
+        path = dataset_file(config.data_path, config.dataset)
+        interactions = read_interactions(path)
+        found.notes.append(
+            f"{path}: {interactions.num_users} users, {interactions.num_items} items, "
+            f"{len(interactions)} interactions"
+        )
+        found.warn(suspicious_ids(interactions, path))
+    return interactions
+
+
+def _item_texts(config: Config, found: Findings) -> ItemTexts | None:
+    texts = None
+    with found.collect():
+        path = information_file(config.text_path, config.dataset)
+        texts = read_item_texts(path, config.text_keys, config.item_prompt)
+        bare = sum(1 for text in texts.texts if not text)
+        found.notes.append(f"{path}: {len(texts)} items, {bare} of them without text")
+        found.warn(suspicious_item_ids(texts, path))
+    return texts
+
+
+def _texts_suffice(
+    config: Config, texts: ItemTexts, interactions: Interactions | None, found: Findings
+) -> None:
+    path = information_file(config.text_path, config.dataset)
+    wanted: Sequence[str] | np.ndarray = []
+    if interactions is not None:
+        wanted = interactions.item_ids[1:]
+    problem = textless(texts, path, config.text_keys, wanted)
+    if problem:
+        found.problems.append(problem)
+
+
+def _split(config: Config, split: Split, found: Findings) -> None:
+    phases: set[Phase] = {config.eval_phase} | ({"valid"} if config.trains else set())
+    for phase in sorted(phases):
+        with found.collect():
+            dataset = CachedEmbeddingEvalDataset(split, phase, config.MAX_ITEM_LIST_LENGTH)
+            Evaluator(dataset, eval_protocol(config), batch_size=config.eval_batch_size)
+            found.notes.append(f"{phase}: {len(dataset)} users are scored")
+    if not config.trains:
+        return
+    sequences = CachedEmbeddingTrainDataset(split, config.MAX_ITEM_LIST_LENGTH)
+    found.notes.append(
+        f"training: {len(sequences)} sequences, {sequences.num_transitions} transitions a pass"
+    )
+    with found.collect():
+        check_training(config, split, sequences)
+
+
+def _training_space(config: Config, weights: Weights) -> None:
+    if config.val_only or config.use_qlora or not weights.shapes:
+        return
+    # `best/` holds every trained weight in float32; its successor is written before it is removed.
+    needed = 2 * 4 * weights.count(config.user_llm_layers, vocabulary=False)
+    _enough(Path(config.checkpoint_dir), needed, "the trained weights", "--checkpoint_dir")
+
+
+def _caching_space(config: Config, items: int, found: Findings) -> None:
+    with found.collect():
+        folder = Path(config.item_pretrain_dir or "")
+        dim = int(load_model_config(folder, config.trust_remote_code).hidden_size)
+        # The finished parts stay until the cache itself is written.
+        needed = 2 * items * dim * DTYPES[config.item_cache_dtype].itemsize
+        found.notes.append(
+            f"cache to write: {items} items of {dim} dimensions, {needed / 2**20:.1f} MiB of disk "
+            f"with its parts"
+        )
+        _enough(cache_path(config), needed, "the item cache and its parts", "--item_cache_path")
+
+
+def _enough(target: Path, needed: int, what: str, key: str) -> None:
+    free = free_bytes(target)
+    if free < needed + _SPARE_BYTES:
+        raise InputError(
+            f"{what} need about {needed / GIB:.1f} GiB of disk at {target}, where {free / GIB:.1f} "
+            f"GiB are free; free some space or change {key}."
+        )
+
+
+def _memory(
+    config: Config, found: Findings, interactions: Interactions | None, cache: ItemCache | None
+) -> None:
+    """Estimate memory; refuse only what the weights and the item table alone exceed."""
+    if found.problems or config.model != "HLLM" or interactions is None or cache is None:
+        return
+    folder = Path(config.user_pretrain_dir or "")
+    device = choose_device(config)
+    weights = check_files(folder).count(config.user_llm_layers, vocabulary=False)
+    size = 4 if config.item_embedding_transform != "none" else cache.embeddings.element_size()
+    table = len(interactions.item_ids) * cache.dim * size
+    least = table + weights * compute_dtype(config).itemsize
+    if device == "cuda":
+        total = torch.cuda.get_device_properties(0).total_memory
+    else:
+        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    found.notes.append(
+        f"memory: {least / GIB:.2f} GiB for the UserLLM and the item table alone, of "
+        f"{total / GIB:.1f} GiB ({device})"
+    )
+    with found.collect():
+        if device == "cuda" and not config.val_only and cache.metadata:
+            needed = estimate(training_shape(config), config.train_batch_size).total
+            found.notes.append(f"memory: about {needed / GIB:.2f} GiB in a training step")
+            if needed > total:
+                raise InputError(
+                    f"a training step needs about {needed / GIB:.1f} GiB of GPU memory, the card "
+                    f"has {total / GIB:.1f}; lower train_batch_size or MAX_ITEM_LIST_LENGTH, or see "
+                    f"--dry_run True."
+                )
+        if least > total and not (config.use_qlora and not config.eval_baseline):
+            raise InputError(
+                f"the UserLLM and the item table need {least / GIB:.1f} GiB, the machine has "
+                f"{total / GIB:.1f} ({device}); lower user_llm_layers or use a smaller model."
+            )

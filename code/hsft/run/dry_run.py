@@ -1,0 +1,245 @@
+"""`--dry_run True`: what a fine-tuning run would need of a GPU, from shapes alone."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import LlamaConfig
+
+from hsft.config import Config
+from hsft.data.cache import DTYPES, find_cache, is_native, open_cache, read_header
+from hsft.data.interactions import read_interactions
+from hsft.inputs.cache_items import cache_path
+from hsft.model.backbone import check_lora_targets, choose_attention, cut_decoder, decoder_config
+from hsft.model.folder import check_decoder, check_embeddings, check_positions
+from hsft.model.item_table import refuse_other_dim
+from hsft.report.memory import (
+    GIB,
+    MIB,
+    TrainingShape,
+    estimate,
+    largest_batch,
+    meta_decoder,
+    rows,
+    saved_bytes_per_token,
+)
+from hsft.run.setup import packed_row_length
+from hsft.utils.errors import InputError
+from hsft.utils.files import is_file, is_folder
+
+# TinyLlama-1.1B's config.json, for LlamaConfig: HLLM-1B's UserLLM is fine-tuned from it.
+TINYLLAMA = {
+    "vocab_size": 32000,
+    "hidden_size": 2048,
+    "intermediate_size": 5632,
+    "num_hidden_layers": 22,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 2048,
+}
+CARDS_GB = (8, 10, 12, 16, 24)
+_DTYPES = {"16-mixed": torch.float16, "32-true": torch.float32}
+
+
+@dataclass(frozen=True)
+class _Items:
+    """The item table's size as far as it is known, and what stands in for a file that is not there.
+
+    Attributes:
+        count: I, None when nothing tells it.
+        dtype: name of the table's number type.
+        assumed: sentences.
+    """
+
+    count: int | None
+    dtype: str
+    assumed: tuple[str, ...] = ()
+
+
+def dry_run(config: Config) -> None:
+    """Print the estimate for a configuration, as a run on one CUDA card would need it.
+
+    It needs no file: what stands in for one that is not there is said in the output.
+
+    Raises:
+        InputError: what is there is bad or does not fit, or nothing would be fine-tuned.
+    """
+    shape, assumed = assumed_shape(config)
+    sys.stdout.write(describe(config, shape, assumed))
+
+
+def training_shape(config: Config) -> TrainingShape:
+    """Return what memory depends on, as `assumed_shape`."""
+    return assumed_shape(config)[0]
+
+
+def assumed_shape(config: Config) -> tuple[TrainingShape, list[str]]:
+    """Read what memory depends on from `config.json` and the item cache.
+
+    Without a model folder the UserLLM is of TinyLlama-1.1B's shape. Without a cache the items are
+    those of the interactions, as wide as the UserLLM; without these the item table is not counted.
+    Wherever this runs, `precision: auto` is taken as bf16-mixed, `optimizer: auto` as on CUDA and
+    attention as sdpa where the model has it, which needs more memory than flash-attn.
+
+    Returns:
+        The shape, and a sentence for everything that was assumed for want of a file.
+
+    Raises:
+        InputError: what is there is bad or does not fit, or nothing would be fine-tuned.
+    """
+    if config.model != "HLLM" or config.val_only:
+        raise InputError(
+            "dry_run estimates fine-tuning of the UserLLM; set model: HLLM, not val_only."
+        )
+    named = config.user_pretrain_dir
+    model_config, assumed = _user_model(config, Path(named) if named else None)
+    items = _items(config, int(model_config.hidden_size), known_width=not assumed)
+    wanted = config.attn_implementation
+    kernel = choose_attention(
+        "auto" if wanted == "flash_attention_2" else wanted,
+        allow_flash=False,
+        device=torch.device("cuda"),
+        half=True,
+        model_config=model_config,
+    )
+    transformed = config.item_embedding_transform != "none"
+    precision = "bf16-mixed" if config.precision == "auto" else config.precision
+    shape = TrainingShape(
+        model_config=model_config,
+        quant_type=config.qlora_quant_type,
+        double_quant=config.qlora_double_quant,
+        lora_rank=config.qlora_r if config.use_qlora else None,
+        lora_targets=tuple(config.qlora_target_modules),
+        mixed=precision.endswith("mixed"),
+        dtype=_DTYPES.get(precision, torch.bfloat16),
+        optimizer_8bit=config.optimizer.endswith("8bit")
+        or (config.optimizer == "auto" and config.use_qlora),
+        checkpointing=config.gradient_checkpointing,
+        items=items.count,
+        item_bytes=4 if transformed else DTYPES[items.dtype].itemsize,
+        adapter=config.item_adapter,
+        adapter_rank=config.item_adapter_rank,
+        length=config.MAX_ITEM_LIST_LENGTH,
+        masked_row=packed_row_length(config, "sdpa"),
+        negatives=config.effective_negatives,
+        num_negatives=config.num_negatives or 0,
+        budget_bytes=config.logits_budget_mb * MIB,
+        attention="eager" if kernel == "eager" else "sdpa",
+    )
+    return shape, [*assumed, *items.assumed]
+
+
+def _user_model(config: Config, folder: Path | None) -> tuple[Any, list[str]]:
+    """Return the UserLLM's configuration cut to the layers in use, and what was assumed."""
+    assumed = []
+    if folder is not None and (is_folder(folder) or is_file(folder)):
+        model_config = decoder_config(
+            folder, config.user_llm_layers, trust_remote_code=config.trust_remote_code
+        )
+    else:
+        where = f"no model folder at {folder}" if folder else "no UserLLM is named"
+        folder = Path("TinyLlama-1.1B")
+        model_config = LlamaConfig(**TINYLLAMA)
+        check_decoder(model_config, folder, config.user_llm_layers)
+        cut_decoder(model_config, config.user_llm_layers)
+        assumed = [f"{where}: estimated for TinyLlama-1.1B's shape, HLLM-1B's UserLLM."]
+    model = meta_decoder(model_config, config.trust_remote_code)
+    check_embeddings(model, folder)
+    check_positions(model, config.MAX_ITEM_LIST_LENGTH, folder, "MAX_ITEM_LIST_LENGTH")
+    if config.use_qlora:
+        check_lora_targets(model, config.qlora_target_modules)
+    return model_config, assumed
+
+
+def _items(config: Config, width: int, *, known_width: bool) -> _Items:
+    """Count the items: of the cache that would be read, else of the interactions.
+
+    Args:
+        config: the configuration.
+        width: the UserLLM's hidden size.
+        known_width: False when it is assumed, and need not be the cache's.
+    """
+    path = None
+    if config.use_item_cache and (config.item_cache_path or config.dataset):
+        path = cache_path(config)
+        native = path.suffix == ".pt" and is_file(path.with_suffix(".safetensors"))
+        if native or is_file(path) or is_folder(path):
+            return _cached_items(config, find_cache(path), width, known_width=known_width)
+    assumed = (
+        ()
+        if path is None
+        else (f"no item cache at {path}: its vectors are taken as {width} wide.",)
+    )
+    data = Path(config.data_path) / f"{config.dataset}.csv"
+    if config.dataset and is_file(data):
+        count = read_interactions(data).num_items
+        said = f"the number of items is that of {data}."
+        return _Items(count, config.item_cache_dtype, (*assumed, said))
+    missing = f"no interactions at {data}" if config.dataset else "no dataset is named"
+    said = f"{missing}: the number of items is unknown and the item table is not counted."
+    return _Items(None, config.item_cache_dtype, (*assumed, said))
+
+
+def _cached_items(config: Config, path: Path, width: int, *, known_width: bool) -> _Items:
+    if is_native(path):
+        count, dim, dtype = read_header(path)
+    else:
+        cache = open_cache(path)
+        count, dim, dtype = (
+            len(cache),
+            cache.dim,
+            str(cache.embeddings.dtype).removeprefix("torch."),
+        )
+    if known_width:
+        refuse_other_dim(path, dim, width, config.user_pretrain_dir or "")
+    elif dim != width:
+        said = f"item cache {path} has {dim} dimensions: only its number of items is used."
+        return _Items(count, dtype, (said,))
+    return _Items(count, dtype)
+
+
+def _trained_how(shape: TrainingShape) -> str:
+    layers = f"The UserLLM's {shape.model_config.num_hidden_layers} layers"
+    number = str(shape.dtype).removeprefix("torch.") + " products" * shape.mixed
+    kernel = f"{number}, {shape.attention} attention"
+    if shape.lora_rank is None:
+        return f"{layers}: all weights trained, {kernel}."
+    frozen = "frozen weights" if shape.quant_type == "none" else f"{shape.quant_type} weights"
+    targets = ", ".join(shape.lora_targets)
+    return f"{layers}: LoRA of rank {shape.lora_rank} on {targets}, over {frozen}, {kernel}."
+
+
+def describe(config: Config, shape: TrainingShape, assumed: Sequence[str] = ()) -> str:
+    """Write the estimate, what was assumed for it, and the table of cards."""
+    # Counted once: the same with and without gradient checkpointing, and for every batch size.
+    model = meta_decoder(shape.model_config)
+    counted = saved_bytes_per_token(shape)
+    found = estimate(shape, config.train_batch_size, model, counted)
+    how = "gradient checkpointing" if shape.checkpointing else "no gradient checkpointing"
+    counted_rows = [
+        (name, size)
+        for name, size in rows(found)
+        if shape.items is not None or name != "item table"
+    ]
+    known = "an unknown number of" if shape.items is None else f"{shape.items:,}"
+    lines = [
+        f"Estimated GPU memory of a training step: batch {config.train_batch_size} x "
+        f"{shape.length} items, {known} items in the catalogue, {how}.",
+        _trained_how(shape),
+        *(f"Assumed: {sentence}" for sentence in assumed),
+        "",
+        *(f"{name:<14}{size / MIB:>10,.0f} MiB" for name, size in counted_rows),
+        "",
+        "largest train_batch_size, without and with gradient_checkpointing:",
+    ]
+    both = [replace(shape, checkpointing=value) for value in (False, True)]
+    for card in CARDS_GB:
+        sizes = [largest_batch(each, card * GIB, model, counted) for each in both]
+        cells = [f"{size:,}" if size else "none fits" for size in sizes]
+        lines.append(f"{card:>5} GB {cells[0]:>12} {cells[1]:>12}")
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,79 @@
+"""The commands that go on from a finished item cache or run."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hsft.config import Config, load_config
+from hsft.data.cache import default_cache_path
+from hsft.inputs.cache_items import cache_path
+from hsft.utils.files import is_file
+
+_ROOT = Path(__file__).resolve().parents[3]
+_FILES = ("code/overall/LLM_ddp.yaml", "code/HLLM/HLLM.yaml")
+_USER_LLM = "model_checkpoints/UserLLM_complete/"
+# What a run has to be told as the caching was: which data, and what it compares with the cache.
+_KEYS = (
+    *("dataset", "data_path", "text_path"),
+    *("text_keys", "item_prompt", "MAX_TEXT_LENGTH", "item_emb_token_n"),
+    *("device", "trust_remote_code", "user_pretrain_dir"),
+)
+
+
+def command_after_caching(config: Config, files: Sequence[Path]) -> str | None:
+    """Return the command that evaluates the UserLLM on the cache just written, on one line.
+
+    Args:
+        config: of the caching.
+        files: the configuration files it was given; without any, the repo's two are named.
+
+    Returns:
+        A command for a shell in the repo's root; None where there are no interactions to go on
+        with, or a value does not fit on a line.
+    """
+    if config.dataset is None or not is_file(Path(config.data_path) / f"{config.dataset}.csv"):
+        return None
+    plain, _ = load_config(files or [_ROOT / name for name in _FILES])
+    words = ["python", "code/main.py", "--config_file", *map(str, files or _FILES)]
+    for key in _KEYS:
+        value = getattr(config, key)
+        if key == "user_pretrain_dir":
+            value = value or _USER_LLM
+        # The name is what a reader looks for.
+        if key == "dataset" or value != getattr(plain, key):
+            words += _option(key, value)
+    target = cache_path(config).with_suffix(".safetensors")
+    if target != _found_without(config, plain):
+        words += _option("item_cache_path", str(target))
+    if not plain.use_item_cache:
+        words += _option("use_item_cache", True)
+    command = shlex.join([*words, *_option("val_only", True)])
+    return command if command.isprintable() else None
+
+
+def commands_after_run(config: Config, folder: Path) -> str:
+    """Return what to do with a finished run: a line a command."""
+    run_dir = shlex.quote(str(folder))
+    lines = [
+        f"intervals and paired tests: python code/compare.py {run_dir}",
+        f"a page to look at: python code/report.py {run_dir}",
+    ]
+    if config.trains and config.model == "HLLM":
+        lines.append(f"recommendations: python code/recommend.py --run {run_dir} --serve 8000")
+    return "\n".join(lines) + "\n"
+
+
+def _found_without(config: Config, plain: Config) -> Path:
+    """Return the cache that a run reads when the command names none."""
+    if plain.item_cache_path:
+        return Path(plain.item_cache_path).with_suffix(".safetensors")
+    return default_cache_path(config.data_path, config.dataset)
+
+
+def _option(key: str, value: Any) -> list[str]:
+    text = json.dumps(value, ensure_ascii=False) if isinstance(value, list) else str(value)
+    return [f"--{key}={text}"] if text.startswith("--") else [f"--{key}", text]

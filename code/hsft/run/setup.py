@@ -1,0 +1,368 @@
+"""From a configuration to the objects that evaluation and training work on."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.fabric import Fabric
+
+from hsft.config import Config
+from hsft.data.cache import ItemCache, open_cache
+from hsft.data.dataset import CachedEmbeddingEvalDataset, CachedEmbeddingTrainDataset
+from hsft.data.interactions import (
+    Interactions,
+    dataset_file,
+    drop_items,
+    read_interactions,
+    suspicious_ids,
+)
+from hsft.data.negatives import NegativeSampler
+from hsft.data.split import NEEDED, Split, leave_one_out
+from hsft.evaluator.evaluator import EvalProtocol, Evaluator
+from hsft.inputs.cache_items import cache_path, encode_in_memory, other_cache
+from hsft.model.backbone import (
+    LoraSettings,
+    add_lora,
+    enable_checkpointing,
+    load_decoder,
+    load_model_config,
+    read_extra,
+)
+from hsft.model.item_adapter import adapter_shape, load_adapter
+from hsft.model.item_table import ItemTable, check_dim, table_from_cache
+from hsft.model.recommender import LossSettings, Recommender, Similarity
+from hsft.model.user_llm import UserLLM
+from hsft.trainer.fabric import attention_kernel, choose_precision, compute_dtype, peers_of
+from hsft.utils.errors import InputError
+from hsft.utils.processes import Processes
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Data:
+    """What a run reads.
+
+    Attributes:
+        split: interactions, split leave-one-out.
+        cache: item embeddings; None for models that need none.
+        own_items: the run's own items are numbers 1..own_items; later ones were added to a
+            finished run and no fixed map is fitted on them. None: all are the run's own.
+    """
+
+    split: Split
+    cache: ItemCache | None
+    own_items: int | None = None
+
+    @property
+    def interactions(self) -> Interactions:
+        """All users' histories."""
+        return self.split.interactions
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 over the interactions and a sample of the cache's rows.
+
+        A run is continued on the same data only.
+        """
+        data, digest = self.interactions, hashlib.sha256()
+        for ids in (data.user_ids, data.item_ids):
+            digest.update("\0".join(map(str, ids)).encode())
+        for array in (data.items, data.offsets):
+            digest.update(np.ascontiguousarray(array).data)
+        if self.cache is not None:
+            rows = torch.linspace(0, len(self.cache) - 1, min(len(self.cache), 1024)).long()
+            # Sorted, since safetensors gives the metadata in any order.
+            made = sorted(
+                (name, text)
+                for name, text in self.cache.metadata.items()
+                # Where the cache was made is nothing that a run depends on.
+                if name not in ("model_folder", "information")
+            )
+            digest.update(str((tuple(self.cache.embeddings.shape), made)).encode())
+            digest.update(self.cache.embeddings[rows].float().numpy().tobytes())
+        return digest.hexdigest()
+
+    def summary(self) -> dict[str, Any]:
+        """Return the data's size for `result.json`."""
+        data = self.interactions
+        return {
+            "users": data.num_users,
+            "items": data.num_items,
+            "interactions": len(data),
+            "dropped_interactions": data.dropped,
+            "users_too_short": self.split.too_short,
+        }
+
+
+def load_data(config: Config, *, need_cache: bool, again: bool = False) -> Data:
+    """Read the interactions and, when needed, the item embeddings.
+
+    Args:
+        config: the configuration.
+        need_cache: read or make the item embeddings.
+        again: this program has read the same interactions before and has said how many they are.
+
+    Raises:
+        InputError: a file is missing or bad, or the cache is of another dataset.
+    """
+    path = dataset_file(config.data_path, config.dataset)
+    interactions = read_interactions(path)
+    encodes = need_cache and not config.use_item_cache
+    # Encoding reads the file too and says it then.
+    if not (again or encodes):
+        _warn(suspicious_ids(interactions, path))
+    cache = None
+    if need_cache:
+        cache = encode_in_memory(config) if encodes else open_cache(cache_path(config))
+        if not encodes and Processes.here().first:
+            _warn(other_cache(config, cache, interactions.item_ids[1:]))
+        interactions = match_cache(interactions, cache, config)
+    split = leave_one_out(interactions)
+    log.log(
+        logging.DEBUG if again else logging.INFO,
+        "%s: %d users, %d items, %d interactions; %d users are too short to train (which needs %d "
+        "items), %d to validate (%d), %d to test (%d).",
+        config.dataset,
+        interactions.num_users,
+        interactions.num_items,
+        len(interactions),
+        *(count for phase in NEEDED for count in (split.too_short[phase], NEEDED[phase])),
+    )
+    return Data(split, cache)
+
+
+def _warn(sentence: str | None) -> None:
+    if sentence:
+        log.warning(sentence)
+
+
+def match_cache(interactions: Interactions, cache: ItemCache, config: Config) -> Interactions:
+    """Check that the cache has every item; drop the others when the configuration says so.
+
+    Raises:
+        InputError: items are lacking and `missing_items` is `error`, or nothing would be left.
+    """
+    have = cache.rows_of(interactions.item_ids) >= 0
+    lacking = [str(item) for item in interactions.item_ids[1:][~have[1:]]]
+    if not lacking:
+        return interactions
+    where = cache.path or config.text_path
+    if config.missing_items == "error":
+        raise InputError(
+            f"{len(lacking)} of {interactions.num_items} items in {config.dataset} are not in the "
+            f"item cache {where}, for example {', '.join(lacking[:5])}; make the cache for this "
+            f"dataset with item_caching.py, or set --missing_items drop."
+        )
+    thinned = drop_items(interactions, have)
+    log.warning(
+        "dropped %d interactions with %d items that are not in the item cache %s.",
+        thinned.dropped,
+        len(lacking),
+        where,
+    )
+    return thinned
+
+
+def check_training(config: Config, split: Split, sequences: CachedEmbeddingTrainDataset) -> None:
+    """Refuse data that cannot be trained on.
+
+    Raises:
+        InputError: there is no sequence, or a user has interacted with every item, so that no
+            negative can be drawn.
+    """
+    if not len(sequences):
+        raise InputError(
+            f"no user of {config.dataset} has enough items to train on (4 are needed: two are held "
+            f"out); use --val_only True."
+        )
+    if config.model != "HLLM" or config.effective_negatives != "sampled":
+        return
+    sampler = NegativeSampler(split.interactions, held_out=2)
+    users = np.unique(sequences.segments.users)
+    full = users[sampler.available[users] < 1]
+    if len(full):
+        user = split.interactions.user_ids[full[0]]
+        raise InputError(
+            f"num_negatives: {len(full)} users, for example '{user}', have all "
+            f"{split.interactions.num_items} items of the catalogue in their history, so none can "
+            f"be drawn for them; use negatives: in_batch or catalogue."
+        )
+
+
+def warn_of_plain_items(config: Config, cache: ItemCache | None) -> None:
+    """Warn before a UserLLM is trained on embeddings of an LLM that was not trained to embed."""
+    if cache is None or cache.metadata.get("pooling") != "mean" or config.item_adapter != "none":
+        return
+    log.warning(
+        "the item cache is mean-pooled, from an LLM that was not trained to embed items; trained on "
+        "as it is, the UserLLM learns little. Add code/HLLM/plain_llm.yaml to --config_file, or set "
+        "--item_embedding_transform standardize --item_adapter linear."
+    )
+
+
+def eval_protocol(config: Config) -> EvalProtocol:
+    """Return how users are scored."""
+    return EvalProtocol(
+        kind=config.eval_protocol,
+        topk=tuple(config.topk),
+        metrics=tuple(config.metrics),
+        candidates=config.eval_neg_sample_num,
+        seed=config.seed,
+        budget_bytes=config.logits_budget_mb << 20,
+    )
+
+
+def make_evaluator(config: Config, split: Split, phase: Any, fabric: Fabric) -> Evaluator:
+    """Make the evaluator of one phase for this process.
+
+    Raises:
+        InputError: there is nobody to score.
+    """
+    dataset = CachedEmbeddingEvalDataset(split, phase, config.MAX_ITEM_LIST_LENGTH)
+    again = dataset.count_seen_targets()
+    if again:
+        log.info(
+            "%s: %d of %d users' targets are already in their history; full ranking masks seen "
+            "items, so they count as misses.",
+            phase,
+            again,
+            len(dataset),
+        )
+    return Evaluator(
+        dataset,
+        eval_protocol(config),
+        batch_size=config.eval_batch_size,
+        num_workers=config.num_workers,
+        rank=fabric.global_rank,
+        world_size=fabric.world_size,
+    )
+
+
+def lora_settings(config: Config) -> LoraSettings:
+    """Return the LoRA and quantisation settings of a configuration."""
+    wanted = config.qlora_compute_dtype
+    return LoraSettings(
+        rank=config.qlora_r,
+        alpha=config.qlora_alpha,
+        dropout=config.qlora_dropout,
+        target_modules=tuple(config.qlora_target_modules),
+        quant_type=config.qlora_quant_type,
+        compute_dtype=compute_dtype(config) if wanted == "auto" else getattr(torch, wanted),
+        double_quant=config.qlora_double_quant,
+    )
+
+
+def packed_row_length(config: Config, kernel: str) -> int | None:
+    """Return the positions of a packed row, None where rows hold one sequence each.
+
+    The variable-length flash kernel takes one row whatever its length. Elsewhere attention computes
+    the whole square of a row, masked, so rows are only as long as packs them well.
+
+    Args:
+        config: the configuration.
+        kernel: as `attention_kernel` returns.
+    """
+    if not config.pack_sequences or config.model != "HLLM":
+        return None
+    if kernel == "flash_attention_2":
+        return config.train_batch_size * config.MAX_ITEM_LIST_LENGTH
+    return 4 * config.MAX_ITEM_LIST_LENGTH
+
+
+def user_attention(config: Config, device: torch.device) -> str:
+    """Return the attention kernel of the configuration's UserLLM.
+
+    Raises:
+        InputError: as `attention_kernel`, or the model folder is unusable.
+    """
+    model = load_model_config(config.user_pretrain_dir or "", config.trust_remote_code)
+    return attention_kernel(config, device, model)
+
+
+def build_user_llm(config: Config, data: Data, fabric: Fabric, *, train: bool) -> Recommender:
+    """Load the UserLLM with the item table and its loss, on the device.
+
+    Args:
+        config: the configuration.
+        data: the data, with a cache.
+        fabric: says where.
+        train: with the trainable parts of the configuration; else as loaded, frozen.
+
+    Raises:
+        InputError: the model folder is unusable or does not fit the cache.
+    """
+    folder = config.user_pretrain_dir
+    if not folder:
+        raise InputError(
+            "no UserLLM is named; give --user_pretrain_dir FOLDER (download_userllm.py makes one)."
+        )
+    assert data.cache is not None
+    check_dim(
+        data.cache, int(load_model_config(folder, config.trust_remote_code).hidden_size), folder
+    )
+    extra = read_extra(folder)
+    half = compute_dtype(config)
+    lora = lora_settings(config) if train and config.use_qlora else None
+    # Weights that are trained whole stay in float32 under mixed precision; frozen ones need not.
+    whole = train and lora is None and choose_precision(config) != "bf16-true"
+    device = fabric.device
+    attention = user_attention(config, device)
+    if attention == "eager" and config.attn_implementation == "auto":
+        log.info("%s runs with eager attention, since its kind of model has no sdpa.", folder)
+    decoder: Any = load_decoder(
+        folder,
+        dtype=torch.float32 if whole else half,
+        attention=attention,
+        layers=config.user_llm_layers,
+        lora=lora,
+        device=device,
+        trust_remote_code=config.trust_remote_code,
+    )
+    if lora is not None:
+        decoder = add_lora(decoder, lora, config.gradient_checkpointing)
+    elif train and config.gradient_checkpointing:
+        enable_checkpointing(decoder)
+    elif not train:
+        decoder.requires_grad_(False)
+    table = ItemTable(
+        table_from_cache(
+            data.cache,
+            data.interactions.item_ids,
+            config.item_embedding_transform,
+            data.own_items,
+        ),
+        *adapter_shape(config, extra, folder, train=train),
+    )
+    load_adapter(table, extra, trained=train and config.item_adapter != "none")
+    scale = extra.get("logit_scale")
+    settings = loss_settings(config, scored_by="cosine" if not train else None)
+    model = Recommender(
+        UserLLM(decoder, table),
+        settings,
+        logit_scale=None if scale is None else float(scale),
+        peers=peers_of(fabric),
+    )
+    return model.to(device)
+
+
+def loss_settings(config: Config, scored_by: Similarity | None = None) -> LossSettings:
+    """Return the loss; `scored_by` is the similarity that `auto` stands for."""
+    similarity: Similarity
+    if config.similarity == "auto":
+        similarity = scored_by or ("cosine" if config.loss == "nce" else "dot")
+    else:
+        similarity = config.similarity
+    return LossSettings(
+        loss=config.loss,
+        negatives=config.effective_negatives,
+        nce_thres=config.nce_thres,
+        budget_bytes=config.logits_budget_mb << 20,
+        similarity=similarity,
+    )

@@ -1,0 +1,450 @@
+"""One run of `main.py`: evaluate a model, or fine-tune the UserLLM and compare it with its baseline."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import sys
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric import Fabric
+from torch.utils.data import DataLoader
+
+from hsft.config import Config
+from hsft.data.dataset import CachedEmbeddingTrainDataset, TrainCollate
+from hsft.data.negatives import NegativeSampler
+from hsft.evaluator.evaluator import Evaluation, Evaluator, Scorer
+from hsft.hub.manifest import exported_from, user_llm_origin
+from hsft.model.recommender import Recommender
+from hsft.model.reference import build_reference
+from hsft.model.sasrec import build_sasrec
+from hsft.model.user_llm import UserLLM
+from hsft.report.result import (
+    TUNED,
+    UNTRAINED,
+    pack_evaluation,
+    plain,
+    unpack_evaluation,
+    write_result,
+)
+from hsft.report.table import gain_table
+from hsft.run.run_dir import (
+    RunDir,
+    choose_run_dir,
+    drop_empty_run,
+    has_checkpoint,
+    start_run_dir,
+)
+from hsft.run.session import Session
+from hsft.run.setup import (
+    Data,
+    build_user_llm,
+    check_training,
+    eval_protocol,
+    load_data,
+    make_evaluator,
+    packed_row_length,
+    user_attention,
+    warn_of_plain_items,
+)
+from hsft.trainer.checkpoint import CHECKPOINTS_DIR, Checkpoints, restore_rng, rng_state
+from hsft.trainer.fabric import (
+    choose_precision,
+    make_fabric,
+    peers_of,
+    sum_over_processes,
+)
+from hsft.trainer.optim import build_optimizer, build_schedule, steps_per_epoch
+from hsft.trainer.sampler import SequenceBatches
+from hsft.trainer.trainer import KeepGoing, Trainer, TrainState, count_trainable
+from hsft.trainer.wandb_log import WandbLog
+from hsft.utils import environment
+from hsft.utils.errors import InputError, Interrupted, one_line
+from hsft.utils.lock import locked
+from hsft.utils.processes import Processes
+from hsft.utils.progress import Meter, format_seconds
+from hsft.utils.signals import StopSignals
+
+log = logging.getLogger(__name__)
+
+RESULT_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Run:
+    """What the parts of one run share.
+
+    Attributes:
+        config: the configuration.
+        fabric: Lightning Fabric, launched.
+        place: the run's folder, and whether an earlier session is continued.
+        checkpoints: its resumable checkpoints.
+        stop: notices SIGINT and SIGTERM.
+        session: time and memory.
+        wandb: the run at Weights & Biases, in process 0 and where `log_wandb` asks for it.
+        keep_going: asked after each validation whether training goes on; None: it does.
+    """
+
+    config: Config
+    fabric: Fabric
+    place: RunDir
+    checkpoints: Checkpoints
+    stop: StopSignals
+    session: Session
+    wandb: WandbLog
+    keep_going: KeepGoing | None = None
+
+    @property
+    def folder(self) -> Path:
+        """The run's folder."""
+        return self.place.path
+
+
+def run(config: Config, keep_going: KeepGoing | None = None) -> Path:
+    """Do what the configuration says and leave a run folder.
+
+    While it works it holds the lock of `checkpoint_dir`. SIGINT and SIGTERM end it in order: in
+    training after the step at hand, with a checkpoint; elsewhere at once.
+
+    Args:
+        config: the configuration.
+        keep_going: asked after each validation with the epoch and the metrics; False ends training,
+            and the best epoch so far is evaluated.
+
+    Returns:
+        The run's folder, holding `result.json`, `ranks.safetensors`, `config.yaml`, `run.log` and,
+        after training, `best/`.
+
+    Raises:
+        InputError: something in the configuration or its files has to be changed.
+        Interrupted: SIGINT or SIGTERM came; it says how to continue.
+    """
+    with StopSignals() as stop:
+        fabric = make_fabric(config)
+        # Workers' seeds, dropout and LoRA's initial values follow from it.
+        fabric.seed_everything(config.seed, workers=True, verbose=False)
+        session = Session(fabric.device)
+        with ExitStack() as held:
+            place = Processes.here().on_first(lambda: _lock_and_choose(config, held))
+            checkpoints = Checkpoints(place.path / CHECKPOINTS_DIR, config.keep_last)
+            work = Run(config, fabric, place, checkpoints, stop, session, WandbLog(), keep_going)
+            try:
+                _run(work)
+            except Interrupted as ending:
+                raise Interrupted(f"{ending}; {_how_to_continue(work)}", ending.exit_code) from None
+    return place.path
+
+
+def _lock_and_choose(config: Config, held: ExitStack) -> RunDir:
+    # Under torchrun the first process holds the lock for all of them.
+    held.enter_context(locked(config.checkpoint_dir))
+    return choose_run_dir(config)
+
+
+def _run(work: Run) -> None:
+    config, fabric = work.config, work.fabric
+    if fabric.device.type == "cpu" and config.device == "auto":
+        log.info(
+            "no CUDA device found: running on the CPU with %d threads.", torch.get_num_threads()
+        )
+    data = load_data(config, need_cache=config.reads_embeddings)
+    final = make_evaluator(config, data.split, config.eval_phase, fabric)
+    work.session.lap("data")
+    try:
+        Processes.here().on_first(lambda: start_run_dir(config, work.place))
+        with work.wandb:
+            if config.trains and config.log_wandb:
+                Processes.here().on_first(lambda: work.wandb.open(config, work.folder))
+            rows, training = _rows(work, data, final)
+            if fabric.is_global_zero:
+                _finish(work, data, final, rows, training)
+    except BaseException as error:
+        saved = isinstance(error, Interrupted) and has_checkpoint(work.folder)
+        if fabric.is_global_zero and not work.place.resume and not saved:
+            drop_empty_run(work.folder)
+        raise
+
+
+def _how_to_continue(work: Run) -> str:
+    if not has_checkpoint(work.folder):
+        return "nothing was saved yet; start the same command again"
+    return f"to continue, add --run_name {work.folder.name} --auto_resume True to the same command"
+
+
+def _rows(
+    work: Run, data: Data, final: Evaluator
+) -> tuple[dict[str, Evaluation], dict[str, Any] | None]:
+    """Evaluate, train where asked, and return the table's rows and what is known of the training."""
+    config, fabric, session = work.config, work.fabric, work.session
+    if config.model in ("pop", "random", "item_knn"):
+        scorer = build_reference(config, data.split, data.cache, fabric.device)
+        evaluation = evaluate(config, scorer, final, fabric)
+        session.lap("evaluation")
+        return {config.model: evaluation}, None
+    if config.model == "sasrec":
+        return _train_and_evaluate(work, data, final)
+    if config.val_only:
+        run = exported_from(config.user_pretrain_dir or "")
+        if run is not None:
+            log.info("evaluating the fine-tuned UserLLM exported from %s.", one_line(run, 80))
+        model = build_user_llm(config, data, fabric, train=False)
+        session.lap("model")
+        evaluation = evaluate(config, _for_evaluation(model, fabric), final, fabric)
+        session.lap("evaluation")
+        return {UNTRAINED: evaluation}, None
+    rows: dict[str, Evaluation] = {}
+    if config.eval_baseline:
+        rows[UNTRAINED] = _baseline(work, data, final)
+    tuned, training = _train_and_evaluate(work, data, final)
+    return rows | tuned, training
+
+
+def _origin(config: Config) -> dict[str, Any] | None:
+    return user_llm_origin(config.user_pretrain_dir or "") if config.model == "HLLM" else None
+
+
+def _baseline(work: Run, data: Data, final: Evaluator) -> Evaluation:
+    """Evaluate the untrained UserLLM, once in all sessions of the run."""
+    config, fabric, store = work.config, work.fabric, work.checkpoints
+    saved = None
+    if work.place.resume and fabric.is_global_zero:
+        saved = store.load_extra(UNTRAINED)
+    saved = fabric.broadcast(saved)
+    if (
+        saved
+        and saved["fingerprint"] == data.fingerprint
+        and len(saved["rng"]) == fabric.world_size
+    ):
+        log.info("the untrained UserLLM was evaluated before the interruption.")
+        # Building and evaluating it drew from the generators.
+        restore_rng(saved["rng"][fabric.global_rank], fabric.device)
+        work.session.continue_from(saved["record"])
+        return unpack_evaluation(saved["evaluation"])
+    model = build_user_llm(config, data, fabric, train=False)
+    found = evaluate(config, _for_evaluation(model, fabric), final, fabric)
+    del model
+    _free_memory(fabric)
+    work.session.lap("baseline")
+    generators = Processes.here().gather(rng_state(fabric.device))
+    if fabric.is_global_zero:
+        content = {
+            "fingerprint": data.fingerprint,
+            "rng": generators,
+            "record": work.session.record(),
+            "evaluation": pack_evaluation(found),
+        }
+        store.save_extra(UNTRAINED, content)
+    return found
+
+
+def _train_and_evaluate(
+    work: Run, data: Data, final: Evaluator
+) -> tuple[dict[str, Evaluation], dict[str, Any]]:
+    config, fabric = work.config, work.fabric
+    if config.model == "sasrec":
+        name = "sasrec"
+        model = build_sasrec(config, data.interactions.num_items, peers_of(fabric))
+        model.to(fabric.device)
+    else:
+        name = TUNED
+        warn_of_plain_items(config, data.cache)
+        model = build_user_llm(config, data, fabric, train=True)
+    work.session.lap("model")
+    state, training = _train(work, data, model)
+    work.session.lap("training")
+    found = evaluate(config, model, final, fabric)
+    work.session.lap("evaluation")
+    return {name: found}, {**training, **state.summary()}
+
+
+def _for_evaluation(model: Recommender, fabric: Fabric) -> Recommender:
+    return model.eval().to(fabric.device)
+
+
+def evaluate(
+    config: Config, scorer: Scorer, evaluator: Evaluator, fabric: Fabric, task: str = "evaluation"
+) -> Evaluation:
+    """Score the evaluator's users under the run's precision, with progress."""
+    if isinstance(scorer, torch.nn.Module):
+        scorer.eval()
+    shown = config.show_progress and fabric.is_global_zero
+    share = " (share of process 0)" if fabric.world_size > 1 else ""
+    with Meter(f"{task}{share}", evaluator.own_users, "users", shown, device=fabric.device) as bar:
+        try:
+            return evaluator.run(
+                scorer,
+                fabric.device,
+                gather=sum_over_processes(fabric),
+                on_batch=bar.advance,
+                autocast=fabric.autocast,
+            )
+        except torch.OutOfMemoryError as error:
+            raise InputError(
+                f"CUDA ran out of memory in the {task}; lower --eval_batch_size or "
+                f"--logits_budget_mb."
+            ) from error
+
+
+def _train(work: Run, data: Data, model: Recommender) -> tuple[TrainState, dict[str, Any]]:
+    config, fabric = work.config, work.fabric
+    if config.strategy == "deepspeed" and config.auto_resume:
+        raise InputError(
+            "auto_resume is not supported under strategy: deepspeed, which spreads the state over "
+            "its processes; use strategy: ddp."
+        )
+    dataset = CachedEmbeddingTrainDataset(data.split, config.MAX_ITEM_LIST_LENGTH)
+    check_training(config, data.split, dataset)
+    loader = make_train_loader(config, dataset, data, fabric, pack=_packs(config, model, fabric))
+    optimizer = build_optimizer(model, config, fabric.device)
+    total = config.epochs * steps_per_epoch(len(loader), config.gradient_accumulation_steps)
+    schedule = build_schedule(optimizer, config, total)
+    # Before ZeRO stage 3 takes the parameters apart.
+    trainable = count_trainable(model)
+    log.info(
+        "training %s of %s weights on %d sequences with %d transitions.",
+        f"{trainable:,}",
+        f"{sum(p.numel() for p in model.parameters()):,}",
+        len(dataset),
+        dataset.num_transitions,
+    )
+    wrapped, wrapped_optimizer = fabric.setup(model, optimizer)
+    valid = make_evaluator(config, data.split, "valid", fabric)
+    trainer = Trainer(
+        fabric=fabric,
+        config=config,
+        model=model,
+        wrapped=wrapped,
+        optimizer=wrapped_optimizer,
+        schedule=schedule,
+        loader=loader,
+        validate=lambda: evaluate(config, model, valid, fabric, "validation"),
+        run_dir=work.folder,
+        checkpoints=work.checkpoints,
+        stop=work.stop,
+        fingerprint=data.fingerprint,
+        wandb=work.wandb,
+        record=(partial(work.session.record, "training"), work.session.continue_from),
+        keep_going=work.keep_going,
+    )
+    state = trainer.fit(resume=work.place.resume)
+    return state, {
+        "trainable_weights": trainable,
+        "sequences": len(dataset),
+        "transitions_per_epoch": dataset.num_transitions,
+    }
+
+
+def _packs(config: Config, model: Recommender, fabric: Fabric) -> bool:
+    """Say whether rows may hold several sequences: where asked for, and the model keeps them apart."""
+    if not config.pack_sequences or not isinstance(model.encoder, UserLLM):
+        return False
+    with fabric.autocast():
+        apart = model.encoder.keeps_apart()
+    if not apart:
+        log.warning(
+            "pack_sequences: the UserLLM in %s would mix the sequences of a row, so that every "
+            "sequence gets a row of its own.",
+            config.user_pretrain_dir,
+        )
+    return apart
+
+
+def make_train_loader(
+    config: Config,
+    dataset: CachedEmbeddingTrainDataset,
+    data: Data,
+    fabric: Fabric,
+    *,
+    pack: bool = True,
+) -> DataLoader[Any]:
+    """Make the loader of training batches for this process.
+
+    `pack`: False gives every sequence a row of its own, whatever `pack_sequences` says.
+    """
+    drawn = config.effective_negatives == "sampled"
+    rows = config.train_batch_size * fabric.world_size
+    length = None
+    if pack and config.model == "HLLM":
+        length = packed_row_length(config, user_attention(config, fabric.device))
+    collate = TrainCollate(
+        dataset,
+        sampler=NegativeSampler(data.interactions, held_out=2) if drawn else None,
+        num_negatives=-(-(config.num_negatives or 0) // rows),
+        random_split=config.train_positions == "random_split",
+        seed=config.seed,
+        row_length=length,
+    )
+    batches = SequenceBatches(
+        dataset.lengths,
+        config.train_batch_size,
+        config.seed,
+        group_by_length=config.group_by_length,
+        rank=fabric.global_rank,
+        world_size=fabric.world_size,
+    )
+    return DataLoader(
+        dataset,
+        batch_sampler=batches,
+        collate_fn=collate,
+        num_workers=config.num_workers,
+        pin_memory=fabric.device.type == "cuda",
+    )
+
+
+def _free_memory(fabric: Fabric) -> None:
+    gc.collect()
+    if fabric.device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def _finish(
+    work: Run,
+    data: Data,
+    final: Evaluator,
+    rows: dict[str, Evaluation],
+    training: dict[str, Any] | None,
+) -> None:
+    config, fabric, folder = work.config, work.fabric, work.folder
+    record = work.session.record()
+    protocol = eval_protocol(config)
+    users = len(final.dataset)
+    result = {
+        "format": RESULT_FORMAT,
+        "run": folder.name,
+        "finished": environment.now(),
+        "dataset": config.dataset,
+        "model": config.model,
+        "phase": config.eval_phase,
+        "protocol": protocol.describe(),
+        "rows": [
+            {"name": name, "users": users, "metrics": found.metrics, "seconds": found.seconds}
+            for name, found in rows.items()
+        ],
+        "seed": config.seed,
+        "config": config.model_dump(mode="json"),
+        "data": data.summary(),
+        "cache": data.cache.metadata if data.cache else None,
+        "user_llm": _origin(config),
+        "training": training,
+        **record,
+        "environment": {
+            **environment.describe(fabric.device),
+            "precision": choose_precision(config),
+            "processes": fabric.world_size,
+        },
+    }
+    write_result(folder, plain(result), rows)
+    *_, last = rows.values()
+    work.wandb.summarise({f"{config.eval_phase}/{k}": v for k, v in last.metrics.items()})
+    # With its result written the run is finished; only now is there nothing to come back to.
+    work.checkpoints.remove()
+    sys.stdout.write(
+        f"\n{config.dataset}, {config.eval_phase}, {users} users, {protocol.describe()}\n\n"
+        + gain_table([(name, found.metrics) for name, found in rows.items()])
+        + f"\nresult: {folder / 'result.json'} ({format_seconds(sum(record['timings_s'].values()))})\n"
+    )

@@ -1,0 +1,245 @@
+"""Lightning Fabric for a configuration: device, precision, processes."""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from lightning.fabric import Fabric
+from lightning.fabric.strategies import DDPStrategy
+from torch import Tensor
+from torch import distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from hsft.config import Config
+from hsft.data.dataset import TrainBatch
+from hsft.model.backbone import choose_attention
+from hsft.model.recommender import Peers
+from hsft.trainer.zero import (
+    deepspeed_strategy,
+    engine_of,
+    require_deepspeed,
+    uses_deepspeed,
+)
+from hsft.utils.errors import InputError
+from hsft.utils.processes import TIMEOUT
+from hsft.utils.torchrun import world_size
+
+Precision = Literal["bf16-mixed", "bf16-true", "16-mixed", "32-true"]
+
+_COMPUTE = {
+    "bf16-mixed": torch.bfloat16,
+    "bf16-true": torch.bfloat16,
+    "16-mixed": torch.float16,
+    "32-true": torch.float32,
+}
+
+# torch's names of the processor features that make bfloat16 products fast.
+_CPU_BF16 = ("avx512_bf16", "amx_bf16", "bf16")
+
+
+def choose_device(config: Config) -> str:
+    """Return `cpu` or `cuda` for the configuration's `device`.
+
+    Raises:
+        InputError: CUDA was asked for and is not there.
+    """
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise InputError(
+            "device: cuda was asked for, but torch finds no CUDA device; use --device auto or "
+            "install a CUDA build of torch and the NVIDIA driver."
+        )
+    if config.device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return config.device
+
+
+def choose_precision(config: Config) -> Precision:
+    """Return Fabric's precision for the configuration's `precision`.
+
+    A processor without bfloat16 instructions emulates them several times slower than float32.
+    """
+    if config.precision != "auto":
+        return config.precision
+    if choose_device(config) == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+        return "bf16-mixed" if native else "16-mixed"
+    known = torch.cpu.get_capabilities()
+    native = any(known.get(name, False) for name in _CPU_BF16)
+    return "bf16-mixed" if native else "32-true"
+
+
+def compute_dtype(config: Config) -> torch.dtype:
+    """Return the number type of matrix products under the configuration's precision."""
+    return _COMPUTE[choose_precision(config)]
+
+
+def check_device(config: Config) -> str:
+    """Return `cpu` or `cuda`, having checked that precision and strategy can run there.
+
+    Raises:
+        InputError: they cannot.
+    """
+    device = choose_device(config)
+    if device == "cpu" and choose_precision(config) == "16-mixed":
+        raise InputError("precision: 16-mixed needs CUDA; use bf16-mixed or 32-true on the CPU.")
+    if config.strategy == "deepspeed":
+        require_deepspeed()
+    return device
+
+
+def attention_kernel(config: Config, device: torch.device, model_config: Any) -> str:
+    """Return the configuration's `attn_implementation`, `auto` resolved for a device and a model.
+
+    Args:
+        config: the configuration.
+        device: where the model runs.
+        model_config: of the model, as `load_model_config` gives.
+
+    Raises:
+        InputError: what was asked for cannot run here, or not with this model.
+    """
+    return choose_attention(
+        config.attn_implementation,
+        config.use_ft_flash_attn,
+        device,
+        half=compute_dtype(config) in (torch.bfloat16, torch.float16),
+        model_config=model_config,
+    )
+
+
+def make_fabric(config: Config) -> Fabric:
+    """Make and launch Fabric. Under torchrun its processes are used; else there is one.
+
+    Raises:
+        InputError: the precision or strategy cannot run on this device.
+    """
+    device = check_device(config)
+    precision = choose_precision(config)
+    world = world_size()
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    if world % local:
+        raise InputError(
+            f"torchrun started {world} processes, {local} of them on this machine; give every "
+            f"machine the same --nproc_per_node."
+        )
+    strategy: Any = "auto"
+    if config.strategy == "deepspeed":
+        strategy = deepspeed_strategy(config, device)
+    elif world > 1:
+        # Buffers never change, and DDP would send the item table to everybody in each step. The
+        # switch has been renamed in torch.
+        known = inspect.signature(DistributedDataParallel).parameters
+        name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+        strategy = DDPStrategy(timeout=TIMEOUT, **{name: False})
+    fabric = Fabric(
+        accelerator="gpu" if device == "cuda" else "cpu",
+        devices=local if world > 1 else 1,
+        num_nodes=max(1, world // local),
+        strategy=strategy,
+        precision=precision,
+    )
+    fabric.launch()
+    return fabric
+
+
+def peers_of(fabric: Fabric) -> Peers:
+    """Return what the loss needs of the other processes.
+
+    Numbers travel, not vectors: every process has the item table, and looks the others' items up
+    with its own adapter, whose gradient the strategy averages.
+    """
+    if fabric.world_size == 1:
+        return Peers()
+
+    def gather(ids: Tensor) -> Tensor:
+        sizes = _gather(ids.new_tensor([len(ids)]))
+        padded = ids.new_zeros(int(torch.cat(sizes).max()))
+        padded[: len(ids)] = ids
+        return torch.cat([row[: int(n)] for row, n in zip(_gather(padded), sizes, strict=True)])
+
+    def add_up(values: Tensor) -> Tensor:
+        return fabric.all_reduce(values.clone(), reduce_op="sum")
+
+    return Peers(fabric.world_size, gather, add_up)
+
+
+def _gather(values: Tensor) -> list[Tensor]:
+    everyone = [torch.empty_like(values) for _ in range(dist.get_world_size())]
+    dist.all_gather(everyone, values)
+    return everyone
+
+
+def sum_over_processes(fabric: Fabric) -> Any:
+    """Return a function that adds up an int64 array over all processes, or None in a single one."""
+    if fabric.world_size == 1:
+        return None
+
+    def total(values: np.ndarray) -> np.ndarray:
+        here = torch.from_numpy(values).to(fabric.device)
+        summed = fabric.all_reduce(here, reduce_op="sum")
+        return np.asarray(summed.cpu().numpy())
+
+    return total
+
+
+def step_groups(
+    fabric: Fabric, batches: Iterator[TrainBatch], accumulation: int
+) -> Iterator[tuple[list[TrainBatch], list[int]]]:
+    """Yield the batches of each optimizer step with the positions that they count.
+
+    A step's loss is the mean over all its positions, in whatever batches and processes they are:
+    a batch weighs as much as it has positions, not one share in `accumulation` as if all were of
+    the same size.
+
+    Args:
+        fabric: the processes.
+        batches: batches of this process; all processes have the same number.
+        accumulation: batches per optimizer step; the last step may have fewer.
+
+    Yields:
+        The batches, and the positions of each in all processes.
+    """
+    while group := list(itertools.islice(batches, accumulation)):
+        counts = torch.stack([batch.loss_mask.sum() for batch in group])
+        if fabric.world_size > 1:
+            counts = fabric.all_reduce(counts.to(fabric.device), reduce_op="sum")
+        yield group, counts.tolist()
+
+
+@contextmanager
+def gradient_sync(fabric: Fabric, wrapped: Any, last: bool) -> Iterator[None]:
+    """Exchange gradients in the backward pass of an optimizer step's last batch only.
+
+    Args:
+        fabric: the processes.
+        wrapped: the model as `fabric.setup` returned it.
+        last: whether this is the step's last batch.
+    """
+    if uses_deepspeed(fabric):
+        # DeepSpeed would count batches itself, and wrongly where an epoch's last step has fewer.
+        engine_of(fabric).set_gradient_accumulation_boundary(last)
+        yield
+    else:
+        with fabric.no_backward_sync(wrapped, enabled=not last):
+            yield
+
+
+def clip_gradients(fabric: Fabric, wrapped: Any, optimizer: Any, max_norm: float) -> Tensor | None:
+    """Scale gradients down to a norm of `max_norm`; 0 leaves them. DeepSpeed does so itself.
+
+    Returns:
+        The norm before clipping, where it was taken.
+    """
+    if not max_norm or uses_deepspeed(fabric):
+        return None
+    norm: Tensor | None = fabric.clip_gradients(
+        wrapped, optimizer, max_norm=max_norm, error_if_nonfinite=False
+    )
+    return norm

@@ -1,0 +1,78 @@
+"""Optimizer and learning-rate schedule."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from hsft.config import Config
+from hsft.utils.errors import InputError
+
+
+def build_optimizer(model: nn.Module, config: Config, device: torch.device) -> Optimizer:
+    """Make AdamW over the trainable parameters.
+
+    Matrices get weight decay; vectors and scalars (norms, biases, logit_scale) do not.
+
+    Raises:
+        InputError: nothing is trainable, or an 8-bit optimizer was asked for without CUDA.
+    """
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    if not trainable:
+        raise InputError("no parameter is trainable with this configuration; check use_qlora.")
+    decay = config.optim_args.weight_decay
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": decay},
+        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    rate = config.optim_args.learning_rate
+    kind = config.optimizer
+    if kind == "auto":
+        kind = "paged_adamw8bit" if config.use_qlora and device.type == "cuda" else "adamw"
+    if kind == "adamw":
+        return torch.optim.AdamW(groups, lr=rate)
+    if device.type != "cuda":
+        raise InputError(f"optimizer: {kind} needs a CUDA device; use adamw or auto.")
+    import bitsandbytes as bnb
+
+    factory = bnb.optim.PagedAdamW8bit if kind == "paged_adamw8bit" else bnb.optim.AdamW8bit
+    optimizer: Optimizer = factory(groups, lr=rate)
+    return optimizer
+
+
+def steps_per_epoch(batches: int, accumulation: int) -> int:
+    """Return the optimizer steps of an epoch: the last one may take fewer batches."""
+    return math.ceil(batches / accumulation)
+
+
+def build_schedule(optimizer: Optimizer, config: Config, total_steps: int) -> LambdaLR:
+    """Make the schedule: linear warm-up over `warmup` of all steps, then the decay of `type`.
+
+    Args:
+        optimizer: whose learning rate is scheduled.
+        config: for `scheduler_args`.
+        total_steps: optimizer steps of the whole run.
+    """
+    warmup = round(config.scheduler_args.warmup * total_steps)
+    kind = config.scheduler_args.type
+
+    def factor(step: int) -> float:
+        return schedule_factor(step, warmup, total_steps, kind)
+
+    return LambdaLR(optimizer, factor)
+
+
+def schedule_factor(step: int, warmup: int, total: int, kind: str) -> float:
+    """Return the share of the peak learning rate used in optimizer step `step` (from 0)."""
+    if step < warmup:
+        return (step + 1) / warmup
+    if kind == "constant":
+        return 1.0
+    done = min(1.0, (step - warmup) / max(1, total - warmup))
+    return 1.0 - done if kind == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))

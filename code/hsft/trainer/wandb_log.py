@@ -1,0 +1,136 @@
+"""The training's scalars at Weights & Biases, for those who ask for it."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import re
+import secrets
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from hsft.config import Config
+from hsft.utils.errors import InputError, brief
+from hsft.utils.files import is_file, write_text
+
+log = logging.getLogger(__name__)
+
+# The name of W&B's run, in the run's folder: a resumed run goes on under it.
+ID_FILE = "wandb_id"
+
+# The horizontal axis of all charts.
+STEP = "optimizer_step"
+
+
+def load_wandb() -> Any:
+    """Import wandb.
+
+    Raises:
+        InputError: it is not installed, or cannot be imported.
+    """
+    try:
+        module = importlib.import_module("wandb")
+    except ImportError as error:
+        raise InputError(
+            f"log_wandb: True needs the package wandb ({brief(error)}); install it with pip install "
+            f"wandb, or set --log_wandb False."
+        ) from error
+    if not hasattr(module, "init"):
+        # Python takes a folder of that name, which wandb itself leaves behind, for a package.
+        raise InputError(
+            "log_wandb: True needs the package wandb, and only a folder of that name was found; "
+            "install it with pip install wandb, or set --log_wandb False."
+        )
+    return module
+
+
+class WandbLog:
+    """A run at W&B. Until `open` and after a failure it takes everything and does nothing.
+
+    Leaving its `with` block ends the run at W&B. What fails after `open` costs one warning, never
+    the training.
+
+    W&B takes nothing back: steps that a killed session did after its last checkpoint are there
+    twice once they are done again, where TensorBoard hides the first ones.
+    """
+
+    def __init__(self) -> None:
+        self._run: Any = None
+
+    def open(self, config: Config, folder: Path) -> None:
+        """Begin the run, or go on with the one that an earlier session of this folder began.
+
+        Args:
+            config: shown beside the charts; `wandb_project` names the project.
+            folder: the run's folder; its name becomes W&B's display name, and W&B's own files go
+                there.
+
+        Raises:
+            InputError: wandb is not installed, or does not start (no login, no connection).
+        """
+        wandb = load_wandb()
+        name = _run_id(folder)
+        try:
+            self._run = wandb.init(
+                project=config.wandb_project,
+                name=folder.name,
+                id=name,
+                resume="allow",
+                dir=str(folder),
+                config=config.model_dump(mode="json"),
+                allow_val_change=True,
+                # Otherwise every frame of the live display would be sent as a line.
+                settings={"console": "off"},
+            )
+            for tags in ("train/*", "valid/*"):
+                self._run.define_metric(tags, step_metric=STEP)
+        except Exception as error:  # wandb's errors and those of its connection have no common base
+            raise InputError(
+                f"Weights & Biases does not start: {brief(error)}; log in with wandb login, set "
+                f"WANDB_MODE=offline in the environment, or set --log_wandb False."
+            ) from error
+
+    def add_scalars(self, values: Mapping[str, float], step: int) -> None:
+        """Log values of one optimizer step."""
+        self._attempt(lambda run: run.log({**values, STEP: step}))
+
+    def summarise(self, values: Mapping[str, float]) -> None:
+        """Put final values into the run's summary."""
+        self._attempt(lambda run: run.summary.update(dict(values)))
+
+    def __enter__(self) -> WandbLog:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._attempt(lambda run: run.finish(exit_code=int(kind is not None)))
+        self._run = None
+
+    def _attempt(self, action: Callable[[Any], object]) -> None:
+        if self._run is None:
+            return
+        try:
+            action(self._run)
+        except Exception as error:  # as in `open`
+            self._run = None
+            log.warning(
+                "Weights & Biases failed and gets no more values of this run: %s. TensorBoard's "
+                "are complete.",
+                brief(error),
+            )
+
+
+def _run_id(folder: Path) -> str:
+    path = folder / ID_FILE
+    if not is_file(path):
+        write_text(path, f"{secrets.token_hex(4)}\n")
+    name = path.read_text(encoding="utf-8", errors="replace").strip()
+    if not re.fullmatch(r"[\w-]{1,64}", name, re.ASCII):
+        raise InputError(f"{path} holds no run id of W&B; remove it to begin a new run there.")
+    return name

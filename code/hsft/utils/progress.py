@@ -1,0 +1,199 @@
+"""Live progress in one look for all long work: a bar on a terminal, a line now and then elsewhere."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from types import TracebackType
+
+import torch
+from rich.console import Console, RenderableType
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.text import Text
+
+from hsft.utils.environment import current_memory, peak_memory
+from hsft.utils.torchrun import global_rank
+
+log = logging.getLogger(__name__)
+
+SECONDS_BETWEEN_LINES = 15.0
+SECONDS_BETWEEN_FRAMES = 0.25
+
+
+class Meter:
+    """Counts finished units of one task and shows them, with rates, memory and the time left.
+
+    Leaving its `with` block takes the bar away.
+
+    Rates are means since the start. Counting is a few additions; text is made only when something
+    is shown.
+
+    Args:
+        task: what is being done.
+        total: units in all.
+        unit: what is counted, in the plural.
+        enabled: False shows nothing. Under torchrun only process 0 shows anything.
+        device: whose memory is shown: the GPU's, else this process's; None shows none.
+        tokens: tokens of all units that are not skipped, where known: units may be of very
+            different length, and then the time left follows from the tokens.
+
+    Attributes:
+        done: units counted so far, skipped ones included.
+        tokens_done: tokens counted so far.
+        shown: whether anything is shown.
+    """
+
+    def __init__(
+        self,
+        task: str,
+        total: int,
+        unit: str,
+        enabled: bool = True,
+        *,
+        device: torch.device | None = None,
+        tokens: int | None = None,
+    ) -> None:
+        self.task, self.total, self.unit = task, total, unit
+        self.device = device
+        self.tokens = tokens
+        self.done = self.tokens_done = self._skipped = 0
+        self.shown = enabled and global_rank() == 0
+        self._began = self._last = time.perf_counter()
+        self._between = SECONDS_BETWEEN_LINES
+        self._display: _Display | None = None
+        if self.shown and _can_animate():
+            self._display = _Display(task, total, unit)
+            self._display.start()
+            self._between = SECONDS_BETWEEN_FRAMES
+
+    def skip(self, units: int) -> None:
+        """Count units that were done before: they do not enter the rate."""
+        self.done += units
+        self._skipped += units
+
+    def advance(
+        self, units: int = 1, tokens: int = 0, note: Callable[[], Sequence[str]] = tuple
+    ) -> None:
+        """Count finished units.
+
+        Args:
+            units: how many.
+            tokens: the tokens in them, padding not counted.
+            note: gives what else is to be shown, such as the loss; called only when it is.
+        """
+        self.done += units
+        self.tokens_done += tokens
+        if not self.shown:
+            return
+        now = time.perf_counter()
+        if now - self._last < self._between:
+            return
+        self._last = now
+        facts = [*note(), *self._rates(now), *self._memory()]
+        left = format_seconds(self._seconds_left(now))
+        if self._display is not None:
+            self._display.show(self.done, left, ", ".join(facts))
+        else:
+            log.info(
+                "%s: %s of %s %s, ETA %s, %s",
+                self.task,
+                f"{self.done:,}",
+                f"{self.total:,}",
+                self.unit,
+                left,
+                ", ".join(facts),
+            )
+
+    def close(self) -> None:
+        """Remove the bar."""
+        if self._display is not None:
+            self._display.stop()
+
+    def __enter__(self) -> Meter:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _rates(self, now: float) -> Iterator[str]:
+        seconds = max(now - self._began, 1e-9)
+        yield f"{(self.done - self._skipped) / seconds:,.1f} {self.unit}/s"
+        if self.tokens_done:
+            yield f"{self.tokens_done / seconds:,.0f} tokens/s"
+
+    def _seconds_left(self, now: float) -> float:
+        done, left = self.done - self._skipped, self.total - self.done
+        if self.tokens is not None:
+            done, left = self.tokens_done, self.tokens - self.tokens_done
+        return (now - self._began) * left / max(done, 1)
+
+    def _memory(self) -> Iterator[str]:
+        if self.device is None:
+            return
+        kind = "gpu_bytes" if self.device.type == "cuda" else "host_bytes"
+        peak = peak_memory(self.device)[kind]
+        now = current_memory(self.device).get(kind)
+        if now is None:
+            yield f"peak memory {format_bytes(peak)}"
+        else:
+            # Linux brings the peak up to date less often.
+            yield f"memory {format_bytes(now)} (peak {format_bytes(max(now, peak))})"
+
+
+class _Display(Progress):
+    """A bar on standard error, what is known of the task below it."""
+
+    def __init__(self, task: str, total: int, unit: str) -> None:
+        self._facts = ""
+        super().__init__(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=None),
+            TextColumn("{task.completed:,.0f}/{task.total:,.0f} {task.fields[unit]}"),
+            TimeElapsedColumn(),
+            TextColumn("ETA {task.fields[left]}"),
+            console=Console(stderr=True),
+            refresh_per_second=1 / SECONDS_BETWEEN_FRAMES,
+            transient=True,
+            expand=True,
+            # Results that are piped into a file must not end up on the terminal.
+            redirect_stdout=False,
+        )
+        self._row = self.add_task(task, total=total, unit=unit, left="-")
+
+    def show(self, done: int, left: str, facts: str) -> None:
+        """Take new values; they appear with the next frame."""
+        self._facts = facts
+        self.update(self._row, completed=done, left=left)
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        """Give the lines of a frame."""
+        yield self.make_tasks_table(self.tasks)
+        if self._facts:
+            yield Text(f"  {self._facts}")
+
+
+def _can_animate() -> bool:
+    console = Console(stderr=True)
+    return sys.stderr.isatty() and console.is_terminal and not console.is_dumb_terminal
+
+
+def format_seconds(seconds: float) -> str:
+    """Write a duration as `3h04m`, `4m05s` or `12s`."""
+    whole = max(0, round(seconds))
+    hours, rest = divmod(whole, 3600)
+    minutes, secs = divmod(rest, 60)
+    if hours:
+        return f"{hours}h{minutes:02d}m"
+    return f"{minutes}m{secs:02d}s" if minutes else f"{secs}s"
+
+
+def format_bytes(count: int) -> str:
+    """Write a size in memory as `1.5 GiB` or `310 MiB`."""
+    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"

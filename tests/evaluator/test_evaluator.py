@@ -1,0 +1,150 @@
+"""Whole evaluations against one-user-at-a-time NumPy, and the fixed candidate lists."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from hsft.data.dataset import CachedEmbeddingEvalDataset
+from hsft.data.interactions import Interactions
+from hsft.data.split import Split, leave_one_out
+from hsft.evaluator.evaluator import EvalProtocol, Evaluation, Evaluator, draw_candidates
+
+ITEMS, DIM, LENGTH = 40, 6, 5
+FULL = EvalProtocol("full", (1, 5, 10), ("Recall", "NDCG", "MRR", "Coverage"))
+SAMPLED = replace(FULL, kind="sampled", candidates=9, metrics=("Recall", "NDCG"))
+CPU = torch.device("cpu")
+
+
+class TableScorer:
+    """Users are the sum of their history's vectors."""
+
+    def __init__(self, table: Tensor) -> None:
+        self.table = table
+        self.num_items = len(table) - 1
+
+    def user_vectors(self, history: Tensor, lengths: Tensor) -> Tensor:
+        return self.table[history].sum(dim=1)
+
+    def item_slice(self, start: int, end: int) -> Tensor:
+        return self.table[start:end]
+
+    def item_vectors(self, items: Tensor) -> Tensor:
+        return self.table[items]
+
+
+@pytest.fixture(scope="module")
+def split() -> Split:
+    rng = np.random.default_rng(3)
+    lengths = rng.integers(2, 15, size=23)
+    return leave_one_out(
+        Interactions(
+            user_ids=np.array([f"u{n}" for n in range(len(lengths))], dtype=object),
+            item_ids=np.array([f"i{n}" for n in range(ITEMS + 1)], dtype=object),
+            items=rng.integers(1, ITEMS + 1, size=lengths.sum()).astype(np.int32),
+            timestamps=np.arange(lengths.sum()),
+            offsets=np.concatenate([[0], np.cumsum(lengths)]),
+        )
+    )
+
+
+@pytest.fixture(scope="module")
+def table() -> Tensor:
+    found = torch.randn(ITEMS + 1, DIM, generator=torch.Generator().manual_seed(4))
+    found[0] = 0.0
+    return found
+
+
+def evaluate(
+    split: Split, table: Tensor, protocol: EvalProtocol, batch_size: int = 8, phase: str = "test"
+) -> Evaluation:
+    dataset = CachedEmbeddingEvalDataset(split, phase, LENGTH)  # type: ignore[arg-type]
+    return Evaluator(dataset, protocol, batch_size=batch_size).run(TableScorer(table), CPU)
+
+
+def by_hand(split: Split, table: Tensor, phase: str) -> tuple[list[int], list[set[int]]]:
+    """Ranks and top-10 lists, one user after the other."""
+    data, vectors = split.interactions, table.double().numpy()
+    ranks, lists = [], []
+    for user in range(data.num_users):
+        own = data.items[data.offsets[user] : data.offsets[user + 1]].tolist()
+        own = own[:-1] if phase == "valid" else own
+        if len(own) < 2:
+            continue
+        *history, target = own
+        scores = vectors @ vectors[history[-LENGTH:]].sum(axis=0)
+        allowed = [n for n in range(1, ITEMS + 1) if n not in history]
+        better = [n for n in allowed if n != target and scores[n] >= scores[target]]
+        ranks.append(ITEMS + 1 if target in history else 1 + len(better))
+        lists.append(set(sorted(allowed, key=lambda n: -scores[n])[:10]))
+    return ranks, lists
+
+
+@pytest.mark.parametrize("phase", ["valid", "test"])
+@pytest.mark.parametrize("budget", [1 << 28, 1])
+def test_full_ranking_is_what_one_user_at_a_time_gives(
+    split: Split, table: Tensor, phase: str, budget: int
+) -> None:
+    found = evaluate(split, table, replace(FULL, budget_bytes=budget), phase=phase)
+    ranks, lists = by_hand(split, table, phase)
+    assert len(found.ranks) == len(ranks)
+    assert any(rank > ITEMS for rank in ranks)
+    assert found.ranks.tolist() == ranks
+    assert found.metrics["Recall@5"] == pytest.approx(np.mean(np.array(ranks) <= 5))
+    assert found.metrics["Coverage@10"] == pytest.approx(len(set.union(*lists)) / ITEMS)
+
+
+@pytest.mark.parametrize("protocol", [FULL, SAMPLED], ids=["full", "sampled"])
+def test_the_batch_size_changes_nothing(
+    split: Split, table: Tensor, protocol: EvalProtocol
+) -> None:
+    ranks = [evaluate(split, table, protocol, size).ranks.tolist() for size in (1, 7, 100)]
+    assert ranks[0] == ranks[1] == ranks[2]
+
+
+@pytest.mark.parametrize("protocol", [FULL, SAMPLED], ids=["full", "sampled"])
+def test_a_constant_scorer_gets_no_credit(split: Split, protocol: EvalProtocol) -> None:
+    found = evaluate(split, torch.ones(ITEMS + 1, DIM), protocol)
+    # The target shares its score with every item that is not masked: it stands behind them all.
+    assert found.ranks.min() >= (10 if protocol is SAMPLED else ITEMS - 14)
+    assert found.metrics["Recall@5"] == 0.0
+
+
+def test_candidate_lists_are_fixed_by_seed_and_phase_alone(split: Split) -> None:
+    test = CachedEmbeddingEvalDataset(split, "test", LENGTH)
+    lists = draw_candidates(test, SAMPLED)
+    assert np.array_equal(lists, draw_candidates(test, SAMPLED))
+    shorter = CachedEmbeddingEvalDataset(split, "test", 2)
+    assert np.array_equal(lists, draw_candidates(shorter, SAMPLED))
+    assert not np.array_equal(lists, draw_candidates(test, replace(SAMPLED, seed=1)))
+    valid = draw_candidates(CachedEmbeddingEvalDataset(split, "valid", LENGTH), SAMPLED)
+    assert not np.array_equal(lists[: len(valid)], valid[: len(lists)])
+
+
+def test_candidates_are_distinct_items_that_the_user_never_met(split: Split) -> None:
+    dataset = CachedEmbeddingEvalDataset(split, "valid", LENGTH)
+    data = split.interactions
+    for user, drawn in zip(dataset.segments.users, draw_candidates(dataset, SAMPLED), strict=True):
+        own = set(data.items[data.offsets[user] : data.offsets[user + 1]].tolist())
+        assert len(set(drawn.tolist())) == SAMPLED.candidates
+        assert not own & set(drawn.tolist())
+        assert drawn.min() >= 1
+        assert drawn.max() <= ITEMS
+
+
+def test_every_process_scores_its_own_share_once(split: Split, table: Tensor) -> None:
+    dataset = CachedEmbeddingEvalDataset(split, "test", LENGTH)
+    protocol = replace(FULL, metrics=("Recall",))
+    whole = evaluate(split, table, protocol).ranks
+    shares = [
+        Evaluator(dataset, protocol, batch_size=4, rank=rank, world_size=3) for rank in range(3)
+    ]
+    # What each would add to the sum over all processes.
+    parts = [share.run(TableScorer(table), CPU, gather=lambda own: own) for share in shares]
+    counts = sum((part.ranks > 0).astype(int) for part in parts)
+    assert np.asarray(counts).tolist() == [1] * len(dataset)
+    assert sum(part.ranks for part in parts).tolist() == whole.tolist()  # type: ignore[union-attr]

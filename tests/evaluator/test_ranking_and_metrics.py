@@ -1,0 +1,128 @@
+"""Ranks with pessimistic ties, metrics by hand and against torchmetrics, intervals and tests."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torchmetrics.retrieval import RetrievalMRR, RetrievalNormalizedDCG, RetrievalRecall
+
+from hsft.evaluator import metrics, ranking
+from hsft.evaluator.intervals import bootstrap_interval, paired_p_value
+
+
+def full_ranks(
+    scores: list[list[float]], targets: list[int], seen: list[tuple[int, int]]
+) -> list[int]:
+    rows = torch.tensor([row for row, _ in seen], dtype=torch.int64)
+    items = torch.tensor([item for _, item in seen], dtype=torch.int64)
+    table = torch.tensor(scores)
+    table[:, 0] = -torch.inf
+    return ranking.full_ranks(table, torch.tensor(targets), rows, items).tolist()
+
+
+def test_seen_items_and_padding_do_not_outrank_the_target() -> None:
+    # Item 0 is padding. Without masking the target 3 would rank third behind items 1 and 2.
+    assert full_ranks([[9.0, 5.0, 4.0, 3.0, 1.0]], [3], [(0, 1)]) == [2]
+
+
+def test_ties_count_against_the_model() -> None:
+    assert full_ranks([[0.0, 1.0, 1.0, 1.0, 1.0]], [2], []) == [4]
+
+
+def test_nan_scores_rank_last() -> None:
+    nan = math.nan
+    assert full_ranks([[0.0, nan, nan, nan]], [1], []) == [4]
+    assert full_ranks([[0.0, 1.0, nan, 0.5]], [1], []) == [2]
+
+
+def test_a_seen_target_ranks_last() -> None:
+    assert full_ranks([[0.0, 9.0, 2.0, 3.0]], [1], [(0, 1)]) == [4]
+
+
+def test_candidate_ranks_by_hand() -> None:
+    users = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    vectors = torch.tensor(
+        [[[2.0, 0.0], [3.0, 0.0], [1.0, 9.0]], [[0.0, 1.0], [5.0, 1.0], [0.0, 0.5]]]
+    )
+    assert ranking.candidate_ranks(users, vectors).tolist() == [2, 2]
+
+
+def test_chunked_scores_equal_the_plain_product() -> None:
+    users, items = torch.randn(3, 4), torch.randn(8, 4)
+    scores = ranking.full_scores(users, lambda a, b: items[a:b], 7, items_at_a_time=3)
+    torch.testing.assert_close(scores[:, 1:], (users @ items.T)[:, 1:])
+    assert scores[:, 0].tolist() == [-math.inf] * 3
+
+
+@pytest.mark.parametrize(
+    ("dim", "budget", "device", "wanted"),
+    [
+        (2048, 1 << 28, "cpu", 1024),
+        (2048, 1 << 28, "cuda", 8192),
+        (2048, 1 << 20, "cpu", 32),
+        (2048, 1, "cpu", 1),
+    ],
+)
+def test_items_prepared_at_once(dim: int, budget: int, device: str, wanted: int) -> None:
+    assert ranking.items_at_a_time(dim, budget, torch.device(device)) == wanted
+
+
+@pytest.mark.parametrize(
+    ("name", "wanted"),
+    [
+        ("Recall", 2 / 4),
+        ("HitRate", 2 / 4),
+        ("MRR", (1 + 1 / 3) / 4),
+        ("NDCG", (1 + 0.5) / 4),
+    ],
+)
+def test_metrics_by_hand(name: str, wanted: float) -> None:
+    ranks = np.array([1, 3, 4, 100])
+    assert metrics.compute([name], [3], ranks)[f"{name}@3"] == pytest.approx(wanted)
+
+
+@pytest.mark.parametrize("k", [1, 5, 10])
+def test_metrics_agree_with_torchmetrics(k: int) -> None:
+    generator = torch.Generator().manual_seed(k)
+    scores = torch.rand(50, 31, generator=generator)
+    targets = torch.randint(1, 31, (50,), generator=generator)
+    empty = torch.zeros(0, dtype=torch.int64)
+    table = scores.clone()
+    table[:, 0] = -torch.inf
+    ranks = ranking.full_ranks(table, targets, empty, empty).numpy()
+    relevant = torch.zeros(50, 30, dtype=torch.bool)
+    relevant[torch.arange(50), targets - 1] = True
+    users = torch.arange(50).repeat_interleave(30)
+    ours = metrics.compute(["Recall", "NDCG", "MRR"], [k], ranks)
+    arguments = (scores[:, 1:].reshape(-1), relevant.reshape(-1), users)
+    for name, theirs in (
+        ("Recall", RetrievalRecall(top_k=k)),
+        ("NDCG", RetrievalNormalizedDCG(top_k=k)),
+        ("MRR", RetrievalMRR(top_k=k)),
+    ):
+        assert ours[f"{name}@{k}"] == pytest.approx(theirs(*arguments).item(), abs=1e-6)
+
+
+def test_no_users_is_an_error_not_a_number() -> None:
+    with pytest.raises(ValueError, match="no users"):
+        metrics.compute(["Recall"], [5], np.array([], dtype=np.int64))
+
+
+def test_bootstrap_interval_agrees_with_resampling_users() -> None:
+    rng = np.random.default_rng(1)
+    ranks = rng.integers(1, 40, size=300)
+    low, high = bootstrap_interval("NDCG", ranks, 10, draws=4000)
+    values = metrics.per_user("NDCG", ranks, 10)
+    means = [rng.choice(values, size=300).mean() for _ in range(4000)]
+    np.testing.assert_allclose([low, high], np.quantile(means, [0.025, 0.975]), atol=0.004)
+    assert low < values.mean() < high
+
+
+def test_paired_test_by_hand() -> None:
+    # Three users gain, none loses: of 8 sign patterns 2 are as extreme, p = 1/4.
+    better, worse = np.array([1, 1, 1, 9]), np.array([9, 9, 9, 9])
+    assert paired_p_value("Recall", better, worse, 5, draws=40_000) == pytest.approx(0.25, abs=0.01)
+    assert paired_p_value("Recall", better, better, 5) == 1.0

@@ -1,0 +1,104 @@
+"""Opening a finished run: its models rank as they did, and recommend what they rank first."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from hsft.evaluator.recommend import recommend
+from hsft.finished.open_run import open_run
+from hsft.model.reference import ItemKNN
+from hsft.report.result import read_ranks
+from hsft.utils.errors import InputError
+from tests.conftest import Project
+from tests.helpers import ROOT
+
+TRAIN = ("--use_qlora", "True", "--epochs", "2", "--optim_args.learning_rate", "1e-2")
+
+
+def knn() -> ItemKNN:
+    # Items 1..4; the padding item's row is zero.
+    table = torch.tensor([[0.0, 0], [1, 0], [0.8, 0.6], [0, 1], [-1, 0]])
+    return ItemKNN(table, "last")
+
+
+@pytest.mark.parametrize("budget", [1, 1 << 20])
+def test_the_best_items_by_hand(budget: int) -> None:
+    histories = [np.array([3, 1]), np.array([4])]
+    found = recommend(
+        knn(), histories, topk=3, max_length=8, device=torch.device("cpu"), budget_bytes=budget
+    )
+    # Cosines to item 1: 0.8 (2), 0 (3, seen), -1 (4). To item 4: 0 (3), -0.8 (2), -1 (1).
+    assert found.items.tolist() == [[2, 4, 0], [3, 2, 1]]
+    assert found.scores[1].tolist() == pytest.approx([0, -0.8, -1])
+    assert found.scores[0, 2] == -np.inf
+
+
+def test_seen_items_stay_when_asked() -> None:
+    found = recommend(
+        knn(),
+        [np.array([3, 1])],
+        topk=2,
+        max_length=8,
+        device=torch.device("cpu"),
+        exclude_seen=False,
+    )
+    assert found.items.tolist() == [[1, 2]]
+
+
+def test_only_the_last_items_are_read() -> None:
+    long, short = (
+        recommend(ItemKNN(knn()._table, "mean"), [np.array(items)], topk=4, max_length=2,
+                  device=torch.device("cpu"), exclude_seen=False)
+        for items in ([4, 4, 4, 1, 2], [1, 2])
+    )  # fmt: skip
+    assert long.scores.tolist() == short.scores.tolist()
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        (*TRAIN, "--item_adapter", "linear"),
+        ("--use_qlora", "False", "--epochs", "1", "--loss", "bce"),
+        ("--val_only", "True", "--item_embedding_transform", "whiten"),
+        ("--config_file", f"{ROOT}/code/baselines/sasrec.yaml", "--epochs", "3"),
+        ("--model", "pop"),
+    ],
+    ids=["qlora", "full", "baseline", "sasrec", "pop"],
+)
+def test_every_model_ranks_as_in_the_run(project: Project, more: tuple[str, ...]) -> None:
+    code, _, err = project.run(*more, "--run_name", "run")
+    assert code == 0, err
+    run = open_run(project.root / "saved" / "run")
+    segments = run.data.split.eval_segments("test")
+    items = run.data.interactions.items
+    histories = [
+        items[start : end - 1] for start, end in zip(segments.starts, segments.ends, strict=True)
+    ]
+    targets = items[segments.ends - 1]
+    for name in run.models:
+        found = run.recommend(run.build(name), histories, topk=20)
+        users, ranks = read_ranks(run.folder, name)
+        assert users.tolist() == segments.users.tolist()
+        at = found.items == targets[:, None]
+        assert at.sum() > 0
+        # Ties count against the model, so a place may be better than the rank but never worse.
+        places = np.where(at.any(axis=1), at.argmax(axis=1) + 1, np.iinfo(np.int64).max)
+        same = places == ranks if name != "pop" else places <= ranks
+        assert same[at.any(axis=1)].all()
+
+
+def test_what_is_asked_for_and_is_not_there(project: Project) -> None:
+    with pytest.raises(InputError, match=r"no run: it has no config\.yaml"):
+        open_run(project.root)
+    assert project.run("--val_only", "True", "--run_name", "run")[0] == 0
+    run = open_run("saved/run")
+    with pytest.raises(InputError, match="no model 'fine-tuned'; it has untrained"):
+        run.build("fine-tuned")
+    with pytest.raises(InputError, match="no user 'u99'"):
+        run.history("u99")
+    with pytest.raises(InputError, match="no item 'x'"):
+        run.item_numbers(["i1", "x"])
+    assert run.data.interactions.item_ids[run.item_numbers(["i3"])[0]] == "i3"
+    assert run.titles["i3"] == "item 3"

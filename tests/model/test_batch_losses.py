@@ -1,0 +1,159 @@
+"""The loss of whole batches, from histories to a number, against plain NumPy in float64.
+
+Batches come from the real dataset and collate function: histories of different lengths (padding),
+items that occur more than once, and targets that are other positions' negatives (collisions).
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from hsft.data.dataset import CachedEmbeddingTrainDataset, TrainBatch, TrainCollate
+from hsft.data.interactions import Interactions
+from hsft.data.negatives import NegativeSampler
+from hsft.data.split import leave_one_out
+from hsft.model.item_table import ItemTable
+from hsft.model.recommender import LossSettings, Recommender, SequenceEncoder
+
+DIM, ITEMS, LENGTH = 3, 9, 4
+THRESHOLD = 0.99
+
+
+class RunningMean(SequenceEncoder):
+    """State t is a trainable matrix times the mean of items 0..t: small enough to do by hand."""
+
+    def __init__(self, table: Tensor, matrix: Tensor) -> None:
+        super().__init__()
+        self.items = ItemTable(table)
+        self.matrix = nn.Parameter(matrix)
+
+    def forward(self, history: Tensor, positions: Tensor | None = None) -> Tensor:
+        vectors = self.items(history)
+        steps = torch.arange(1, history.shape[1] + 1).reshape(1, -1, 1)
+        return (vectors.cumsum(dim=1) / steps) @ self.matrix
+
+
+def interactions(rng: np.random.Generator, users: int) -> Interactions:
+    lengths = rng.integers(4, 12, size=users)
+    total = int(lengths.sum())
+    return Interactions(
+        user_ids=np.array([f"u{n}" for n in range(users)], dtype=object),
+        item_ids=np.array(["[PAD]", *(f"i{n}" for n in range(1, ITEMS + 1))], dtype=object),
+        # Few items and long histories: users meet items again.
+        items=rng.integers(1, ITEMS + 1, size=total).astype(np.int32),
+        timestamps=np.arange(total),
+        offsets=np.concatenate([[0], np.cumsum(lengths)]),
+    )
+
+
+def transitions(data: Interactions) -> list[tuple[list[int], int]]:
+    """Every (history, next item) of the training pieces, cut by hand."""
+    found = []
+    for user in range(data.num_users):
+        own = data.items[data.offsets[user] : data.offsets[user + 1] - 2].tolist()
+        pieces = [own] if len(own) <= LENGTH else []
+        while len(own) > LENGTH:
+            pieces.append(own[-LENGTH - 1 :])
+            own = own[: -LENGTH - 1]
+        for piece in pieces:
+            found += [(piece[: n + 1], piece[n + 1]) for n in range(len(piece) - 1)]
+    return found
+
+
+def cosine(a: np.ndarray, b: np.ndarray) -> float:
+    return float(a @ b / math.sqrt((a @ a) * (b @ b)))
+
+
+def logaddexp(values: list[float]) -> float:
+    top = max(values)
+    return top + math.log(sum(math.exp(value - top) for value in values))
+
+
+def reference(
+    pairs: list[tuple[list[int], int]],
+    table: np.ndarray,
+    matrix: np.ndarray,
+    pool: list[int],
+    kind: LossSettings,
+    scale: float,
+) -> float:
+    total, count = 0.0, 0
+    for history, target in pairs:
+        state = table[history].mean(axis=0) @ matrix
+        if kind.loss == "bce":
+            total += math.log1p(math.exp(-float(state @ table[target])))
+            rivals = [item for item in pool if item != target]
+            total += sum(math.log1p(math.exp(float(state @ table[item]))) for item in rivals)
+            count += 1 + len(rivals)
+            continue
+        if kind.negatives == "catalogue":
+            rivals = [item for item in range(1, ITEMS + 1) if item != target]
+        else:
+            rivals = [item for item in pool if cosine(table[target], table[item]) <= THRESHOLD]
+        scores = [math.exp(scale) * cosine(state, table[item]) for item in [target, *rivals]]
+        total += logaddexp(scores) - scores[0]
+        count += 1
+    return total / count
+
+
+KINDS = [
+    LossSettings("nce", "in_batch", THRESHOLD, 1 << 28, "cosine"),
+    LossSettings("nce", "sampled", THRESHOLD, 1 << 28, "cosine"),
+    LossSettings("nce", "catalogue", THRESHOLD, 1 << 28, "cosine"),
+    LossSettings("bce", "in_batch", THRESHOLD, 1 << 28, "dot"),
+    LossSettings("bce", "sampled", THRESHOLD, 1 << 28, "dot"),
+]
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: f"{kind.loss}-{kind.negatives}")
+@given(st.integers(1, 5), st.integers(0, 10_000))
+@settings(max_examples=15, deadline=None)
+def test_a_batch_costs_what_the_formula_says(kind: LossSettings, users: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    data = interactions(rng, users)
+    split = leave_one_out(data)
+    dataset = CachedEmbeddingTrainDataset(split, LENGTH)
+    sampler = NegativeSampler(data, held_out=2) if kind.negatives == "sampled" else None
+    collate = TrainCollate(dataset, sampler=sampler, num_negatives=3, seed=seed)
+    drawn_from = [int(n) for n in NegativeSampler(data, held_out=2).available]
+    if sampler is not None and min(drawn_from) < 1:
+        return  # a user has met every item: there is nothing to draw
+    batch: TrainBatch = collate(list(range(len(dataset))))
+    table = np.concatenate([np.zeros((1, DIM)), rng.normal(size=(ITEMS, DIM))])
+    table[2] = 2.0 * table[1]  # another item in the same direction: masked by the threshold
+    matrix = rng.normal(size=(DIM, DIM))
+    encoder = RunningMean(torch.tensor(table, dtype=torch.float32), torch.tensor(matrix).float())
+    model = Recommender(encoder, kind, logit_scale=1.3)
+    loss = model(batch)
+    loss.backward()
+
+    pairs = transitions(data)
+    pool = (
+        batch.negatives.reshape(-1).tolist()
+        if kind.negatives == "sampled"
+        else [target for _, target in pairs]
+    )
+
+    def value(of: np.ndarray, scale: float = 1.3) -> float:
+        return reference(pairs, table, of, pool, kind, scale)
+
+    assert loss.item() == pytest.approx(value(matrix), rel=1e-4, abs=1e-5)
+    step = 1e-5
+    wanted = np.zeros_like(matrix)
+    for place in np.ndindex(matrix.shape):
+        shift = np.zeros_like(matrix)
+        shift[place] = step
+        wanted[place] = (value(matrix + shift) - value(matrix - shift)) / (2 * step)
+    assert encoder.matrix.grad is not None
+    np.testing.assert_allclose(encoder.matrix.grad.numpy(), wanted, rtol=2e-3, atol=2e-4)
+    if kind.loss == "nce":
+        slope = (value(matrix, 1.3 + step) - value(matrix, 1.3 - step)) / (2 * step)
+        assert model.logit_scale.grad is not None
+        assert model.logit_scale.grad.item() == pytest.approx(slope, rel=2e-3, abs=2e-4)

@@ -1,0 +1,69 @@
+"""The training benchmarks' own code: they run, and the plain way computes what HSFT computes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks import gpu
+from benchmarks.padding_data import PIXEL_INTERACTIONS, PIXEL_USERS, pixel_like
+from benchmarks.plain_training import PlainModel, pad_to
+from hsft.data.dataset import TrainBatch
+from hsft.model.backbone import LoraSettings, add_lora, load_decoder
+from hsft.model.item_table import ItemTable
+from hsft.model.recommender import LossSettings, Recommender
+from hsft.model.user_llm import UserLLM
+
+
+def test_the_plain_way_has_the_same_catalogue_loss(llama: Path) -> None:
+    torch.manual_seed(0)
+    table = torch.randn(21, 64)
+    lora = LoraSettings(4, 8, 0.0, ("q_proj",), "none", torch.float32)
+
+    def decoder() -> torch.nn.Module:
+        return load_decoder(llama, dtype=torch.float32, attention="sdpa", lora=lora)
+
+    loss = LossSettings("nce", "catalogue", 0.99, 1 << 28, "cosine")
+    ours = Recommender(UserLLM(add_lora(decoder(), lora, False), ItemTable(table)), loss, 2.659)
+    plain = PlainModel(
+        decoder(),
+        table,
+        rank=4,
+        targets=["q_proj"],
+        quantised=False,
+        checkpointing=False,
+        catalogue=True,
+        adapter=True,
+        dropout=0.0,
+    )
+    history = torch.tensor([[1, 2, 3, 4], [5, 6, 0, 0]])
+    targets = torch.tensor([[2, 3, 4, 7], [6, 8, 0, 0]])
+    mask = history > 0
+    batch = TrainBatch(history, mask, targets, mask, torch.zeros(2, 0, dtype=torch.int64))
+    torch.testing.assert_close(plain(*pad_to(9, batch)), ours(batch), rtol=1e-5, atol=1e-5)
+
+
+def test_synthetic_histories_have_pixel200ks_mean_length() -> None:
+    data = pixel_like(seed=3, users=20_000)
+    assert data.lengths.mean() == pytest.approx(PIXEL_INTERACTIONS / PIXEL_USERS, rel=0.02)
+    assert data.lengths.min() >= 5
+    assert np.array_equal(data.items, pixel_like(seed=3, users=20_000).items)
+
+
+def test_the_gpu_script_runs_tiny(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = ("--steps", "1", "--ranks", "4", "--lengths", "10", "--batches", "4")
+    assert gpu.main(["--tiny", "True", *sizes, "--out", str(tmp_path)]) == 0
+    rows = json.loads((tmp_path / "gpu.json").read_text())["rows"]
+    assert [row["way"] for row in rows] == [gpu.PLAIN, gpu.OURS]
+    assert all(row["real_tokens_per_s"] > 0 for row in rows)
+    assert "--dry_run GiB" in (tmp_path / "gpu.md").read_text()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is there")
+def test_the_gpu_script_says_that_there_is_no_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+    assert gpu.main([]) == 2
+    assert capsys.readouterr().err.count("\n") == 1

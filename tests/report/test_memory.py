@@ -1,0 +1,290 @@
+"""The memory estimate against real tiny models: weights to the byte, activations as autograd saves."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import LlamaConfig
+
+from hsft.model.backbone import LoraSettings, add_lora, decoder_config, load_decoder
+from hsft.model.item_table import ItemTable
+from hsft.model.recommender import LossSettings, Recommender
+from hsft.model.user_llm import UserLLM
+from hsft.report import memory
+from hsft.report.memory import TrainingShape
+from hsft.run.dry_run import TINYLLAMA
+from tests.conftest import Project
+from tests.helpers import make_cache, make_llama
+
+RANK = 4
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Odd sizes: 192 wide, blocks of 64 that do not fill 256."""
+    return make_llama(tmp_path_factory.mktemp("llama"), hidden=192, layers=3)
+
+
+def shape(folder: Path, **more: Any) -> TrainingShape:
+    base = TrainingShape(
+        model_config=decoder_config(folder),
+        quant_type="nf4",
+        double_quant=True,
+        lora_rank=RANK,
+        lora_targets=("q_proj", "v_proj"),
+        mixed=False,
+        dtype=torch.float32,
+        optimizer_8bit=False,
+        checkpointing=False,
+        items=500,
+        item_bytes=2,
+        adapter="none",
+        adapter_rank=8,
+        length=40,
+        masked_row=None,
+        negatives="catalogue",
+        num_negatives=0,
+        budget_bytes=1 << 28,
+    )
+    return replace(base, **more)
+
+
+def real_model(folder: Path, wanted: TrainingShape) -> nn.Module:
+    lora = LoraSettings(
+        RANK, 8, 0.05, wanted.lora_targets, wanted.quant_type, wanted.dtype, wanted.double_quant
+    )
+    decoder = load_decoder(folder, dtype=wanted.dtype, attention=wanted.attention, lora=lora)
+    return add_lora(decoder, lora, wanted.checkpointing)
+
+
+def real_weight_bytes(model: nn.Module) -> int:
+    """Add up what a decoder's weights hold, bitsandbytes' constants and tables included."""
+    total = 0
+    for name, weight in model.named_parameters():
+        if "lora_" in name:
+            continue
+        total += weight.numel() * weight.element_size()
+        for tensor in (getattr(weight, "SCB", None), *state_tensors(weight)):
+            total += 0 if tensor is None else tensor.numel() * tensor.element_size()
+    return total
+
+
+def state_tensors(weight: Any) -> list[torch.Tensor]:
+    state = getattr(weight, "quant_state", None)
+    if state is None:
+        return []
+    found = [state.absmax, state.code]
+    if state.nested:
+        offset = torch.as_tensor(state.offset)
+        found += [state.state2.absmax, state.state2.code, offset.reshape(1).float()]
+    return found
+
+
+@pytest.mark.parametrize("double", [True, False])
+@pytest.mark.parametrize("kind", ["nf4", "fp4", "int8", "none"])
+def test_weight_bytes_are_exact(folder: Path, kind: Any, double: bool) -> None:
+    wanted = shape(folder, quant_type=kind, double_quant=double)
+    model = real_model(folder, wanted)
+    counted = memory.weight_bytes(memory.meta_decoder(wanted.model_config), wanted)
+    assert counted == real_weight_bytes(model)
+
+
+@pytest.mark.parametrize("targets", [("q_proj", "v_proj"), ("all-linear",)])
+def test_trained_weights_and_adamw_states_are_exact(folder: Path, targets: tuple[str, ...]) -> None:
+    wanted = shape(folder, lora_targets=targets, adapter="linear", quant_type="none")
+    model = real_model(folder, wanted)
+    table = ItemTable(torch.zeros(501, 192).half(), "linear")
+    loss = LossSettings("nce", "catalogue", 0.99, 1 << 28, "cosine")
+    recommender = Recommender(UserLLM(model, table), loss)
+    trained = [p for p in recommender.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained)
+    for weight in trained:
+        weight.grad = torch.zeros_like(weight)
+    optimizer.step()
+    states = sum(
+        tensor.numel() * tensor.element_size()
+        for state in optimizer.state.values()
+        for name, tensor in state.items()
+        if name != "step"
+    )
+    found = memory.estimate(wanted, 4)
+    assert found.adapters == found.gradients == sum(p.numel() * 4 for p in trained)
+    assert found.optimizer == states
+    assert found.item_table == table.embeddings.numel() * 2
+
+
+def saved_by_autograd(model: nn.Module, mixed: bool, packed: bool) -> int:
+    """Add up what autograd saves over 6 x 40 positions."""
+    batch, length, width = 6, 40, 192
+    own = {p.untyped_storage().data_ptr() for p in [*model.parameters(), *model.buffers()]}
+    for weight in model.parameters():
+        own |= {tensor.untyped_storage().data_ptr() for tensor in state_tensors(weight)}
+    saved: dict[int, torch.Tensor] = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            saved[storage.data_ptr()] = tensor
+        return tensor
+
+    vectors = torch.randn(batch, length, width, requires_grad=True)
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=mixed)
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), autocast:
+        given = {"position_ids": torch.arange(20).repeat(batch, 2)} if packed else {}
+        model(inputs_embeds=vectors, use_cache=False, **given)
+    return sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
+
+
+@pytest.mark.parametrize(
+    ("kind", "mixed", "targets", "packed"),
+    [
+        ("nf4", True, ("q_proj", "v_proj"), False),
+        ("nf4", True, ("q_proj", "v_proj"), True),
+        ("nf4", True, ("all-linear",), False),
+        ("nf4", False, ("all-linear",), True),
+        ("none", False, ("q_proj", "v_proj"), False),
+    ],
+)
+def test_activations_are_within_5_percent_of_what_autograd_saves(
+    folder: Path, kind: Any, mixed: bool, targets: tuple[str, ...], packed: bool
+) -> None:
+    wanted = shape(
+        folder,
+        quant_type=kind,
+        mixed=mixed,
+        dtype=torch.bfloat16 if mixed else torch.float32,
+        lora_targets=targets,
+        masked_row=40 if packed else None,
+    )
+    real = saved_by_autograd(real_model(folder, wanted).train(), mixed, packed)
+    layer, rest = memory.saved_bytes_per_token(wanted)
+    assert 6 * 40 * (3 * layer + rest) == pytest.approx(real, rel=0.05)
+
+
+def test_the_parts_move_with_their_causes(folder: Path) -> None:
+    base = memory.estimate(shape(folder), 8)
+    assert base.total == sum(size for name, size in memory.rows(base) if name != "total")
+    assert memory.estimate(shape(folder, checkpointing=True), 8).activations < base.activations
+    assert memory.estimate(shape(folder), 16).activations == 2 * base.activations
+    # By hand: 8-bit states of 5,000 weights are 2 x (5,000 + 20 blocks x 4) bytes; 100 stay as is.
+    assert memory.optimizer_bytes([5000, 100], bits8=True) == 2 * 5080 + 800
+    table = memory.estimate(shape(folder, items=1000), 8).item_table
+    assert table == 1001 * 192 * 2
+    # By hand: LoRA of rank 4 on q (192 -> 192) and v (192 -> 96) in three layers, and the scale.
+    assert base.adapters == 4 * (3 * 4 * ((192 + 192) + (192 + 96)) + 1)
+
+
+def test_the_largest_batch_is_the_last_that_fits(folder: Path) -> None:
+    wanted = shape(folder)
+    available = memory.CUDA_CONTEXT + (40 << 20)
+    size = memory.largest_batch(wanted, available)
+    assert size > 0
+    assert memory.estimate(wanted, size).total <= available
+    assert memory.estimate(wanted, size + 1).total > available
+    assert memory.largest_batch(wanted, memory.CUDA_CONTEXT) == 0
+
+
+def test_dry_run_reads_no_weights_and_writes_nothing(project: Project) -> None:
+    for file in project.llama.glob("*.safetensors"):
+        assert file.is_file()
+    folder = project.root / "shape_only"
+    folder.mkdir()
+    (folder / "config.json").write_text((project.llama / "config.json").read_text())
+    before = set(project.root.rglob("*"))
+    code, out, err = project.run(
+        *("--dry_run", "True", "--use_qlora", "True", "--user_pretrain_dir", str(folder))
+    )
+    assert code == 0, err
+    assert set(project.root.rglob("*")) == before
+    for word in ("weights", "optimizer", "activations", "logits", "item table", "24 GB"):
+        assert word in out
+    config = json.loads((folder / "config.json").read_text())
+    assert config["num_hidden_layers"] == 2
+    code, _, err = project.run("--dry_run", "True", "--model", "pop")
+    assert code == 2
+    assert "dry_run" in err
+
+
+CACHE = "dataset/tiny_item_embeddings.safetensors"
+DRY = ("--dry_run", "True", "--use_qlora", "True")
+
+
+def item_table(out: str) -> str:
+    return next(line for line in out.splitlines() if line.startswith("item table"))
+
+
+def test_dry_run_needs_no_item_cache(project: Project) -> None:
+    code, whole, err = project.run(*DRY)
+    assert code == 0, err
+    assert "Assumed" not in whole
+    (project.root / CACHE).unlink()
+    code, out, err = project.run(*DRY)
+    assert code == 0, err
+    assert f"Assumed: no item cache at {CACHE}: its vectors are taken as 64 wide." in out
+    assert "Assumed: the number of items is that of dataset/tiny.csv." in out
+    kept = [line for line in out.splitlines() if not line.startswith("Assumed")]
+    # float16 as in the cache that item_caching.py would write.
+    assert kept == whole.splitlines()
+    (project.root / "dataset/tiny.csv").unlink()
+    for more in ((), ("--negatives", "catalogue"), ("--dataset", "null")):
+        code, out, err = project.run(*DRY, *more)
+        assert code == 0, err
+        assert "unknown and the item table is not counted" in out
+        assert "\nitem table" not in out
+
+
+def test_dry_run_does_not_open_a_cache_that_the_run_would_not(project: Project) -> None:
+    make_cache(project.root / CACHE, dim=32)
+    assert project.run(*DRY)[0] == 2
+    code, out, err = project.run(*DRY, "--use_item_cache", "False")
+    assert code == 0, err
+    assert "20 items in the catalogue" in out
+
+
+def test_dry_run_reads_pt_caches(project: Project) -> None:
+    # Named, but not there: the native twin is meant, as in a run.
+    code, out, _ = project.run(*DRY, "--item_cache_path", CACHE.replace(".safetensors", ".pt"))
+    assert code == 0
+    assert "Assumed" not in out
+    torch.save({f"i{n}": torch.ones(64) for n in range(4000)}, project.root / "c.pt")
+    code, out, err = project.run(*DRY, "--item_cache_path", "c.pt")
+    assert code == 0, err
+    assert "4,000 items in the catalogue" in out
+    # By hand: 4,001 x 64 float32.
+    assert item_table(out).split()[-2:] == ["1", "MiB"]
+    torch.save({"i0": torch.ones(32)}, project.root / "c.pt")
+    code, _, err = project.run(*DRY, "--item_cache_path", "c.pt")
+    assert code == 2
+    assert "32 dimensions" in err
+
+
+def test_dry_run_without_a_model_folder_takes_tinyllamas_shape(project: Project) -> None:
+    none = ("--user_pretrain_dir", "model_checkpoints/UserLLM_complete")
+    code, out, err = project.run(*DRY, *none, "--user_llm_layers", "2")
+    assert code == 0, err
+    assert (
+        "no model folder at model_checkpoints/UserLLM_complete: estimated for TinyLlama-1.1B's "
+        "shape, HLLM-1B's UserLLM."
+    ) in out
+    assert "has 64 dimensions: only its number of items is used" in out
+    code, _, err = project.run(*DRY, *none, "--user_llm_layers", "23")
+    assert code == 2
+    assert "TinyLlama-1.1B has only 22 layers" in err
+    code, out, err = project.run(*DRY, "--user_pretrain_dir", "null")
+    assert code == 0, err
+    assert "no UserLLM is named: estimated for TinyLlama-1.1B's shape" in out
+    for more in (("--qlora_r", "none"), ("--val_only", "True")):
+        assert project.run(*DRY, *more)[0] == 2
+
+
+def test_tinyllamas_shape_is_tinyllamas() -> None:
+    config = LlamaConfig(**TINYLLAMA)
+    decoder = memory.meta_decoder(config)
+    # TinyLlama-1.1B has 1,100,048,384 weights; 32,000 x 2,048 of them are the output head.
+    assert sum(p.numel() for p in decoder.parameters()) == 1_100_048_384 - 32_000 * 2048
