@@ -164,12 +164,18 @@ def test_recall_curve_is_recall_at_every_k_with_binomial_intervals() -> None:
 def test_the_page_escapes_all_that_is_data() -> None:
     table = Table(HOSTILE, [HOSTILE], [[HOSTILE]])
     html = render(
-        Page(HOSTILE, [(HOSTILE, HOSTILE)], [Section(HOSTILE, [HOSTILE], tables=[table])])
+        Page(
+            HOSTILE,
+            HOSTILE,
+            [],
+            [(HOSTILE, HOSTILE)],
+            [Section(HOSTILE, [HOSTILE], tables=[table])],
+        )
     )
     read = Reader(html)
     assert "script" not in read.tags
-    # Title, heading, a fact, contents, heading, paragraph, caption, header, cell.
-    assert read.text.count(HOSTILE) == 10
+    # Title, heading, headline, a fact, contents, heading, paragraph, caption, header, cell.
+    assert read.text.count(HOSTILE) == 11
     assert ("aria-label", HOSTILE) in read.attributes
 
 
@@ -177,8 +183,12 @@ def test_labels_of_groups_do_not_meet(project: Project, tmp_path: Path) -> None:
     names = ["19 to 32 items", "33 to 64 items", "65 to 147 items", "never in training"]
     estimates = np.array([0.1, 0.2, 0.3, 0.4])
     series = Series("pop", 0, estimates, None, estimates, estimates)
-    chart = group_chart([f"{name}\nn = 1000" for name in names], [series], "Recall@10")
-    page = Page("", [], [Section("", charts=[Chart(chart, "", "")] * 2)])
+    groups = [f"{name}\nn = 1000" for name in names]
+    charts = [
+        Chart(group_chart(groups, [series], "Recall@10", title=title, description=""), "")
+        for title in ("one", "two")
+    ]
+    page = Page("", "", [], [], [Section("", charts=charts)])
     Path("page.html").write_text(render(page), encoding="utf-8")
     with open_browser(tmp_path) as browser:
         browser.get((project.root / "page.html").as_uri())
@@ -229,15 +239,18 @@ def test_the_report_of_a_fine_tuning_and_a_reference(project: Project) -> None:
         html.partition(">Configuration</h2>")[2].partition("</section>")[0]
     )
     assert open_rows["model"] == ["pop", "HLLM"]
-    assert "MAX_ITEM_LIST_LENGTH" not in open_rows
-    assert folded["MAX_ITEM_LIST_LENGTH"] == ["8"]
+    assert "eval_batch_size" not in open_rows
+    assert folded["eval_batch_size"] == ["256"]
+    # Keys that decide nothing in a run, or in none of them, are not shown as if they did.
+    assert folded["epochs"] == ["1 (1 of 2 runs; it does not apply to the others)"]
+    assert not {"sasrec.heads", "knn_history", "stage"} & {*open_rows, *folded}
     open_rows, folded = tables_of(html.partition(">Environment</h2>")[2].partition("</section>")[0])
     assert open_rows["time: training"][0] == "does not apply"
     assert "item cache: model" not in open_rows
     assert folded["item cache: model"] == ["random (1 of 2 runs; it does not apply to the others)"]
     assert "torch" in folded
     assert read.tags.count("article") == 12
-    assert read.tags.count("svg") == 7
+    assert read.tags.count("svg") == 9
     assert "All ranks computed now equal the recorded ones." in read.text
     assert "drawn uniformly at random with seed 0" in read.text
     finished = json.loads(Path("saved/tiny-qlora/result.json").read_text())["finished"]
@@ -366,7 +379,7 @@ def test_runs_without_data_and_models_still_give_a_page(project: Project) -> Non
     assert code == 0, err
     read = read_page(Path("page.html"))
     assert read.text.count("it has no config.yaml") == 3
-    assert read.tags.count("svg") == 3
+    assert read.tags.count("svg") == 5
     assert "example users is left out: " in err
     code, _, err = project.call(main, ["saved/run", "--out", "page.html", "--examples", "0"])
     assert code == 0, err
@@ -463,7 +476,7 @@ def test_the_page_in_a_browser(project: Project, tmp_path: Path) -> None:
         drawn = browser.execute_script(
             "return [...document.querySelectorAll('svg')].map(e => e.getBoundingClientRect().height)"
         )
-        assert len(drawn) == 7
+        assert len(drawn) == 9
         assert min(drawn) > 100
         marked = browser.execute_script(
             "return [...document.querySelectorAll('.target')].map(e => e.textContent)"
