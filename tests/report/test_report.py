@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hsft.evaluator.metrics import per_user
+from hsft.evaluator.metrics import UNRANKED, per_user
 from hsft.finished import write_report as recipe
 from hsft.report.breakdown import (
     Group,
@@ -21,8 +21,11 @@ from hsft.report.breakdown import (
     recall_curve,
 )
 from hsft.report.charts import Series, group_chart
+from hsft.report.compare import Comparison, Row
 from hsft.report.page import Chart, Page, Section, Table, render
 from hsft.report.result import read_ranks
+from hsft.report.run_tables import applies
+from hsft.report.sections import headline
 from report import main
 from tests.browser import open_browser
 from tests.conftest import Project
@@ -261,6 +264,47 @@ def test_the_report_of_a_fine_tuning_and_a_reference(project: Project) -> None:
     assert sorted(path.name for path in Path("pages").iterdir()) == ["one.html", "two.html"]
 
 
+def test_the_headline_says_what_is_best_and_how_sure_that_is() -> None:
+    users, better = np.arange(100), np.full(100, 1)
+    half = np.where(users % 2, 1, 200)
+
+    def said(**ranks: np.ndarray) -> str:
+        rows = [Row(name, users, values) for name, values in ranks.items()]
+        columns = [("Recall", 5), ("Recall", 10), ("NDCG", 5), ("NDCG", 10), ("NDCG", 20)]
+        return headline(Comparison("", rows, columns))
+
+    # NDCG@10 of half is 0.5, so that better's gain is 100 %.
+    text = said(half=half, better=better)
+    assert text.startswith("better is best of 2 models: NDCG@10 1.0000 [")
+    assert text.endswith("], +100.0% over the next best, half (p < 0.001), over 100 users.")
+    alike = said(half=half, other=half)
+    assert "(p = 1.000, a difference that may be chance)" in alike
+    assert said(half=half).startswith("half: NDCG@10 0.5000 [")
+    none = np.full(100, UNRANKED)
+    assert said(a=none, b=none) == "None of the 2 models has a hit: NDCG@10 is 0 over 100 users."
+
+
+@pytest.mark.parametrize(
+    ("key", "config", "expected"),
+    [
+        ("epochs", {"model": "pop"}, False),
+        ("epochs", {"model": "sasrec"}, True),
+        ("epochs", {"model": "HLLM", "val_only": True}, False),
+        ("optim_args.learning_rate", {"model": "HLLM"}, True),
+        ("user_pretrain_dir", {"model": "HLLM", "val_only": True}, True),
+        ("user_pretrain_dir", {"model": "sasrec"}, False),
+        ("qlora_r", {"model": "HLLM", "use_qlora": False}, False),
+        ("item_cache_path", {"model": "item_knn"}, True),
+        ("item_cache_path", {"model": "pop"}, False),
+        ("eval_neg_sample_num", {"model": "pop", "eval_protocol": "sampled"}, True),
+        ("topk", {"model": "random"}, True),
+        ("a key of an earlier version", {"model": "pop"}, True),
+    ],
+)
+def test_which_keys_apply(key: str, config: dict[str, object], expected: bool) -> None:
+    assert applies(key, config) is expected
+
+
 def test_named_users_show_history_lists_and_the_held_out_item(project: Project) -> None:
     assert project.run("--model", "item_knn")[0] == 0
     code, _, err = project.call(main, ["saved/tiny-item_knn", "--users", "u4,u2"])
@@ -478,6 +522,26 @@ def test_the_page_in_a_browser(project: Project, tmp_path: Path) -> None:
         )
         assert len(drawn) == 9
         assert min(drawn) > 100
+        hover = browser.execute_script(
+            "return [...document.querySelectorAll('svg g > title')].map(e => e.textContent)"
+        )
+        # Three cut-offs of two metrics as bars, three epochs twice, seven K.
+        assert len(hover) >= 2 * 3 + 2 * 3 + 7
+        values = json.loads(Path("saved/run/result.json").read_text())["rows"][0]["metrics"]
+        assert hover[0].startswith(f"run, Recall@5: {values['Recall@5']:.4f} [")
+        named = "return [...document.querySelectorAll('svg')].every(e => e.getAttribute('role')"
+        named += " === 'img' && document.getElementById(e.getAttribute('aria-labelledby'))"
+        named += ".textContent && document.getElementById(e.getAttribute('aria-describedby')))"
+        assert browser.execute_script(named)
+        # Scrolled to its end, a table still shows the models' names.
+        moved = browser.execute_script(
+            "const table = document.querySelector('.scroll');"
+            "table.scrollLeft = 1e6;"
+            "const name = table.querySelector('tbody th').getBoundingClientRect();"
+            "return [table.scrollLeft, name.left - table.getBoundingClientRect().left];"
+        )
+        assert moved[0] > 0
+        assert moved[1] == 0
         marked = browser.execute_script(
             "return [...document.querySelectorAll('.target')].map(e => e.textContent)"
         )
