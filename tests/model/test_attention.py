@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +23,6 @@ from hsft.model.user_llm import UserLLM
 
 LENGTHS = st.lists(st.integers(1, 9), min_size=1, max_size=6)
 CUDA = torch.device("cuda")
-
-
-@pytest.fixture(scope="module")
-def emulated() -> Iterator[None]:
-    """Put the reference in the kernel's place, which wants a GPU."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(attention, "varlen_attn", reference_varlen_attn)
-        patch.setattr(attention, "_CAUSAL", {"window_size": (-1, 0)})
-        patch.setattr(attention, "_GROUPED", True)
-        yield
 
 
 def causal_by_hand(q: Any, k: Any, v: Any, scale: float, window: int | None = None) -> Any:
@@ -62,7 +51,9 @@ def test_the_reference_attends_within_each_sequence(
     k, v = rng.normal(size=(2, total, kv_heads, 8))
     cu = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32)
     found = reference_varlen_attn(
-        *(torch.from_numpy(part) for part in (q, k, v)),
+        torch.from_numpy(q),
+        torch.from_numpy(k),
+        torch.from_numpy(v),
         cu,
         cu,
         max(lengths),
@@ -79,7 +70,7 @@ def test_the_reference_attends_within_each_sequence(
 
 @given(LENGTHS, st.sampled_from([1, 2, 4]), st.sampled_from([1, 2, 4]), st.integers(0, 99))
 @settings(max_examples=30, deadline=None)
-@pytest.mark.usefixtures("emulated")
+@pytest.mark.usefixtures("emulated_varlen")
 def test_transformers_layout_reaches_the_kernel(
     lengths: list[int], kv_heads: int, group: int, seed: int
 ) -> None:
@@ -94,8 +85,10 @@ def test_transformers_layout_reaches_the_kernel(
     assert weights is None
     assert found.shape == (1, total, heads, 8)
     for start, end in zip(cu[:-1].tolist(), cu[1:].tolist(), strict=True):
-        part = [x[:, :, start:end] for x in (q, k, v)]
-        wanted = F.scaled_dot_product_attention(*part, is_causal=True, scale=0.3, enable_gqa=True)
+        own_q, own_k, own_v = (x[:, :, start:end] for x in (q, k, v))
+        wanted = F.scaled_dot_product_attention(
+            own_q, own_k, own_v, is_causal=True, scale=0.3, enable_gqa=True
+        )
         torch.testing.assert_close(found[:, start:end], wanted.transpose(1, 2))
 
 
@@ -106,7 +99,7 @@ def test_the_causal_argument_of_either_torch() -> None:
 
 @given(LENGTHS, st.integers(0, 99))
 @settings(max_examples=15, deadline=None)
-@pytest.mark.usefixtures("emulated")
+@pytest.mark.usefixtures("emulated_varlen")
 def test_a_row_of_histories_gives_the_states_of_each_alone(
     llama: Path, lengths: list[int], seed: int
 ) -> None:
@@ -182,8 +175,8 @@ def test_the_kernel_computes_what_the_reference_does() -> None:
     found, _ = varlen_attention_forward(
         torch.nn.Identity(), q, k, v, None, 0.0, 0.125, cu_seq_lens_q=cu, max_length_q=50
     )
-    rows = [part[0].transpose(0, 1).float() for part in (q, k, v)]
+    q, k, v = (part[0].transpose(0, 1).float() for part in (q, k, v))
     wanted = reference_varlen_attn(
-        *rows, cu, cu, 50, 50, scale=0.125, window_size=(-1, 0), enable_gqa=True
+        q, k, v, cu, cu, 50, 50, scale=0.125, window_size=(-1, 0), enable_gqa=True
     )
     torch.testing.assert_close(found[0].float(), wanted, rtol=2e-2, atol=1e-2)

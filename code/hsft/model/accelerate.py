@@ -92,7 +92,8 @@ def compile_layers(decoder: nn.Module) -> int:
     Returns:
         The number of layers, 0 where the model has no list of them.
     """
-    base: Any = decoder.get_base_model() if hasattr(decoder, "get_base_model") else decoder
+    peft_model: Any = decoder
+    base = peft_model.get_base_model() if hasattr(decoder, "get_base_model") else decoder
     layers = getattr(base, "layers", None)
     if not isinstance(layers, nn.ModuleList):
         return 0
@@ -252,7 +253,7 @@ class StepGraphs:
         return captured
 
     def _capture(self, batch: TrainBatch) -> _Captured:
-        fixed = batch.to(self._device)
+        fixed = TrainBatch(*(part.to(self._device, copy=True) for part in batch))
         weight = torch.ones((), device=self._device)
         self._attach_gradients()
         torch.cuda.synchronize(self._device)
@@ -260,7 +261,8 @@ class StepGraphs:
         gc.collect()
         torch.cuda.empty_cache()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        # Other threads, such as the data loader's, may go on calling CUDA meanwhile.
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             loss = self._loss_of(fixed)
             self._backward(loss * weight)
             loss = loss.detach()

@@ -16,13 +16,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-# torch 2.10 and later have it. Looked up here once: torch.compile cannot trace an import.
-varlen_attn: Callable[..., Tensor] | None
-try:
-    from torch.nn.attention.varlen import varlen_attn
-except ImportError:
-    varlen_attn = None
 
+def _kernel() -> Callable[..., Any] | None:
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    return varlen_attn
+
+
+# torch 2.10 and later have it. Looked up once: torch.compile cannot trace an import.
+varlen_attn = _kernel()
 VARLEN = "varlen"
 
 # The flash kernels take heads of up to 256 numbers, a multiple of 8.

@@ -208,7 +208,7 @@ def add_lora(model: PreTrainedModel, lora: LoraSettings, gradient_checkpointing:
     """
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 
-    from hsft.model.fast_layers import custom_lora_layers, dequantize_in_training, fuse_norms
+    from hsft.model.fast_layers import dequantize_in_training, use_fast_lora_layers
 
     if lora.quant_type != "none":
         if any(weight.dtype == torch.float16 for weight in model.parameters()):
@@ -217,7 +217,6 @@ def add_lora(model: PreTrainedModel, lora: LoraSettings, gradient_checkpointing:
         if lora.dequantize:
             dequantize_in_training(model)
     model.requires_grad_(False)
-    fuse_norms(model)
     targets: Any = list(lora.target_modules)
     settings = LoraConfig(
         r=lora.rank,
@@ -226,7 +225,7 @@ def add_lora(model: PreTrainedModel, lora: LoraSettings, gradient_checkpointing:
         target_modules="all-linear" if targets == ["all-linear"] else targets,
         bias="none",
     )
-    custom_lora_layers(settings)
+    use_fast_lora_layers(settings)
     try:
         adapted = get_peft_model(model, settings)
     except ValueError as error:
@@ -234,6 +233,18 @@ def add_lora(model: PreTrainedModel, lora: LoraSettings, gradient_checkpointing:
     if gradient_checkpointing:
         enable_checkpointing(model)
     return adapted
+
+
+def computes_in_bfloat16(model: nn.Module) -> bool:
+    """Say whether a decoder runs without autocast: bfloat16 throughout, LoRA's matrices aside.
+
+    peft's own LoRA layers, which int8 keeps, compute in the matrices' float32 outside of autocast.
+    """
+    lora = [module for module in model.modules() if hasattr(module, "lora_A")]
+    others = [weight for name, weight in model.named_parameters() if "lora_" not in name]
+    return all(getattr(module, "keeps_dtype", False) for module in lora) and all(
+        weight.dtype == torch.bfloat16 for weight in others if weight.is_floating_point()
+    )
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Module]:

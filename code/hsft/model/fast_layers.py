@@ -110,16 +110,13 @@ def _is_plain(layer: Any) -> bool:
 class LoraLinear(peft_lora.Linear):
     """peft's LoRA on a linear layer, with fewer kernels."""
 
+    keeps_dtype = True
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Compute x W' + s (dropout(x) A') B': [..., in] -> [..., out]."""
         if args or kwargs or not _is_plain(self):
             return super().forward(x, *args, **kwargs)
         return _lora_forward(self, x)
-
-
-def custom_lora_layers(settings: LoraConfig) -> None:
-    """Tell peft to use these LoRA layers for plain and 4-bit linear layers."""
-    settings._register_custom_module(_lora_classes())
 
 
 if bnb is not None:
@@ -136,6 +133,8 @@ if bnb is not None:
     class LoraLinear4bit(peft_lora.Linear4bit):
         """peft's LoRA on a 4-bit layer, with fewer kernels."""
 
+        keeps_dtype = True
+
         def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             """Compute x W' + s (dropout(x) A') B': [..., in] -> [..., out]."""
             if args or kwargs or not _is_plain(self):
@@ -143,10 +142,13 @@ if bnb is not None:
             return _lora_forward(self, x)
 
 
-def _lora_classes() -> dict[type[nn.Module], type[nn.Module]]:
-    # bitsandbytes' layer is a linear layer too, so it comes first.
-    quantised = {} if bnb is None else {bnb.nn.Linear4bit: LoraLinear4bit}
-    return {**quantised, nn.Linear: LoraLinear}
+def use_fast_lora_layers(settings: LoraConfig) -> None:
+    """Tell peft to use these LoRA layers for plain and 4-bit linear layers."""
+    layers: dict[type[nn.Module], type[nn.Module]] = {}
+    if bnb is not None:
+        # A linear layer too, so it comes first; that of int8 is left to peft.
+        layers |= {bnb.nn.Linear4bit: LoraLinear4bit, bnb.nn.Linear8bitLt: peft_lora.Linear8bitLt}
+    settings._register_custom_module({**layers, nn.Linear: LoraLinear})
 
 
 def dequantize_in_training(model: nn.Module) -> None:
@@ -155,68 +157,3 @@ def dequantize_in_training(model: nn.Module) -> None:
         if bnb is not None and type(module) is bnb.nn.Linear4bit:
             # The weights and their quantisation stay as they are; only the product differs.
             module.__class__ = Linear4bit
-
-
-class RMSNorm(nn.Module):
-    """Root mean square norm (arXiv 1910.07467) in one kernel where torch has one.
-
-    Args:
-        weight: [D].
-        eps: added to the mean square.
-    """
-
-    def __init__(self, weight: nn.Parameter, eps: float) -> None:
-        super().__init__()
-        self.weight = weight
-        self.eps = eps
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        """Normalise the last dimension; float32 inside, x's number type outside."""
-        return F.rms_norm(hidden_states, (len(self.weight),), self.weight, self.eps)
-
-
-def fuse_norms(model: nn.Module) -> int:
-    """Replace a model's RMS norms that compute what torch's does; return how many.
-
-    Which do is found by trying: Gemma's, for one, multiplies by 1 + w.
-    """
-    replaced = 0
-    for parent in list(model.modules()):
-        for name, module in parent.named_children():
-            eps = getattr(module, "variance_epsilon", None)
-            if "RMSNorm" not in type(module).__name__ or eps is None:
-                continue
-            fused = RMSNorm(module.weight, float(eps))
-            if _same_function(module, fused):
-                setattr(parent, name, fused)
-                replaced += 1
-    return replaced
-
-
-@torch.no_grad()
-def _same_function(module: nn.Module, fused: RMSNorm) -> bool:
-    weight = fused.weight
-    x = torch.linspace(-3.0, 2.0, len(weight), device=weight.device, dtype=weight.dtype)
-    wanted, found = module(x[None]).float(), fused(x[None]).float()
-    if wanted.isnan().any():  # on torch's meta device, or damaged weights
-        return False
-    tolerance = 4 * torch.finfo(weight.dtype).eps
-    return torch.allclose(found, wanted, rtol=tolerance, atol=tolerance * float(wanted.abs().max()))
-
-
-def is_fast(model: nn.Module) -> bool:
-    """Say whether a decoder can run without autocast: bfloat16 throughout, LoRA's matrices aside.
-
-    peft's and bitsandbytes' own layers would compute LoRA's products in float32 then.
-    """
-    for module in model.modules():
-        if isinstance(module, peft_lora.LoraLayer) and not isinstance(module, _fast_layers()):
-            return False
-        if type(module).__name__ == "Linear8bitLt":
-            return False
-    others = [p for name, p in model.named_parameters() if "lora_" not in name]
-    return all(p.dtype == torch.bfloat16 for p in others if p.is_floating_point())
-
-
-def _fast_layers() -> tuple[type, ...]:
-    return tuple(_lora_classes().values())

@@ -164,14 +164,14 @@ class Recommender(nn.Module):
                 states, positives, pool, excluded, settings.budget_bytes, weights
             )
             return loss, terms + excluded.numel() - excluded.sum()
-        excluded = None if weights is None else (pool_ids == PAD).expand(len(targets), -1)
+        fillers = None if weights is None else (pool_ids == PAD).expand(len(targets), -1)
         loss = losses.info_nce(
             states,
             positives,
             pool,
             scale,
             settings.nce_thres,
-            excluded,
+            fillers,
             settings.budget_bytes,
             weights,
         )
