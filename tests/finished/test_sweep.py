@@ -134,7 +134,7 @@ def test_an_interrupted_sweep_goes_on_as_if_it_had_not_been(
 ) -> None:
     whole = plan_of(project, SEARCH, trials=2, sampler="random", fixed={"epochs": 2}, dir="whole")
     assert sweep(project, whole)[0] == 0
-    real = sweep_module.run
+    real = sweep_module.train_and_rank
     begun: list[str] = []
 
     def interrupted(config: Any, keep_going: Any) -> Any:
