@@ -6,7 +6,7 @@ import gc
 import logging
 import sys
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from hsft.data.dataset import CachedEmbeddingTrainDataset, TrainCollate
 from hsft.data.negatives import NegativeSampler
 from hsft.evaluator.evaluator import Evaluation, Evaluator, Scorer
 from hsft.hub.manifest import exported_from, user_llm_origin
+from hsft.model.folder import fingerprint
 from hsft.model.recommender import Recommender
 from hsft.model.reference import build_reference
 from hsft.model.sasrec import build_sasrec
@@ -94,6 +95,7 @@ class Run:
         session: time and memory.
         wandb: the run at Weights & Biases, in process 0 and where `log_wandb` asks for it.
         keep_going: asked after each validation whether training goes on; None: it does.
+        user_llm_fingerprint: of `user_pretrain_dir` when the run began; None for other models.
     """
 
     config: Config
@@ -104,6 +106,7 @@ class Run:
     session: Session
     wandb: WandbLog
     keep_going: KeepGoing | None = None
+    user_llm_fingerprint: str | None = None
 
     @property
     def folder(self) -> Path:
@@ -159,6 +162,8 @@ def _run(work: Run) -> None:
             "no CUDA device found: running on the CPU with %d threads.", torch.get_num_threads()
         )
     data = load_data(config, need_cache=config.reads_embeddings)
+    if config.model == "HLLM" and config.user_pretrain_dir:
+        work = replace(work, user_llm_fingerprint=fingerprint(config.user_pretrain_dir))
     final = make_evaluator(config, data.split, config.eval_phase, fabric)
     work.session.lap("data")
     try:
@@ -432,6 +437,7 @@ def _finish(
         "data": data.summary(),
         "cache": data.cache.metadata if data.cache else None,
         "user_llm": _origin(config),
+        "user_llm_fingerprint": work.user_llm_fingerprint,
         "training": training,
         **record,
         "environment": {
