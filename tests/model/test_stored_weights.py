@@ -145,7 +145,7 @@ def test_headers_are_compared_without_reading_the_weights(llama: Path, tmp_path:
 
 # --- quantised folders
 
-BITSANDBYTES = {
+BITSANDBYTES: dict[str, dict[str, Any]] = {
     "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
     "fp4": {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4", "bnb_4bit_use_double_quant": True},
     "int8": {"load_in_8bit": True},
