@@ -20,10 +20,12 @@ from hsft.model.attention import VARLEN, varlen_obstacle
 from hsft.model.folder import (
     EMBEDDING_KEYS,
     EXTRA_FILE,
+    HEAD_KEYS,
     check_decoder,
     check_embeddings,
     check_files,
     check_shapes,
+    layer_number,
     model_class,
 )
 from hsft.utils.errors import InputError, brief, one_line
@@ -140,16 +142,74 @@ def load_decoder(
         A transformers model whose call takes `inputs_embeds` [B, T, hidden_size].
 
     Raises:
-        InputError: the folder is not a readable model, a weight is missing or misshapen, or it
-            has fewer layers than asked for.
+        InputError: the folder is not a readable model or is quantised already, a weight is missing,
+            misshapen or unknown to the model, or it has fewer layers than asked for.
     """
     folder = Path(folder)
-    config = decoder_config(folder, layers, keep_token_embedding, trust_remote_code)
-    check_shapes(config, check_files(folder), folder)
     kwargs: dict[str, Any] = {}
     if lora is not None and lora.quant_type != "none":
         kwargs["quantization_config"] = _quantization(lora)
         kwargs["device_map"] = {"": device if device is not None else torch.device("cpu")}
+    model = _read_decoder(
+        folder,
+        layers,
+        keep_token_embedding,
+        dtype=dtype,
+        attn_implementation=attention,
+        trust_remote_code=trust_remote_code,
+        **kwargs,
+    )
+    check_embeddings(model, folder)
+    model.config.use_cache = False
+    if not keep_token_embedding:
+        # One unused row is left of it: DDP waits for a gradient of everything that is trainable.
+        model.get_input_embeddings().requires_grad_(False)
+    return model
+
+
+def check_weights(
+    folder: str | Path,
+    *,
+    layers: int | None = None,
+    keep_token_embedding: bool = False,
+    trust_remote_code: bool = False,
+) -> None:
+    """Compare the names and shapes of a folder's weights with its decoder, from their headers alone.
+
+    Nothing is compared where the weights are `pytorch_model*.bin`, which have no headers.
+
+    Args:
+        folder, layers, keep_token_embedding, trust_remote_code: as for `load_decoder`.
+
+    Raises:
+        InputError: as `load_decoder`.
+    """
+    folder = Path(folder)
+    if check_files(folder).shapes:
+        _read_decoder(
+            folder,
+            layers,
+            keep_token_embedding,
+            device_map="meta",
+            attn_implementation="eager",  # every model has it, and nothing is computed
+            trust_remote_code=trust_remote_code,
+        )
+
+
+def _read_decoder(
+    folder: Path,
+    layers: int | None,
+    keep_token_embedding: bool,
+    *,
+    trust_remote_code: bool,
+    **kwargs: Any,
+) -> PreTrainedModel:
+    """Read a decoder through transformers, refusing weights that lack, misfit or are left over."""
+    config = load_model_config(folder, trust_remote_code)
+    check_decoder(config, folder, layers)
+    stored_layers = config.num_hidden_layers
+    cut_decoder(config, layers, keep_token_embedding)
+    check_shapes(config, check_files(folder), folder)
     verbosity = transformers_logging.get_verbosity()
     # Weights left out on purpose (head, token embedding, later layers) would be reported at length.
     transformers_logging.set_verbosity_error()
@@ -158,40 +218,36 @@ def load_decoder(
         model, info = AutoModel.from_pretrained(
             folder,
             config=config,
-            dtype=dtype,
-            attn_implementation=attention,
             local_files_only=True,
             trust_remote_code=trust_remote_code,
-            ignore_mismatched_sizes=not keep_token_embedding,
+            ignore_mismatched_sizes=True,  # refused below, in a sentence
             output_loading_info=True,
             **kwargs,
         )
-    except InputError:
-        raise
     except Exception as error:  # transformers, safetensors and torch raise many kinds here
-        if "weights only load failed" in str(error).lower():
-            raise InputError(
-                f"model folder {folder} holds a pickle with more than tensors, which was not opened "
-                f"since it can run code; fetch the model as safetensors."
-            ) from error
-        if "attention implementation" in str(error):
-            raise InputError(
-                f"the model in {folder} does not run with attn_implementation {attention}; set "
-                f"--attn_implementation eager."
-            ) from error
-        raise InputError(
-            f"model folder {folder} cannot be loaded: {brief(error)}; fetch it again or name "
-            f"another folder."
-        ) from error
+        raise _unreadable(folder, error, kwargs["attn_implementation"]) from error
     finally:
         transformers_logging.set_verbosity(verbosity)
     _refuse_incomplete(info, folder, keep_token_embedding)
-    check_embeddings(model, folder)
-    model.config.use_cache = False
-    if not keep_token_embedding:
-        # One unused row is left of it: DDP waits for a gradient of everything that is trainable.
-        model.get_input_embeddings().requires_grad_(False)
+    _refuse_unexpected(info, folder, config, stored_layers, keep_token_embedding)
     return model
+
+
+def _unreadable(folder: Path, error: Exception, attention: str) -> InputError:
+    if "weights only load failed" in str(error).lower():
+        return InputError(
+            f"model folder {folder} holds a pickle with more than tensors, which was not opened "
+            f"since it can run code; fetch the model as safetensors."
+        )
+    if "attention implementation" in str(error):
+        return InputError(
+            f"the model in {folder} does not run with attn_implementation {attention}; set "
+            f"--attn_implementation eager."
+        )
+    return InputError(
+        f"model folder {folder} cannot be loaded: {brief(error)}; fetch it again or name "
+        f"another folder."
+    )
 
 
 def add_lora(model: PreTrainedModel, lora: LoraSettings, gradient_checkpointing: bool) -> nn.Module:
@@ -429,6 +485,31 @@ def _refuse_incomplete(info: dict[str, Any], folder: Path, keep_token_embedding:
         raise InputError(
             f"model folder {folder}: weight {mismatched[0][0]} does not have the shape that its "
             f"config.json says ({len(mismatched)} in all); fetch it again."
+        )
+
+
+def _refuse_unexpected(
+    info: dict[str, Any], folder: Path, config: Any, stored_layers: int, keep_token_embedding: bool
+) -> None:
+    """Refuse weights that the model would run without, other than those left out on purpose."""
+
+    def left_out(key: str) -> bool:
+        layer = layer_number(key)
+        return (
+            not set(HEAD_KEYS).isdisjoint(key.split("."))
+            or (not keep_token_embedding and any(name in key for name in EMBEDDING_KEYS))
+            or (layer is not None and config.num_hidden_layers <= layer < stored_layers)
+            # Causal masks that old versions of transformers saved with GPT-2 and GPT-NeoX.
+            or key.endswith("attn.masked_bias")
+        )
+
+    unexpected = sorted(key for key in info.get("unexpected_keys", []) if not left_out(key))
+    if unexpected:
+        kind = one_line(config.model_type, 40)
+        raise InputError(
+            f"model folder {folder} holds the weight {one_line(unexpected[0], 80)} "
+            f"({len(unexpected)} such in all), which a model of type {kind} does not use; correct "
+            f"its config.json, or fetch the model again."
         )
 
 
