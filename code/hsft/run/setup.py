@@ -230,7 +230,7 @@ def make_evaluator(config: Config, split: Split, phase: Any, fabric: Fabric) -> 
     """
     dataset = CachedEmbeddingEvalDataset(split, phase, config.MAX_ITEM_LIST_LENGTH)
     again = dataset.count_seen_targets()
-    if again:
+    if again and config.eval_protocol == "full":
         log.info(
             "%s: %d of %d users' targets are already in their history; full ranking masks seen "
             "items, so they count as misses.",
