@@ -38,6 +38,7 @@ from hsft.inputs.cache_items import cache_path, cache_warnings
 from hsft.model.backbone import (
     check_lora_targets,
     check_quantization,
+    check_weights,
     keep_layers,
     load_model_config,
     read_extra,
@@ -58,9 +59,9 @@ from hsft.run.run_dir import choose_run_dir
 from hsft.run.setup import check_training, eval_protocol, match_cache, user_attention
 from hsft.trainer.fabric import attention_kernel, check_device, choose_device, compute_dtype
 from hsft.trainer.wandb_log import load_wandb
+from hsft.utils.distributed import is_rank_zero
 from hsft.utils.errors import InputError, one_line, problems_of, refuse
 from hsft.utils.files import free_bytes, is_file
-from hsft.utils.torchrun import global_rank
 
 log = logging.getLogger(__name__)
 
@@ -102,7 +103,7 @@ class Findings:
             for warning in self.warnings:
                 log.warning("%s", warning)
         refuse(self.problems)
-        if global_rank() == 0:
+        if is_rank_zero():
             count = len(self.warnings)
             end = f"; {count} warning{'s' * (count > 1)} above" if count else ""
             warnings = [f"warning: {one_line(warning)}" for warning in self.warnings]
@@ -265,6 +266,9 @@ def _user_model(config: Config, found: Findings) -> int | None:
         weights = check_files(folder)
         check_shapes(model, weights, folder)
         _one_layer(config, folder, model)
+        check_weights(
+            folder, layers=config.user_llm_layers, trust_remote_code=config.trust_remote_code
+        )
         _training_space(config, weights)
     with found.collect():
         extra = read_extra(folder)
@@ -308,6 +312,7 @@ def _item_model(config: Config, found: Findings) -> None:
         # The emb token comes after the longest text.
         longest = config.MAX_TEXT_LENGTH + (0 if token is None else 1)
         check_positions(decoder, longest, folder, "MAX_TEXT_LENGTH")
+        check_weights(folder, keep_token_embedding=True, trust_remote_code=config.trust_remote_code)
     with found.collect():
         model = load_model_config(folder, config.trust_remote_code)
         attention_kernel(config, torch.device(choose_device(config)), model)
