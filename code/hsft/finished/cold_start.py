@@ -161,7 +161,8 @@ def _open(
     run = open_run(run_dir, given, again=again)
     run.refuse_new_items()
     _refuse_same_data(run, full_dataset)
-    full = read_interactions(dataset_file(run.config.data_path, full_dataset))
+    path = dataset_file(run.config.data_path, full_dataset)
+    full = read_interactions(path, run.config.tie_order, run.config.seed)
     _refuse_other_data(run, full, full_dataset)
     own = set(run.data.interactions.item_ids[1:])
     cold = [str(item) for item in full.item_ids[1:] if item not in own]
