@@ -158,16 +158,30 @@ def compare(*runs: Run | str | Path) -> pd.DataFrame:
 
     Returns:
         One row a model and metric, with the columns `run`, `metric`, `value`, `low`, `high` (95 %
-        bootstrap interval over users), `gain` (relative to the first model) and `p_value` (paired
-        randomisation test; missing for the first model).
+        interval over users), `gain` (relative to the first model, such as `+12.3 %`) and `p_value`
+        (paired randomisation test against the first model); both are missing for the first model.
 
     Raises:
         InputError: a folder is no finished run, or the runs differ in data, protocol or users.
     """
-    from hsft.report.compare import load_comparison, records
+    from hsft.report.compare import load_comparison
 
-    folders = [run.folder if isinstance(run, Run) else Path(run) for run in runs]
-    return pd.DataFrame.from_records(records(load_comparison(folders)))
+    comparison = load_comparison([run.folder if isinstance(run, Run) else run for run in runs])
+    return pd.DataFrame.from_records(
+        [
+            {
+                "run": record.run,
+                "metric": record.metric,
+                "value": record.value,
+                "low": record.low,
+                "high": record.high,
+                "gain": record.against_first.gain if record.against_first else None,
+                "p_value": record.against_first.p_value if record.against_first else None,
+            }
+            for row in comparison.records
+            for record in row
+        ]
+    )
 
 
 @dataclass(frozen=True)
@@ -196,7 +210,7 @@ class Run:
 
     @cached_property
     def ranks(self) -> pd.DataFrame:
-        """Rank of every user's held-out item, 1 the best.
+        """Rank of every user's held-out item, 1 the best; 2**63 - 1 for one that was masked as seen.
 
         Returns:
             int64, one column a model; the index `user` numbers the users as the data does, whose
@@ -366,10 +380,10 @@ class Run:
 def _finish(config: Config) -> Run:
     with _call(config):
         from hsft.run.check import quick_problems
-        from hsft.run.train_and_rank import run
+        from hsft.run.train_and_rank import train_and_rank
 
         refuse(quick_problems(config))
-        return open_run(run(config))
+        return open_run(train_and_rank(config))
 
 
 @contextmanager

@@ -11,9 +11,9 @@ from hsft.config.completion import answer_shell, key_parser
 from hsft.config.help import dump_config, help_text, key_values
 from hsft.config.loader import CommandLine, load_config, parse_command_line
 from hsft.config.schema import Config
+from hsft.utils.distributed import is_rank_zero
 from hsft.utils.logs import set_up_logging
 from hsft.utils.program import command
-from hsft.utils.torchrun import global_rank
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +34,7 @@ def program_config(
     """
     answer_shell(lambda: key_parser(command(name), key_values(keys)))
     line = parse_command_line(argv)
-    is_first = global_rank() == 0
+    is_first = is_rank_zero()
     text = _text(line, name, examples, keys)
     if text is not None:
         sys.stdout.write(text if is_first else "")

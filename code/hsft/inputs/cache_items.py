@@ -12,13 +12,13 @@ import torch
 
 from hsft.config import Config
 from hsft.data.cache import ItemCache, default_cache_path, open_cache
-from hsft.data.interactions import read_interactions, suspicious_ids
+from hsft.data.column_checks import find_spellings
+from hsft.data.interactions import read_interactions
 from hsft.data.item_text import (
     ItemTexts,
     information_file,
     read_item_texts,
-    suspicious_item_ids,
-    textless,
+    unfit_texts,
     with_items,
 )
 from hsft.encoding.build_cache import CacheBuild, EncodingJob, encode_items
@@ -26,11 +26,10 @@ from hsft.encoding.item_llm import ItemEncoder, load_item_encoder, model_fingerp
 from hsft.hub.manifest import origin
 from hsft.model.backbone import load_model_config
 from hsft.trainer.fabric import attention_kernel, choose_device, compute_dtype
-from hsft.utils.errors import InputError, Interrupted, one_line
+from hsft.utils.distributed import init_process_group, is_rank_zero, local_rank, run_on_rank_zero
+from hsft.utils.errors import InputError, Interrupted, one_line, refuse
 from hsft.utils.files import remove
-from hsft.utils.processes import Processes, join_processes
 from hsft.utils.signals import StopSignals
-from hsft.utils.torchrun import local_rank
 
 log = logging.getLogger(__name__)
 
@@ -64,11 +63,10 @@ def write_item_cache(config: Config) -> Path:
     """
     target = cache_path(config).with_suffix(".safetensors")
     with StopSignals() as stop:
-        processes = join_processes(_PATIENCE)
+        init_process_group(_PATIENCE)
         build = CacheBuild(
             target,
             target.with_name(f"{target.name}.parts"),
-            processes,
             config.show_progress,
             stop.held_back,
         )
@@ -84,7 +82,7 @@ def write_item_cache(config: Config) -> Path:
 
 
 def _write_item_cache(config: Config, build: CacheBuild) -> None:
-    target, processes = build.target, build.processes
+    target = build.target
     # In process 0 alone: ids, texts and fingerprint.
     found: list[ItemTexts] = []
 
@@ -93,10 +91,10 @@ def _write_item_cache(config: Config, build: CacheBuild) -> None:
         source = information_file(config.text_path, config.dataset)
         return found[0].fingerprint, len(found[0]), str(source)
 
-    fingerprint, count, source = processes.on_first(read)
+    fingerprint, count, source = run_on_rank_zero(read)
     item_ids = found[0].item_ids if found else []
     encoder, job = _encoder(config, fingerprint, count, source)
-    if processes.on_first(lambda: _is_current(target, job, item_ids)):
+    if run_on_rank_zero(lambda: _is_current(target, job, item_ids)):
         log.info(
             "%s holds these items encoded by this model already and is left as it is; remove it to "
             "encode them again.",
@@ -107,7 +105,7 @@ def _write_item_cache(config: Config, build: CacheBuild) -> None:
         log.info(
             "wrote %s: %d items of %d dimensions in %s.", target, count, encoder.dim, job.dtype
         )
-    if processes.first:
+    if is_rank_zero():
         remove(build.parts_dir)
 
 
@@ -134,13 +132,33 @@ def encode_texts(config: Config, items: ItemTexts) -> ItemCache:
         InputError: the model folder is unusable, or an embedding does not fit in the dtype.
     """
     encoder, job = _encoder(config, items.fingerprint, len(items))
-    embeddings = encode_items(
-        encoder, items, job, show_progress=config.show_progress, processes=Processes.here()
-    )
+    embeddings = encode_items(encoder, items, job, show_progress=config.show_progress)
     return ItemCache(items.item_ids, embeddings, job.metadata())
 
 
-def other_cache(config: Config, cache: ItemCache, item_ids: np.ndarray) -> str | None:
+def cache_warnings(config: Config, cache: ItemCache, item_ids: np.ndarray) -> list[str]:
+    """Return a sentence for each thing that may be wrong with the cache that a run reads.
+
+    Args:
+        config: the run's configuration.
+        cache: the cache.
+        item_ids: str, ids of the interactions.
+    """
+    sentences = [_other_cache(config, cache, item_ids)]
+    if len(cache) > len(item_ids):
+        twice = find_spellings(item_ids, cache.item_ids)
+        shown = ", ".join(f"'{one_line(a, 40)}' and '{one_line(b, 40)}'" for a, b in twice[:3])
+        if twice:
+            sentences.append(
+                f"the item cache {cache.path} has {len(twice):,} items of {config.dataset} in two "
+                f"spellings, {shown}: if an export changed the leading zeros or the type of the ids "
+                f"of the item information, these items are without text; write the ids alike and "
+                f"make the cache again with item_caching.py."
+            )
+    return [sentence for sentence in sentences if sentence]
+
+
+def _other_cache(config: Config, cache: ItemCache, item_ids: np.ndarray) -> str | None:
     """Return a sentence where a cache was made with other settings, another model or other texts.
 
     Texts are compared when the item information is small enough to be read in about a second.
@@ -201,17 +219,15 @@ def _catalogue(config: Config) -> ItemTexts:
     path = information_file(config.text_path, config.dataset)
     items = read_item_texts(path, config.text_keys, config.item_prompt)
     source = Path(config.data_path) / f"{config.dataset}.csv"
-    warnings = [suspicious_item_ids(items, path)]
+    warnings = list(items.warnings)
     wanted = np.empty(0, dtype=object)
     if config.dataset and source.is_file():
-        interactions = read_interactions(source)
-        warnings.append(suspicious_ids(interactions, source))
+        interactions = read_interactions(source, config.tie_order, config.seed)
+        warnings += interactions.warnings
         wanted = interactions.item_ids[1:]
-    problem = textless(items, path, config.text_keys, wanted)
-    if problem:
-        raise InputError(problem)
-    for warning in filter(None, warnings):
-        log.warning(warning)
+    refuse(unfit_texts(items, path, config.text_keys, wanted, source))
+    for warning in warnings:
+        log.warning("%s", warning)
     return with_items(items, wanted)
 
 

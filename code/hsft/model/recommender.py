@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -12,25 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hsft.data.dataset import TrainBatch
+from hsft.data.interactions import PAD
 from hsft.model import losses
 from hsft.model.item_table import ItemTable
+from hsft.utils.distributed import all_gather_ids, all_reduce, world_size
 
 Similarity = Literal["cosine", "dot"]
-
-
-@dataclass(frozen=True)
-class Peers:
-    """What the loss needs of the other processes of a run; as it stands, a single process.
-
-    Attributes:
-        count: number of processes W.
-        gather_ids: int64 [n], n may differ -> the item numbers of all processes, in their order.
-        add_up: float64 [n] -> its sum over all processes, without gradient.
-    """
-
-    count: int = 1
-    gather_ids: Callable[[Tensor], Tensor] = lambda ids: ids
-    add_up: Callable[[Tensor], Tensor] = lambda values: values
 
 
 class SequenceEncoder(nn.Module):
@@ -52,7 +38,8 @@ class SequenceEncoder(nn.Module):
             history: int64 [B, T] item numbers, right-padded with 0.
             positions: int64 [B, T] when rows hold several histories: each item's number in its
                 own, which starts where 0 stands and must not be read by the others. An encoder
-                that cannot do this is trained with `pack_sequences: False`.
+                that cannot do this is trained with `pack_sequences: False`. An encoder that is
+                trained on single rows takes `cu_lengths`, int32 [S + 1], after it.
 
         Returns:
             [B, T, D]; position t has read items 0..t. Values at padded positions are undefined.
@@ -81,7 +68,6 @@ class Recommender(nn.Module):
         encoder: the model.
         settings: the loss.
         logit_scale: initial log factor on cosines; HLLM's ln(1/0.07) when None.
-        peers: the other processes.
     """
 
     def __init__(
@@ -89,12 +75,10 @@ class Recommender(nn.Module):
         encoder: SequenceEncoder,
         settings: LossSettings,
         logit_scale: float | None = None,
-        peers: Peers | None = None,
     ) -> None:
         super().__init__()
         self.encoder = encoder
         self.settings = settings
-        self.peers = peers or Peers()
         initial = losses.LOGIT_SCALE_INIT if logit_scale is None else logit_scale
         self.logit_scale = nn.Parameter(
             # One element, not a scalar: DeepSpeed cannot broadcast parameters without dimensions.
@@ -110,20 +94,18 @@ class Recommender(nn.Module):
         numbers of positions, and the average of gradients that DDP and DeepSpeed take is then
         the gradient of the mean over all positions, as in one process with the whole batch.
         """
-        where = (batch.positions,) if batch.positions.numel() else ()
-        states = self.encoder(batch.history, *where)[batch.loss_mask]
-        targets = batch.targets[batch.loss_mask]
+        where = [part for part in (batch.positions, batch.cu_lengths) if part.numel()]
+        states = self.encoder(batch.history, *where).flatten(0, 1)
+        targets = batch.targets.flatten()
+        # Indices from the host: a mask's True entries would have to be counted on the device first.
+        scored = batch.scored if batch.scored.numel() else batch.loss_mask.flatten().nonzero()[:, 0]
+        # All positions of a bucket are scored, in order: nothing to gather.
+        if not (batch.weights.numel() and len(scored) == len(targets)):
+            states, targets = states.index_select(0, scored), targets.index_select(0, scored)
         # The loss is exact arithmetic on small vectors; autocast would round its logits.
         with torch.autocast(device_type=states.device.type, enabled=False):
             mean, count = self._loss(states, targets, batch)
-            return mean if self.peers.count == 1 else self._over_processes(mean, count)
-
-    def _over_processes(self, mean: Tensor, count: int | Tensor) -> Tensor:
-        counted = torch.as_tensor(count, dtype=torch.float64, device=mean.device)
-        summed, total = self.peers.add_up(torch.stack([mean.detach().double() * counted, counted]))
-        total = total.clamp_min(1.0)
-        share = mean * (counted * self.peers.count / total).to(mean)
-        return (share - share.detach()) + (summed / total).to(mean)
+            return mean if world_size() == 1 else _mean_over_processes(mean, count)
 
     def _loss(
         self, states: Tensor, targets: Tensor, batch: TrainBatch
@@ -132,6 +114,8 @@ class Recommender(nn.Module):
         settings = self.settings
         items = self.encoder.items
         scale = self.scale()
+        weights = batch.weights if batch.weights.numel() else None
+        terms = len(targets) if weights is None else weights.sum()
         if settings.negatives == "catalogue":
             loss = losses.catalogue_softmax(
                 states,
@@ -140,21 +124,33 @@ class Recommender(nn.Module):
                 scale,
                 cosine=settings.similarity == "cosine",
                 budget_bytes=settings.budget_bytes,
+                weights=weights,
             )
-            return loss, len(targets)
+            return loss, terms
         own = targets if settings.negatives == "in_batch" else batch.negatives.reshape(-1)
-        pool_ids = self.peers.gather_ids(own)
+        pool_ids = all_gather_ids(own)
         positives, pool = items(targets), items(pool_ids)
         if settings.loss == "bce":
             excluded = targets.unsqueeze(1) == pool_ids
+            if weights is not None:
+                # What fills a bucket up is neither a position nor a negative.
+                excluded |= (weights == 0).unsqueeze(1) | (pool_ids == PAD)
             loss = losses.binary_cross_entropy(
-                states, positives, pool, excluded, settings.budget_bytes
+                states, positives, pool, excluded, settings.budget_bytes, weights
             )
-            return loss, len(targets) * (1 + len(pool_ids)) - excluded.sum()
+            return loss, terms + excluded.numel() - excluded.sum()
+        fillers = None if weights is None else (pool_ids == PAD).expand(len(targets), -1)
         loss = losses.info_nce(
-            states, positives, pool, scale, settings.nce_thres, None, settings.budget_bytes
+            states,
+            positives,
+            pool,
+            scale,
+            settings.nce_thres,
+            fillers,
+            settings.budget_bytes,
+            weights,
         )
-        return loss, len(targets)
+        return loss, terms
 
     def scale(self) -> Tensor:
         """Return the log factor on cosines, clamped to [0, ln 100] as HLLM does; 0 for dots."""
@@ -197,3 +193,17 @@ class Recommender(nn.Module):
     def num_items(self) -> int:
         """Number of items I, the padding item not counted."""
         return self.encoder.items.num_items
+
+
+def _mean_over_processes(mean: Tensor, count: int | Tensor) -> Tensor:
+    """Return the mean over the terms of all processes; see `Recommender.forward` on its gradient.
+
+    Args:
+        mean: scalar, over this process's terms.
+        count: number of these terms.
+    """
+    terms = torch.as_tensor(count, dtype=torch.float64, device=mean.device)
+    summed, total = all_reduce(torch.stack([mean.detach().double() * terms, terms]))
+    total = total.clamp_min(1.0)
+    share = mean * (terms * world_size() / total).to(mean)
+    return (share - share.detach()) + (summed / total).to(mean)

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 from hsft.config.loader import parse_command_line
 from hsft.config.program import program_config
+from hsft.utils.distributed import is_rank_zero
 from hsft.utils.errors import EXIT_OK, refuse
-from hsft.utils.torchrun import global_rank
 
 EXAMPLES = (
     "cache --dataset Pixel200K --item_pretrain_dir model_checkpoints/ItemLLM_complete",
@@ -42,6 +42,6 @@ def main(argv: Sequence[str]) -> int:
         refuse(quick_caching_problems(config))
         write_item_cache(config)
         command = command_after_caching(config, parse_command_line(argv).config_files)
-        if command and global_rank() == 0:
+        if command and is_rank_zero():
             sys.stdout.write(f"\nnext: {command}\n")
     return EXIT_OK

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 from hsft.config.program import program_config
 from hsft.config.schema import Config
+from hsft.utils.distributed import is_rank_zero
 from hsft.utils.errors import EXIT_OK, refuse
-from hsft.utils.torchrun import global_rank
 
 _FILES = "--config_file code/overall/LLM_ddp.yaml code/HLLM/HLLM.yaml --dataset Pixel200K"
 _USER_LLM = "--user_pretrain_dir model_checkpoints/UserLLM_complete"
@@ -44,7 +44,7 @@ def _run(config: Config | None) -> int:
     from hsft.run.check import check_run, quick_problems
     from hsft.run.dry_run import dry_run
     from hsft.run.next_step import commands_after_run
-    from hsft.run.train_and_rank import run
+    from hsft.run.train_and_rank import train_and_rank
     from hsft.utils.environment import set_threads
 
     set_threads(config.num_threads)
@@ -54,6 +54,6 @@ def _run(config: Config | None) -> int:
         dry_run(config)
     else:
         refuse(quick_problems(config))
-        folder = run(config)
-        sys.stdout.write(commands_after_run(config, folder) if global_rank() == 0 else "")
+        folder = train_and_rank(config)
+        sys.stdout.write(commands_after_run(config, folder) if is_rank_zero() else "")
     return EXIT_OK

@@ -24,22 +24,21 @@ from hsft.data.interactions import (
     Interactions,
     dataset_file,
     read_interactions,
-    suspicious_ids,
 )
 from hsft.data.item_text import (
     ItemTexts,
     information_file,
     read_item_texts,
-    suspicious_item_ids,
-    textless,
+    unfit_texts,
 )
 from hsft.data.split import Phase, Split, leave_one_out
 from hsft.encoding.item_llm import emb_token, load_tokenizer, no_emb_token
 from hsft.evaluator.evaluator import Evaluator
-from hsft.inputs.cache_items import cache_path, other_cache
+from hsft.inputs.cache_items import cache_path, cache_warnings
 from hsft.model.backbone import (
     check_lora_targets,
     check_quantization,
+    check_weights,
     keep_layers,
     load_model_config,
     read_extra,
@@ -60,9 +59,9 @@ from hsft.run.run_dir import choose_run_dir
 from hsft.run.setup import check_training, eval_protocol, match_cache, user_attention
 from hsft.trainer.fabric import attention_kernel, check_device, choose_device, compute_dtype
 from hsft.trainer.wandb_log import load_wandb
+from hsft.utils.distributed import is_rank_zero
 from hsft.utils.errors import InputError, one_line, problems_of, refuse
 from hsft.utils.files import free_bytes, is_file
-from hsft.utils.torchrun import global_rank
 
 log = logging.getLogger(__name__)
 
@@ -104,7 +103,7 @@ class Findings:
             for warning in self.warnings:
                 log.warning("%s", warning)
         refuse(self.problems)
-        if global_rank() == 0:
+        if is_rank_zero():
             count = len(self.warnings)
             end = f"; {count} warning{'s' * (count > 1)} above" if count else ""
             warnings = [f"warning: {one_line(warning)}" for warning in self.warnings]
@@ -149,7 +148,8 @@ def check_run(config: Config) -> None:
                 )
     if interactions is not None:
         if cache is not None:
-            found.warn(other_cache(config, cache, interactions.item_ids[1:]))
+            for warning in cache_warnings(config, cache, interactions.item_ids[1:]):
+                found.warn(warning)
             with found.collect():
                 interactions = match_cache(interactions, cache, config)
         _split(config, leave_one_out(interactions), found)
@@ -266,6 +266,9 @@ def _user_model(config: Config, found: Findings) -> int | None:
         weights = check_files(folder)
         check_shapes(model, weights, folder)
         _one_layer(config, folder, model)
+        check_weights(
+            folder, layers=config.user_llm_layers, trust_remote_code=config.trust_remote_code
+        )
         _training_space(config, weights)
     with found.collect():
         extra = read_extra(folder)
@@ -309,6 +312,7 @@ def _item_model(config: Config, found: Findings) -> None:
         # The emb token comes after the longest text.
         longest = config.MAX_TEXT_LENGTH + (0 if token is None else 1)
         check_positions(decoder, longest, folder, "MAX_TEXT_LENGTH")
+        check_weights(folder, keep_token_embedding=True, trust_remote_code=config.trust_remote_code)
     with found.collect():
         model = load_model_config(folder, config.trust_remote_code)
         attention_kernel(config, torch.device(choose_device(config)), model)
@@ -326,12 +330,15 @@ def _interactions(config: Config, found: Findings) -> Interactions | None:
     interactions = None
     with found.collect():
         path = dataset_file(config.data_path, config.dataset)
-        interactions = read_interactions(path)
+        interactions = read_interactions(path, config.tie_order, config.seed)
         found.notes.append(
             f"{path}: {interactions.num_users} users, {interactions.num_items} items, "
             f"{len(interactions)} interactions"
         )
-        found.warn(suspicious_ids(interactions, path))
+        if interactions.ties is not None and interactions.ties.interactions:
+            found.notes.append(f"ties: {interactions.ties.summary()}")
+        for warning in interactions.warnings:
+            found.warn(warning)
     return interactions
 
 
@@ -342,7 +349,8 @@ def _item_texts(config: Config, found: Findings) -> ItemTexts | None:
         texts = read_item_texts(path, config.text_keys, config.item_prompt)
         bare = sum(1 for text in texts.texts if not text)
         found.notes.append(f"{path}: {len(texts)} items, {bare} of them without text")
-        found.warn(suspicious_item_ids(texts, path))
+        for warning in texts.warnings:
+            found.warn(warning)
     return texts
 
 
@@ -350,12 +358,11 @@ def _texts_suffice(
     config: Config, texts: ItemTexts, interactions: Interactions | None, found: Findings
 ) -> None:
     path = information_file(config.text_path, config.dataset)
-    wanted: Sequence[str] | np.ndarray = []
+    catalogue: Sequence[str] | np.ndarray = []
     if interactions is not None:
-        wanted = interactions.item_ids[1:]
-    problem = textless(texts, path, config.text_keys, wanted)
-    if problem:
-        found.problems.append(problem)
+        catalogue = interactions.item_ids[1:]
+    source = Path(config.data_path) / f"{config.dataset}.csv"
+    found.problems += unfit_texts(texts, path, config.text_keys, catalogue, source)
 
 
 def _split(config: Config, split: Split, found: Findings) -> None:
