@@ -144,7 +144,7 @@ def test_every_process_scores_its_own_share_once(split: Split, table: Tensor) ->
         Evaluator(dataset, protocol, batch_size=4, rank=rank, world_size=3) for rank in range(3)
     ]
     # What each would add to the sum over all processes.
-    parts = [share.run(TableScorer(table), CPU, gather=lambda own: own) for share in shares]
+    parts = [share.run(TableScorer(table), CPU) for share in shares]
     counts = sum((part.ranks > 0).astype(int) for part in parts)
     assert np.asarray(counts).tolist() == [1] * len(dataset)
     assert sum(part.ranks for part in parts).tolist() == whole.tolist()  # type: ignore[union-attr]
