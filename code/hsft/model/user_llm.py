@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hsft.model.item_table import ItemTable
@@ -23,16 +24,20 @@ class UserLLM(SequenceEncoder):
     Args:
         decoder: a transformers decoder (or a peft model around one) that takes `inputs_embeds`.
         items: the item table, D = the decoder's hidden size.
+        item_dropout: dropout probability of every number of the item vectors that are read, in
+            training mode; the vectors that are scored are whole.
     """
 
-    def __init__(self, decoder: nn.Module, items: ItemTable) -> None:
+    def __init__(self, decoder: nn.Module, items: ItemTable, item_dropout: float = 0.0) -> None:
         super().__init__()
         self.decoder = decoder
         self.items = items
+        self.item_dropout = item_dropout
 
     def forward(self, history: Tensor, positions: Tensor | None = None) -> Tensor:
         """Encode every prefix of each history: int64 [B, T] -> [B, T, D]."""
-        return self._states(self.items(history).to(self._dtype), positions)
+        vectors = F.dropout(self.items(history), self.item_dropout, self.training)
+        return self._states(vectors.to(self._dtype), positions)
 
     def keeps_apart(self) -> bool:
         """Say whether the histories of one row do not see each other, as `pack_sequences` needs.
@@ -40,9 +45,8 @@ class UserLLM(SequenceEncoder):
         Some of transformers' models (OPT, BLOOM) attend over the whole row whatever the positions
         are. What is masked has a gradient of exactly zero, so one small pass tells.
         """
-        table = self.items.embeddings
-        width = table.shape[1]
-        waves = torch.arange(4 * width, device=table.device).sin().view(1, 4, width)
+        width = self.items.dim
+        waves = torch.arange(4 * width, device=self.items.embeddings.device).sin().view(1, 4, width)
         vectors = waves.to(self._dtype, copy=True).requires_grad_()
         positions = torch.tensor([[0, 1, 0, 1]], device=vectors.device)
         modes = [(part, part.training) for part in self.decoder.modules()]
