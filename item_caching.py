@@ -11,9 +11,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent / "code"))
 
 from hsft.config.loader import parse_command_line
 from hsft.config.program import program_config
+from hsft.utils.distributed import is_rank_zero
 from hsft.utils.errors import EXIT_OK, refuse
 from hsft.utils.program import run_program
-from hsft.utils.torchrun import global_rank
 
 EXAMPLES = (
     "python item_caching.py --dataset Pixel200K --item_pretrain_dir model_checkpoints/ItemLLM_complete",
@@ -45,7 +45,7 @@ def main(argv: Sequence[str]) -> int:
         refuse(quick_caching_problems(config))
         write_item_cache(config)
         command = command_after_caching(config, parse_command_line(argv).config_files)
-        if command and global_rank() == 0:
+        if command and is_rank_zero():
             sys.stdout.write(f"\nnext: {command}\n")
     return EXIT_OK
 

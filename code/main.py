@@ -10,9 +10,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from hsft.config.program import program_config
+from hsft.utils.distributed import is_rank_zero
 from hsft.utils.errors import EXIT_OK, refuse
 from hsft.utils.program import run_program
-from hsft.utils.torchrun import global_rank
 
 _START = (
     "python code/main.py --config_file code/overall/LLM_ddp.yaml code/HLLM/HLLM.yaml"
@@ -36,7 +36,7 @@ def main(argv: Sequence[str]) -> int:
     from hsft.run.check import check_run, quick_problems
     from hsft.run.dry_run import dry_run
     from hsft.run.next_step import commands_after_run
-    from hsft.run.train_and_rank import run
+    from hsft.run.train_and_rank import train_and_rank
 
     if config.check:
         check_run(config)
@@ -44,8 +44,8 @@ def main(argv: Sequence[str]) -> int:
         dry_run(config)
     else:
         refuse(quick_problems(config))
-        folder = run(config)
-        sys.stdout.write(commands_after_run(config, folder) if global_rank() == 0 else "")
+        folder = train_and_rank(config)
+        sys.stdout.write(commands_after_run(config, folder) if is_rank_zero() else "")
     return EXIT_OK
 
 

@@ -16,7 +16,6 @@ from hsft.data.item_text import ItemTexts
 from hsft.encoding.build_cache import CacheBuild, EncodingJob, encode_items
 from hsft.encoding.item_llm import ItemEncoder, length_batches, load_item_encoder
 from hsft.encoding.prefix import encode_prefix
-from hsft.utils.processes import Processes
 from tests.helpers import make_llama
 
 TEXTS = ["title : item 3", "tag : 1 2 3 4 5 6 7", "item", "title : 9 tag : 8 description : 7 6", ""]
@@ -175,7 +174,7 @@ def test_an_interrupted_encoding_is_continued(
 
     def build() -> None:
         target = tmp_path / "cache.safetensors"
-        made = CacheBuild(target, tmp_path / "parts", Processes(), show_progress=False)
+        made = CacheBuild(target, tmp_path / "parts", show_progress=False)
         made.run(found, job, items.item_ids, lambda: items.texts)
 
     monkeypatch.setattr(found, "encode", stops)

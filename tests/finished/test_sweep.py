@@ -134,7 +134,7 @@ def test_an_interrupted_sweep_goes_on_as_if_it_had_not_been(
 ) -> None:
     whole = plan_of(project, SEARCH, trials=2, sampler="random", fixed={"epochs": 2}, dir="whole")
     assert sweep(project, whole)[0] == 0
-    real = sweep_module.run
+    real = sweep_module.train_and_rank
     begun: list[str] = []
 
     def interrupted(config: Any, keep_going: Any) -> Any:
@@ -148,7 +148,7 @@ def test_an_interrupted_sweep_goes_on_as_if_it_had_not_been(
 
         return real(config, stop_after_one)
 
-    monkeypatch.setattr(sweep_module, "run", interrupted)
+    monkeypatch.setattr(sweep_module, "train_and_rank", interrupted)
     cut = plan_of(project, SEARCH, trials=2, sampler="random", fixed={"epochs": 2})
     code, _, err = sweep(project, cut)
     assert code == 143
@@ -271,7 +271,7 @@ def test_nothing_starts_where_every_trial_would_fail(
     def fails(config: Any, keep_going: Any) -> None:
         raise InputError(f"{config.qlora_r} is no good.")
 
-    monkeypatch.setattr(sweep_module, "run", fails)
+    monkeypatch.setattr(sweep_module, "train_and_rank", fails)
     code, _, err = sweep(project, plan_of(project, {"qlora_r": {"low": 1, "high": 999}}))
     assert code == 2
     assert "all of the first 5 trials failed; the last one: " in err

@@ -10,7 +10,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from hsft.data.dataset import TrainBatch
+from hsft.model import recommender
 from hsft.model.item_table import ItemTable
-from hsft.model.recommender import LossSettings, Peers, Recommender, SequenceEncoder
+from hsft.model.recommender import LossSettings, Recommender, SequenceEncoder
 from hsft.trainer.sampler import SequenceBatches
 from hsft.utils.errors import InputError
 from hsft.utils.program import run_program
@@ -48,9 +50,9 @@ class Toy(SequenceEncoder):
         return self.map(self.items(history))
 
 
-def toy(settings: LossSettings, peers: Peers | None = None) -> Recommender:
+def toy(settings: LossSettings) -> Recommender:
     torch.manual_seed(1)
-    model = Recommender(Toy(), settings, peers=peers)
+    model = Recommender(Toy(), settings)
     with torch.no_grad():
         model.encoder.items.adapter.weight.normal_(std=0.3)  # type: ignore[union-attr, operator]
     return model
@@ -69,6 +71,16 @@ def share(batch: TrainBatch, rank: int, size: int) -> TrainBatch:
     return TrainBatch(*(part[rank::size] for part in batch))
 
 
+@contextmanager
+def playing(ids: Tensor | None, all_reduce: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Make the loss one of two processes, which receive `ids` and what `all_reduce` returns."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(recommender, "world_size", lambda: 2)
+        patch.setattr(recommender, "all_reduce", all_reduce)
+        patch.setattr(recommender, "all_gather_ids", lambda own: own if ids is None else ids)
+        yield
+
+
 def both_ranks(settings: LossSettings, batch: TrainBatch) -> list[tuple[float, dict[str, Tensor]]]:
     """Loss and gradients in each of two processes.
 
@@ -83,15 +95,17 @@ def both_ranks(settings: LossSettings, batch: TrainBatch) -> list[tuple[float, d
         sent.append(values)
         return values
 
-    for part in parts:
-        toy(settings, Peers(2, lambda own: ids, note))(part)
+    with playing(ids, note):
+        for part in parts:
+            toy(settings)(part)
     summed = sent[0] + sent[1]
     found = []
-    for part in parts:
-        model = toy(settings, Peers(2, lambda own: ids, lambda values: summed))
-        loss = model(part)
-        loss.backward()
-        found.append((loss.item(), gradients(model)))
+    with playing(ids, lambda values: summed):
+        for part in parts:
+            model = toy(settings)
+            loss = model(part)
+            loss.backward()
+            found.append((loss.item(), gradients(model)))
     return found
 
 
@@ -130,11 +144,9 @@ def test_two_processes_have_the_loss_and_gradients_of_one(
 
 
 def test_a_nan_in_one_process_reaches_all() -> None:
-    model = toy(
-        LossSettings("nce", "catalogue", 0.99, 1 << 20, "dot"),
-        Peers(2, lambda own: own, lambda values: values + torch.tensor([torch.nan, 3.0])),
-    )
-    assert model(make_batch(2)).isnan()
+    model = toy(LossSettings("nce", "catalogue", 0.99, 1 << 20, "dot"))
+    with playing(None, lambda values: values + torch.tensor([torch.nan, 3.0])):
+        assert model(make_batch(2)).isnan()
 
 
 # --- the order of samples

@@ -10,8 +10,8 @@ from hsft.config.completion import answer_shell, key_parser
 from hsft.config.help import dump_config, help_text, key_values
 from hsft.config.loader import load_config, parse_command_line
 from hsft.config.schema import Config
+from hsft.utils.distributed import is_rank_zero
 from hsft.utils.logs import set_up_logging
-from hsft.utils.torchrun import global_rank
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ def program_config(
     """
     answer_shell(lambda: key_parser(program, key_values(keys)))
     line = parse_command_line(argv)
-    speaks = global_rank() == 0
+    speaks = is_rank_zero()
     if line.show_help:
         sys.stdout.write(help_text(program, summary, examples, keys=keys) if speaks else "")
         return None

@@ -21,8 +21,15 @@ from hsft.data.item_text import ItemTexts
 from hsft.encoding.item_llm import ItemEncoder, length_batches
 from hsft.encoding.parts import Batches, Hold, Parts, PartWriter
 from hsft.encoding.tokens import Tokens, open_tokens, tokenize_in_memory, tokenize_to_folder
+from hsft.utils.distributed import (
+    all_gather,
+    broadcast,
+    global_rank,
+    run_on_all_ranks,
+    run_on_rank_zero,
+    world_size,
+)
 from hsft.utils.errors import InputError
-from hsft.utils.processes import Processes
 from hsft.utils.progress import Meter
 
 log = logging.getLogger(__name__)
@@ -93,16 +100,14 @@ def encode_items(
     job: EncodingJob,
     *,
     show_progress: bool = True,
-    processes: Processes | None = None,
 ) -> Tensor:
-    """Encode every item into a matrix in memory.
+    """Encode every item into a matrix in memory. Collective: each process returns all of it.
 
     Args:
         encoder: the ItemLLM.
         items: ids and texts.
         job: settings.
         show_progress: show a bar.
-        processes: share the work; each returns the whole matrix.
 
     Returns:
         [n, D] in the job's dtype, rows in the order of `items`.
@@ -110,18 +115,17 @@ def encode_items(
     Raises:
         InputError: an embedding does not fit in the dtype.
     """
-    processes = processes or Processes()
     _count_empty(items.texts, encoder)
     tokens = tokenize_in_memory(encoder.tokenize, items.texts)
     encoder.share_prefix(tokens.common_prefix())
     batches = plan_batches(tokens, job, encoder)
     groups = group_batches(batches, range(len(batches)))
-    owners = share_out(_costs(batches, groups, tokens, encoder), processes.size)
+    owners = share_out(_costs(batches, groups, tokens, encoder), world_size())
     result = torch.zeros((len(items), encoder.dim), dtype=DTYPES[job.dtype])
     own = [
         number
         for group, owner in zip(groups, owners, strict=True)
-        if owner == processes.rank
+        if owner == global_rank()
         for number in group
     ]
     with _meter(batches, own, tokens, encoder, show_progress) as bar:
@@ -131,11 +135,11 @@ def encode_items(
                 encoder, tokens, rows, job, items.item_ids
             )
             bar.advance(len(rows), _tokens_of(rows, tokens, encoder))
-    if processes.size > 1:
+    if world_size() > 1:
         for owner, group in zip(owners.tolist(), groups, strict=True):
             place = torch.from_numpy(batches.rows(group))
-            own_block = result[place] if owner == processes.rank else None
-            block = processes.broadcast(own_block, owner)
+            own_block = result[place] if owner == global_rank() else None
+            block = broadcast(own_block, owner)
             assert block is not None
             result[place] = block
     return result
@@ -155,7 +159,6 @@ class CacheBuild:
         target: the cache file.
         parts_dir: folder of the parts and of the unfinished file, on a disk that all processes
             share; removed at the end.
-        processes: those that take part.
         show_progress: show a bar.
         hold: makes a context in which signals wait: for a batch, and for the writing of a part.
         items: number of items in all, once the texts have been read.
@@ -165,7 +168,6 @@ class CacheBuild:
 
     target: Path
     parts_dir: Path
-    processes: Processes
     show_progress: bool = True
     hold: Hold = nullcontext
     items: int = 0
@@ -190,28 +192,27 @@ class CacheBuild:
             InputError: an embedding does not fit in the dtype, the disk is full, or the processes
                 do not share the folder.
         """
-        processes = self.processes
         parts = Parts(self.parts_dir, encoder.dim, DTYPES[job.dtype])
-        name = processes.on_first(lambda: self._start(parts, encoder, job, take_texts()))
-        tokens = processes.agreed(lambda: open_tokens(self.parts_dir, name))
+        name = run_on_rank_zero(lambda: self._start(parts, encoder, job, take_texts()))
+        tokens = run_on_all_ranks(lambda: open_tokens(self.parts_dir, name))
         self.items = len(tokens)
         encoder.share_prefix(tokens.common_prefix())
         batches = plan_batches(tokens, job, encoder)
-        found = processes.on_first(lambda: parts.find(batches))
+        found = run_on_rank_zero(lambda: parts.find(batches))
         there = {number for numbers in found.values() for number in numbers}
         missing = [number for number in range(len(batches)) if number not in there]
         groups = group_batches(batches, missing)
-        owners = share_out(_costs(batches, groups, tokens, encoder), processes.size)
+        owners = share_out(_costs(batches, groups, tokens, encoder), world_size())
         own = [
             number
             for group, owner in zip(groups, owners, strict=True)
-            if owner == processes.rank
+            if owner == global_rank()
             for number in group
         ]
         written = self._encode(encoder, job, item_ids, tokens, batches, parts, own, there)
-        for other in processes.gather(written):
+        for other in all_gather(written):
             found |= other
-        processes.on_first(lambda: self._merge(parts, batches, found, job, item_ids))
+        run_on_rank_zero(lambda: self._merge(parts, batches, found, job, item_ids))
 
     def _start(self, parts: Parts, encoder: ItemEncoder, job: EncodingJob, texts: list[str]) -> str:
         parts.claim(job.digest())
@@ -230,12 +231,12 @@ class CacheBuild:
         there: Iterable[int],
     ) -> dict[str, range]:
         """Encode this process's batches into parts and return these."""
-        alone = self.processes.size == 1
+        alone = world_size() == 1
         before = sum(len(batches.all[number]) for number in there)
         writer = PartWriter(
             parts, batches, self.hold, items=ITEMS_PER_PART, seconds=SECONDS_PER_PART
         )
-        share = "" if alone else f" (share of process {self.processes.rank})"
+        share = "" if alone else f" (share of process {global_rank()})"
         with _meter(
             batches, own, tokens, encoder, self.show_progress, share, before * alone
         ) as bar:

@@ -77,8 +77,7 @@ class Evaluation:
     Attributes:
         phase: `valid` or `test`.
         users: int64 [E], user numbers, ascending.
-        ranks: int64 [E], rank of each user's target, 1 is best; `metrics.UNRANKED` for a target
-            that is no candidate, which is a miss at every K.
+        ranks: int64 [E], rank of each user's target, 1 is best.
         metrics: `NAME@K` -> value.
         seconds: wall time.
     """
@@ -179,7 +178,7 @@ class Evaluator:
         scorer: Scorer,
         device: torch.device,
         *,
-        gather: Callable[[np.ndarray], np.ndarray] | None = None,
+        all_reduce: Callable[[np.ndarray], np.ndarray] = lambda values: values,
         on_batch: Callable[[int], None] = lambda users: None,
         autocast: Callable[[], Any] | None = None,
     ) -> Evaluation:
@@ -188,7 +187,7 @@ class Evaluator:
         Args:
             scorer: the model, in evaluation mode.
             device: where it is.
-            gather: adds up an int64 array over all processes; None in a single one.
+            all_reduce: returns the sum of an int64 array over all processes.
             on_batch: called with the number of users just encoded.
             autocast: context manager factory for the model's forward pass.
         """
@@ -198,11 +197,11 @@ class Evaluator:
         for group in self._groups(scorer, device, on_batch, autocast):
             found = self._rank(scorer, group, covered)
             ranks[group.rows.numpy(force=True)] = found.numpy(force=True)
-        if gather is not None:
+        if self.world_size > 1:
             counted = np.zeros_like(ranks)
             counted[self._own] = ranks[self._own]
-            ranks = gather(counted)
-            covered = {k: gather(seen.astype(np.int64)) > 0 for k, seen in covered.items()}
+            ranks = all_reduce(counted)
+            covered = {k: all_reduce(seen.astype(np.int64)) > 0 for k, seen in covered.items()}
         values = metrics.compute(self.protocol.metrics, self.protocol.topk, ranks)
         for k, seen in covered.items():
             values[f"Coverage@{k}"] = float(seen[1:].mean())

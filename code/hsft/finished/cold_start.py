@@ -95,7 +95,8 @@ def cold_start(
         A row for each of the run's models, then `pop` (counted in the run's training items),
         `random` and `item_knn` (cosine of the embeddings to the history), for either kind of
         candidates: `model`, `candidates` (`all items` or `cold items`), `items` (how many candidates
-        there are, seen ones not yet taken off), `users`, and `metrics`, name -> `value`, `low` and `high` (95 % bootstrap interval over users).
+        there are, seen ones not yet taken off), `users`, and `metrics`, name -> `value`, `low` and
+        `high` (95 % bootstrap interval over users).
 
     Raises:
         InputError: the run's model knows items by their ids only; the run's data is the full data

@@ -24,7 +24,7 @@ from hsft.model.weights import load_trained
 from hsft.report.result import RESULT_FILE, TUNED, UNTRAINED, no_run, unfinished
 from hsft.run.run_dir import CONFIG_FILE
 from hsft.run.setup import Data, build_user_llm, load_data
-from hsft.trainer.fabric import make_fabric, peers_of
+from hsft.trainer.fabric import make_fabric
 from hsft.trainer.trainer import BEST_DIR
 from hsft.utils.errors import InputError
 from hsft.utils.files import is_file, is_folder
@@ -146,7 +146,7 @@ class OpenRun:
         if config.model in ("pop", "random", "item_knn"):
             return build_reference(config, data.split, data.cache, device, data.own_items)
         if config.model == "sasrec":
-            model = build_sasrec(config, data.interactions.num_items, peers_of(self.fabric))
+            model = build_sasrec(config, data.interactions.num_items)
         else:
             model = build_user_llm(config, data, self.fabric, train=name == TUNED)
         if name != UNTRAINED:

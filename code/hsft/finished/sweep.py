@@ -20,16 +20,16 @@ from hsft.report.sweep_table import Trial, in_one_line, ranked, save_sweep
 from hsft.report.terminal import write_markdown
 from hsft.run.check import quick_problems
 from hsft.run.run_dir import MAY_CHANGE
-from hsft.run.train_and_rank import run
+from hsft.run.train_and_rank import train_and_rank
 from hsft.trainer.checkpoint import CHECKPOINTS_DIR
 from hsft.trainer.trainer import BEST_DIR
+from hsft.utils.distributed import world_size
 from hsft.utils.errors import InputError, Interrupted, brief, problems_of, refuse
 from hsft.utils.files import is_file, remove
 from hsft.utils.lock import locked
 from hsft.utils.logs import set_up_logging
 from hsft.utils.progress import format_seconds
 from hsft.utils.signals import StopSignals
-from hsft.utils.torchrun import world_size
 
 if TYPE_CHECKING:
     import optuna
@@ -293,7 +293,7 @@ class _Sweep:
             config = self.plan.config(params, name)
             if config.num_threads is not None:
                 torch.set_num_threads(config.num_threads)
-            run(config, keep_going)
+            train_and_rank(config, keep_going)
         row = read_result(folder)["rows"][-1]
         return float(row["metrics"][self.plan.metric]), ended
 

@@ -26,11 +26,10 @@ from hsft.encoding.item_llm import ItemEncoder, load_item_encoder, model_fingerp
 from hsft.hub.manifest import origin
 from hsft.model.backbone import load_model_config
 from hsft.trainer.fabric import attention_kernel, choose_device, compute_dtype
+from hsft.utils.distributed import init_process_group, is_rank_zero, local_rank, run_on_rank_zero
 from hsft.utils.errors import InputError, Interrupted, one_line
 from hsft.utils.files import remove
-from hsft.utils.processes import Processes, join_processes
 from hsft.utils.signals import StopSignals
-from hsft.utils.torchrun import local_rank
 
 log = logging.getLogger(__name__)
 
@@ -64,11 +63,10 @@ def write_item_cache(config: Config) -> Path:
     """
     target = cache_path(config).with_suffix(".safetensors")
     with StopSignals() as stop:
-        processes = join_processes(_PATIENCE)
+        init_process_group(_PATIENCE)
         build = CacheBuild(
             target,
             target.with_name(f"{target.name}.parts"),
-            processes,
             config.show_progress,
             stop.held_back,
         )
@@ -84,7 +82,7 @@ def write_item_cache(config: Config) -> Path:
 
 
 def _write_item_cache(config: Config, build: CacheBuild) -> None:
-    target, processes = build.target, build.processes
+    target = build.target
     # In process 0 alone: ids, texts and fingerprint.
     found: list[ItemTexts] = []
 
@@ -93,10 +91,10 @@ def _write_item_cache(config: Config, build: CacheBuild) -> None:
         source = information_file(config.text_path, config.dataset)
         return found[0].fingerprint, len(found[0]), str(source)
 
-    fingerprint, count, source = processes.on_first(read)
+    fingerprint, count, source = run_on_rank_zero(read)
     item_ids = found[0].item_ids if found else []
     encoder, job = _encoder(config, fingerprint, count, source)
-    if processes.on_first(lambda: _is_current(target, job, item_ids)):
+    if run_on_rank_zero(lambda: _is_current(target, job, item_ids)):
         log.info(
             "%s holds these items encoded by this model already and is left as it is; remove it to "
             "encode them again.",
@@ -107,7 +105,7 @@ def _write_item_cache(config: Config, build: CacheBuild) -> None:
         log.info(
             "wrote %s: %d items of %d dimensions in %s.", target, count, encoder.dim, job.dtype
         )
-    if processes.first:
+    if is_rank_zero():
         remove(build.parts_dir)
 
 
@@ -134,9 +132,7 @@ def encode_texts(config: Config, items: ItemTexts) -> ItemCache:
         InputError: the model folder is unusable, or an embedding does not fit in the dtype.
     """
     encoder, job = _encoder(config, items.fingerprint, len(items))
-    embeddings = encode_items(
-        encoder, items, job, show_progress=config.show_progress, processes=Processes.here()
-    )
+    embeddings = encode_items(encoder, items, job, show_progress=config.show_progress)
     return ItemCache(items.item_ids, embeddings, job.metadata())
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
+import json
 import math
 import re
 import struct
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from safetensors import SafetensorError, safe_open
 from torch import nn
@@ -27,6 +30,12 @@ _LAYER = re.compile(r"\b(?:layers|h)\.(\d+)\.")
 # size: the UserLLM loads none of them.
 EMBEDDING_KEYS = ("embed_tokens", "wte", "word_embeddings", "embed_in")
 _VOCABULARY = (*EMBEDDING_KEYS, "lm_head", "embed_out")
+# Keys of config.json that say where a model came from, not what it computes.
+_ORIGIN_KEYS = ("_name_or_path", "transformers_version")
+# The format's own limit.
+_MOST_HEADER_BYTES = 100_000_000
+_READ_WHOLE = 1 << 16
+_SAMPLES, _SAMPLE_BYTES = 4, 4096
 
 
 @dataclass(frozen=True)
@@ -74,6 +83,27 @@ def check_files(folder: Path) -> Weights:
             f"model folder {folder} holds an adapter (adapter_config.json), not a whole model; name "
             f"the folder of its base model."
         )
+    shards, listed = _weight_files(folder)
+    shapes: dict[str, tuple[int, ...]] = {}
+    for shard in sorted(shards):
+        shapes |= _read_shapes(folder / shard)
+    for tensor, shard in listed.items():
+        if shard in shards and tensor not in shapes:
+            raise InputError(
+                f"model folder {folder}: its index places the weight {one_line(tensor, 80)} in "
+                f"{shard}, which lacks it; fetch the model again."
+            )
+    return Weights(shapes)
+
+
+def _weight_files(folder: Path) -> tuple[set[str], dict[str, str]]:
+    """Return the safetensors files that transformers reads, and the tensors listed by the indexes.
+
+    Without safetensors files the set is empty: the weights are in `pytorch_model*.bin`.
+
+    Raises:
+        InputError: there are no weights, or an index is damaged or leads out of the folder.
+    """
     shards = {file.name for file in folder.glob("*.safetensors")} - {EXTRA_FILE, ID_FILE}
     listed: dict[str, str] = {}
     for name in _INDEXES:
@@ -85,16 +115,7 @@ def check_files(folder: Path) -> Weights:
         shards = {"model.safetensors"}
     elif any(shard.endswith(".safetensors") for shard in listed.values()):
         shards = {shard for shard in listed.values() if shard.endswith(".safetensors")}
-    shapes: dict[str, tuple[int, ...]] = {}
-    for shard in sorted(shards):
-        shapes |= _read_shapes(folder / shard)
-    for tensor, shard in listed.items():
-        if shard in shards and tensor not in shapes:
-            raise InputError(
-                f"model folder {folder}: its index places the weight {one_line(tensor, 80)} in "
-                f"{shard}, which lacks it; fetch the model again."
-            )
-    return Weights(shapes)
+    return shards, listed
 
 
 def _read_index(folder: Path, name: str) -> dict[str, str]:
@@ -229,3 +250,69 @@ def check_shapes(config: Any, weights: Weights, folder: Path) -> None:
             f"model folder {folder} holds the weights of {max(numbers) + 1} layers, its config.json "
             f"says {config.num_hidden_layers}; fetch it again."
         )
+
+
+def fingerprint(folder: str | Path) -> str:
+    """Return a SHA-256 that tells a model folder's content from others, whatever its name or shards.
+
+    It covers `config.json` without the keys that only say where the model came from, and every
+    tensor of the weights and of `hllm_extra.safetensors`: name, number type, shape and content.
+    Tensors of up to 64 KiB are read whole, larger ones at four places of 4 KiB each, so that
+    gigabytes are not read: any training of a matrix is seen, a few numbers edited by hand may not
+    be. `pytorch_model*.bin` files count with their size and 64 such places.
+
+    Args:
+        folder: a model folder.
+
+    Raises:
+        InputError: the folder has no readable config.json or weights.
+    """
+    folder = Path(folder)
+    config = read_json(folder / "config.json")
+    if isinstance(config, dict):
+        config = {name: value for name, value in config.items() if name not in _ORIGIN_KEYS}
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
+    shards, _ = _weight_files(folder)
+    files = [folder / shard for shard in shards]
+    if is_file(folder / EXTRA_FILE):
+        files.append(folder / EXTRA_FILE)
+    try:
+        tensors = [(name, path, *entry) for path in files for name, entry in _layout(path)]
+        for name, path, kind, start, size in sorted(tensors):
+            digest.update(f"{name}\0{kind}\0{size}\0".encode())
+            with path.open("rb") as file:
+                _sample(digest, file, start, size, _SAMPLES)
+        for path in [] if shards else sorted(folder.glob("pytorch_model*.bin")):
+            size = path.stat().st_size
+            digest.update(f"{size}\0".encode())
+            with path.open("rb") as file:
+                _sample(digest, file, 0, size, 64)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
+        raise InputError(
+            f"the weights in {folder} cannot be read ({one_line(error, 120)}); fetch the model again."
+        ) from error
+    return digest.hexdigest()
+
+
+def _layout(path: Path) -> Iterator[tuple[str, tuple[str, int, int]]]:
+    """Read a safetensors header: yield each tensor's name, and (type and shape, first byte, bytes)."""
+    with path.open("rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        if length > _MOST_HEADER_BYTES:
+            raise ValueError(f"{path.name} has a header of {length} bytes")
+        header = json.loads(file.read(length))
+    for name, entry in header.items():
+        if name != "__metadata__":
+            start, end = entry["data_offsets"]
+            yield name, (f"{entry['dtype']} {entry['shape']}", 8 + length + start, end - start)
+
+
+def _sample(digest: Any, file: BinaryIO, start: int, size: int, samples: int) -> None:
+    """Add bytes to a digest: all of them when few, else pages from the first to the last."""
+    if size <= max(_READ_WHOLE, samples * _SAMPLE_BYTES):
+        file.seek(start)
+        digest.update(file.read(size))
+        return
+    for number in range(samples):
+        file.seek(start + (size - _SAMPLE_BYTES) * number // (samples - 1))
+        digest.update(file.read(_SAMPLE_BYTES))

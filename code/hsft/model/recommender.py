@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,23 +13,9 @@ from torch import Tensor, nn
 from hsft.data.dataset import TrainBatch
 from hsft.model import losses
 from hsft.model.item_table import ItemTable
+from hsft.utils.distributed import all_gather_ids, all_reduce, world_size
 
 Similarity = Literal["cosine", "dot"]
-
-
-@dataclass(frozen=True)
-class Peers:
-    """What the loss needs of the other processes of a run; as it stands, a single process.
-
-    Attributes:
-        count: number of processes W.
-        gather_ids: int64 [n], n may differ -> the item numbers of all processes, in their order.
-        add_up: float64 [n] -> its sum over all processes, without gradient.
-    """
-
-    count: int = 1
-    gather_ids: Callable[[Tensor], Tensor] = lambda ids: ids
-    add_up: Callable[[Tensor], Tensor] = lambda values: values
 
 
 class SequenceEncoder(nn.Module):
@@ -81,7 +66,6 @@ class Recommender(nn.Module):
         encoder: the model.
         settings: the loss.
         logit_scale: initial log factor on cosines; HLLM's ln(1/0.07) when None.
-        peers: the other processes.
     """
 
     def __init__(
@@ -89,12 +73,10 @@ class Recommender(nn.Module):
         encoder: SequenceEncoder,
         settings: LossSettings,
         logit_scale: float | None = None,
-        peers: Peers | None = None,
     ) -> None:
         super().__init__()
         self.encoder = encoder
         self.settings = settings
-        self.peers = peers or Peers()
         initial = losses.LOGIT_SCALE_INIT if logit_scale is None else logit_scale
         self.logit_scale = nn.Parameter(
             # One element, not a scalar: DeepSpeed cannot broadcast parameters without dimensions.
@@ -116,14 +98,7 @@ class Recommender(nn.Module):
         # The loss is exact arithmetic on small vectors; autocast would round its logits.
         with torch.autocast(device_type=states.device.type, enabled=False):
             mean, count = self._loss(states, targets, batch)
-            return mean if self.peers.count == 1 else self._over_processes(mean, count)
-
-    def _over_processes(self, mean: Tensor, count: int | Tensor) -> Tensor:
-        counted = torch.as_tensor(count, dtype=torch.float64, device=mean.device)
-        summed, total = self.peers.add_up(torch.stack([mean.detach().double() * counted, counted]))
-        total = total.clamp_min(1.0)
-        share = mean * (counted * self.peers.count / total).to(mean)
-        return (share - share.detach()) + (summed / total).to(mean)
+            return mean if world_size() == 1 else _mean_over_processes(mean, count)
 
     def _loss(
         self, states: Tensor, targets: Tensor, batch: TrainBatch
@@ -143,7 +118,7 @@ class Recommender(nn.Module):
             )
             return loss, len(targets)
         own = targets if settings.negatives == "in_batch" else batch.negatives.reshape(-1)
-        pool_ids = self.peers.gather_ids(own)
+        pool_ids = all_gather_ids(own)
         positives, pool = items(targets), items(pool_ids)
         if settings.loss == "bce":
             excluded = targets.unsqueeze(1) == pool_ids
@@ -197,3 +172,17 @@ class Recommender(nn.Module):
     def num_items(self) -> int:
         """Number of items I, the padding item not counted."""
         return self.encoder.items.num_items
+
+
+def _mean_over_processes(mean: Tensor, count: int | Tensor) -> Tensor:
+    """Return the mean over the terms of all processes; see `Recommender.forward` on its gradient.
+
+    Args:
+        mean: scalar, over this process's terms.
+        count: number of these terms.
+    """
+    terms = torch.as_tensor(count, dtype=torch.float64, device=mean.device)
+    summed, total = all_reduce(torch.stack([mean.detach().double() * terms, terms]))
+    total = total.clamp_min(1.0)
+    share = mean * (terms * world_size() / total).to(mean)
+    return (share - share.detach()) + (summed / total).to(mean)

@@ -11,7 +11,7 @@ from hsft.config import Config
 from hsft.data.interactions import PAD
 from hsft.model.item_table import ItemTable
 from hsft.model.losses import split_chunks
-from hsft.model.recommender import LossSettings, Peers, Recommender, SequenceEncoder
+from hsft.model.recommender import LossSettings, Recommender, SequenceEncoder
 
 _INITIAL_DEVIATION = 0.02
 
@@ -85,7 +85,7 @@ class SASRec(SequenceEncoder):
         return self.layers(states, mask=mask, is_causal=True)
 
 
-def build_sasrec(config: Config, num_items: int, peers: Peers) -> Recommender:
+def build_sasrec(config: Config, num_items: int) -> Recommender:
     """Make SASRec with a full softmax over dot products, its strongest published training."""
     shape = config.sasrec
     encoder = SASRec(
@@ -103,4 +103,4 @@ def build_sasrec(config: Config, num_items: int, peers: Peers) -> Recommender:
         budget_bytes=config.logits_budget_mb << 20,
         similarity="dot",
     )
-    return Recommender(encoder, settings, peers=peers)
+    return Recommender(encoder, settings)

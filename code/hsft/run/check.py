@@ -60,9 +60,9 @@ from hsft.run.run_dir import choose_run_dir
 from hsft.run.setup import check_training, eval_protocol, match_cache, user_attention
 from hsft.trainer.fabric import attention_kernel, check_device, choose_device, compute_dtype
 from hsft.trainer.wandb_log import load_wandb
+from hsft.utils.distributed import is_rank_zero
 from hsft.utils.errors import InputError, one_line, problems_of, refuse
 from hsft.utils.files import free_bytes, is_file
-from hsft.utils.torchrun import global_rank
 
 log = logging.getLogger(__name__)
 
@@ -104,7 +104,7 @@ class Findings:
             for warning in self.warnings:
                 log.warning("%s", warning)
         refuse(self.problems)
-        if global_rank() == 0:
+        if is_rank_zero():
             count = len(self.warnings)
             end = f"; {count} warning{'s' * (count > 1)} above" if count else ""
             warnings = [f"warning: {one_line(warning)}" for warning in self.warnings]

@@ -39,9 +39,9 @@ from hsft.model.item_ids import load_id_vectors, read_id_vectors
 from hsft.model.item_table import ItemTable, table_from_cache
 from hsft.model.recommender import LossSettings, Recommender, Similarity
 from hsft.model.user_llm import UserLLM
-from hsft.trainer.fabric import attention_kernel, choose_precision, compute_dtype, peers_of
+from hsft.trainer.fabric import attention_kernel, choose_precision, compute_dtype
+from hsft.utils.distributed import global_rank, is_rank_zero, world_size
 from hsft.utils.errors import InputError
-from hsft.utils.processes import Processes
 
 log = logging.getLogger(__name__)
 
@@ -127,7 +127,7 @@ def load_data(config: Config, *, need_cache: bool, again: bool = False) -> Data:
     cache = None
     if need_cache:
         cache = encode_in_memory(config) if encodes else open_cache(cache_path(config))
-        if not encodes and Processes.here().first:
+        if not encodes and is_rank_zero():
             _warn(other_cache(config, cache, interactions.item_ids[1:]))
         interactions = match_cache(interactions, cache, config)
     split = leave_one_out(interactions)
@@ -233,7 +233,7 @@ def make_evaluator(config: Config, split: Split, phase: Any, fabric: Fabric) -> 
     """
     dataset = CachedEmbeddingEvalDataset(split, phase, config.MAX_ITEM_LIST_LENGTH)
     again = dataset.count_seen_targets()
-    if again and config.eval_protocol == "full":
+    if again:
         log.info(
             "%s: %d of %d users' targets are already in their history; full ranking masks seen "
             "items, so they count as misses.",
@@ -246,8 +246,8 @@ def make_evaluator(config: Config, split: Split, phase: Any, fabric: Fabric) -> 
         eval_protocol(config),
         batch_size=config.eval_batch_size,
         num_workers=config.num_workers,
-        rank=fabric.global_rank,
-        world_size=fabric.world_size,
+        rank=global_rank(),
+        world_size=world_size(),
     )
 
 
@@ -356,7 +356,6 @@ def build_user_llm(config: Config, data: Data, fabric: Fabric, *, train: bool) -
         UserLLM(decoder, table, config.item_dropout),
         settings,
         logit_scale=None if scale is None else float(scale),
-        peers=peers_of(fabric),
     )
     return model.to(device)
 

@@ -6,7 +6,7 @@ import gc
 import logging
 import sys
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from hsft.data.dataset import CachedEmbeddingTrainDataset, TrainCollate
 from hsft.data.negatives import NegativeSampler
 from hsft.evaluator.evaluator import Evaluation, Evaluator, Scorer
 from hsft.hub.manifest import exported_from, user_llm_origin
+from hsft.model.folder import fingerprint
 from hsft.model.recommender import Recommender
 from hsft.model.reference import build_reference
 from hsft.model.sasrec import build_sasrec
@@ -56,17 +57,23 @@ from hsft.trainer.checkpoint import CHECKPOINTS_DIR, Checkpoints, restore_rng, r
 from hsft.trainer.fabric import (
     choose_precision,
     make_fabric,
-    peers_of,
-    sum_over_processes,
 )
 from hsft.trainer.optim import build_optimizer, build_schedule, steps_per_epoch
 from hsft.trainer.sampler import SequenceBatches
 from hsft.trainer.trainer import KeepGoing, Trainer, TrainState, count_trainable
 from hsft.trainer.wandb_log import WandbLog
 from hsft.utils import environment
+from hsft.utils.distributed import (
+    all_gather,
+    all_reduce_array,
+    broadcast,
+    global_rank,
+    is_rank_zero,
+    run_on_rank_zero,
+    world_size,
+)
 from hsft.utils.errors import InputError, Interrupted, one_line
 from hsft.utils.lock import locked
-from hsft.utils.processes import Processes
 from hsft.utils.progress import Meter, format_seconds
 from hsft.utils.signals import StopSignals
 
@@ -88,6 +95,7 @@ class Run:
         session: time and memory.
         wandb: the run at Weights & Biases, in process 0 and where `log_wandb` asks for it.
         keep_going: asked after each validation whether training goes on; None: it does.
+        user_llm_fingerprint: of `user_pretrain_dir` when the run began; None for other models.
     """
 
     config: Config
@@ -98,6 +106,7 @@ class Run:
     session: Session
     wandb: WandbLog
     keep_going: KeepGoing | None = None
+    user_llm_fingerprint: str | None = None
 
     @property
     def folder(self) -> Path:
@@ -105,7 +114,7 @@ class Run:
         return self.place.path
 
 
-def run(config: Config, keep_going: KeepGoing | None = None) -> Path:
+def train_and_rank(config: Config, keep_going: KeepGoing | None = None) -> Path:
     """Do what the configuration says and leave a run folder.
 
     While it works it holds the lock of `checkpoint_dir`. SIGINT and SIGTERM end it in order: in
@@ -130,7 +139,7 @@ def run(config: Config, keep_going: KeepGoing | None = None) -> Path:
         fabric.seed_everything(config.seed, workers=True, verbose=False)
         session = Session(fabric.device)
         with ExitStack() as held:
-            place = Processes.here().on_first(lambda: _lock_and_choose(config, held))
+            place = run_on_rank_zero(lambda: _lock_and_choose(config, held))
             checkpoints = Checkpoints(place.path / CHECKPOINTS_DIR, config.keep_last)
             work = Run(config, fabric, place, checkpoints, stop, session, WandbLog(), keep_going)
             try:
@@ -153,19 +162,21 @@ def _run(work: Run) -> None:
             "no CUDA device found: running on the CPU with %d threads.", torch.get_num_threads()
         )
     data = load_data(config, need_cache=config.reads_embeddings)
+    if config.model == "HLLM" and config.user_pretrain_dir:
+        work = replace(work, user_llm_fingerprint=fingerprint(config.user_pretrain_dir))
     final = make_evaluator(config, data.split, config.eval_phase, fabric)
     work.session.lap("data")
     try:
-        Processes.here().on_first(lambda: start_run_dir(config, work.place))
+        run_on_rank_zero(lambda: start_run_dir(config, work.place))
         with work.wandb:
             if config.trains and config.log_wandb:
-                Processes.here().on_first(lambda: work.wandb.open(config, work.folder))
+                run_on_rank_zero(lambda: work.wandb.open(config, work.folder))
             rows, training = _rows(work, data, final)
-            if fabric.is_global_zero:
+            if is_rank_zero():
                 _finish(work, data, final, rows, training)
     except BaseException as error:
         saved = isinstance(error, Interrupted) and has_checkpoint(work.folder)
-        if fabric.is_global_zero and not work.place.resume and not saved:
+        if is_rank_zero() and not work.place.resume and not saved:
             drop_empty_run(work.folder)
         raise
 
@@ -212,17 +223,13 @@ def _baseline(work: Run, data: Data, final: Evaluator) -> Evaluation:
     """Evaluate the untrained UserLLM, once in all sessions of the run."""
     config, fabric, store = work.config, work.fabric, work.checkpoints
     saved = None
-    if work.place.resume and fabric.is_global_zero:
+    if work.place.resume and is_rank_zero():
         saved = store.load_extra(UNTRAINED)
-    saved = fabric.broadcast(saved)
-    if (
-        saved
-        and saved["fingerprint"] == data.fingerprint
-        and len(saved["rng"]) == fabric.world_size
-    ):
+    saved = broadcast(saved)
+    if saved and saved["fingerprint"] == data.fingerprint and len(saved["rng"]) == world_size():
         log.info("the untrained UserLLM was evaluated before the interruption.")
         # Building and evaluating it drew from the generators.
-        restore_rng(saved["rng"][fabric.global_rank], fabric.device)
+        restore_rng(saved["rng"][global_rank()], fabric.device)
         work.session.continue_from(saved["record"])
         return unpack_evaluation(saved["evaluation"])
     model = build_user_llm(config, data, fabric, train=False)
@@ -230,8 +237,8 @@ def _baseline(work: Run, data: Data, final: Evaluator) -> Evaluation:
     del model
     _free_memory(fabric)
     work.session.lap("baseline")
-    generators = Processes.here().gather(rng_state(fabric.device))
-    if fabric.is_global_zero:
+    generators = all_gather(rng_state(fabric.device))
+    if is_rank_zero():
         content = {
             "fingerprint": data.fingerprint,
             "rng": generators,
@@ -248,7 +255,7 @@ def _train_and_evaluate(
     config, fabric = work.config, work.fabric
     if config.model == "sasrec":
         name = "sasrec"
-        model = build_sasrec(config, data.interactions.num_items, peers_of(fabric))
+        model = build_sasrec(config, data.interactions.num_items)
         model.to(fabric.device)
     else:
         name = TUNED
@@ -272,14 +279,14 @@ def evaluate(
     """Score the evaluator's users under the run's precision, with progress."""
     if isinstance(scorer, torch.nn.Module):
         scorer.eval()
-    shown = config.show_progress and fabric.is_global_zero
-    share = " (share of process 0)" if fabric.world_size > 1 else ""
+    shown = config.show_progress and is_rank_zero()
+    share = " (share of process 0)" if world_size() > 1 else ""
     with Meter(f"{task}{share}", evaluator.own_users, "users", shown, device=fabric.device) as bar:
         try:
             return evaluator.run(
                 scorer,
                 fabric.device,
-                gather=sum_over_processes(fabric),
+                all_reduce=partial(all_reduce_array, device=fabric.device),
                 on_batch=bar.advance,
                 autocast=fabric.autocast,
             )
@@ -367,7 +374,7 @@ def make_train_loader(
     `pack`: False gives every sequence a row of its own, whatever `pack_sequences` says.
     """
     drawn = config.effective_negatives == "sampled"
-    rows = config.train_batch_size * fabric.world_size
+    rows = config.train_batch_size * world_size()
     length = None
     if pack and config.model == "HLLM":
         length = packed_row_length(config, user_attention(config, fabric.device))
@@ -384,8 +391,8 @@ def make_train_loader(
         config.train_batch_size,
         config.seed,
         group_by_length=config.group_by_length,
-        rank=fabric.global_rank,
-        world_size=fabric.world_size,
+        rank=global_rank(),
+        world_size=world_size(),
     )
     return DataLoader(
         dataset,
@@ -430,12 +437,13 @@ def _finish(
         "data": data.summary(),
         "cache": data.cache.metadata if data.cache else None,
         "user_llm": _origin(config),
+        "user_llm_fingerprint": work.user_llm_fingerprint,
         "training": training,
         **record,
         "environment": {
             **environment.describe(fabric.device),
             "precision": choose_precision(config),
-            "processes": fabric.world_size,
+            "processes": world_size(),
         },
     }
     write_result(folder, plain(result), rows)

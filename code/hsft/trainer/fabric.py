@@ -9,27 +9,23 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from lightning.fabric import Fabric
 from lightning.fabric.strategies import DDPStrategy
 from torch import Tensor
-from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from hsft.config import Config
 from hsft.data.dataset import TrainBatch
 from hsft.model.backbone import choose_attention
-from hsft.model.recommender import Peers
 from hsft.trainer.zero import (
     deepspeed_strategy,
     engine_of,
     require_deepspeed,
     uses_deepspeed,
 )
+from hsft.utils.distributed import TIMEOUT, all_reduce, world_size
 from hsft.utils.errors import InputError
-from hsft.utils.processes import TIMEOUT
-from hsft.utils.torchrun import world_size
 
 Precision = Literal["bf16-mixed", "bf16-true", "16-mixed", "32-true"]
 
@@ -149,46 +145,6 @@ def make_fabric(config: Config) -> Fabric:
     return fabric
 
 
-def peers_of(fabric: Fabric) -> Peers:
-    """Return what the loss needs of the other processes.
-
-    Numbers travel, not vectors: every process has the item table, and looks the others' items up
-    with its own adapter, whose gradient the strategy averages.
-    """
-    if fabric.world_size == 1:
-        return Peers()
-
-    def gather(ids: Tensor) -> Tensor:
-        sizes = _gather(ids.new_tensor([len(ids)]))
-        padded = ids.new_zeros(int(torch.cat(sizes).max()))
-        padded[: len(ids)] = ids
-        return torch.cat([row[: int(n)] for row, n in zip(_gather(padded), sizes, strict=True)])
-
-    def add_up(values: Tensor) -> Tensor:
-        return fabric.all_reduce(values.clone(), reduce_op="sum")
-
-    return Peers(fabric.world_size, gather, add_up)
-
-
-def _gather(values: Tensor) -> list[Tensor]:
-    everyone = [torch.empty_like(values) for _ in range(dist.get_world_size())]
-    dist.all_gather(everyone, values)
-    return everyone
-
-
-def sum_over_processes(fabric: Fabric) -> Any:
-    """Return a function that adds up an int64 array over all processes, or None in a single one."""
-    if fabric.world_size == 1:
-        return None
-
-    def total(values: np.ndarray) -> np.ndarray:
-        here = torch.from_numpy(values).to(fabric.device)
-        summed = fabric.all_reduce(here, reduce_op="sum")
-        return np.asarray(summed.cpu().numpy())
-
-    return total
-
-
 def step_groups(
     fabric: Fabric, batches: Iterator[TrainBatch], accumulation: int
 ) -> Iterator[tuple[list[TrainBatch], list[int]]]:
@@ -208,8 +164,8 @@ def step_groups(
     """
     while group := list(itertools.islice(batches, accumulation)):
         counts = torch.stack([batch.loss_mask.sum() for batch in group])
-        if fabric.world_size > 1:
-            counts = fabric.all_reduce(counts.to(fabric.device), reduce_op="sum")
+        if world_size() > 1:
+            counts = all_reduce(counts.to(fabric.device))
         yield group, counts.tolist()
 
 

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hsft.utils.distributed import all_reduce, world_size
+
 
 class HostCopy:
     """A small tensor copied to the CPU in the background.
@@ -83,15 +85,14 @@ class PendingStep:
     """An optimizer step that is queued on the device.
 
     Args:
-        fabric: with several processes, `stop` and `due` become the largest of all of them.
         losses: scalars on the device, one a batch.
         norm: scalar on the device, or None.
-        step, rate, first_batch, positions, stop, due: see `StepReport`.
+        step, rate, first_batch, positions, stop, due: see `StepReport`; of `stop` and `due` the
+            largest of all processes is read.
     """
 
     def __init__(
         self,
-        fabric: Any,
         *,
         step: int,
         rate: float,
@@ -107,9 +108,9 @@ class PendingStep:
         self._flags: list[float] = [float(stop), float(due)]
         parts = [*losses, losses[0].new_zeros(()) if norm is None else norm.to(losses[0].dtype)]
         values = torch.stack(parts)
-        if fabric.world_size > 1:
+        if world_size() > 1:
             flags = torch.tensor(self._flags, device=values.device)
-            agreed = fabric.all_reduce(flags, reduce_op="max")
+            agreed = all_reduce(flags, "max")
             values = torch.cat([values, agreed.to(values.dtype)])
         self._copy = HostCopy(values)
 

@@ -42,9 +42,16 @@ from hsft.trainer.pending import PendingStep, StepReport
 from hsft.trainer.sampler import SequenceBatches
 from hsft.trainer.wandb_log import WandbLog
 from hsft.trainer.zero import whole_parameters
+from hsft.utils.distributed import (
+    all_gather,
+    barrier,
+    broadcast,
+    global_rank,
+    is_rank_zero,
+    world_size,
+)
 from hsft.utils.errors import InputError
 from hsft.utils.files import remove
-from hsft.utils.processes import Processes
 from hsft.utils.progress import Meter, format_seconds
 from hsft.utils.signals import StopSignals
 
@@ -177,7 +184,7 @@ class Trainer:
         self._began, self._first_step = time.monotonic(), state.step
         # Values that a killed session wrote after its last checkpoint are written again.
         first_step = state.step + 1 if resume else None
-        enabled = self.fabric.is_global_zero
+        enabled = is_rank_zero()
         with Board(self.run_dir / "tensorboard", first_step, enabled=enabled) as board:
             while not self._finished():
                 with self.stop.deferred():
@@ -235,7 +242,7 @@ class Trainer:
             restore_rng(self._rng, self.fabric.device)
             self._rng = None
         task = f"epoch {state.epoch + 1} of {config.epochs}"
-        shown = config.show_progress and self.fabric.is_global_zero
+        shown = config.show_progress and is_rank_zero()
         accumulation = config.gradient_accumulation_steps
         steps = config.epochs * steps_per_epoch(len(batches), accumulation)
         total = batches.sequences(len(batches))
@@ -247,7 +254,6 @@ class Trainer:
                 norm = self._update()
                 before = self._read_pending(board)
                 self._pending = PendingStep(
-                    self.fabric,
                     step=state.step,
                     rate=rate,
                     first_batch=state.batch,
@@ -268,7 +274,7 @@ class Trainer:
     def _count_tokens(self, group: list[TrainBatch]) -> int:
         """Count the real positions of a step, in all processes: they have about the same number."""
         own = sum(int(batch.attention_mask.sum()) for batch in group)
-        return own * self.fabric.world_size
+        return own * world_size()
 
     def _step_facts(self, steps: int, rate: float) -> list[str]:
         state = self.state
@@ -318,10 +324,10 @@ class Trainer:
         rows = max(count_sequences(batch) for batch in group)
         rows = min(rows, self.state.micro_batch or rows)
         where = f"CUDA ran out of memory in optimizer step {self.state.step + 1}"
-        if self.fabric.world_size > 1:
+        if world_size() > 1:
             # The others would wait for this process in the middle of their own, larger, batch.
             raise InputError(
-                f"{where} of process {self.fabric.global_rank}; lower --train_batch_size and raise "
+                f"{where} of process {global_rank()}; lower --train_batch_size and raise "
                 f"--gradient_accumulation_steps."
             )
         if rows == 1:
@@ -404,7 +410,7 @@ class Trainer:
         """
         every = self.config.checkpoint_every
         due = every > 0 and self.state.step % every == 0
-        if self.fabric.world_size == 1:
+        if world_size() == 1:
             stop, due = self.stop.received, due or self._time_is_up()
         else:
             stop, due = (before.stop, due or before.due) if before else (0, due)
@@ -415,7 +421,7 @@ class Trainer:
 
     def _end_if_asked(self) -> None:
         """End after a signal that came while the epoch's end was saved."""
-        received = max(Processes.here().gather(self.stop.received))
+        received = max(all_gather(self.stop.received))
         if received:
             raise self.stop.interruption(received, f" after optimizer step {self.state.step}")
 
@@ -424,8 +430,8 @@ class Trainer:
         self._read_pending(board)
         if not self._resumable:
             return
-        generators = Processes.here().gather(rng_state(self.fabric.device))
-        if self.fabric.is_global_zero:
+        generators = all_gather(rng_state(self.fabric.device))
+        if is_rank_zero():
             weights = trainable_state(self.model)
             bad = [name for name, value in weights.items() if not value.isfinite().all()]
             if bad:
@@ -445,13 +451,13 @@ class Trainer:
                 "record": self._record(),
             }
             self.checkpoints.save(self.state.step, weights, content)
-        self.fabric.barrier()
+        barrier()
         self._saved_at = time.monotonic()
 
     def _resume(self) -> None:
         """Take up the newest whole checkpoint."""
-        newest = self.checkpoints.newest() if self.fabric.is_global_zero else None
-        path = self.fabric.broadcast(newest)
+        newest = self.checkpoints.newest() if is_rank_zero() else None
+        path = broadcast(newest)
         if path is None:
             log.info("the run has no checkpoint yet: training starts from the beginning.")
             return
@@ -463,12 +469,12 @@ class Trainer:
                 f"since; put them back, or start anew with --overwrite True."
             )
         generators = content.pop("rng")
-        if len(generators) != self.fabric.world_size:
+        if len(generators) != world_size():
             raise InputError(
-                f"{path} is of {len(generators)} processes, this run has {self.fabric.world_size}; "
+                f"{path} is of {len(generators)} processes, this run has {world_size()}; "
                 f"start it with torchrun --nproc_per_node {len(generators)} as before."
             )
-        self._rng = generators[self.fabric.global_rank]
+        self._rng = generators[global_rank()]
         own = dict(self.model.named_parameters())
         with torch.no_grad():
             for name, value in saved.weights.items():
@@ -479,13 +485,13 @@ class Trainer:
         self._restore_record(content.pop("record"))
         self.state = TrainState(**content)
         self.state.resumed_from.append(self.state.step)
-        if self.fabric.is_global_zero:
+        if is_rank_zero():
             # What `best` holds may be newer than this checkpoint.
             if self.state.best is None:
                 remove(self.run_dir / BEST_DIR)
             else:
                 self.checkpoints.publish_best(self.state.best, self.run_dir / BEST_DIR)
-        self.fabric.barrier()
+        barrier()
         log.info(
             "going on from %s: epoch %d, batch %d, optimizer step %d.",
             path,
@@ -505,11 +511,11 @@ class Trainer:
             state.best_value, state.best_epoch = value, state.epoch + 1
             state.bad_validations = 0
             with whole_parameters(self.fabric, self.model):
-                if self.fabric.is_global_zero:
+                if is_rank_zero():
                     write = partial(save_trained, self.model)
                     state.best = self.checkpoints.save_best(state.step, write)
                     self.checkpoints.publish_best(state.best, self.run_dir / BEST_DIR)
-            self.fabric.barrier()
+            barrier()
         else:
             state.bad_validations += 1
         return found

@@ -13,8 +13,8 @@ from lightning.fabric import Fabric
 from torch import nn
 
 from hsft.config import Config
+from hsft.utils.distributed import TIMEOUT
 from hsft.utils.errors import InputError
-from hsft.utils.processes import TIMEOUT
 
 _SHARED_MEMORY_OPERATOR = "deepspeed_shm_comm"
 

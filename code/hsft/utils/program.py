@@ -7,6 +7,7 @@ import select
 import sys
 from collections.abc import Callable, Sequence
 
+from hsft.utils.distributed import is_lost_process, print_by_first_process, print_once
 from hsft.utils.errors import (
     EXIT_BAD_INPUT,
     EXIT_FAILURE,
@@ -17,7 +18,6 @@ from hsft.utils.errors import (
     one_line,
     problems_of,
 )
-from hsft.utils.torchrun import say_once
 
 
 def run_program(main: Callable[[Sequence[str]], int], argv: Sequence[str] | None = None) -> int:
@@ -69,32 +69,28 @@ def _run(main: Callable[[Sequence[str]], int], argv: Sequence[str] | None) -> in
         return main(sys.argv[1:] if argv is None else argv)
     except InputError as error:
         for problem in problems_of(error):
-            say_once(f"error: {one_line(problem)}")
+            print_once(f"error: {one_line(problem)}")
         return EXIT_BAD_INPUT
     except Interrupted as stop:
-        say_once(f"interrupted: {stop}")
+        print_once(f"interrupted: {stop}")
         return stop.exit_code
     except KeyboardInterrupt:
-        say_once("interrupted")
+        print_once("interrupted")
         return EXIT_SIGINT
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] == "hsft":
             raise
-        say_once(
+        print_once(
             f"error: the package {error.name.partition('.')[0]} is missing in {sys.executable}; "
             f"activate the virtual environment (. .venv/bin/activate) or run pip install -r "
             f"requirements.txt."
         )
         return EXIT_BAD_INPUT
     except RuntimeError as error:
-        # Here, since it imports torch.
-        from hsft.utils.processes import is_lost_process
-
         if not is_lost_process(error):
             raise
-        say_once(
+        print_by_first_process(
             "error: another process of this run has ended or does not answer, so the run stops; "
-            "the lines above or torchrun's summary below say which one and why.",
-            at_once=True,
+            "the lines above or torchrun's summary below say which one and why."
         )
         return EXIT_FAILURE

@@ -13,8 +13,8 @@ from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
+from hsft.utils.distributed import is_rank_zero
 from hsft.utils.environment import current_memory, peak_memory
-from hsft.utils.torchrun import global_rank
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +59,7 @@ class Meter:
         self.device = device
         self.tokens = tokens
         self.done = self.tokens_done = self._skipped = 0
-        self.shown = enabled and global_rank() == 0
+        self.shown = enabled and is_rank_zero()
         self._began = self._last = time.perf_counter()
         self._between = SECONDS_BETWEEN_LINES
         self._display: _Display | None = None
