@@ -40,6 +40,7 @@ from hsft.inputs.cache_items import cache_path, other_cache
 from hsft.model.backbone import (
     check_lora_targets,
     check_quantization,
+    check_weights,
     keep_layers,
     load_model_config,
     read_extra,
@@ -266,6 +267,9 @@ def _user_model(config: Config, found: Findings) -> int | None:
         weights = check_files(folder)
         check_shapes(model, weights, folder)
         _one_layer(config, folder, model)
+        check_weights(
+            folder, layers=config.user_llm_layers, trust_remote_code=config.trust_remote_code
+        )
         _training_space(config, weights)
     with found.collect():
         extra = read_extra(folder)
@@ -311,6 +315,7 @@ def _item_model(config: Config, found: Findings) -> None:
         # The emb token comes after the longest text.
         longest = config.MAX_TEXT_LENGTH + (0 if token is None else 1)
         check_positions(decoder, longest, folder, "MAX_TEXT_LENGTH")
+        check_weights(folder, keep_token_embedding=True, trust_remote_code=config.trust_remote_code)
     with found.collect():
         model = load_model_config(folder, config.trust_remote_code)
         attention_kernel(config, torch.device(choose_device(config)), model)
