@@ -216,6 +216,11 @@ class Config(_Section):
     missing_items: Literal["error", "drop"] = _key(
         "error", "data", "what to do with interactions whose item is not in the cache"
     )
+    tie_order: Literal["file", "shuffle"] = _key(
+        "file",
+        "data",
+        "order of a user's interactions with one timestamp: that of the file, or drawn with seed",
+    )
     num_workers: Int = _key(
         0, "data", "processes that prepare batches; 0 prepares them in the main one", ge=0, le=256
     )

@@ -13,7 +13,8 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from hsft.config import Config
 from hsft.evaluator.metrics import PER_USER
-from hsft.report.compare import Comparison, Row, markdown, records
+from hsft.report.compare import Comparison, Row
+from hsft.report.comparison_files import markdown
 from hsft.utils.errors import one_line
 
 Format = Literal["merged", "adapter"]
@@ -88,17 +89,22 @@ def model_card(exported: Exported) -> str:
 
 def _metadata(exported: Exported) -> ModelCardData:
     config, row = exported.config, exported.own_row
-    measured = [entry for entry in records(exported.table) if row and entry["run"] == row.name]
+    measured = [
+        record
+        for records in exported.table.records
+        for record in records
+        if row and record.run == row.name
+    ]
     found = [
         EvalResult(
             task_type="sequential-recommendation",
             dataset_type=str(config.dataset),
             dataset_name=str(config.dataset),
             dataset_split=config.eval_phase,
-            metric_type=entry["metric"],
-            metric_value=round(entry["value"], 6),
+            metric_type=record.metric,
+            metric_value=round(record.value, 6),
         )
-        for entry in measured
+        for record in measured
     ]
     tags = [*_TAGS, *(["lora"] if config.use_qlora else []), f"loss:{config.loss}"]
     return ModelCardData(

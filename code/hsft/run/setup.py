@@ -14,18 +14,18 @@ from lightning.fabric import Fabric
 
 from hsft.config import Config
 from hsft.data.cache import ItemCache, open_cache
+from hsft.data.column_checks import find_twins, spelling_problem
 from hsft.data.dataset import CachedEmbeddingEvalDataset, CachedEmbeddingTrainDataset
 from hsft.data.interactions import (
     Interactions,
     dataset_file,
     drop_items,
     read_interactions,
-    suspicious_ids,
 )
 from hsft.data.negatives import NegativeSampler
 from hsft.data.split import NEEDED, Split, leave_one_out
 from hsft.evaluator.evaluator import EvalProtocol, Evaluator
-from hsft.inputs.cache_items import cache_path, encode_in_memory, other_cache
+from hsft.inputs.cache_items import cache_path, cache_warnings, encode_in_memory
 from hsft.model.attention import VARLEN, varlen_obstacle
 from hsft.model.backbone import (
     LoraSettings,
@@ -122,16 +122,18 @@ def load_data(config: Config, *, need_cache: bool, again: bool = False) -> Data:
         InputError: a file is missing or bad, or the cache is of another dataset.
     """
     path = dataset_file(config.data_path, config.dataset)
-    interactions = read_interactions(path)
+    interactions = read_interactions(path, config.tie_order, config.seed)
     encodes = need_cache and not config.use_item_cache
     # Encoding reads the file too and says it then.
     if not (again or encodes):
-        _warn(suspicious_ids(interactions, path))
+        for warning in interactions.warnings:
+            _warn(warning)
     cache = None
     if need_cache:
         cache = encode_in_memory(config) if encodes else open_cache(cache_path(config))
         if not encodes and is_rank_zero():
-            _warn(other_cache(config, cache, interactions.item_ids[1:]))
+            for warning in cache_warnings(config, cache, interactions.item_ids[1:]):
+                _warn(warning)
         interactions = match_cache(interactions, cache, config)
     split = leave_one_out(interactions)
     log.log(
@@ -163,6 +165,10 @@ def match_cache(interactions: Interactions, cache: ItemCache, config: Config) ->
     if not lacking:
         return interactions
     where = cache.path or config.text_path
+    twins = find_twins(interactions.item_ids[1:], cache.item_ids)
+    spelling = spelling_problem(twins, interactions.num_items, config.dataset, where)
+    if spelling:
+        raise InputError(spelling)
     if config.missing_items == "error":
         raise InputError(
             f"{len(lacking)} of {interactions.num_items} items in {config.dataset} are not in the "
@@ -236,7 +242,7 @@ def make_evaluator(config: Config, split: Split, phase: Any, fabric: Fabric) -> 
     """
     dataset = CachedEmbeddingEvalDataset(split, phase, config.MAX_ITEM_LIST_LENGTH)
     again = dataset.count_seen_targets()
-    if again:
+    if again and config.eval_protocol == "full":
         log.info(
             "%s: %d of %d users' targets are already in their history; full ranking masks seen "
             "items, so they count as misses.",
