@@ -42,6 +42,7 @@ def info_nce(
     nce_thres: float = 0.99,
     excluded: Tensor | None = None,
     budget_bytes: int = 1 << 28,
+    counts: Tensor | None = None,
 ) -> Tensor:
     """HLLM's InfoNCE (arXiv 2409.12740, eq. 2 and its public code).
 
@@ -58,25 +59,56 @@ def info_nce(
         excluded: bool [T, P] further (position, negative) pairs to mask, or None.
         budget_bytes: largest [block, P] float32 matrix held at once; larger ones are computed in
             blocks of positions and recomputed in the backward pass.
+        counts: int64 [4], to which `count_negatives` of this call is added, or None.
 
     Returns:
         Scalar float32; 0 when T is 0.
     """
     queries, positives, pool = normalize(queries), normalize(positives), normalize(pool)
 
-    def block(q: Tensor, p: Tensor, pool: Tensor, scale: Tensor, out: Tensor | None) -> Tensor:
+    def block(
+        q: Tensor, p: Tensor, pool: Tensor, scale: Tensor, out: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         with torch.no_grad():
             masked = p @ pool.T > nce_thres
             if out is not None:
                 masked |= out
+            counted = count_negatives(masked, out)
         negative = ((q @ pool.T) * scale.exp()).masked_fill(masked, -torch.inf)
         positive = (q * p).sum(dim=-1, keepdim=True) * scale.exp()
         logits = torch.cat([positive, negative], dim=-1)
-        return F.cross_entropy(logits, logits.new_zeros(len(q), dtype=torch.long), reduction="sum")
+        labels = logits.new_zeros(len(q), dtype=torch.long)
+        return F.cross_entropy(logits, labels, reduction="sum"), counted
 
-    return _sum_in_blocks(
+    total, counted = _sum_in_blocks(
         block, (queries, positives), (pool, logit_scale), excluded, len(pool) * 3, budget_bytes
-    ) / max(len(queries), 1)
+    )
+    if counts is not None:
+        counts += counted
+    return total / max(len(queries), 1)
+
+
+def count_negatives(masked: Tensor, excluded: Tensor | None = None) -> Tensor:
+    """Count how many negatives a loss masks, without waiting for the device.
+
+    Args:
+        masked: bool [T, P], (position, negative) pairs that do not count, `excluded` among them.
+        excluded: bool [T, P], the pairs that are no negatives in the first place, or None.
+
+    Returns:
+        int64 [4]: masked pairs, all pairs, positions without a negative left, all positions.
+    """
+    rows, columns = masked.shape
+    per_row = masked.sum(dim=1)
+    filled = per_row.new_zeros(()) if excluded is None else excluded.sum()
+    return torch.stack(
+        [
+            per_row.sum() - filled,
+            rows * columns - filled,
+            (per_row == columns).sum(),
+            per_row.new_full((), rows),
+        ]
+    )
 
 
 class Catalogue(Protocol):
@@ -245,38 +277,38 @@ def binary_cross_entropy(
     """
     queries, positives, pool = queries.float(), positives.float(), pool.float()
 
-    def block(q: Tensor, p: Tensor, pool: Tensor, _: Tensor, out: Tensor | None) -> Tensor:
+    def block(q: Tensor, p: Tensor, pool: Tensor, out: Tensor | None) -> tuple[Tensor]:
         positive = F.softplus(-(q * p).sum(dim=-1)).sum()
         negative = F.softplus(q @ pool.T)
-        return positive + (negative if out is None else negative.masked_fill(out, 0.0)).sum()
+        return (positive + (negative if out is None else negative.masked_fill(out, 0.0)).sum(),)
 
-    pairs = len(queries) * (1 + len(pool)) - (0 if excluded is None else int(excluded.sum()))
-    return _sum_in_blocks(
-        block,
-        (queries, positives),
-        (pool, pool.new_zeros(())),
-        excluded,
-        len(pool) * 2,
-        budget_bytes,
-    ) / max(pairs, 1)
+    pairs: int | Tensor = max(len(queries) * (1 + len(pool)), 1)
+    if excluded is not None:
+        # Stays on the device: reading it would wait for everything queued there.
+        pairs = (pairs - excluded.sum()).clamp_min(1)
+    (total,) = _sum_in_blocks(
+        block, (queries, positives), (pool,), excluded, len(pool) * 2, budget_bytes
+    )
+    return total / pairs
 
 
 def _sum_in_blocks(
-    block: Callable[..., Tensor],
+    block: Callable[..., tuple[Tensor, ...]],
     rows: tuple[Tensor, ...],
     shared: tuple[Tensor, ...],
     excluded: Tensor | None,
     floats_per_row: int,
     budget_bytes: int,
-) -> Tensor:
-    """Sum `block` over blocks of rows that keep its intermediate values within the budget."""
+) -> tuple[Tensor, ...]:
+    """Sum what `block` returns over blocks of rows that keep its matrices within the budget."""
     count = len(rows[0])
     size = max(1, budget_bytes // max(1, floats_per_row * 4))
     if count <= size:
         return block(*rows, *shared, excluded)
-    total = rows[0].new_zeros(())
+    totals: list[Tensor] = []
     for start in range(0, count, size):
         part = tuple(row[start : start + size] for row in rows)
         out = None if excluded is None else excluded[start : start + size]
-        total = total + checkpoint(block, *part, *shared, out, use_reentrant=False)
-    return total
+        sums = checkpoint(block, *part, *shared, out, use_reentrant=False)
+        totals = [a + b for a, b in zip(totals, sums, strict=True)] if totals else list(sums)
+    return tuple(totals)
