@@ -269,11 +269,20 @@ class Config(_Section):
     user_llm_layers: Int | None = _key(
         None, "UserLLM", "keep the first N decoder layers; default: all of them", ge=1
     )
-    attn_implementation: Literal["auto", "sdpa", "flash_attention_2", "eager"] = _key(
+    attn_implementation: Literal["auto", "varlen", "sdpa", "flash_attention_2", "eager"] = _key(
         "auto",
         "UserLLM",
-        "attention kernel; auto takes flash_attention_2 where it is installed and can run, "
-        "else sdpa, or eager for a model that has no sdpa",
+        "attention kernel; auto takes varlen, torch's variable-length kernel, where it can run "
+        "(NVIDIA GPUs of compute capability 8.0 and later, 16-bit, models without sliding windows), "
+        "else flash_attention_2 where it is installed and can run, else sdpa, or eager for a model "
+        "that has no sdpa",
+    )
+    compile: Literal["auto", "off", "layers", "graph"] = _key(
+        "auto",
+        "UserLLM",
+        "fewer kernel launches in training: layers compiles the decoder layers with torch.compile; "
+        "graph captures whole steps as CUDA graphs (one process, attn_implementation: varlen, no "
+        "gradient_checkpointing); auto: graph where it can run and the run is not too short, else off",
     )
     use_ft_flash_attn: Bool = _key(
         True, "UserLLM", "HLLM's switch: False keeps attn_implementation auto from flash-attn"
@@ -357,7 +366,8 @@ class Config(_Section):
     optimizer: Literal["auto", "adamw", "adamw8bit", "paged_adamw8bit"] = _key(
         "auto",
         "training",
-        "auto: paged 8-bit AdamW for QLoRA on CUDA, else torch's AdamW",
+        "auto is adamw, torch's, a single kernel on CUDA; the 8-bit ones keep their states in fewer "
+        "bytes, which for LoRA is little",
     )
     optim_args: OptimArgs = _key(OptimArgs(), "training", "AdamW's settings")
     scheduler_args: SchedulerArgs = _key(SchedulerArgs(), "training", "learning-rate schedule")

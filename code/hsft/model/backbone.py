@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModel, BitsAndBytesConfig, PreTrainedMo
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
+from hsft.model.attention import VARLEN, varlen_obstacle
 from hsft.model.folder import (
     EMBEDDING_KEYS,
     EXTRA_FILE,
@@ -44,6 +45,8 @@ class LoraSettings:
         quant_type: `nf4`, `fp4`, `int8`, or `none` for plain LoRA.
         compute_dtype: number type of the quantised layers' products.
         double_quant: quantise the quantisation constants too.
+        dequantize: multiply by dequantised 4-bit weights whatever the number of positions; False
+            leaves bitsandbytes the choice of its fused kernel.
     """
 
     rank: int
@@ -53,6 +56,7 @@ class LoraSettings:
     quant_type: str = "nf4"
     compute_dtype: torch.dtype = torch.bfloat16
     double_quant: bool = True
+    dequantize: bool = True
 
 
 def load_model_config(folder: str | Path, trust_remote_code: bool = False) -> Any:
@@ -249,6 +253,9 @@ def _unreadable(folder: Path, error: Exception, attention: str) -> InputError:
 def add_lora(model: PreTrainedModel, lora: LoraSettings, gradient_checkpointing: bool) -> nn.Module:
     """Freeze a decoder and add a LoRA adapter (arXiv 2106.09685) through peft.
 
+    A decoder of bfloat16 stays so throughout. peft's `prepare_model_for_kbit_training`, which casts
+    norms and with them the residual stream to float32, is left to float16, whose range it widens.
+
     Returns:
         The peft model; only its LoRA matrices require gradients, in float32.
 
@@ -257,9 +264,15 @@ def add_lora(model: PreTrainedModel, lora: LoraSettings, gradient_checkpointing:
     """
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 
+    from hsft.model.fast_layers import dequantize_in_training, use_fast_lora_layers
+
     if lora.quant_type != "none":
-        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+        if any(weight.dtype == torch.float16 for weight in model.parameters()):
+            model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
         _keep_differentiable(model)
+        if lora.dequantize:
+            dequantize_in_training(model)
+    model.requires_grad_(False)
     targets: Any = list(lora.target_modules)
     settings = LoraConfig(
         r=lora.rank,
@@ -268,6 +281,7 @@ def add_lora(model: PreTrainedModel, lora: LoraSettings, gradient_checkpointing:
         target_modules="all-linear" if targets == ["all-linear"] else targets,
         bias="none",
     )
+    use_fast_lora_layers(settings)
     try:
         adapted = get_peft_model(model, settings)
     except ValueError as error:
@@ -275,6 +289,18 @@ def add_lora(model: PreTrainedModel, lora: LoraSettings, gradient_checkpointing:
     if gradient_checkpointing:
         enable_checkpointing(model)
     return adapted
+
+
+def computes_in_bfloat16(model: nn.Module) -> bool:
+    """Say whether a decoder runs without autocast: bfloat16 throughout, LoRA's matrices aside.
+
+    peft's own LoRA layers, which int8 keeps, compute in the matrices' float32 outside of autocast.
+    """
+    lora = [module for module in model.modules() if hasattr(module, "lora_A")]
+    others = [weight for name, weight in model.named_parameters() if "lora_" not in name]
+    return all(getattr(module, "keeps_dtype", False) for module in lora) and all(
+        weight.dtype == torch.bfloat16 for weight in others if weight.is_floating_point()
+    )
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -321,22 +347,32 @@ def choose_attention(
 ) -> str:
     """Resolve `attn_implementation: auto`, and refuse what cannot run.
 
-    `auto` is flash-attn, sdpa or eager, the first of them that runs here and that the model has.
+    `auto` is torch's variable-length kernel, flash-attn, sdpa or eager, the first of them that runs
+    here and that the model has.
 
     Args:
-        requested: `auto`, `sdpa`, `flash_attention_2` or `eager`.
+        requested: `auto`, `varlen`, `sdpa`, `flash_attention_2` or `eager`.
         allow_flash: False keeps `auto` from flash-attn.
         device: where the model runs.
         half: whether it computes in bfloat16 or float16, as flash-attn needs.
         model_config: as `load_model_config` gives; None: a model that has every kernel.
 
     Raises:
-        InputError: `flash_attention_2` was asked for and cannot run here, or the model lacks the
-            kernel.
+        InputError: `varlen` or `flash_attention_2` was asked for and cannot run here, or the model
+            lacks the kernel.
     """
+    obstacle = varlen_obstacle(model_config, device, half)
     installed = importlib.util.find_spec("flash_attn") is not None
     runs = installed and half and device.type == "cuda"
     lacking = _lacking_kernels(model_config)
+    if obstacle is None and VARLEN in lacking:
+        obstacle = "a model that takes transformers' attention functions"
+    if requested == VARLEN and obstacle is not None:
+        raise InputError(
+            f"attn_implementation: varlen needs {obstacle}; set --attn_implementation auto."
+        )
+    if requested == "auto" and obstacle is None:
+        return VARLEN
     if requested == "auto":
         flash = runs and allow_flash and "flash_attention_2" not in lacking
         return "flash_attention_2" if flash else "eager" if "sdpa" in lacking else "sdpa"
@@ -361,7 +397,11 @@ def choose_attention(
 
 def _lacking_kernels(model_config: Any) -> set[str]:
     kind = None if model_config is None else model_class(model_config)
-    has = {"sdpa": "_supports_sdpa", "flash_attention_2": "_supports_flash_attn"}
+    has = {
+        "sdpa": "_supports_sdpa",
+        "flash_attention_2": "_supports_flash_attn",
+        VARLEN: "_supports_attention_backend",
+    }
     return {name for name, flag in has.items() if kind and not getattr(kind, flag, True)}
 
 

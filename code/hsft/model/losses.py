@@ -42,6 +42,7 @@ def info_nce(
     nce_thres: float = 0.99,
     excluded: Tensor | None = None,
     budget_bytes: int = 1 << 28,
+    weights: Tensor | None = None,
     counts: Tensor | None = None,
 ) -> Tensor:
     """HLLM's InfoNCE (arXiv 2409.12740, eq. 2 and its public code).
@@ -59,56 +60,72 @@ def info_nce(
         excluded: bool [T, P] further (position, negative) pairs to mask, or None.
         budget_bytes: largest [block, P] float32 matrix held at once; larger ones are computed in
             blocks of positions and recomputed in the backward pass.
+        weights: float32 [T], 1 for positions that count, 0 for others; None: all count.
         counts: int64 [4], to which `count_negatives` of this call is added, or None.
 
     Returns:
-        Scalar float32; 0 when T is 0.
+        Scalar float32; 0 when no position counts.
     """
     queries, positives, pool = normalize(queries), normalize(positives), normalize(pool)
 
     def block(
-        q: Tensor, p: Tensor, pool: Tensor, scale: Tensor, out: Tensor | None
+        q: Tensor, p: Tensor, w: Tensor, pool: Tensor, scale: Tensor, out: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         with torch.no_grad():
             masked = p @ pool.T > nce_thres
             if out is not None:
                 masked |= out
-            counted = count_negatives(masked, out)
+            negatives = count_negatives(masked, out, w)
         negative = ((q @ pool.T) * scale.exp()).masked_fill(masked, -torch.inf)
         positive = (q * p).sum(dim=-1, keepdim=True) * scale.exp()
         logits = torch.cat([positive, negative], dim=-1)
         labels = logits.new_zeros(len(q), dtype=torch.long)
-        return F.cross_entropy(logits, labels, reduction="sum"), counted
+        losses = F.cross_entropy(logits, labels, reduction="none")
+        return (losses * w).sum(), negatives
 
-    total, counted = _sum_in_blocks(
-        block, (queries, positives), (pool, logit_scale), excluded, len(pool) * 3, budget_bytes
+    total, negatives = _sum_in_blocks(
+        block,
+        (queries, positives, _ones(queries) if weights is None else weights),
+        (pool, logit_scale),
+        excluded,
+        len(pool) * 3,
+        budget_bytes,
     )
     if counts is not None:
-        counts += counted
-    return total / max(len(queries), 1)
+        counts += negatives
+    return total / _number_of_terms(queries, weights)
 
 
-def count_negatives(masked: Tensor, excluded: Tensor | None = None) -> Tensor:
+def count_negatives(masked: Tensor, excluded: Tensor | None, weights: Tensor) -> Tensor:
     """Count how many negatives a loss masks, without waiting for the device.
 
     Args:
         masked: bool [T, P], (position, negative) pairs that do not count, `excluded` among them.
         excluded: bool [T, P], the pairs that are no negatives in the first place, or None.
+        weights: float32 [T], 1 for positions that count, 0 for others.
 
     Returns:
         int64 [4]: masked pairs, all pairs, positions without a negative left, all positions.
     """
-    rows, columns = masked.shape
-    per_row = masked.sum(dim=1)
-    filled = per_row.new_zeros(()) if excluded is None else excluded.sum()
-    return torch.stack(
-        [
-            per_row.sum() - filled,
-            rows * columns - filled,
-            (per_row == columns).sum(),
-            per_row.new_full((), rows),
-        ]
+    real = weights.long()
+    columns = masked.shape[1]
+    masked_count = masked.sum(dim=1)
+    excluded_count = torch.zeros_like(real) if excluded is None else excluded.sum(dim=1)
+    per_position = (
+        masked_count - excluded_count,
+        columns - excluded_count,
+        masked_count == columns,
+        torch.ones_like(real),
     )
+    return torch.stack([(count * real).sum() for count in per_position])
+
+
+def _ones(queries: Tensor) -> Tensor:
+    return torch.ones(len(queries), device=queries.device)
+
+
+def _number_of_terms(queries: Tensor, weights: Tensor | None) -> int | Tensor:
+    return max(len(queries), 1) if weights is None else weights.sum().clamp_min(1)
 
 
 class Catalogue(Protocol):
@@ -155,6 +172,7 @@ def catalogue_softmax(
     *,
     cosine: bool = True,
     budget_bytes: int = 1 << 28,
+    weights: Tensor | None = None,
 ) -> Tensor:
     """Softmax cross-entropy of the next item against every item of the catalogue.
 
@@ -170,9 +188,10 @@ def catalogue_softmax(
         cosine: score by cosine; else by dot product.
         budget_bytes: memory for chunks of logits and item vectors, in forward and backward pass.
             Beside it there are float32 [T, D] of queries, and [T] per chunk.
+        weights: float32 [T], 1 for positions that count, 0 for others; None: all count.
 
     Returns:
-        Scalar float32, the mean over positions; 0 when T is 0.
+        Scalar float32, the mean over positions; 0 when none counts.
     """
     catalogue = _Matrix(items) if isinstance(items, Tensor) else items
     queries = (normalize(queries) if cosine else queries.float()) * logit_scale.exp()
@@ -190,15 +209,19 @@ def catalogue_softmax(
     for start in range(0, len(queries), rows):
         q, t = queries[start : start + rows], targets[start : start + rows]
         found = [
-            chunk(q, t, piece)
-            if whole
-            else checkpoint(chunk, q, t - number * size, piece, use_reentrant=False)
+            chunk(q, t, piece) if whole else _recompute(chunk, q, t - number * size, piece)
             for number, piece in enumerate(pieces)
         ]
         normalizers, positives = zip(*found, strict=True)
-        total = total + torch.stack(normalizers).logsumexp(dim=0).sum()
-        total = total - torch.stack(positives).sum()
-    return total / len(queries)
+        terms = torch.stack(normalizers).logsumexp(dim=0) - torch.stack(positives).sum(dim=0)
+        total = total + (terms if weights is None else terms * weights[start : start + rows]).sum()
+    return total / _number_of_terms(queries, weights)
+
+
+def _recompute(block: Callable[..., Any], *values: Any) -> Any:
+    """Compute a block, and once more in the backward pass in place of keeping what it needs."""
+    # Nothing in a block is random, and saving a GPU's generator would wait for the device.
+    return checkpoint(block, *values, use_reentrant=False, preserve_rng_state=False)
 
 
 def chunk_shape(positions: int, items: int, dim: int, budget_bytes: int) -> tuple[int, int]:
@@ -261,6 +284,7 @@ def binary_cross_entropy(
     pool: Tensor,
     excluded: Tensor | None = None,
     budget_bytes: int = 1 << 28,
+    weights: Tensor | None = None,
 ) -> Tensor:
     """The published HSFT's loss: BCEWithLogits on dot products, label 1 for the positive.
 
@@ -271,25 +295,27 @@ def binary_cross_entropy(
         excluded: bool [T, P], (position, negative) pairs that do not count, such as a negative
             that is the positive itself; or None.
         budget_bytes: as for `info_nce`.
+        weights: float32 [T], 0 for positions whose pair with the positive does not count, 1 for the
+            others; None: all count. Their pairs with the pool are left out by `excluded`.
 
     Returns:
-        Scalar float32: the mean over all (position, item) pairs that count; 0 when T is 0.
+        Scalar float32: the mean over all (position, item) pairs that count; 0 when none does.
     """
     queries, positives, pool = queries.float(), positives.float(), pool.float()
 
-    def block(q: Tensor, p: Tensor, pool: Tensor, out: Tensor | None) -> tuple[Tensor]:
-        positive = F.softplus(-(q * p).sum(dim=-1)).sum()
+    def block(q: Tensor, p: Tensor, w: Tensor, pool: Tensor, out: Tensor | None) -> tuple[Tensor]:
+        positive = (F.softplus(-(q * p).sum(dim=-1)) * w).sum()
         negative = F.softplus(q @ pool.T)
         return (positive + (negative if out is None else negative.masked_fill(out, 0.0)).sum(),)
 
-    pairs: int | Tensor = max(len(queries) * (1 + len(pool)), 1)
+    counted = _ones(queries) if weights is None else weights
+    pairs = counted.sum() + len(queries) * len(pool)
     if excluded is not None:
-        # Stays on the device: reading it would wait for everything queued there.
-        pairs = (pairs - excluded.sum()).clamp_min(1)
+        pairs = pairs - excluded.sum()
     (total,) = _sum_in_blocks(
-        block, (queries, positives), (pool,), excluded, len(pool) * 2, budget_bytes
+        block, (queries, positives, counted), (pool,), excluded, len(pool) * 2, budget_bytes
     )
-    return total / pairs
+    return total / pairs.clamp_min(1)
 
 
 def _sum_in_blocks(
@@ -309,6 +335,6 @@ def _sum_in_blocks(
     for start in range(0, count, size):
         part = tuple(row[start : start + size] for row in rows)
         out = None if excluded is None else excluded[start : start + size]
-        sums = checkpoint(block, *part, *shared, out, use_reentrant=False)
+        sums = _recompute(block, *part, *shared, out)
         totals = [a + b for a, b in zip(totals, sums, strict=True)] if totals else list(sums)
     return tuple(totals)

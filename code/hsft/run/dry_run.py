@@ -117,8 +117,7 @@ def assumed_shape(config: Config) -> tuple[TrainingShape, list[str]]:
         lora_targets=tuple(config.qlora_target_modules),
         mixed=precision.endswith("mixed"),
         dtype=_DTYPES.get(precision, torch.bfloat16),
-        optimizer_8bit=config.optimizer.endswith("8bit")
-        or (config.optimizer == "auto" and config.use_qlora),
+        optimizer_8bit=config.optimizer.endswith("8bit"),
         checkpointing=config.gradient_checkpointing,
         items=items.count,
         item_bytes=4 if transformed else DTYPES[items.dtype].itemsize,

@@ -26,9 +26,11 @@ from hsft.data.negatives import NegativeSampler
 from hsft.data.split import NEEDED, Split, leave_one_out
 from hsft.evaluator.evaluator import EvalProtocol, Evaluator
 from hsft.inputs.cache_items import cache_path, encode_in_memory, other_cache
+from hsft.model.attention import VARLEN, varlen_obstacle
 from hsft.model.backbone import (
     LoraSettings,
     add_lora,
+    computes_in_bfloat16,
     enable_checkpointing,
     load_decoder,
     load_model_config,
@@ -36,6 +38,7 @@ from hsft.model.backbone import (
 )
 from hsft.model.item_adapter import adapter_shape, load_adapter
 from hsft.model.item_table import ItemTable, check_dim, table_from_cache
+from hsft.model.norms import fuse_norms
 from hsft.model.recommender import LossSettings, Recommender, Similarity
 from hsft.model.user_llm import UserLLM
 from hsft.trainer.fabric import attention_kernel, choose_precision, compute_dtype
@@ -262,8 +265,8 @@ def lora_settings(config: Config) -> LoraSettings:
 def packed_row_length(config: Config, kernel: str) -> int | None:
     """Return the positions of a packed row, None where rows hold one sequence each.
 
-    The variable-length flash kernel takes one row whatever its length. Elsewhere attention computes
-    the whole square of a row, masked, so rows are only as long as packs them well.
+    The variable-length kernels take one row whatever its length. Elsewhere attention computes the
+    whole square of a row, masked, so rows are only as long as packs them well.
 
     Args:
         config: the configuration.
@@ -271,7 +274,7 @@ def packed_row_length(config: Config, kernel: str) -> int | None:
     """
     if not config.pack_sequences or config.model != "HLLM":
         return None
-    if kernel == "flash_attention_2":
+    if kernel in (VARLEN, "flash_attention_2"):
         return config.train_batch_size * config.MAX_ITEM_LIST_LENGTH
     return 4 * config.MAX_ITEM_LIST_LENGTH
 
@@ -325,6 +328,16 @@ def build_user_llm(config: Config, data: Data, fabric: Fabric, *, train: bool) -
         device=device,
         trust_remote_code=config.trust_remote_code,
     )
+    fuse_norms(decoder)
+    if attention == VARLEN:
+        log.info("attention: torch's variable-length kernel, a batch's sequences in one row.")
+    elif config.attn_implementation == "auto" and device.type != "cpu":
+        obstacle = varlen_obstacle(decoder.config, device, half != torch.float32)
+        log.info(
+            "attention: %s; torch's variable-length kernel needs %s.",
+            attention,
+            obstacle or "another kind of model",
+        )
     if lora is not None:
         decoder = add_lora(decoder, lora, config.gradient_checkpointing)
     elif train and config.gradient_checkpointing:
@@ -344,7 +357,12 @@ def build_user_llm(config: Config, data: Data, fabric: Fabric, *, train: bool) -
     scale = extra.get("logit_scale")
     settings = loss_settings(config, scored_by="cosine" if not train else None)
     model = Recommender(
-        UserLLM(decoder, table),
+        UserLLM(
+            decoder,
+            table,
+            max_length=config.MAX_ITEM_LIST_LENGTH,
+            autocast=not computes_in_bfloat16(decoder),
+        ),
         settings,
         logit_scale=None if scale is None else float(scale),
     )

@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader
 from hsft.config import Config
 from hsft.data.dataset import TrainBatch, TrainCollate
 from hsft.evaluator.evaluator import Evaluation
+from hsft.model.accelerate import StepGraphs
 from hsft.model.recommender import Recommender
 from hsft.model.weights import load_trained, save_trained, trainable_state
 from hsft.trainer.board import Board
@@ -119,6 +120,7 @@ class Trainer:
         wandb: takes the scalars that TensorBoard gets.
         record: returns and restores what else has to survive an interruption: the run's timings.
         keep_going: asked after each validation; None trains to the end.
+        graphs: computes losses and gradients by CUDA graphs; None: kernel by kernel.
     """
 
     def __init__(
@@ -139,7 +141,9 @@ class Trainer:
         wandb: WandbLog,
         record: tuple[Callable[[], dict[str, Any]], Callable[[dict[str, Any]], None]],
         keep_going: KeepGoing | None = None,
+        graphs: StepGraphs | None = None,
     ) -> None:
+        self.graphs = graphs
         self.fabric = fabric
         self.config = config
         self.model, self.wrapped = model, wrapped
@@ -312,6 +316,9 @@ class Trainer:
             parts = split_batch(batch, self.state.micro_batch, self.model.settings)
             total = torch.zeros((), device=self.fabric.device)
             for part in parts:
+                if self.graphs is not None:
+                    total += self.graphs.step(part.batch, part.weight * weight) * part.weight
+                    continue
                 last = batch is group[-1] and part is parts[-1]
                 with gradient_sync(self.fabric, self.wrapped, last):
                     loss = self.wrapped(self._move(part.batch)) * part.weight
@@ -539,7 +546,7 @@ class Trainer:
         return batches, collate
 
     def _move(self, batch: TrainBatch) -> TrainBatch:
-        return TrainBatch(*(part.to(self.fabric.device, non_blocking=True) for part in batch))
+        return batch.to(self.fabric.device)
 
 
 def count_trainable(model: torch.nn.Module) -> int:
