@@ -111,9 +111,7 @@ def reference_counts(
         return [0, 0, 0, 0]
     masked = [
         sum(
-            item == target
-            if kind.loss == "bce"
-            else cosine(table[target], table[item]) > THRESHOLD
+            item == target if kind.loss == "bce" else cosine(table[target], table[item]) > THRESHOLD
             for item in pool
         )
         for _, target in pairs
