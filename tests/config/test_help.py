@@ -1,4 +1,4 @@
-"""Help: every program of the README has it, with examples; and the notebook's commands exist."""
+"""Help: every program of docs/programs.md has it, with examples; and the notebook's commands exist."""
 
 from __future__ import annotations
 
@@ -25,10 +25,9 @@ COMMAND = re.compile(r"^!\{python\} (\S+\.py)(.*)$")
 
 
 def programs() -> list[str]:
-    """Return the programs of the README's table."""
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    table = readme[readme.index("## Programs") : readme.index("## How it is measured")]
-    return list(dict.fromkeys(re.findall(r"^\| `(?:python )?([\w/]+\.py)", table, re.MULTILINE)))
+    """Return the programs of the table in docs/programs.md."""
+    page = (ROOT / "docs" / "programs.md").read_text(encoding="utf-8")
+    return list(dict.fromkeys(re.findall(r"^\| `([\w/]+\.py)", page, re.MULTILINE)))
 
 
 def help_of(program: str, capsys: pytest.CaptureFixture[str]) -> str:

@@ -1,4 +1,4 @@
-"""Help text and the README's key table, both generated from the schema."""
+"""The text of --help and the key table of docs/keys.md, both generated from the schema."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def key_values(keys: Sequence[str] = ()) -> list[tuple[str, list[str]]]:
 
 
 def key_table() -> str:
-    """Return the Markdown table of all keys, as it stands in the README."""
+    """Return the Markdown table of all keys, as it stands in docs/keys.md."""
     lines = ["| key | type | default | meaning |", "| --- | --- | --- | --- |"]
     for group, rows in _rows().items():
         lines.append(f"| **{group}** | | | |")
