@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 
 METRICS = ("Recall", "NDCG")
 ALL_ITEMS, COLD_ITEMS = "all items", "cold items"
-REFERENCES = ("pop", "random")
+REFERENCES = ("pop", "random", "item_knn")
 # Below every score of a model, and finite: infinity times a padded zero would be NaN.
 _BELOW_ALL = -1e30
 
@@ -94,10 +94,11 @@ def cold_start(
         again: this program has read the run's data before and has said how many they are.
 
     Returns:
-        A row for each of the run's models, then `pop` (counted in the run's training items) and
-        `random`, for either kind of candidates: `model`, `candidates` (`all items` or
-        `cold items`), `items` (how many candidates there are, seen ones not yet taken off), `users`,
-        and `metrics`, name -> `value`, `low` and `high` (95 % bootstrap interval over users).
+        A row for each of the run's models, then `pop` (counted in the run's training items),
+        `random` and `item_knn` (cosine of the embeddings to the history), for either kind of
+        candidates: `model`, `candidates` (`all items` or `cold items`), `items` (how many candidates
+        there are, seen ones not yet taken off), `users`, and `metrics`, name -> `value`, `low` and
+        `high` (95 % bootstrap interval over users).
 
     Raises:
         InputError: the run's model knows items by their ids only; the run's data is the full data
@@ -227,10 +228,12 @@ def _models(run: OpenRun) -> list[tuple[str, Callable[[], Scorer]]]:
     def reference(name: str) -> Scorer:
         # The split is of the run's own interactions, in which no cold item is counted.
         config = run.config.model_copy(update={"model": name})
-        return build_reference(config, run.data.split, None, run.fabric.device)
+        data = run.data
+        return build_reference(config, data.split, data.cache, run.fabric.device, data.own_items)
 
-    own = [(name, partial(run.build, name)) for name in run.models]
-    return [*own, *((name, partial(reference, name)) for name in REFERENCES)]
+    models = [(name, partial(run.build, name)) for name in run.models]
+    others = [name for name in REFERENCES if name not in run.models]
+    return [*models, *((name, partial(reference, name)) for name in others)]
 
 
 def _rank(

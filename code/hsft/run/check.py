@@ -51,8 +51,8 @@ from hsft.model.folder import (
     check_positions,
     check_shapes,
 )
-from hsft.model.item_adapter import adapter_shape
-from hsft.model.item_table import refuse_other_dim
+from hsft.model.item_adapter import adapter_shape, check_width
+from hsft.model.item_ids import read_id_vectors
 from hsft.report.memory import GIB, estimate, meta_decoder
 from hsft.run.dry_run import training_shape
 from hsft.run.run_dir import choose_run_dir
@@ -273,7 +273,9 @@ def _user_model(config: Config, found: Findings) -> int | None:
     with found.collect():
         extra = read_extra(folder)
         if hidden is not None:
-            adapter_shape(config, extra, folder, train=not config.val_only)
+            train = not config.val_only
+            adapter_shape(config, extra, folder, train=train, rectangular=False)
+            read_id_vectors(folder, hidden)
     with found.collect():
         user_attention(config, torch.device(choose_device(config)))
     return hidden
@@ -323,7 +325,7 @@ def _cache_header(config: Config, hidden: int | None) -> None:
     if hidden is None or not is_native(path):
         return
     _, dim, _ = read_header(path)
-    refuse_other_dim(path, dim, hidden, config.user_pretrain_dir or "")
+    check_width(config, read_extra(config.user_pretrain_dir or ""), path, dim, hidden)
 
 
 def _interactions(config: Config, found: Findings) -> Interactions | None:
@@ -346,8 +348,8 @@ def _item_texts(config: Config, found: Findings) -> ItemTexts | None:
     texts = None
     with found.collect():
         path = information_file(config.text_path, config.dataset)
-        texts = read_item_texts(path, config.text_keys, config.item_prompt)
-        bare = sum(1 for text in texts.texts if not text)
+        texts = read_item_texts(path, config.text_keys, config.item_prompt, config.text_format)
+        bare = texts.has_text().count(False)
         found.notes.append(f"{path}: {len(texts)} items, {bare} of them without text")
         for warning in texts.warnings:
             found.warn(warning)

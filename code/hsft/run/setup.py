@@ -36,8 +36,9 @@ from hsft.model.backbone import (
     load_model_config,
     read_extra,
 )
-from hsft.model.item_adapter import adapter_shape, load_adapter
-from hsft.model.item_table import ItemTable, check_dim, table_from_cache
+from hsft.model.item_adapter import adapter_shape, check_width, load_adapter
+from hsft.model.item_ids import load_id_vectors, read_id_vectors
+from hsft.model.item_table import ItemTable, table_from_cache
 from hsft.model.norms import fuse_norms
 from hsft.model.recommender import LossSettings, Recommender, Similarity
 from hsft.model.user_llm import UserLLM
@@ -62,6 +63,11 @@ class Data:
     split: Split
     cache: ItemCache | None
     own_items: int | None = None
+
+    @property
+    def num_own_items(self) -> int:
+        """Number of the run's own items, those that were added to it not counted."""
+        return self.interactions.num_items if self.own_items is None else self.own_items
 
     @property
     def interactions(self) -> Interactions:
@@ -313,10 +319,10 @@ def build_user_llm(config: Config, data: Data, fabric: Fabric, *, train: bool) -
             "no UserLLM is named; give --user_pretrain_dir FOLDER (download_userllm.py makes one)."
         )
     assert data.cache is not None
-    check_dim(
-        data.cache, int(load_model_config(folder, config.trust_remote_code).hidden_size), folder
-    )
+    hidden = int(load_model_config(folder, config.trust_remote_code).hidden_size)
     extra = read_extra(folder)
+    cache = data.cache
+    check_width(config, extra, cache.path or "made now", cache.dim, hidden)
     half = compute_dtype(config)
     lora = lora_settings(config) if train and config.use_qlora else None
     # Weights that are trained whole stay in float32 under mixed precision; frozen ones need not.
@@ -350,16 +356,19 @@ def build_user_llm(config: Config, data: Data, fabric: Fabric, *, train: bool) -
         enable_checkpointing(decoder)
     elif not train:
         decoder.requires_grad_(False)
+    item_ids = data.interactions.item_ids
+    stored = read_id_vectors(folder, hidden)
+    has_ids = stored is not None or (train and config.item_id_embedding)
     table = ItemTable(
-        table_from_cache(
-            data.cache,
-            data.interactions.item_ids,
-            config.item_embedding_transform,
-            data.own_items,
-        ),
-        *adapter_shape(config, extra, folder, train=train),
+        table_from_cache(cache, item_ids, config.item_embedding_transform, data.own_items),
+        *adapter_shape(config, extra, folder, train=train, rectangular=cache.dim != hidden),
+        dim=hidden,
+        id_items=data.num_own_items if has_ids else None,
+        id_dropout=config.item_id_dropout,
     )
     load_adapter(table, extra, trained=train and config.item_adapter != "none")
+    if stored is not None:
+        load_id_vectors(table, stored, item_ids, trained=train and config.item_id_embedding)
     scale = extra.get("logit_scale")
     settings = loss_settings(config, scored_by="cosine" if not train else None)
     model = Recommender(
@@ -368,6 +377,7 @@ def build_user_llm(config: Config, data: Data, fabric: Fabric, *, train: bool) -
             table,
             max_length=config.MAX_ITEM_LIST_LENGTH,
             autocast=not computes_in_bfloat16(decoder),
+            item_dropout=config.item_dropout,
         ),
         settings,
         logit_scale=None if scale is None else float(scale),
