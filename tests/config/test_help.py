@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 
-import item_caching
 from hsft.config.loader import flat_fields
+from hsft.programs.cache import KEYS
 from tests.conftest import Project
 from tests.helpers import ROOT
 
@@ -60,8 +60,8 @@ def test_every_program_has_help_with_examples(
 
 def test_item_caching_shows_its_own_keys_only(capsys: pytest.CaptureFixture[str]) -> None:
     shown = re.findall(r"^  --([\w.]+)  \(", help_of("item_caching.py", capsys), re.MULTILINE)
-    assert set(shown) == set(item_caching.KEYS)
-    assert set(item_caching.KEYS) < set(flat_fields())
+    assert set(shown) == set(KEYS)
+    assert set(KEYS) < set(flat_fields())
 
 
 def test_help_and_a_mistyped_option_do_not_wait_for_torch() -> None:
