@@ -156,9 +156,9 @@ def check_run(config: Config) -> None:
         trains_nce = config.model == "HLLM" and config.trains and config.loss == "nce"
         if trains_nce and cache is not None and not found.problems:
             with found.collect():
-                note, warning = check_cosines(config, cache, interactions)
+                note, high = check_cosines(config, cache, interactions)
                 found.notes.append(note)
-                found.warn(warning)
+                found.warn(high)
     _memory(config, found, interactions, cache)
     found.finish()
 
