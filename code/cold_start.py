@@ -43,15 +43,15 @@ def main(argv: Sequence[str]) -> int:
     add_places(parser)
     options = parser.parse_args(argv)
     # Imported here, so that --help and a mistyped option need not wait for torch.
-    from hsft.finished.cold_start import cold_start, markdown
-    from hsft.report.terminal import write_markdown
+    from hsft.finished.cold_start import blocks, cold_start
+    from hsft.report.terminal import write_blocks
 
     set_up_logging()
     rows = cold_start(options.run, options.dataset, {"show_progress": True, **places(options)})
     if options.json:
         sys.stdout.write(json.dumps(rows, indent=2) + "\n")
     else:
-        write_markdown(markdown(rows))
+        write_blocks(blocks(rows))
     return EXIT_OK
 
 

@@ -33,13 +33,14 @@ def main(argv: Sequence[str]) -> int:
     )
     args = parser.parse_args(argv)
     # Imported here, so that --help and a mistyped option need not wait for torch.
-    from hsft.report.compare import load_comparison, markdown, save_comparison
-    from hsft.report.terminal import write_markdown
+    from hsft.report.compare import load_comparison
+    from hsft.report.comparison_files import blocks, save_comparison
+    from hsft.report.terminal import write_blocks
 
     comparison = load_comparison(args.runs)
     # Saved first: whoever reads the output may stop before its end.
     paths = save_comparison(comparison, Path(args.out or args.runs[-1]))
-    write_markdown(markdown(comparison))
+    write_blocks(blocks(comparison))
     sys.stdout.write("\nsaved: " + ", ".join(map(str, paths)) + "\n")
     return EXIT_OK
 

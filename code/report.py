@@ -29,7 +29,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument(
         "runs",
         nargs="+",
-        help="run folders; the others are compared with the first one's first row",
+        help="run folders, scored on the same users; every model is compared with the best other",
     )
     parser.add_argument("--out", help="the page (default: report.html in the last run's folder)")
     parser.add_argument(

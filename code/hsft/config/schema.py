@@ -216,6 +216,11 @@ class Config(_Section):
     missing_items: Literal["error", "drop"] = _key(
         "error", "data", "what to do with interactions whose item is not in the cache"
     )
+    tie_order: Literal["file", "shuffle"] = _key(
+        "file",
+        "data",
+        "order of a user's interactions with one timestamp: that of the file, or drawn with seed",
+    )
     num_workers: Int = _key(
         0, "data", "processes that prepare batches; 0 prepares them in the main one", ge=0, le=256
     )
@@ -257,11 +262,31 @@ class Config(_Section):
         "fixed map applied to the cached embeddings at load: none as HLLM, per-dimension "
         "standardisation, or PCA whitening; for ItemLLMs that were not trained to embed",
     )
-    item_adapter: Literal["none", "linear", "lowrank"] = _key(
-        "none", "item cache", "trainable map on cached embeddings, of inputs and targets alike"
+    item_adapter: Literal["none", "linear", "mlp", "lowrank"] = _key(
+        "none",
+        "item cache",
+        "trainable map on cached embeddings, of inputs and targets alike; from a cache of another "
+        "width than the UserLLM's it is a projection, which starts as PCA",
     )
     item_adapter_rank: PositiveInt = _key(
         64, "item cache", "rank of item_adapter: lowrank", le=65_536
+    )
+    item_id_embedding: Bool = _key(
+        False,
+        "item cache",
+        "add a trained vector per item, which starts at zero, to the item's text vector, in inputs "
+        "and targets alike; items that were not trained have none",
+    )
+    item_id_dropout: Number = _key(
+        0.0,
+        "item cache",
+        "share of item_id_embedding's vectors left out in training, drawn for every occurrence of "
+        "an item, so that its text vector ranks by itself",
+        ge=0,
+        lt=1,
+    )
+    item_dropout: Number = _key(
+        0.0, "item cache", "dropout on the item vectors that the UserLLM reads", ge=0, lt=1
     )
 
     # --- UserLLM
@@ -458,6 +483,8 @@ class Config(_Section):
             raise ValueError("num_negatives has no meaning with negatives: catalogue; drop one")
         if self.negatives == "sampled" and self.num_negatives is None:
             raise ValueError("negatives: sampled needs num_negatives, for example 512")
+        if self.item_id_dropout and not self.item_id_embedding:
+            raise ValueError("item_id_dropout needs item_id_embedding: True; set it or drop one")
         if self.model == "sasrec" and self.val_only:
             raise ValueError("model: sasrec has nothing to evaluate untrained; drop val_only")
         if self.loss == "nce" and self.similarity == "dot" and self.model == "HLLM":

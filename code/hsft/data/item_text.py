@@ -5,19 +5,20 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
+from hsft.data.column_checks import check_ids, find_twins, sentences, spelling_problem
 from hsft.data.csv_rows import (
     RowProblems,
     check_bytes,
     check_row,
     csv_rows,
-    empty_cell_ids,
     id_problem,
+    line_of_row,
     read_header,
-    written_for_empty_cells,
 )
 from hsft.utils.errors import InputError, one_line, refuse
 from hsft.utils.files import is_file
@@ -33,11 +34,13 @@ class ItemTexts:
         item_ids: item ids in file order.
         texts: prompt and text of each item; empty where no key has a value.
         fingerprint: SHA-256 over ids and texts: the same for the same content, whatever the file.
+        warnings: one sentence for each thing in the ids that may be wrong, see `column_checks`.
     """
 
     item_ids: list[str]
     texts: list[str]
     fingerprint: str
+    warnings: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.item_ids)
@@ -93,7 +96,9 @@ def read_item_texts(
         for row in cells
     )
     texts = [item_prompt + body if body else "" for body in bodies]
-    return ItemTexts(ids, texts, _fingerprint(ids, texts))
+    found = check_ids("item_id", np.array(ids, dtype=object))
+    warnings = sentences(path, found, partial(line_of_row, path))
+    return ItemTexts(ids, texts, _fingerprint(ids, texts), tuple(warnings))
 
 
 def read_item_titles(path: str | Path, key: str) -> dict[str, str]:
@@ -106,36 +111,39 @@ def read_item_titles(path: str | Path, key: str) -> dict[str, str]:
     return dict(zip(table["item_id"], table[key], strict=True))
 
 
-def suspicious_item_ids(items: ItemTexts, path: str | Path) -> str | None:
-    """Return a sentence on ids that an export may have written for empty cells, None without any."""
-    found = [f"item_id '{items.item_ids[place]}'" for place in empty_cell_ids(items.item_ids)]
-    return written_for_empty_cells(path, found) if found else None
-
-
-def textless(
-    items: ItemTexts, path: str | Path, keys: Sequence[str], wanted: Sequence[str] | np.ndarray
-) -> str | None:
-    """Return why a catalogue cannot be encoded when none of its items has text, else None.
+def unfit_texts(
+    items: ItemTexts,
+    path: str | Path,
+    keys: Sequence[str],
+    catalogue: Sequence[str] | np.ndarray,
+    interactions: str | Path,
+) -> list[str]:
+    """Return why a catalogue cannot be encoded with these texts: a sentence for each problem.
 
     Args:
         items: what the information file holds.
         path: that file.
         keys: `text_keys`.
-        wanted: ids of the interactions' items; empty when there are no interactions.
+        catalogue: ids of the interactions' items; empty when there are no interactions.
+        interactions: their file.
     """
+    twins = find_twins(np.asarray(catalogue, dtype=object), items.item_ids)
+    spelling = spelling_problem(twins, len(catalogue), interactions, path)
+    if spelling:
+        return [spelling]
     having = {item for item, text in zip(items.item_ids, items.texts, strict=True) if text}
-    if having and (not len(wanted) or any(item in having for item in wanted)):
-        return None
-    count = len(wanted) or len(items)
+    if having and (not len(catalogue) or any(item in having for item in catalogue)):
+        return []
+    count = len(catalogue) or len(items)
     others = ""
     if having:
-        known = set(wanted)
+        known = set(catalogue)
         other = next(item for item in items.item_ids if item in having and item not in known)
         others = f": it describes others, for example '{one_line(other, 40)}'"
-    return (
+    return [
         f"none of the {count} items of the catalogue has text in {path} under the text_keys "
         f"{', '.join(keys)}{others}; put their rows there or change --text_path or --text_keys."
-    )
+    ]
 
 
 def with_items(items: ItemTexts, item_ids: Sequence[str] | np.ndarray) -> ItemTexts:
@@ -145,7 +153,7 @@ def with_items(items: ItemTexts, item_ids: Sequence[str] | np.ndarray) -> ItemTe
     if not extra:
         return items
     ids, texts = items.item_ids + extra, items.texts + [""] * len(extra)
-    return ItemTexts(ids, texts, _fingerprint(ids, texts))
+    return ItemTexts(ids, texts, _fingerprint(ids, texts), items.warnings)
 
 
 def _read(

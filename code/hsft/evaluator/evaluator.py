@@ -77,7 +77,8 @@ class Evaluation:
     Attributes:
         phase: `valid` or `test`.
         users: int64 [E], user numbers, ascending.
-        ranks: int64 [E], rank of each user's target, 1 is best.
+        ranks: int64 [E], rank of each user's target, 1 is best; `metrics.UNRANKED` for a target
+            that is no candidate, which is a miss at every K.
         metrics: `NAME@K` -> value.
         seconds: wall time.
     """

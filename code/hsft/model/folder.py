@@ -22,6 +22,8 @@ from hsft.utils.errors import InputError, one_line
 from hsft.utils.files import is_file, read_json
 
 EXTRA_FILE = "hllm_extra.safetensors"
+# Trained id vectors of items, beside an exported UserLLM; an item cache (`data/cache.py`).
+ID_FILE = "item_id_vectors.safetensors"
 _INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 _LAYER = re.compile(r"\b(?:layers|h)\.(\d+)\.")
 # Parts of the names of token embeddings, and with the output head of all weights of the vocabulary's
@@ -103,7 +105,7 @@ def _weight_files(folder: Path) -> tuple[set[str], dict[str, str]]:
     Raises:
         InputError: there are no weights, or an index is damaged or leads out of the folder.
     """
-    shards = {file.name for file in folder.glob("*.safetensors") if file.name != EXTRA_FILE}
+    shards = {file.name for file in folder.glob("*.safetensors")} - {EXTRA_FILE, ID_FILE}
     listed: dict[str, str] = {}
     for name in _INDEXES:
         if is_file(folder / name):

@@ -6,6 +6,7 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hsft.model.attention import VARLEN
@@ -29,6 +30,8 @@ class UserLLM(SequenceEncoder):
         items: the item table, D = the decoder's hidden size.
         max_length: most items of a history, for `varlen` attention.
         autocast: False runs the decoder outside of autocast: its weights are bfloat16 throughout.
+        item_dropout: dropout probability of every number of the item vectors that are read, in
+            training mode; the vectors that are scored are whole.
     """
 
     def __init__(
@@ -38,18 +41,21 @@ class UserLLM(SequenceEncoder):
         *,
         max_length: int | None = None,
         autocast: bool = True,
+        item_dropout: float = 0.0,
     ) -> None:
         super().__init__()
         self.decoder = decoder
         self.items = items
         self.max_length = max_length
         self.autocast = autocast
+        self.item_dropout = item_dropout
 
     def forward(
         self, history: Tensor, positions: Tensor | None = None, cu_lengths: Tensor | None = None
     ) -> Tensor:
         """Encode every prefix of each history: int64 [B, T] -> [B, T, D]."""
-        return self._states(self.items(history).to(self._dtype), positions, cu_lengths)
+        vectors = F.dropout(self.items(history), self.item_dropout, self.training)
+        return self._states(vectors.to(self._dtype), positions, cu_lengths)
 
     @property
     def varlen(self) -> bool:
@@ -65,9 +71,8 @@ class UserLLM(SequenceEncoder):
         """
         if self.varlen:
             return True
-        table = self.items.embeddings
-        width = table.shape[1]
-        waves = torch.arange(4 * width, device=table.device).sin().view(1, 4, width)
+        width = self.items.dim
+        waves = torch.arange(4 * width, device=self.items.embeddings.device).sin().view(1, 4, width)
         vectors = waves.to(self._dtype, copy=True).requires_grad_()
         positions = torch.tensor([[0, 1, 0, 1]], device=vectors.device)
         modes = [(part, part.training) for part in self.decoder.modules()]

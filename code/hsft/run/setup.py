@@ -14,18 +14,18 @@ from lightning.fabric import Fabric
 
 from hsft.config import Config
 from hsft.data.cache import ItemCache, open_cache
+from hsft.data.column_checks import find_twins, spelling_problem
 from hsft.data.dataset import CachedEmbeddingEvalDataset, CachedEmbeddingTrainDataset
 from hsft.data.interactions import (
     Interactions,
     dataset_file,
     drop_items,
     read_interactions,
-    suspicious_ids,
 )
 from hsft.data.negatives import NegativeSampler
 from hsft.data.split import NEEDED, Split, leave_one_out
 from hsft.evaluator.evaluator import EvalProtocol, Evaluator
-from hsft.inputs.cache_items import cache_path, encode_in_memory, other_cache
+from hsft.inputs.cache_items import cache_path, cache_warnings, encode_in_memory
 from hsft.model.attention import VARLEN, varlen_obstacle
 from hsft.model.backbone import (
     LoraSettings,
@@ -36,8 +36,9 @@ from hsft.model.backbone import (
     load_model_config,
     read_extra,
 )
-from hsft.model.item_adapter import adapter_shape, load_adapter
-from hsft.model.item_table import ItemTable, check_dim, table_from_cache
+from hsft.model.item_adapter import adapter_shape, check_width, load_adapter
+from hsft.model.item_ids import load_id_vectors, read_id_vectors
+from hsft.model.item_table import ItemTable, table_from_cache
 from hsft.model.norms import fuse_norms
 from hsft.model.recommender import LossSettings, Recommender, Similarity
 from hsft.model.user_llm import UserLLM
@@ -62,6 +63,11 @@ class Data:
     split: Split
     cache: ItemCache | None
     own_items: int | None = None
+
+    @property
+    def num_own_items(self) -> int:
+        """Number of the run's own items, those that were added to it not counted."""
+        return self.interactions.num_items if self.own_items is None else self.own_items
 
     @property
     def interactions(self) -> Interactions:
@@ -116,16 +122,18 @@ def load_data(config: Config, *, need_cache: bool, again: bool = False) -> Data:
         InputError: a file is missing or bad, or the cache is of another dataset.
     """
     path = dataset_file(config.data_path, config.dataset)
-    interactions = read_interactions(path)
+    interactions = read_interactions(path, config.tie_order, config.seed)
     encodes = need_cache and not config.use_item_cache
     # Encoding reads the file too and says it then.
     if not (again or encodes):
-        _warn(suspicious_ids(interactions, path))
+        for warning in interactions.warnings:
+            _warn(warning)
     cache = None
     if need_cache:
         cache = encode_in_memory(config) if encodes else open_cache(cache_path(config))
         if not encodes and is_rank_zero():
-            _warn(other_cache(config, cache, interactions.item_ids[1:]))
+            for warning in cache_warnings(config, cache, interactions.item_ids[1:]):
+                _warn(warning)
         interactions = match_cache(interactions, cache, config)
     split = leave_one_out(interactions)
     log.log(
@@ -157,6 +165,10 @@ def match_cache(interactions: Interactions, cache: ItemCache, config: Config) ->
     if not lacking:
         return interactions
     where = cache.path or config.text_path
+    twins = find_twins(interactions.item_ids[1:], cache.item_ids)
+    spelling = spelling_problem(twins, interactions.num_items, config.dataset, where)
+    if spelling:
+        raise InputError(spelling)
     if config.missing_items == "error":
         raise InputError(
             f"{len(lacking)} of {interactions.num_items} items in {config.dataset} are not in the "
@@ -230,7 +242,7 @@ def make_evaluator(config: Config, split: Split, phase: Any, fabric: Fabric) -> 
     """
     dataset = CachedEmbeddingEvalDataset(split, phase, config.MAX_ITEM_LIST_LENGTH)
     again = dataset.count_seen_targets()
-    if again:
+    if again and config.eval_protocol == "full":
         log.info(
             "%s: %d of %d users' targets are already in their history; full ranking masks seen "
             "items, so they count as misses.",
@@ -307,10 +319,10 @@ def build_user_llm(config: Config, data: Data, fabric: Fabric, *, train: bool) -
             "no UserLLM is named; give --user_pretrain_dir FOLDER (download_userllm.py makes one)."
         )
     assert data.cache is not None
-    check_dim(
-        data.cache, int(load_model_config(folder, config.trust_remote_code).hidden_size), folder
-    )
+    hidden = int(load_model_config(folder, config.trust_remote_code).hidden_size)
     extra = read_extra(folder)
+    cache = data.cache
+    check_width(config, extra, cache.path or "made now", cache.dim, hidden)
     half = compute_dtype(config)
     lora = lora_settings(config) if train and config.use_qlora else None
     # Weights that are trained whole stay in float32 under mixed precision; frozen ones need not.
@@ -344,16 +356,19 @@ def build_user_llm(config: Config, data: Data, fabric: Fabric, *, train: bool) -
         enable_checkpointing(decoder)
     elif not train:
         decoder.requires_grad_(False)
+    item_ids = data.interactions.item_ids
+    stored = read_id_vectors(folder, hidden)
+    has_ids = stored is not None or (train and config.item_id_embedding)
     table = ItemTable(
-        table_from_cache(
-            data.cache,
-            data.interactions.item_ids,
-            config.item_embedding_transform,
-            data.own_items,
-        ),
-        *adapter_shape(config, extra, folder, train=train),
+        table_from_cache(cache, item_ids, config.item_embedding_transform, data.own_items),
+        *adapter_shape(config, extra, folder, train=train, rectangular=cache.dim != hidden),
+        dim=hidden,
+        id_items=data.num_own_items if has_ids else None,
+        id_dropout=config.item_id_dropout,
     )
     load_adapter(table, extra, trained=train and config.item_adapter != "none")
+    if stored is not None:
+        load_id_vectors(table, stored, item_ids, trained=train and config.item_id_embedding)
     scale = extra.get("logit_scale")
     settings = loss_settings(config, scored_by="cosine" if not train else None)
     model = Recommender(
@@ -362,6 +377,7 @@ def build_user_llm(config: Config, data: Data, fabric: Fabric, *, train: bool) -
             table,
             max_length=config.MAX_ITEM_LIST_LENGTH,
             autocast=not computes_in_bfloat16(decoder),
+            item_dropout=config.item_dropout,
         ),
         settings,
         logit_scale=None if scale is None else float(scale),

@@ -20,6 +20,7 @@ from hsft.data.dataset import CachedEmbeddingTrainDataset, TrainCollate
 from hsft.data.dataset.packing import Buckets
 from hsft.data.negatives import NegativeSampler
 from hsft.evaluator.evaluator import Evaluation, Evaluator, Scorer
+from hsft.evaluator.fingerprint import evaluation_fingerprint
 from hsft.hub.manifest import exported_from, user_llm_origin
 from hsft.model.accelerate import StepGraphs, choose_acceleration, compile_layers
 from hsft.model.attention import VARLEN
@@ -29,6 +30,7 @@ from hsft.model.reference import build_reference
 from hsft.model.sasrec import build_sasrec
 from hsft.model.user_llm import UserLLM
 from hsft.report.result import (
+    RESULT_FORMAT,
     TUNED,
     UNTRAINED,
     pack_evaluation,
@@ -81,8 +83,6 @@ from hsft.utils.progress import Meter, format_seconds
 from hsft.utils.signals import StopSignals
 
 log = logging.getLogger(__name__)
-
-RESULT_FORMAT = 1
 
 
 @dataclass(frozen=True)
@@ -497,6 +497,7 @@ def _finish(
         "seed": config.seed,
         "config": config.model_dump(mode="json"),
         "data": data.summary(),
+        "fingerprint": evaluation_fingerprint(final.dataset, protocol),
         "cache": data.cache.metadata if data.cache else None,
         "user_llm": _origin(config),
         "user_llm_fingerprint": work.user_llm_fingerprint,
