@@ -14,8 +14,10 @@ from __future__ import annotations
 
 import argparse
 import gc
+import importlib.util
 import itertools
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -29,8 +31,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "code"))
 
-warnings.filterwarnings("ignore")
-
+import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaModel
 
@@ -41,19 +42,22 @@ from hsft.config import Config
 from hsft.config.loader import load_config
 from hsft.data.cache import open_cache, save_cache
 from hsft.data.dataset import TrainBatch, TrainCollate
+from hsft.data.interactions import Interactions
 from hsft.data.split import leave_one_out
+from hsft.encoding.item_llm import ItemEncoder, length_batches
 from hsft.model.accelerate import compile_layers
 from hsft.model.attention import varlen_attention_forward, varlen_attn
 from hsft.model.backbone import load_decoder
+from hsft.model.norms import fuse_norms
 from hsft.report.memory import CUDA_CONTEXT, GIB, estimate, meta_decoder
 from hsft.run.dry_run import TINYLLAMA, training_shape
-from hsft.run.setup import Data, build_user_llm, lora_settings
-from hsft.run.train_and_rank import accelerate, make_train_loader
+from hsft.run.setup import Data, build_user_llm, lora_settings, make_evaluator
+from hsft.run.train_and_rank import accelerate, evaluate, make_train_loader, train_and_rank
 from hsft.trainer.fabric import compute_dtype, make_fabric
 from hsft.trainer.optim import build_optimizer
 from hsft.utils.environment import device_name
 from hsft.utils.errors import EXIT_BAD_INPUT, EXIT_OK, one_line
-from hsft.utils.files import write_json, write_text
+from hsft.utils.files import read_json, write_json, write_text
 from hsft.utils.logs import set_up_logging
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -107,7 +111,7 @@ class Variant:
     float32_residual: bool = False
 
 
-ROWS = {"attn_implementation": "sdpa", "compile": "off"}
+ROWS: dict[str, Any] = {"attn_implementation": "sdpa", "compile": "off"}
 OURS = Variant("HSFT")
 VARIANTS = [
     Variant("masked rows of 4L, float32 residual", ROWS, fused=True, float32_residual=True),
@@ -120,7 +124,12 @@ VARIANTS = [
     Variant("one row, compiled layers", {"compile": "layers"}),
     Variant("one row, compiled layers, CUDA graph", {"compile": "graph"}, layers=True),
 ]
-BF16 = {"qlora_quant_type": "none"}
+BF16: dict[str, Any] = {"qlora_quant_type": "none"}
+
+
+def compiles(variant: Variant) -> bool:
+    """Say whether a variant waits for torch.compile, which takes minutes on a CPU."""
+    return variant.layers or variant.keys.get("compile") == "layers"
 
 
 @dataclass
@@ -341,8 +350,19 @@ def measure(
         "ms": 1e3 * statistics.median(times),
         "real_tokens_per_s": statistics.median(rates),
         "overlapped_tokens_per_s": real / (time.perf_counter() - began),
-        "peak_bytes": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
+        "peak_bytes": peak_bytes(device),
     }
+
+
+def peak_bytes(device: torch.device) -> int | None:
+    """Return the most memory that tensors took since `clear_peak`."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+
+
+def clear_peak() -> None:
+    """Start to count the peak again."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
 
 
 def train_plain(bench: Bench, config: Config) -> dict[str, Any]:
@@ -411,7 +431,7 @@ def clear() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
+    clear_peak()
 
 
 # --- sections
@@ -435,6 +455,8 @@ def checks(bench: Bench) -> None:
         Variant("bfloat16, masked rows", {**BF16, **ROWS}),
         Variant("bfloat16, one row, CUDA graph", {**BF16, "compile": "graph"}),
     ):
+        if bench.tiny and compiles(variant):
+            continue
         keyed = Variant(
             variant.label,
             {**variant.keys, **rate},
@@ -535,7 +557,7 @@ def training(bench: Bench) -> None:
     plain = bench.config(OURS, length=length, batch=batch)
     bench.attempt("training", f"NF4: {PLAIN}", lambda: train_plain(bench, plain))
     for variant in VARIANTS:
-        if variant.keys.get("optimizer") and bench.tiny:
+        if bench.tiny and (variant.keys.get("optimizer") or compiles(variant)):
             continue
         config = bench.config(variant, length=length, batch=batch)
         bench.attempt(
@@ -546,7 +568,7 @@ def training(bench: Bench) -> None:
     half = bench.config(Variant("", BF16), length=length, batch=batch)
     bench.attempt("training", f"bfloat16: {PLAIN}", lambda: train_plain(bench, half))
     for variant in VARIANTS:
-        if variant.fused or "optimizer" in variant.keys:
+        if variant.fused or "optimizer" in variant.keys or (bench.tiny and compiles(variant)):
             continue
         keyed = Variant(variant.label, {**variant.keys, **BF16}, variant.layers)
         config = bench.config(keyed, length=length, batch=batch)
@@ -579,10 +601,312 @@ def grid(bench: Bench) -> None:
         )
 
 
+def run(bench: Bench) -> None:
+    """Run the program itself: with and without CUDA graphs, and under a cap that halves batches."""
+    interactions = pixel_like(seed=1, users=300 if bench.tiny else 3000)
+    rows = ["item_id,user_id,timestamp"]
+    owners = np.repeat(np.arange(len(interactions.offsets) - 1), np.diff(interactions.offsets))
+    rows += [
+        f"{item},{user},{time}"
+        for time, (item, user) in enumerate(zip(interactions.items, owners, strict=True))
+    ]
+    write_text(bench.folder / "pixel.csv", "\n".join(rows) + "\n")
+    losses: dict[str, list[float]] = {}
+    total = torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else 0
+    for label, keys, cap in (
+        ("compile: off", {"compile": "off"}, 0.0),
+        ("compile: auto", {"compile": "auto"}, 0.0),
+        ("compile: auto under a cap of 3 GiB", {"compile": "auto"}, 3.0),
+    ):
+        if cap and not total:
+            continue
+
+        def work(label: str = label, keys: dict[str, Any] = keys, cap: float = cap) -> Any:
+            if cap:
+                torch.cuda.set_per_process_memory_fraction(cap * GIB / total)
+            try:
+                return real_run(bench, label, keys, losses)
+            finally:
+                if cap:
+                    torch.cuda.set_per_process_memory_fraction(1.0)
+
+        bench.attempt("run", label, work)
+
+
+def real_run(
+    bench: Bench, label: str, keys: dict[str, Any], losses: dict[str, list[float]]
+) -> dict[str, Any]:
+    """Fine-tune and evaluate through `main.py`'s function; say its times and losses."""
+    values = {
+        "data_path": str(bench.folder),
+        "dataset": "pixel",
+        "checkpoint_dir": str(bench.folder / "saved"),
+        "run_name": f"run{len(losses)}",
+        "epochs": 2,
+        "qlora_dropout": 0.0,
+        # Each part of a halved batch meets the same negatives, so that the loss stays the same.
+        "num_negatives": 512,
+        **keys,
+    }
+    length, batch = (10, 8) if bench.tiny else (50, 64)
+    folder = train_and_rank(bench.config(Variant("", values), length=length, batch=batch))
+    result = read_json(folder / "result.json")
+    training = result["training"]
+    losses[label] = [record["loss"] for record in training["history"]]
+    first = next(iter(losses.values()))
+    return {
+        "losses": [round(loss, 4) for loss in losses[label]],
+        "passed": all(
+            abs(own - other) / other < 2e-2 for own, other in zip(losses[label], first, strict=True)
+        ),
+        "micro_batch": training["micro_batch"],
+        "training_s": round(result["timings_s"]["training"], 1),
+        "tokens_per_s": 2 * training["transitions_per_epoch"] / result["timings_s"]["training"],
+        "evaluation_s": round(result["timings_s"]["evaluation"], 1),
+    }
+
+
+def evaluation(bench: Bench) -> None:
+    """Rank the whole catalogue for every user with the untrained UserLLM."""
+    reference: list[np.ndarray] = []
+    for label, keys, layers in (
+        ("padded rows", {"attn_implementation": "sdpa"}, False),
+        ("one row", {}, False),
+        ("one row, 1,024 users", {"eval_batch_size": 1024}, False),
+        ("one row, 1,024 users, logits_budget_mb 2,048",
+         {"eval_batch_size": 1024, "logits_budget_mb": 2048}, False),
+        ("one row, 1,024 users, compiled layers",
+         {"eval_batch_size": 1024, "logits_budget_mb": 2048}, True),
+    ):  # fmt: skip
+        if layers and bench.tiny:
+            continue
+        config = bench.config(Variant("", keys))
+        bench.attempt(
+            "evaluation",
+            label,
+            lambda config=config, layers=layers: rank_all(bench, config, layers, reference),
+        )
+
+
+def rank_all(
+    bench: Bench, config: Config, layers: bool, reference: list[np.ndarray]
+) -> dict[str, Any]:
+    """Time an evaluation; compare its ranks with those of the first way."""
+    fabric = make_fabric(config)
+    model = build_user_llm(config, bench.data, fabric, train=False).eval()
+    if layers:
+        encoder: Any = model.encoder
+        compile_layers(encoder.decoder)
+    split = leave_one_out(pixel_like(seed=2, users=100 if bench.tiny else 2000))
+    small = make_evaluator(config, split, "test", fabric)
+    began = time.perf_counter()
+    evaluate(config, model, small, fabric)
+    warm_up = time.perf_counter() - began
+    evaluator = make_evaluator(config, bench.data.split, "test", fabric)
+    clear_peak()
+    found = evaluate(config, model, evaluator, fabric)
+    reference.append(found.ranks)
+    near = np.abs(found.ranks - reference[0]) <= 0.01 * bench.data.interactions.num_items
+    return {
+        "users_per_s": len(found.ranks) / found.seconds,
+        "warm_up_s": round(warm_up, 1),
+        "ranks_within_1_percent": float(near.mean()),
+        "peak_bytes": peak_bytes(fabric.device),
+    }
+
+
+def caching(bench: Bench) -> None:
+    """Encode items with a model of TinyLlama's shape, emb token, 8 to 64 tokens each."""
+    folder = bench.folder / "item"
+    sizes = {**(TINY if bench.tiny else TINYLLAMA), "vocab_size": 1000}
+    torch.manual_seed(0)
+    LlamaModel(LlamaConfig(**sizes)).to(torch.bfloat16).save_pretrained(folder)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    model = load_decoder(folder, dtype=dtype, attention="sdpa", keep_token_embedding=True)
+    model = model.to(device)
+    if device.type == "cuda":
+        fuse_norms(model)
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(8, 65, 200 if bench.tiny else 20_000)
+    tokens = [rng.integers(0, 1000, size) for size in lengths]
+    encoder = ItemEncoder(model, None, torch.randn(sizes["hidden_size"]), 64)
+    budgets = (512,) if bench.tiny else (8192, 32768)
+    for budget, compiled in ((budget, c) for c in (False, True) for budget in budgets):
+        if compiled and bench.tiny:
+            continue
+
+        def work(budget: int = budget, compiled: bool = compiled) -> dict[str, Any]:
+            if compiled:
+                encoder.compile()
+            batches = list(length_batches(lengths, budget, 1))
+            encoder.encode([tokens[row] for row in batches[0].tolist()])
+            encoder.encode([tokens[row] for row in batches[-1].tolist()])
+            synchronize(device)
+            began = time.perf_counter()
+            for batch in batches:
+                encoder.encode([tokens[row] for row in batch.tolist()])
+            synchronize(device)
+            seconds = time.perf_counter() - began
+            return {
+                "tokens_per_s": float(lengths.sum() + len(lengths)) / seconds,
+                "items_per_s": len(lengths) / seconds,
+            }
+
+        label = f"batches of {budget:,} tokens{', compiled' if compiled else ''}"
+        bench.attempt("caching", label, work)
+
+
+# SmolLM2-135M's shape.
+SMOLLM2 = {
+    "vocab_size": 1,
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "max_position_embeddings": 8192,
+}
+
+
+def demo(bench: Bench) -> None:
+    """Train with the demo's full setting: SmolLM2's shape, MovieLens-100K's sizes."""
+    folder = bench.folder / "demo"
+    folder.mkdir()
+    items, users = 1682, 943
+    prepare(folder, TINY if bench.tiny else SMOLLM2, items)
+    rng = np.random.default_rng(0)
+    count = users * 106
+    data = Data(
+        leave_one_out(
+            Interactions(
+                user_ids=np.arange(users).astype(str),
+                item_ids=np.arange(items + 1).astype(str),
+                items=rng.integers(1, items + 1, count).astype(np.int32),
+                timestamps=np.arange(count),
+                offsets=np.arange(users + 1) * 106,
+            )
+        ),
+        open_cache(folder / "cache.safetensors"),
+    )
+    own = Bench(bench.args, folder, data, bench.out, bench.result)
+    files = [ROOT / "demo/demo.yaml", ROOT / "demo/full.yaml"]
+    for label, keys, layers in (
+        ("masked rows of 4L, gradient checkpointing", {**ROWS, "gradient_checkpointing": True}, False),
+        ("one row", {"compile": "off"}, False),
+        ("one row, CUDA graph", {"compile": "graph"}, False),
+        ("one row, compiled layers, CUDA graph", {"compile": "graph"}, True),
+    ):  # fmt: skip
+        if layers and bench.tiny:
+            continue
+        values = {
+            **keys,
+            "user_pretrain_dir": str(folder / "model"),
+            "item_cache_path": str(folder / "cache.safetensors"),
+            "show_progress": False,
+        }
+        config = load_config([ROOT / "code/overall/LLM_ddp.yaml", *files], values)[0]
+        variant = Variant(label, keys, layers)
+        own.attempt(
+            "demo",
+            label,
+            lambda config=config, variant=variant: train_ours(own, config, variant),
+        )
+
+
+def caps(bench: Bench) -> None:
+    """Find the largest batch that trains under 6, 8 and 12 GiB, NF4 and L 50."""
+    if not torch.cuda.is_available():
+        bench.add("caps", {"label": "skipped", "reason": "no CUDA device"})
+        return
+    total = torch.cuda.get_device_properties(0).total_memory
+    config = bench.config(Variant("", {"compile": "off"}))
+    for cap in (6, 8, 12):
+
+        def work(cap: int = cap) -> dict[str, Any]:
+            torch.cuda.set_per_process_memory_fraction(cap * GIB / total)
+            try:
+                return largest_batch(bench, config)
+            finally:
+                torch.cuda.set_per_process_memory_fraction(1.0)
+
+        bench.attempt("caps", f"{cap} GiB", work)
+
+
+def largest_batch(bench: Bench, config: Config) -> dict[str, Any]:
+    """Raise the batch size until a step runs out of memory, then halve the gap three times."""
+    trained = build(bench, config, OURS)
+    collate = trained.loader.collate_fn
+    order = np.random.default_rng(0).permutation(len(collate.dataset))
+
+    def fits(size: int) -> bool:
+        try:
+            trained.step(collate(order[:size]))
+        except torch.OutOfMemoryError:
+            fitting = False
+        else:
+            fitting = True
+        trained.optimizer.zero_grad()
+        gc.collect()
+        torch.cuda.empty_cache()
+        return fitting
+
+    low, high = 0, 64
+    while fits(high) and high < len(order):
+        low, high = high, 2 * high
+    for _ in range(3):
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    positions = int(trained.loader.collate_fn.dataset.lengths[order[:low]].sum())
+    return {"largest_batch": low, "positions": positions}
+
+
+def deepspeed(bench: Bench) -> None:
+    """Run ZeRO stages 2 and 3 for an epoch of few users, plain LoRA and NF4, through main.py."""
+    if importlib.util.find_spec("deepspeed") is None:
+        bench.add("deepspeed", {"label": "skipped", "reason": "deepspeed is not installed"})
+        return
+    if bench.tiny:
+        bench.add("deepspeed", {"label": "skipped", "reason": "tests/trainer has it on the CPU"})
+        return
+    for stage, kind in ((0, "none"), (2, "none"), (3, "none"), (2, "nf4"), (3, "nf4")):
+        keys = {"qlora_quant_type": kind}
+        if stage:
+            keys |= {"strategy": "deepspeed", "stage": str(stage)}
+        command = [sys.executable, str(ROOT / "code/main.py"), "--config_file"]
+        command += [str(ROOT / "code/overall/LLM_ddp.yaml"), str(ROOT / "code/HLLM/HLLM.yaml")]
+        keys |= {
+            "use_qlora": "True",
+            "user_pretrain_dir": str(bench.folder / "model"),
+            "item_cache_path": str(bench.folder / "cache.safetensors"),
+            "data_path": str(bench.folder),
+            "dataset": "pixel",
+            "epochs": "1",
+            "show_progress": "False",
+            "checkpoint_dir": str(bench.folder / f"deepspeed{stage}{kind}"),
+        }
+        command += [word for key, value in keys.items() for word in (f"--{key}", value)]
+
+        def work(command: list[str] = command) -> dict[str, Any]:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+            table = [line for line in done.stdout.splitlines() if "NDCG@10" in line]
+            last = done.stderr.strip().splitlines()[-1:] if done.returncode else table
+            return {"exit_code": done.returncode, "said": " ".join(last)[:200]}
+
+        label = f"ZeRO-{stage}, {kind}" if stage else f"DDP, {kind}"
+        bench.attempt("deepspeed", label, work)
+
+
 SECTIONS: dict[str, Callable[[Bench], None]] = {
     "checks": checks,
     "training": training,
+    "run": run,
+    "evaluation": evaluation,
     "grid": grid,
+    "demo": demo,
+    "caching": caching,
+    "caps": caps,
+    "deepspeed": deepspeed,
 }
 
 
@@ -635,6 +959,7 @@ def main(argv: Sequence[str]) -> int:
             "error: torch finds no CUDA device; --tiny True tries the script on a CPU.\n"
         )
         return EXIT_BAD_INPUT
+    warnings.filterwarnings("ignore")
     set_up_logging(quiet=True)
     began = time.perf_counter()
     with tempfile.TemporaryDirectory() as name:
