@@ -1,4 +1,6 @@
-"""Every configuration key with its type, range, unit and default. Help and README are made from it.
+"""Every configuration key with its type, range, unit and default.
+
+`--help` and docs/keys.md are made from it.
 
 Keys that HLLM's YAML files know keep their names and meaning (arXiv 2409.12740's public code).
 """
@@ -239,6 +241,13 @@ class Config(_Section):
         "Compress the following sentence into embedding: ",
         "item cache",
         "text put before every item's text",
+    )
+    text_format: Literal["plain", "hllm"] = _key(
+        "plain",
+        "item cache",
+        "plain: cells of the item information as they are; hllm: as pandas reads them in HLLM's code "
+        "(NA, None and null are blank, 1990 may be 1990.0, 0 is left out, an item without values has "
+        "the prompt alone)",
     )
     item_emb_token_n: Int = _key(
         1,
