@@ -25,6 +25,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -242,10 +243,11 @@ class Trained:
     def gradients(self, batch: TrainBatch) -> torch.Tensor:
         """Compute a batch's loss and add up its gradients."""
         if self.graphs is not None:
-            return self.graphs.step(batch)  # type: ignore[no-any-return]
-        loss = self.wrapped(batch.to(self.fabric.device))
+            captured: torch.Tensor = self.graphs.step(batch)
+            return captured
+        loss: torch.Tensor = self.wrapped(batch.to(self.fabric.device))
         self.fabric.backward(loss)
-        return loss.detach()  # type: ignore[no-any-return]
+        return loss.detach()
 
     def step(self, batch: TrainBatch) -> torch.Tensor:
         """Take an optimizer step and return the loss."""
@@ -440,8 +442,8 @@ def clear() -> None:
 def checks(bench: Bench) -> None:
     """Compare the fast ways with the simple ones."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    bench.attempt("checks", "varlen against one sequence at a time", lambda: check_varlen(device))
-    bench.attempt("checks", "a step waits for nothing", lambda: check_waits(bench))
+    bench.attempt("checks", "varlen against one sequence at a time", partial(check_varlen, device))
+    bench.attempt("checks", "a step waits for nothing", partial(check_waits, bench))
     simple = Variant("masked rows", ROWS, float32_residual=True)
     steps = 3 if bench.tiny else 40
     rate: dict[str, Any] = {"qlora_dropout": 0.0, "optim_args": {"learning_rate": 1e-3}}
@@ -467,7 +469,7 @@ def checks(bench: Bench) -> None:
         bench.attempt(
             "checks",
             f"losses: {variant.label}",
-            lambda variant=keyed: losses_of(bench, variant, steps, reference),
+            partial(losses_of, bench, keyed, steps, reference),
         )
 
 
@@ -479,24 +481,41 @@ def check_varlen(device: torch.device) -> dict[str, Any]:
     lengths = [1, 50, 7, 0, 33, 18, 0, 5]
     total = sum(lengths)
     cu = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=device)
-    worst = {}
+    worst: dict[str, float] = {}
     for heads, kv_heads, width in ((32, 4, 64), (9, 3, 64), (4, 4, 128)):
         q = torch.randn(1, heads, total, width, device=device, dtype=torch.bfloat16)
         k, v = torch.randn(2, 1, kv_heads, total, width, device=device, dtype=torch.bfloat16)
         upstream = torch.randn(total, heads, width, device=device)
         results = []
         for exact in (False, True):
-            given = [part.detach().clone().requires_grad_() for part in (q, k, v)]
+            given: Any = [part.detach().clone().requires_grad_() for part in (q, k, v)]
+            query, key, value = given
             if exact:
-                rows = [part[0].transpose(0, 1).float() for part in given]
+                query, key, value = (part[0].transpose(0, 1).float() for part in given)
                 out = reference_varlen_attn(
-                    *rows, cu, cu, 50, 50, scale=0.125, window_size=(-1, 0), enable_gqa=True
+                    query,
+                    key,
+                    value,
+                    cu,
+                    cu,
+                    50,
+                    50,
+                    scale=0.125,
+                    window_size=(-1, 0),
+                    enable_gqa=True,
                 )
             else:
-                out, _ = varlen_attention_forward(
-                    torch.nn.Identity(), *given, None, 0.0, 0.125, cu_seq_lens_q=cu, max_length_q=50
+                rows, _ = varlen_attention_forward(
+                    torch.nn.Identity(),
+                    query,
+                    key,
+                    value,
+                    None,
+                    scaling=0.125,
+                    cu_seq_lens_q=cu,
+                    max_length_q=50,
                 )
-                out = out[0]
+                out = rows[0]
             (out.float() * upstream).sum().backward()
             results.append([out.detach().float(), *(part.grad.float() for part in given)])
         errors = [
@@ -555,7 +574,7 @@ def training(bench: Bench) -> None:
     batch = 4 if bench.tiny else 64
     length = 10 if bench.tiny else 50
     plain = bench.config(OURS, length=length, batch=batch)
-    bench.attempt("training", f"NF4: {PLAIN}", lambda: train_plain(bench, plain))
+    bench.attempt("training", f"NF4: {PLAIN}", partial(train_plain, bench, plain))
     for variant in VARIANTS:
         if bench.tiny and (variant.keys.get("optimizer") or compiles(variant)):
             continue
@@ -563,10 +582,10 @@ def training(bench: Bench) -> None:
         bench.attempt(
             "training",
             f"NF4: {variant.label}",
-            lambda config=config, variant=variant: train_ours(bench, config, variant),
+            partial(train_ours, bench, config, variant),
         )
     half = bench.config(Variant("", BF16), length=length, batch=batch)
-    bench.attempt("training", f"bfloat16: {PLAIN}", lambda: train_plain(bench, half))
+    bench.attempt("training", f"bfloat16: {PLAIN}", partial(train_plain, bench, half))
     for variant in VARIANTS:
         if variant.fused or "optimizer" in variant.keys or (bench.tiny and compiles(variant)):
             continue
@@ -575,7 +594,7 @@ def training(bench: Bench) -> None:
         bench.attempt(
             "training",
             f"bfloat16: {variant.label}",
-            lambda config=config, variant=keyed: train_ours(bench, config, variant),
+            partial(train_ours, bench, config, keyed),
         )
 
 
@@ -590,15 +609,9 @@ def grid(bench: Bench) -> None:
         where = f"r {rank}, L {length}, batch {batch}"
         config = bench.config(OURS, rank=rank, length=length, batch=batch)
         half = bench.config(Variant("", BF16), rank=rank, length=length, batch=batch)
-        bench.attempt(
-            "grid", f"NF4, {where}: plain", lambda config=config: train_plain(bench, config)
-        )
-        bench.attempt(
-            "grid", f"NF4, {where}: HSFT", lambda config=config: train_ours(bench, config, OURS)
-        )
-        bench.attempt(
-            "grid", f"bfloat16, {where}: HSFT", lambda config=half: train_ours(bench, config, OURS)
-        )
+        bench.attempt("grid", f"NF4, {where}: plain", partial(train_plain, bench, config))
+        bench.attempt("grid", f"NF4, {where}: HSFT", partial(train_ours, bench, config, OURS))
+        bench.attempt("grid", f"bfloat16, {where}: HSFT", partial(train_ours, bench, half, OURS))
 
 
 def run(bench: Bench) -> None:
@@ -684,7 +697,7 @@ def evaluation(bench: Bench) -> None:
         bench.attempt(
             "evaluation",
             label,
-            lambda config=config, layers=layers: rank_all(bench, config, layers, reference),
+            partial(rank_all, bench, config, layers, reference),
         )
 
 
@@ -810,7 +823,7 @@ def demo(bench: Bench) -> None:
         own.attempt(
             "demo",
             label,
-            lambda config=config, variant=variant: train_ours(own, config, variant),
+            partial(train_ours, own, config, variant),
         )
 
 
