@@ -198,6 +198,28 @@ class Recommender(nn.Module):
         """
         states = self.encoder(history)
         last = states[torch.arange(len(history), device=states.device), lengths - 1].float()
+        return self._as_query(last)
+
+    @property
+    def reads_rows(self) -> bool:
+        """Whether `row_user_vectors` can be called: the encoder reads many histories in a row."""
+        return bool(getattr(self.encoder, "varlen", False))
+
+    def row_user_vectors(self, row: Tensor, positions: Tensor, cu_lengths: Tensor) -> Tensor:
+        """Encode users for scoring, their histories one after the other in a single row.
+
+        Args:
+            row: int64 [1, N].
+            positions: int64 [1, N], each item's number in its own history.
+            cu_lengths: int32 [B + 1], where each history starts, and N.
+
+        Returns:
+            As `user_vectors`.
+        """
+        states = self.encoder(row, positions, cu_lengths)[0]
+        return self._as_query(states.index_select(0, cu_lengths[1:] - 1).float())
+
+    def _as_query(self, last: Tensor) -> Tensor:
         return losses.normalize(last) if self.settings.similarity == "cosine" else last
 
     def item_slice(self, start: int, end: int) -> Tensor:
