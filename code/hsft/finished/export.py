@@ -35,7 +35,7 @@ from hsft.report.result import TUNED, read_ranks, read_result
 from hsft.run.run_dir import CONFIG_FILE
 from hsft.run.setup import build_user_llm, lora_settings, loss_settings, make_evaluator
 from hsft.run.train_and_rank import evaluate
-from hsft.trainer.trainer import BEST_DIR
+from hsft.trainer.checkpoint import BEST_DIR
 from hsft.utils.environment import versions
 from hsft.utils.errors import InputError, Interrupted
 from hsft.utils.files import atomic_path, free_bytes, is_file, is_folder, read_json

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from hsft.report.compare import Comparison, load_comparison, markdown, records
-from hsft.trainer.trainer import BEST_DIR
+from hsft.trainer.checkpoint import BEST_DIR
 from hsft.utils.files import is_folder, write_text
 
 
