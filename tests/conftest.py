@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
+from benchmarks.varlen_reference import reference_varlen_attn
+from hsft.model import attention
 from hsft.utils.program import run_program
 from main import main
 from tests.helpers import ROOT, make_cache, make_dataset, make_llama
@@ -17,6 +19,16 @@ from tests.helpers import ROOT, make_cache, make_dataset, make_llama
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Llama of 2 layers and hidden size 64 as a model folder."""
     return make_llama(tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(scope="module")
+def emulated_varlen() -> Iterator[None]:
+    """Put the reference in the place of torch's variable-length kernel, which wants a GPU."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention, "varlen_attn", reference_varlen_attn)
+        patch.setattr(attention, "_CAUSAL", {"window_size": (-1, 0)})
+        patch.setattr(attention, "_GROUPED", True)
+        yield
 
 
 @dataclass

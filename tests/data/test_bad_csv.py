@@ -100,27 +100,31 @@ def test_good_interactions_mean_what_they_say(project: Project, case: str) -> No
     assert found["data"]["interactions"] == len(read)
 
 
-def test_ids_that_stand_for_empty_cells_give_one_warning(project: Project) -> None:
+def test_ids_that_stand_for_empty_cells_give_a_warning_a_column(project: Project) -> None:
     rows = text("nan,x,1", "None,x,2", "nan,null,3", "Nan,nan0,4", "none-such,y,5")
     (project.root / CSV).write_bytes(rows + MORE)
     code, _, err = project.run(*POP, "--run_name", "run")
     assert code == 0, err
-    lines = [line for line in err.splitlines() if "empty cells" in line]
-    assert len(lines) == 1
-    which = "user_id 'null' (1 row), item_id 'nan' (2 rows), item_id 'None' (1 row) may be what"
-    assert f"{CSV}: {which}" in lines[0]
+    lines = [line.partition(" ")[2] for line in err.splitlines() if "empty cells" in line]
+    assert lines == [
+        f"{CSV}, row 2: item_id 'nan', 'None' (3 rows) may be what exports write for empty cells; "
+        "fill them in or remove the rows if so.",
+        f"{CSV}, row 4: user_id 'null' (1 row) may be what exports write for empty cells; fill them "
+        "in or remove the rows if so.",
+    ]
     code, out, err = project.run(*POP, "--check", "True")
     assert code == 0, err
-    assert f"warning: {CSV}: {which}" in out
-    assert out.splitlines()[-1] == "no problem found; 1 warning above"
+    for line in lines:
+        assert f"warning: {line}\n" in out
+    assert out.splitlines()[-1] == "no problem found; 2 warnings above"
     information = project.root / INFORMATION
     information.write_text(information.read_text() + "NaN,a title,,\nNone such,a title,,\na,b,,\n")
     more = ("--item_pretrain_dir", str(project.llama), "--item_cache_path", "new.safetensors")
     code, _, err = project.call(cache_main, [*project.arguments, *more])
     assert code == 0, err
     lines = [line for line in err.splitlines() if "empty cells" in line]
-    assert len(lines) == 2
-    assert f"{INFORMATION}: item_id 'NaN' may be what" in lines[0]
+    assert len(lines) == 3
+    assert f"{INFORMATION}, row 22: item_id 'NaN' (1 row) may be what" in lines[0]
 
 
 BAD: dict[str, tuple[bytes, list[str]]] = {

@@ -11,12 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hsft.data.dataset import CachedEmbeddingTrainDataset, TrainBatch, TrainCollate
-from hsft.data.dataset.packing import pack, real_share
+from hsft.data.dataset.packing import Buckets, pack, real_share
 from hsft.data.interactions import Interactions
 from hsft.data.negatives import NegativeSampler
 from hsft.data.split import leave_one_out
 from hsft.model.backbone import LoraSettings, add_lora, load_decoder
 from hsft.model.item_table import ItemTable
+from hsft.model.norms import fuse_norms
 from hsft.model.recommender import LossSettings, Recommender
 from hsft.model.user_llm import UserLLM
 from hsft.trainer.micro_batch import count_sequences, unpack
@@ -46,7 +47,14 @@ def interactions(transitions: list[int], seed: int) -> Interactions:
 
 
 def collated(
-    transitions: list[int], seed: int, row_length: int | None, *, drawn: bool, split: bool = False
+    transitions: list[int],
+    seed: int,
+    row_length: int | None,
+    *,
+    drawn: bool,
+    split: bool = False,
+    one: bool = False,
+    buckets: Buckets | None = None,
 ) -> TrainBatch:
     data = interactions(transitions, seed)
     collate = TrainCollate(
@@ -57,6 +65,8 @@ def collated(
         seed=seed,
         row_length=row_length,
         pack_below=1.1,
+        single_row=one,
+        buckets=buckets,
     )
     return collate(np.arange(len(transitions)))
 
@@ -119,13 +129,14 @@ def model(folder: Path, attention: str, quantised: str, loss: LossSettings) -> R
     torch.manual_seed(1)
     lora = LoraSettings(4, 8, 0.0, ("q_proj", "v_proj"), quantised, torch.float32)
     decoder = load_decoder(folder, dtype=torch.float32, attention=attention, lora=lora)
+    fuse_norms(decoder)
     adapted = add_lora(decoder, lora, False)
     for name, weight in adapted.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(weight, std=0.2)
     table = torch.randn(ITEMS + 1, DIM) * 0.5
     items = ItemTable(table, "linear")
-    return Recommender(UserLLM(adapted, items), loss)
+    return Recommender(UserLLM(adapted, items, max_length=9), loss)
 
 
 @pytest.fixture(scope="module", params=[("sdpa", "none"), ("eager", "none"), ("sdpa", "nf4")])
@@ -154,6 +165,41 @@ def test_the_packed_loss_and_its_gradients_are_the_padded_ones(
         if wanted is not None:
             scale = max(1.0, wanted.abs().max().item())
             torch.testing.assert_close(packed[name], wanted, rtol=1e-3, atol=2e-5 * scale)
+
+
+@given(LENGTHS, st.integers(0, 99), st.sampled_from(list(LOSSES)), st.booleans(), st.booleans())
+@settings(max_examples=25, deadline=None)
+@pytest.mark.usefixtures("emulated_varlen")
+def test_a_single_row_has_the_same_loss_and_gradients_in_a_bucket_or_not(
+    models: dict[str, Recommender],
+    transitions: list[int],
+    seed: int,
+    loss: str,
+    split: bool,
+    padded: bool,
+) -> None:
+    model = models[loss]
+    drawn = "sampled" in loss
+    wanted_batch = collated(transitions, seed, None, drawn=drawn, split=split)
+    buckets = Buckets(8, len(transitions) + 2, 9) if padded else None
+    batch = collated(transitions, seed, None, drawn=drawn, split=split, one=True, buckets=buckets)
+    found = []
+    config = model.encoder.decoder.config  # type: ignore[union-attr]
+    kept = config._attn_implementation  # type: ignore[union-attr]
+    for kernel, given_batch in ((kept, wanted_batch), ("varlen", batch)):
+        config._attn_implementation = kernel  # type: ignore[union-attr]
+        model.zero_grad()
+        value = model(given_batch)
+        value.backward()
+        gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        found.append((value.detach(), gradients))
+    config._attn_implementation = kept  # type: ignore[union-attr]
+    (value, gradients), (row_value, row_gradients) = found
+    torch.testing.assert_close(row_value, value, rtol=1e-5, atol=1e-6)
+    assert gradients.keys() == row_gradients.keys()
+    for name, wanted in gradients.items():
+        scale = max(1.0, wanted.abs().max().item())
+        torch.testing.assert_close(row_gradients[name], wanted, rtol=1e-3, atol=2e-5 * scale)
 
 
 def test_sequences_in_one_row_do_not_see_each_other(llama: Path) -> None:

@@ -32,14 +32,28 @@ def test_ties_count_against_the_model() -> None:
     assert full_ranks([[0.0, 1.0, 1.0, 1.0, 1.0]], [2], []) == [4]
 
 
-def test_nan_scores_rank_last() -> None:
+def test_a_nan_counts_against_the_model() -> None:
     nan = math.nan
-    assert full_ranks([[0.0, nan, nan, nan]], [1], []) == [4]
+    assert full_ranks([[0.0, nan, nan, nan]], [1], []) == [metrics.UNRANKED]
     assert full_ranks([[0.0, 1.0, nan, 0.5]], [1], []) == [2]
 
 
-def test_a_seen_target_ranks_last() -> None:
-    assert full_ranks([[0.0, 9.0, 2.0, 3.0]], [1], [(0, 1)]) == [4]
+def test_a_seen_target_has_no_rank() -> None:
+    assert full_ranks([[0.0, 9.0, 2.0, 3.0]], [1], [(0, 1)]) == [metrics.UNRANKED]
+
+
+@pytest.mark.parametrize("name", metrics.PER_USER)
+@pytest.mark.parametrize("k", [1, 4, 10, 2**31 - 1])
+def test_a_target_without_a_rank_is_a_miss_at_any_k(name: str, k: int) -> None:
+    # The catalogue has three items, so every K from 4 on holds all of it.
+    ranks = np.array(full_ranks([[0.0, 9.0, 2.0, 3.0]] * 2, [1, 1], [(0, 1)]))
+    assert metrics.per_user(name, ranks, k).tolist() == [0.0, 1.0]
+
+
+def test_a_candidate_whose_score_is_nan_has_no_rank() -> None:
+    users = torch.tensor([[1.0, 0.0]])
+    vectors = torch.tensor([[[math.nan, 0.0], [3.0, 0.0]]])
+    assert ranking.candidate_ranks(users, vectors).tolist() == [metrics.UNRANKED]
 
 
 def test_candidate_ranks_by_hand() -> None:

@@ -118,7 +118,9 @@ def test_the_fine_tuned_model_on_cold_items(project: Project, transform: str) ->
     adapter = ("--item_adapter", "linear", "--item_embedding_transform", transform)
     warm_run(project, *more, *adapter, "--eval_protocol", "sampled", "--eval_neg_sample_num", "3")
     rows = cold_start(RUN, "tiny")
-    assert [row["model"] for row in rows] == ["untrained", "fine-tuned", "pop", "random"] * 2
+    assert [row["model"] for row in rows] == [
+        *("untrained", "fine-tuned", "pop", "random", "item_knn")
+    ] * 2
     run = open_run(RUN)
     cache = run.data.cache
     assert cache is not None

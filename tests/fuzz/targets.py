@@ -18,7 +18,8 @@ from hsft.data.interactions import read_interactions
 from hsft.data.item_text import read_item_texts
 from hsft.model.backbone import load_model_config, read_extra
 from hsft.model.folder import check_decoder, check_files, check_shapes
-from hsft.report.compare import load_comparison, markdown
+from hsft.report.compare import load_comparison
+from hsft.report.comparison_files import markdown
 from hsft.report.result import RANKS_FILE, RESULT_FILE
 from tests.fuzz.harness import Target
 from tests.helpers import make_llama

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hsft.evaluator.metrics import per_user
+from hsft.evaluator.metrics import UNRANKED, per_user
 from hsft.finished import write_report as recipe
 from hsft.report.breakdown import (
     Group,
@@ -21,8 +21,11 @@ from hsft.report.breakdown import (
     recall_curve,
 )
 from hsft.report.charts import Series, group_chart
+from hsft.report.compare import Comparison, Row
 from hsft.report.page import Chart, Page, Section, Table, render
 from hsft.report.result import read_ranks
+from hsft.report.run_tables import applies
+from hsft.report.sections import headline
 from report import main
 from tests.browser import open_browser
 from tests.conftest import Project
@@ -164,12 +167,18 @@ def test_recall_curve_is_recall_at_every_k_with_binomial_intervals() -> None:
 def test_the_page_escapes_all_that_is_data() -> None:
     table = Table(HOSTILE, [HOSTILE], [[HOSTILE]])
     html = render(
-        Page(HOSTILE, [(HOSTILE, HOSTILE)], [Section(HOSTILE, [HOSTILE], tables=[table])])
+        Page(
+            HOSTILE,
+            HOSTILE,
+            [],
+            [(HOSTILE, HOSTILE)],
+            [Section(HOSTILE, [HOSTILE], tables=[table])],
+        )
     )
     read = Reader(html)
     assert "script" not in read.tags
-    # Title, heading, a fact, contents, heading, paragraph, caption, header, cell.
-    assert read.text.count(HOSTILE) == 10
+    # Title, heading, headline, a fact, contents, heading, paragraph, caption, header, cell.
+    assert read.text.count(HOSTILE) == 11
     assert ("aria-label", HOSTILE) in read.attributes
 
 
@@ -177,8 +186,12 @@ def test_labels_of_groups_do_not_meet(project: Project, tmp_path: Path) -> None:
     names = ["19 to 32 items", "33 to 64 items", "65 to 147 items", "never in training"]
     estimates = np.array([0.1, 0.2, 0.3, 0.4])
     series = Series("pop", 0, estimates, None, estimates, estimates)
-    chart = group_chart([f"{name}\nn = 1000" for name in names], [series], "Recall@10")
-    page = Page("", [], [Section("", charts=[Chart(chart, "", "")] * 2)])
+    groups = [f"{name}\nn = 1000" for name in names]
+    charts = [
+        Chart(group_chart(groups, [series], "Recall@10", title=title, description=""), "")
+        for title in ("one", "two")
+    ]
+    page = Page("", "", [], [], [Section("", charts=charts)])
     Path("page.html").write_text(render(page), encoding="utf-8")
     with open_browser(tmp_path) as browser:
         browser.get((project.root / "page.html").as_uri())
@@ -229,15 +242,18 @@ def test_the_report_of_a_fine_tuning_and_a_reference(project: Project) -> None:
         html.partition(">Configuration</h2>")[2].partition("</section>")[0]
     )
     assert open_rows["model"] == ["pop", "HLLM"]
-    assert "MAX_ITEM_LIST_LENGTH" not in open_rows
-    assert folded["MAX_ITEM_LIST_LENGTH"] == ["8"]
+    assert "eval_batch_size" not in open_rows
+    assert folded["eval_batch_size"] == ["256"]
+    # Keys that decide nothing in a run, or in none of them, are not shown as if they did.
+    assert folded["epochs"] == ["1 (1 of 2 runs; it does not apply to the others)"]
+    assert not {"sasrec.heads", "knn_history", "stage"} & {*open_rows, *folded}
     open_rows, folded = tables_of(html.partition(">Environment</h2>")[2].partition("</section>")[0])
     assert open_rows["time: training"][0] == "does not apply"
     assert "item cache: model" not in open_rows
     assert folded["item cache: model"] == ["random (1 of 2 runs; it does not apply to the others)"]
     assert "torch" in folded
     assert read.tags.count("article") == 12
-    assert read.tags.count("svg") == 7
+    assert read.tags.count("svg") == 9
     assert "All ranks computed now equal the recorded ones." in read.text
     assert "drawn uniformly at random with seed 0" in read.text
     finished = json.loads(Path("saved/tiny-qlora/result.json").read_text())["finished"]
@@ -246,6 +262,47 @@ def test_the_report_of_a_fine_tuning_and_a_reference(project: Project) -> None:
     assert code == 0, err
     assert Path("pages/two.html").read_bytes() == Path("pages/one.html").read_bytes()
     assert sorted(path.name for path in Path("pages").iterdir()) == ["one.html", "two.html"]
+
+
+def test_the_headline_says_what_is_best_and_how_sure_that_is() -> None:
+    users, better = np.arange(100), np.full(100, 1)
+    half = np.where(users % 2, 1, 200)
+
+    def said(**ranks: np.ndarray) -> str:
+        rows = [Row(name, users, values) for name, values in ranks.items()]
+        columns = [("Recall", 5), ("Recall", 10), ("NDCG", 5), ("NDCG", 10), ("NDCG", 20)]
+        return headline(Comparison("", rows, columns))
+
+    # NDCG@10 of half is 0.5, so that better's gain is 100 %.
+    text = said(half=half, better=better)
+    assert text.startswith("better is best of 2 models: NDCG@10 1.0000 [")
+    assert text.endswith("], +100.0% over the next best, half (p < 0.001), over 100 users.")
+    alike = said(half=half, other=half)
+    assert "(p = 1.000, a difference that may be chance)" in alike
+    assert said(half=half).startswith("half: NDCG@10 0.5000 [")
+    none = np.full(100, UNRANKED)
+    assert said(a=none, b=none) == "None of the 2 models has a hit: NDCG@10 is 0 over 100 users."
+
+
+@pytest.mark.parametrize(
+    ("key", "config", "expected"),
+    [
+        ("epochs", {"model": "pop"}, False),
+        ("epochs", {"model": "sasrec"}, True),
+        ("epochs", {"model": "HLLM", "val_only": True}, False),
+        ("optim_args.learning_rate", {"model": "HLLM"}, True),
+        ("user_pretrain_dir", {"model": "HLLM", "val_only": True}, True),
+        ("user_pretrain_dir", {"model": "sasrec"}, False),
+        ("qlora_r", {"model": "HLLM", "use_qlora": False}, False),
+        ("item_cache_path", {"model": "item_knn"}, True),
+        ("item_cache_path", {"model": "pop"}, False),
+        ("eval_neg_sample_num", {"model": "pop", "eval_protocol": "sampled"}, True),
+        ("topk", {"model": "random"}, True),
+        ("a key of an earlier version", {"model": "pop"}, True),
+    ],
+)
+def test_which_keys_apply(key: str, config: dict[str, object], expected: bool) -> None:
+    assert applies(key, config) is expected
 
 
 def test_named_users_show_history_lists_and_the_held_out_item(project: Project) -> None:
@@ -366,7 +423,7 @@ def test_runs_without_data_and_models_still_give_a_page(project: Project) -> Non
     assert code == 0, err
     read = read_page(Path("page.html"))
     assert read.text.count("it has no config.yaml") == 3
-    assert read.tags.count("svg") == 3
+    assert read.tags.count("svg") == 5
     assert "example users is left out: " in err
     code, _, err = project.call(main, ["saved/run", "--out", "page.html", "--examples", "0"])
     assert code == 0, err
@@ -463,8 +520,28 @@ def test_the_page_in_a_browser(project: Project, tmp_path: Path) -> None:
         drawn = browser.execute_script(
             "return [...document.querySelectorAll('svg')].map(e => e.getBoundingClientRect().height)"
         )
-        assert len(drawn) == 7
+        assert len(drawn) == 9
         assert min(drawn) > 100
+        hover = browser.execute_script(
+            "return [...document.querySelectorAll('svg g > title')].map(e => e.textContent)"
+        )
+        # Three cut-offs of two metrics as bars, three epochs twice, seven K.
+        assert len(hover) >= 2 * 3 + 2 * 3 + 7
+        values = json.loads(Path("saved/run/result.json").read_text())["rows"][0]["metrics"]
+        assert hover[0].startswith(f"run, Recall@5: {values['Recall@5']:.4f} [")
+        named = "return [...document.querySelectorAll('svg')].every(e => e.getAttribute('role')"
+        named += " === 'img' && document.getElementById(e.getAttribute('aria-labelledby'))"
+        named += ".textContent && document.getElementById(e.getAttribute('aria-describedby')))"
+        assert browser.execute_script(named)
+        # Scrolled to its end, a table still shows the models' names.
+        moved = browser.execute_script(
+            "const table = document.querySelector('.scroll');"
+            "table.scrollLeft = 1e6;"
+            "const name = table.querySelector('tbody th').getBoundingClientRect();"
+            "return [table.scrollLeft, name.left - table.getBoundingClientRect().left];"
+        )
+        assert moved[0] > 0
+        assert moved[1] == 0
         marked = browser.execute_script(
             "return [...document.querySelectorAll('.target')].map(e => e.textContent)"
         )

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import io
 import json
-import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,9 +14,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from hsft.report.compare import Comparison, Row, markdown
 from hsft.report.result import read_ranks
-from hsft.report.terminal import write_markdown
 from item_caching import main as cache_main
 from tests.conftest import Project
 from tests.helpers import ROOT, make_cache, make_llama
@@ -284,89 +280,3 @@ def test_a_missing_shard_is_named(project: Project, tmp_path: Path) -> None:
     code, _, err = project.run("--val_only", "True", "--user_pretrain_dir", str(folder))
     assert code == 2
     assert "lacks the shard model-00002-of-00002.safetensors" in err
-
-
-class Terminal(io.StringIO):
-    """What is written to a terminal."""
-
-    def isatty(self) -> bool:
-        return True
-
-
-def shown_on_terminal(text: str, width: int, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    monkeypatch.setenv("COLUMNS", str(width))
-    monkeypatch.setenv("TERM", "xterm")
-    terminal, pipe = Terminal(), io.StringIO()
-    write_markdown(text, terminal)
-    write_markdown(text, pipe)
-    assert pipe.getvalue() == text
-    plain = re.sub(r"\x1b\[[0-9;]*m", "", terminal.getvalue())
-    return [line.rstrip() for line in plain.splitlines()]
-
-
-def test_tables_fit_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
-    text = (
-        "title\n\n| run | NDCG@5 |\n| --- | ---: |\n"
-        "| a\\|b [x] | 0.1000*+ [0.0500, 0.1500] |\n\n    a command | with a bar\n"
-    )
-    shown = shown_on_terminal(text, 80, monkeypatch)
-    assert [shown[0], shown[-1]] == ["title", "    a command | with a bar"]
-    assert shown[2].split() == ["run", "NDCG@5"]
-    assert [line.split() for line in shown[4:6]] == [
-        ["a|b", "[x]", "0.1000*+"],
-        ["[0.0500,", "0.1500]"],
-    ]
-    narrow = shown_on_terminal(text, 20, monkeypatch)
-    assert [line.split() for line in narrow[4:7]] == [
-        ["a|b", "[x]", "0.1000*+"],
-        ["[0.0500,"],
-        ["0.1500]"],
-    ]
-    assert all(len(line) <= 20 for line in narrow[2:7])
-
-
-def test_marks_say_which_way_rows_differ_and_what_is_left_out() -> None:
-    users = np.arange(200)
-    ranks = {"base": 20, "better": 1, "worse": 90, "same": 20}
-    rows = [Row(name, users, np.full(200, rank)) for name, rank in ranks.items()]
-    # Of the base's users half are hits, so that there is something to be lower than.
-    rows[0] = Row("base", users, np.where(users % 2, 1, 20))
-    rows[3] = Row("same", users, rows[0].ranks)
-    text = markdown(Comparison("title", rows, [("Recall", 10)], ["x is left out: it is y."]))
-    cells = {
-        line.split()[1]: line.split()[3] for line in text.splitlines() if line.startswith("| ")
-    }
-    assert cells["base"] == cells["same"] == "0.5000"
-    assert (cells["better"], cells["worse"]) == ("1.0000*+", "0.0000*-")
-    assert "*+ higher, *- lower than base (paired randomisation test, p < 0.05)." in text
-    assert "\nx is left out: it is y.\n" in text
-
-
-def test_compare_prints_and_saves_the_table(project: Project) -> None:
-    from compare import main as compare_main
-
-    project.run("--model", "pop")
-    project.run(*TRAIN)
-    code, out, err = project.call(compare_main, ["saved/tiny-pop", "saved/tiny-qlora"])
-    assert code == 0, err
-    assert "| tiny-pop |" in out
-    assert "| tiny-qlora: fine-tuned |" in out
-    assert "tiny-qlora: fine-tuned: epochs 2," in out
-    assert f"tiny-qlora: untrained: user_pretrain_dir {project.llama}," in out
-    assert "qlora_r 8" in out
-    saved = project.root / "saved" / "tiny-qlora"
-    assert {"comparison.md", "comparison.csv", "comparison.png"} <= {
-        p.name for p in saved.iterdir()
-    }
-    # The untrained rows of both runs are one.
-    project.run("--val_only", "True")
-    code, out, err = project.call(compare_main, ["saved/tiny-baseline", "saved/tiny-qlora"])
-    assert code == 0, err
-    assert (
-        "\ntiny-qlora: untrained is left out: every user's item has the same rank as in "
-        "tiny-baseline.\n"
-    ) in out
-    project.run("--model", "pop", "--eval_phase", "valid", "--run_name", "other")
-    code, _, err = project.call(compare_main, ["saved/tiny-pop", "saved/other"])
-    assert code == 2
-    assert "phase" in err

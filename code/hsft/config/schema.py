@@ -1,4 +1,6 @@
-"""Every configuration key with its type, range, unit and default. Help and README are made from it.
+"""Every configuration key with its type, range, unit and default.
+
+`--help` and docs/keys.md are made from it.
 
 Keys that HLLM's YAML files know keep their names and meaning (arXiv 2409.12740's public code).
 """
@@ -216,6 +218,11 @@ class Config(_Section):
     missing_items: Literal["error", "drop"] = _key(
         "error", "data", "what to do with interactions whose item is not in the cache"
     )
+    tie_order: Literal["file", "shuffle"] = _key(
+        "file",
+        "data",
+        "order of a user's interactions with one timestamp: that of the file, or drawn with seed",
+    )
     num_workers: Int = _key(
         0, "data", "processes that prepare batches; 0 prepares them in the main one", ge=0, le=256
     )
@@ -234,6 +241,13 @@ class Config(_Section):
         "Compress the following sentence into embedding: ",
         "item cache",
         "text put before every item's text",
+    )
+    text_format: Literal["plain", "hllm"] = _key(
+        "plain",
+        "item cache",
+        "plain: cells of the item information as they are; hllm: as pandas reads them in HLLM's code "
+        "(NA, None and null are blank, 1990 may be 1990.0, 0 is left out, an item without values has "
+        "the prompt alone)",
     )
     item_emb_token_n: Int = _key(
         1,
@@ -257,11 +271,31 @@ class Config(_Section):
         "fixed map applied to the cached embeddings at load: none as HLLM, per-dimension "
         "standardisation, or PCA whitening; for ItemLLMs that were not trained to embed",
     )
-    item_adapter: Literal["none", "linear", "lowrank"] = _key(
-        "none", "item cache", "trainable map on cached embeddings, of inputs and targets alike"
+    item_adapter: Literal["none", "linear", "mlp", "lowrank"] = _key(
+        "none",
+        "item cache",
+        "trainable map on cached embeddings, of inputs and targets alike; from a cache of another "
+        "width than the UserLLM's it is a projection, which starts as PCA",
     )
     item_adapter_rank: PositiveInt = _key(
         64, "item cache", "rank of item_adapter: lowrank", le=65_536
+    )
+    item_id_embedding: Bool = _key(
+        False,
+        "item cache",
+        "add a trained vector per item, which starts at zero, to the item's text vector, in inputs "
+        "and targets alike; items that were not trained have none",
+    )
+    item_id_dropout: Number = _key(
+        0.0,
+        "item cache",
+        "share of item_id_embedding's vectors left out in training, drawn for every occurrence of "
+        "an item, so that its text vector ranks by itself",
+        ge=0,
+        lt=1,
+    )
+    item_dropout: Number = _key(
+        0.0, "item cache", "dropout on the item vectors that the UserLLM reads", ge=0, lt=1
     )
 
     # --- UserLLM
@@ -269,11 +303,20 @@ class Config(_Section):
     user_llm_layers: Int | None = _key(
         None, "UserLLM", "keep the first N decoder layers; default: all of them", ge=1
     )
-    attn_implementation: Literal["auto", "sdpa", "flash_attention_2", "eager"] = _key(
+    attn_implementation: Literal["auto", "varlen", "sdpa", "flash_attention_2", "eager"] = _key(
         "auto",
         "UserLLM",
-        "attention kernel; auto takes flash_attention_2 where it is installed and can run, "
-        "else sdpa, or eager for a model that has no sdpa",
+        "attention kernel; auto takes varlen, torch's variable-length kernel, where it can run "
+        "(NVIDIA GPUs of compute capability 8.0 and later, 16-bit, models without sliding windows), "
+        "else flash_attention_2 where it is installed and can run, else sdpa, or eager for a model "
+        "that has no sdpa",
+    )
+    compile: Literal["auto", "off", "layers", "graph"] = _key(
+        "auto",
+        "UserLLM",
+        "fewer kernel launches in training: layers compiles the decoder layers with torch.compile; "
+        "graph captures whole steps as CUDA graphs (one process, attn_implementation: varlen, no "
+        "gradient_checkpointing); auto: graph where it can run and the run is not too short, else off",
     )
     use_ft_flash_attn: Bool = _key(
         True, "UserLLM", "HLLM's switch: False keeps attn_implementation auto from flash-attn"
@@ -357,7 +400,8 @@ class Config(_Section):
     optimizer: Literal["auto", "adamw", "adamw8bit", "paged_adamw8bit"] = _key(
         "auto",
         "training",
-        "auto: paged 8-bit AdamW for QLoRA on CUDA, else torch's AdamW",
+        "auto is adamw, torch's, a single kernel on CUDA; the 8-bit ones keep their states in fewer "
+        "bytes, which for LoRA is little",
     )
     optim_args: OptimArgs = _key(OptimArgs(), "training", "AdamW's settings")
     scheduler_args: SchedulerArgs = _key(SchedulerArgs(), "training", "learning-rate schedule")
@@ -448,6 +492,8 @@ class Config(_Section):
             raise ValueError("num_negatives has no meaning with negatives: catalogue; drop one")
         if self.negatives == "sampled" and self.num_negatives is None:
             raise ValueError("negatives: sampled needs num_negatives, for example 512")
+        if self.item_id_dropout and not self.item_id_embedding:
+            raise ValueError("item_id_dropout needs item_id_embedding: True; set it or drop one")
         if self.model == "sasrec" and self.val_only:
             raise ValueError("model: sasrec has nothing to evaluate untrained; drop val_only")
         if self.loss == "nce" and self.similarity == "dot" and self.model == "HLLM":

@@ -6,6 +6,7 @@ import codecs
 import csv
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import NoReturn
 
@@ -23,7 +24,6 @@ csv.field_size_limit(MAX_FIELD)
 
 _SEPARATORS = {";": "';'", "\t": "a tab", "|": "'|'"}
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
-_EMPTY_CELLS = frozenset(("nan", "NaN", "NAN", "None", "null", "NULL", "<NA>"))
 _UTF16_32 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)
 
 # Says what is wrong with a cell and how to mend it, or None.
@@ -166,17 +166,14 @@ def all_ids_sound(ids: Sequence[str] | np.ndarray) -> bool:
     return all(text and text == text.strip() for text in ids) and not _CONTROL.search("".join(ids))
 
 
-def empty_cell_ids(ids: Sequence[str] | np.ndarray) -> list[int]:
-    """Return the positions of ids that programs write for an empty cell, such as `nan`."""
-    return [place for place, text in enumerate(ids) if text in _EMPTY_CELLS]
+def line_of_row(path: Path, position: int) -> int:
+    """Return the line on which a row begins.
 
-
-def written_for_empty_cells(path: str | Path, found: Sequence[str]) -> str:
-    """Return the sentence that warns of such ids: `found` says which."""
-    return (
-        f"{path}: {', '.join(found)} may be what an export wrote for empty cells; if so, fill them in "
-        f"or remove the rows."
-    )
+    Args:
+        path: the file.
+        position: of the row, 0 for the first below the header; blank lines do not count.
+    """
+    return next(islice(csv_rows(path), position + 1, None))[0]
 
 
 class RowProblems:
@@ -265,7 +262,7 @@ def explain(path: Path, columns: Mapping[str, CellCheck], reason: str) -> NoRetu
     Raises:
         InputError: always.
     """
-    header = read_header(path, list(columns), "mend the first line")
+    header = read_header(path, list(columns), "change the first line")
     checks = {header.index(name): check for name, check in columns.items()}
     found = RowProblems(path)
     broken: list[str] = []

@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import re
-import warnings
+import warnings as python_warnings
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pandas as pd
 import torch
 
+from hsft.data.column_checks import check_ids, sentences
 from hsft.data.csv_rows import (
     all_ids_sound,
     check_bytes,
-    empty_cell_ids,
     explain,
     id_problem,
+    line_of_row,
     read_header,
-    written_for_empty_cells,
 )
 from hsft.data.plain_csv import PlainColumns, read_plain
+from hsft.data.time_checks import Ties, check_time_texts, check_times, count_ties
 from hsft.utils.errors import InputError, one_line
 from hsft.utils.files import is_file, is_folder, require_file
 
@@ -30,14 +34,6 @@ PAD = 0
 _WHOLE = re.compile(r"[ \t]*[+-]?[0-9]{1,40}[ \t]*")
 _DECIMAL = re.compile(r"[ \t]*[+-]?[0-9]{1,20}(?:\.[0-9]{0,20})?(?:[eE][+-]?[0-9]{1,2})?[ \t]*")
 _PARSER_ERRORS = (pd.errors.ParserError, pd.errors.ParserWarning)
-# Unix time of the year's beginning, in seconds, and how many of each unit are in a second.
-_YEAR_2000, _YEAR_2100 = 946_684_800, 4_102_444_800
-_UNITS = {
-    "seconds": 1,
-    "milliseconds": 1000,
-    "microseconds": 1_000_000,
-    "nanoseconds": 1_000_000_000,
-}
 
 
 @dataclass(frozen=True)
@@ -52,6 +48,9 @@ class Interactions:
         timestamps: int64 [N], as in the file, beside `items`.
         offsets: int64 [U + 1]; user u owns `items[offsets[u]:offsets[u + 1]]`.
         dropped: interactions left out because their item has no embedding.
+        warnings: one sentence for each thing in the file that may be wrong, see `column_checks` and
+            `time_checks`.
+        ties: how many of the file's interactions share user and timestamp.
     """
 
     user_ids: np.ndarray
@@ -60,6 +59,8 @@ class Interactions:
     timestamps: np.ndarray
     offsets: np.ndarray
     dropped: int = 0
+    warnings: tuple[str, ...] = ()
+    ties: Ties | None = None
 
     @property
     def num_users(self) -> int:
@@ -104,8 +105,10 @@ def dataset_file(data_path: str, dataset: str | None) -> Path:
     )
 
 
-def read_interactions(path: str | Path) -> Interactions:
-    """Read an interaction CSV and sort every user's rows by time; ties keep file order.
+def read_interactions(
+    path: str | Path, tie_order: Literal["file", "shuffle"] = "file", seed: int = 0
+) -> Interactions:
+    """Read an interaction CSV and sort every user's rows by time.
 
     Ids are text: `1` and `01` are two users. Columns may stand in any order, others are ignored.
     Rows are kept as they are, repeated ones too. Rows in errors are lines of the file.
@@ -113,51 +116,48 @@ def read_interactions(path: str | Path) -> Interactions:
     Args:
         path: CSV file with the columns `item_id,user_id,timestamp`; timestamps are whole numbers
             of any unit, the same unit throughout.
+        tie_order: order of a user's rows with one timestamp: `file` keeps that of the file,
+            `shuffle` draws one.
+        seed: of that draw, which is the same for the same file.
 
     Raises:
-        InputError: the file is missing, empty, not UTF-8 CSV, lacks a column, mixes units of
-            time, or has rows with too many or too few fields, an id that is empty or has blanks
-            around it, or a timestamp that is not a whole number; `InputErrors` with a sentence for
-            each kind when there are several.
+        InputError: the file is missing, empty, not UTF-8 CSV, lacks a column, has rows with too
+            many or too few fields, an id that is empty or has blanks around it, or a timestamp
+            that is not a whole number, or a column as a whole cannot be right (see
+            `column_checks` and `time_checks`): units of time are mixed, or ids or times have lost digits;
+            `InputErrors` with a sentence for each kind when there are several.
     """
     path = Path(path)
-    columns = _read_columns(path)
+    columns, row_of = _read_columns(path)
     (item_codes, user_codes), (item_ids, user_ids) = columns.codes, columns.ids
     if not (all_ids_sound(item_ids) and all_ids_sound(user_ids)):
         explain(path, _CHECKS, "an id is not usable")
     timestamps = columns.numbers
-    refuse_mixed_units(timestamps, path)
-    order = _by_user_and_time(user_codes, timestamps)
+    findings = [
+        *check_ids("item_id", item_ids, item_codes),
+        *check_ids("user_id", user_ids, user_codes),
+        *check_times(timestamps),
+    ]
+    warnings = sentences(path, findings, row_of)
+    rng = np.random.default_rng(seed) if tie_order == "shuffle" else None
+    order = _by_user_and_time(user_codes, timestamps, rng)
+    items = (item_codes[order] + 1).astype(np.int32)
+    timestamps = timestamps[order]
     counts = np.bincount(user_codes, minlength=len(user_ids))
+    offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+    item_ids = np.concatenate([np.array(["[PAD]"], dtype=object), item_ids])
+    ties = count_ties(items, timestamps, offsets, item_ids)
+    if tie_order == "file":
+        warnings += sentences(path, ties.findings())
     return Interactions(
         user_ids=user_ids,
-        item_ids=np.concatenate([np.array(["[PAD]"], dtype=object), item_ids]),
-        items=(item_codes[order] + 1).astype(np.int32),
-        timestamps=timestamps[order],
-        offsets=np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
+        item_ids=item_ids,
+        items=items,
+        timestamps=timestamps,
+        offsets=offsets,
+        warnings=tuple(warnings),
+        ties=ties,
     )
-
-
-def suspicious_ids(interactions: Interactions, path: str | Path) -> str | None:
-    """Return a sentence on ids that an export may have written for empty cells, None without any.
-
-    Args:
-        interactions: all of a file.
-        path: the file, to be named.
-    """
-    rows = [
-        ("user_id", interactions.user_ids[place], interactions.lengths[place])
-        for place in empty_cell_ids(interactions.user_ids)
-    ]
-    rows += [
-        ("item_id", interactions.item_ids[place], (interactions.items == place).sum())
-        for place in empty_cell_ids(interactions.item_ids)
-    ]
-    found = [
-        f"{column} '{text}' ({count} {'row' if count == 1 else 'rows'})"
-        for column, text, count in rows
-    ]
-    return written_for_empty_cells(path, found) if found else None
 
 
 def drop_items(interactions: Interactions, keep: np.ndarray) -> Interactions:
@@ -182,7 +182,8 @@ def drop_items(interactions: Interactions, keep: np.ndarray) -> Interactions:
     owners = np.repeat(np.arange(interactions.num_users), interactions.lengths)[kept_rows]
     counts = np.bincount(owners, minlength=interactions.num_users)
     users = counts > 0
-    return Interactions(
+    return replace(
+        interactions,
         user_ids=interactions.user_ids[users],
         item_ids=interactions.item_ids[keep],
         items=renumber[interactions.items[kept_rows]].astype(np.int32),
@@ -205,8 +206,19 @@ def renumber(interactions: Interactions, item_ids: np.ndarray) -> Interactions:
     return replace(interactions, item_ids=item_ids, items=numbers[interactions.items])
 
 
-def _by_user_and_time(users: np.ndarray, timestamps: np.ndarray) -> np.ndarray:
-    """Return the order of rows by user, then time, then row: int64 [N]."""
+def _by_user_and_time(
+    users: np.ndarray, timestamps: np.ndarray, rng: np.random.Generator | None = None
+) -> np.ndarray:
+    """Return the order of rows by user, then time, then row: int64 [N].
+
+    Args:
+        users: int64 [N].
+        timestamps: int64 [N].
+        rng: draws the order of rows of one user and time, which is that of the rows without it.
+    """
+    if rng is not None:
+        shuffled = rng.permutation(len(users))
+        return shuffled[_by_user_and_time(users[shuffled], timestamps[shuffled])]
     first, last = int(timestamps.min()), int(timestamps.max())
     span = last - first + 1
     if span * (int(users.max()) + 1) >= 1 << 63:
@@ -216,7 +228,8 @@ def _by_user_and_time(users: np.ndarray, timestamps: np.ndarray) -> np.ndarray:
     return torch.sort(torch.from_numpy(keys), stable=True).indices.numpy()
 
 
-def _read_columns(path: Path) -> PlainColumns:
+def _read_columns(path: Path) -> tuple[PlainColumns, Callable[[int], int]]:
+    """Read the columns, and return them with what gives the line of a row by its position."""
     remedy = "change --dataset or --data_path"
     require_file(path, str(path), remedy)
     try:
@@ -224,9 +237,11 @@ def _read_columns(path: Path) -> PlainColumns:
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}; {remedy}.") from error
     if plain is not None:
-        return plain
+        # A plain file has a line for every row, below the header's.
+        return plain, lambda position: position + 2
     check_bytes(path, remedy)
-    return _read_with_pandas(path, read_header(path, COLUMNS, "mend the first line"))
+    header = read_header(path, COLUMNS, "change the first line")
+    return _read_with_pandas(path, header), partial(line_of_row, path)
 
 
 def _read_with_pandas(path: Path, header: list[str]) -> PlainColumns:
@@ -248,8 +263,8 @@ def _parse(path: Path, header: list[str]) -> pd.DataFrame:
     # numbers into numbers: `1`, `01` and `1.0` would be one user. All columns are read, since with
     # `usecols` pandas says nothing of a row with too many fields and shifts them.
     texts = dict.fromkeys((name for name in header if name != "timestamp"), "object")
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", pd.errors.ParserWarning)
+    with python_warnings.catch_warnings():
+        python_warnings.simplefilter("error", pd.errors.ParserWarning)
         frame = pd.read_csv(
             path,
             dtype=texts,
@@ -280,6 +295,11 @@ def _whole_numbers(column: pd.Series, path: Path) -> np.ndarray:
         explain(
             path, _CHECKS, "timestamps of more than 15 digits stand among ones with a decimal point"
         )
+    # The numbers no longer tell whether their last digits were written.
+    texts = pd.read_csv(path, usecols=["timestamp"], dtype=str, encoding="utf-8-sig")["timestamp"]
+    rounded = check_time_texts(texts)
+    if rounded is not None:
+        sentences(path, [rounded], partial(line_of_row, path))
     return values.astype(np.int64)
 
 
@@ -305,28 +325,3 @@ def timestamp_problem(text: str) -> str | None:
 
 
 _CHECKS = {"item_id": id_problem, "user_id": id_problem, "timestamp": timestamp_problem}
-
-
-def refuse_mixed_units(timestamps: np.ndarray, path: Path) -> None:
-    """Refuse a file in which some rows are in seconds and others in milliseconds, or the like.
-
-    Such rows would be sorted by unit, not by time, and leave-one-out would hold out the wrong
-    items. A unit is recognised by its numbers for the years 2000 to 2099; numbers outside of all
-    those ranges, such as counters, say nothing.
-    """
-    if timestamps.max() < 1000 * _YEAR_2000:
-        return
-    units = {
-        name: (timestamps >= _YEAR_2000 * scale) & (timestamps < _YEAR_2100 * scale)
-        for name, scale in _UNITS.items()
-    }
-    counts = {name: int(rows.sum()) for name, rows in units.items()}
-    present = sorted((name for name in counts if counts[name]), key=lambda name: counts[name])
-    if len(present) > 1:
-        rare, usual = present[0], present[-1]
-        row = int(np.flatnonzero(units[rare])[0])
-        raise InputError(
-            f"{path}: timestamps mix units: {counts[usual]} rows are in {usual} and "
-            f"{counts[rare]} in {rare}, first at interaction {row + 1} ({timestamps[row]}); "
-            f"convert the file to one unit."
-        )

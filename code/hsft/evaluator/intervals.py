@@ -1,4 +1,4 @@
-"""How sure a metric is: bootstrap intervals over users and paired tests between two models.
+"""How sure a metric is: intervals over users and paired tests between two models.
 
 Per-user metrics depend on the target's rank alone, so users with the same rank are alike. Drawing
 users with replacement is then a multinomial draw over the ranks' histogram, and flipping signs of
@@ -13,6 +13,50 @@ import numpy as np
 from hsft.evaluator.metrics import per_user
 
 DRAWS = 10_000
+# Below these the bootstrap draws too few different means: no hit at all would give [0, 0].
+FEWEST_USERS = 40
+FEWEST_HITS = 5
+# The normal distribution's 97.5 % quantile.
+_Z = 1.959963984540054
+
+
+def interval(name: str, ranks: np.ndarray, k: int) -> tuple[float, float]:
+    """Return a 95 % interval of a metric's mean over users, whatever their number.
+
+    The percentile bootstrap, and Wilson's score interval where there are fewer than 40 users, or
+    where fewer than 5 of them have a hit or a miss.
+
+    Args:
+        name: Recall, HitRate, NDCG or MRR.
+        ranks: int64 [E].
+        k: cut-off.
+    """
+    if needs_wilson(int((ranks <= k).sum()), len(ranks)):
+        return wilson_interval(float(per_user(name, ranks, k).mean()), len(ranks))
+    return bootstrap_interval(name, ranks, k)
+
+
+def needs_wilson(hits: int, users: int) -> bool:
+    """Say whether there are too few users, hits or misses for the bootstrap."""
+    return users < FEWEST_USERS or not FEWEST_HITS <= hits <= users - FEWEST_HITS
+
+
+def wilson_interval(mean: float, users: int) -> tuple[float, float]:
+    """Return the 95 % score interval of a proportion (Wilson 1927).
+
+    For the mean of values between 0 and 1 that are not all 0 or 1, such as NDCG, it is wider than
+    need be: their variance is at most that of a proportion with the same mean.
+
+    Args:
+        mean: the proportion or mean.
+        users: E, at least 1.
+    """
+    z2 = _Z * _Z / users
+    middle = (mean + z2 / 2) / (1 + z2)
+    spread = _Z / (1 + z2) * np.sqrt(mean * (1 - mean) / users + z2 / (4 * users))
+    # At 0 and 1 rounding would leave the mean outside.
+    low, high = min(float(middle - spread), mean), max(float(middle + spread), mean)
+    return max(low, 0.0), min(high, 1.0)
 
 
 def bootstrap_interval(
@@ -54,7 +98,8 @@ def paired_p_value(
 
     Args:
         name: Recall, HitRate, NDCG or MRR.
-        ranks, other: int64 [E], the same users in the same order.
+        ranks: int64 [E], of one model.
+        other: int64 [E], of the other model, the same users in the same order.
         k: cut-off.
         draws: random sign patterns; the smallest p-value is 1 / (draws + 1).
         seed: of the draws.

@@ -3,7 +3,7 @@
 With one relevant item at rank r (1 is best): Recall@K and HitRate@K are 1 when r <= K; NDCG@K is
 1 / log2(r + 1) when r <= K (Järvelin and Kekäläinen 2002; the ideal DCG is 1); MRR@K is 1 / r when
 r <= K; all are 0 otherwise, and averaged over all users. Coverage@K is the share of the catalogue
-that is in some user's top K.
+that is in some user's top K. A target without a rank, see `UNRANKED`, counts 0 at every K.
 """
 
 from __future__ import annotations
@@ -12,6 +12,9 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
+# The rank of a target that is no candidate: it was masked as seen, or its score is not a number.
+# Greater than any K, so that it is a hit nowhere, in files that others read too.
+UNRANKED = int(np.iinfo(np.int64).max)
 PER_USER = ("Recall", "HitRate", "NDCG", "MRR")
 
 
@@ -20,7 +23,7 @@ def per_user(name: str, ranks: np.ndarray, k: int) -> np.ndarray:
 
     Args:
         name: Recall, HitRate, NDCG or MRR.
-        ranks: int64 [E], 1 is best.
+        ranks: int64 [E], 1 is best; `UNRANKED` for a target without a rank.
         k: cut-off.
 
     Returns:

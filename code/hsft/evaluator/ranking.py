@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from hsft.data.interactions import PAD
+from hsft.evaluator.metrics import UNRANKED
 
 ItemSlice = Callable[[int, int], Tensor]
 
@@ -55,22 +56,24 @@ def full_scores(
 def full_ranks(scores: Tensor, targets: Tensor, seen_rows: Tensor, seen_items: Tensor) -> Tensor:
     """Rank each user's target among all items that the user has not seen.
 
-    A target that the user has seen is masked like any seen item and ranks last.
+    A target that the user has seen is masked like any seen item and has no rank.
 
     Args:
         scores: float32 [b, I + 1] from `full_scores`; seen entries are overwritten with -inf.
         targets: int64 [b].
-        seen_rows, seen_items: int64 [n], entries to mask.
+        seen_rows: int64 [n], rows of the entries to mask.
+        seen_items: int64 [n], columns of the entries to mask.
 
     Returns:
-        int64 [b], 1 is best. NaN scores rank last.
+        int64 [b], 1 is best, `UNRANKED` where the target is masked or its score is NaN. A NaN among
+        the other items counts against the model.
     """
     rows = torch.arange(len(targets), device=scores.device)
     scores[seen_rows, seen_items] = -torch.inf
     target_scores = scores[rows, targets].unsqueeze(1)
     # "not below" instead of "at least": a NaN on either side then counts against the model. The
     # target itself is among them, which makes the best rank 1.
-    return scores.shape[1] - count_true(scores < target_scores)
+    return _ranks(scores.shape[1] - count_true(scores < target_scores), target_scores)
 
 
 def candidate_ranks(users: Tensor, candidates: Tensor) -> Tensor:
@@ -81,10 +84,15 @@ def candidate_ranks(users: Tensor, candidates: Tensor) -> Tensor:
         candidates: [b, 1 + C, D] float32 item vectors, the target first.
 
     Returns:
-        int64 [b], 1 is best, 1 + C worst.
+        int64 [b], 1 is best, 1 + C worst; `UNRANKED` where the target's score is NaN.
     """
     scores = torch.einsum("bd,bcd->bc", users, candidates)
-    return scores.shape[1] - (scores < scores[:, :1]).sum(dim=1)
+    return _ranks(scores.shape[1] - (scores < scores[:, :1]).sum(dim=1), scores[:, :1])
+
+
+def _ranks(not_below: Tensor, target_scores: Tensor) -> Tensor:
+    """Replace the ranks of targets whose score, float32 [b, 1], is -inf or NaN by `UNRANKED`."""
+    return not_below.masked_fill(~(target_scores.squeeze(1) > -torch.inf), UNRANKED)
 
 
 def count_true(mask: Tensor) -> Tensor:

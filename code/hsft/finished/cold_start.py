@@ -17,10 +17,12 @@ from hsft.data.dataset import CachedEmbeddingEvalDataset
 from hsft.data.interactions import Interactions, dataset_file, read_interactions, renumber
 from hsft.data.split import leave_one_out
 from hsft.evaluator.evaluator import EvalProtocol, Evaluator, Scorer
-from hsft.evaluator.intervals import bootstrap_interval
+from hsft.evaluator.intervals import interval
 from hsft.evaluator.metrics import per_user
 from hsft.finished.open_run import OpenRun, open_run
 from hsft.model.reference import build_reference
+from hsft.report.comparison_files import INTERVALS
+from hsft.report.terminal import Blocks, MetricCell, MetricTable
 from hsft.utils.errors import InputError, one_line
 from hsft.utils.progress import Meter
 
@@ -28,7 +30,7 @@ log = logging.getLogger(__name__)
 
 METRICS = ("Recall", "NDCG")
 ALL_ITEMS, COLD_ITEMS = "all items", "cold items"
-REFERENCES = ("pop", "random")
+REFERENCES = ("pop", "random", "item_knn")
 # Below every score of a model, and finite: infinity times a padded zero would be NaN.
 _BELOW_ALL = -1e30
 
@@ -92,10 +94,11 @@ def cold_start(
         again: this program has read the run's data before and has said how many they are.
 
     Returns:
-        A row for each of the run's models, then `pop` (counted in the run's training items) and
-        `random`, for either kind of candidates: `model`, `candidates` (`all items` or
-        `cold items`), `items` (how many candidates there are, seen ones not yet taken off), `users`,
-        and `metrics`, name -> `value`, `low` and `high` (95 % bootstrap interval over users).
+        A row for each of the run's models, then `pop` (counted in the run's training items),
+        `random` and `item_knn` (cosine of the embeddings to the history), for either kind of
+        candidates: `model`, `candidates` (`all items` or `cold items`), `items` (how many candidates
+        there are, seen ones not yet taken off), `users`, and `metrics`, name -> `value`, `low` and
+        `high` (95 % bootstrap interval over users).
 
     Raises:
         InputError: the run's model knows items by their ids only; the run's data is the full data
@@ -159,7 +162,8 @@ def _open(
     run = open_run(run_dir, given, again=again)
     run.refuse_new_items()
     _refuse_same_data(run, full_dataset)
-    full = read_interactions(dataset_file(run.config.data_path, full_dataset))
+    path = dataset_file(run.config.data_path, full_dataset)
+    full = read_interactions(path, run.config.tie_order, run.config.seed)
     _refuse_other_data(run, full, full_dataset)
     own = set(run.data.interactions.item_ids[1:])
     cold = [str(item) for item in full.item_ids[1:] if item not in own]
@@ -224,10 +228,12 @@ def _models(run: OpenRun) -> list[tuple[str, Callable[[], Scorer]]]:
     def reference(name: str) -> Scorer:
         # The split is of the run's own interactions, in which no cold item is counted.
         config = run.config.model_copy(update={"model": name})
-        return build_reference(config, run.data.split, None, run.fabric.device)
+        data = run.data
+        return build_reference(config, data.split, data.cache, run.fabric.device, data.own_items)
 
-    own = [(name, partial(run.build, name)) for name in run.models]
-    return [*own, *((name, partial(reference, name)) for name in REFERENCES)]
+    models = [(name, partial(run.build, name)) for name in run.models]
+    others = [name for name in REFERENCES if name not in run.models]
+    return [*models, *((name, partial(reference, name)) for name in others)]
 
 
 def _rank(
@@ -240,36 +246,31 @@ def _rank(
     summary = {}
     for metric in METRICS:
         for k in run.config.topk:
-            low, high = bootstrap_interval(metric, found.ranks, k)
+            low, high = interval(metric, found.ranks, k)
             value = float(per_user(metric, found.ranks, k).mean())
             summary[f"{metric}@{k}"] = {"value": value, "low": low, "high": high}
     return summary
 
 
-def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Format the rows as Markdown, one table for either kind of candidates."""
-    names = list(rows[0]["metrics"])
-    lines = [f"cold start: {rows[0]['users']} users whose test target is a cold item"]
-    for candidates in dict.fromkeys(row["candidates"] for row in rows):
-        own = [row for row in rows if row["candidates"] == candidates]
-        among = f"{'all' if candidates == ALL_ITEMS else 'the'} {own[0]['items']} "
-        among += "items" if candidates == ALL_ITEMS else "cold items"
-        lines += [
-            "",
-            f"ranked among {among}, seen ones masked:",
-            "",
-            "| model | " + " | ".join(names) + " |",
-            "| --- |" + " ---: |" * len(names),
-        ]
-        for row in own:
-            cells = [
-                f"{entry['value']:.4f} [{entry['low']:.4f}, {entry['high']:.4f}]"
-                for entry in row["metrics"].values()
-            ]
-            lines.append(f"| {row['model']} | " + " | ".join(cells) + " |")
-    lines += [
-        "",
-        "95 % bootstrap intervals over users; ties count against the model, so pop, which counts 0 "
-        "for every cold item, finds none.",
+def blocks(rows: Sequence[Mapping[str, Any]]) -> Blocks:
+    """Write the rows of `cold_start` as paragraphs and a table for either kind of candidates."""
+    written: list[str | MetricTable] = [
+        f"cold start: {rows[0]['users']} users whose test target is a cold item"
     ]
-    return "\n".join(lines) + "\n"
+    for candidates in dict.fromkeys(row["candidates"] for row in rows):
+        ranked = [row for row in rows if row["candidates"] == candidates]
+        among = f"{'all' if candidates == ALL_ITEMS else 'the'} {ranked[0]['items']} "
+        among += "items" if candidates == ALL_ITEMS else "cold items"
+        table = [
+            (row["model"], [MetricCell(**entry) for entry in row["metrics"].values()])
+            for row in ranked
+        ]
+        written += [
+            f"ranked among {among}, seen ones masked:",
+            MetricTable(["model", *rows[0]["metrics"]], table),
+        ]
+    return [
+        *written,
+        f"{INTERVALS}; ties count against the model, so pop, which counts 0 for every cold item, "
+        f"finds none.",
+    ]

@@ -11,6 +11,7 @@ import numpy as np
 
 from hsft.data.dataset import CachedEmbeddingEvalDataset
 from hsft.evaluator.evaluator import Evaluator, draw_candidates
+from hsft.evaluator.metrics import UNRANKED
 from hsft.evaluator.recommend import Recommendations
 from hsft.finished.open_run import OpenRun
 from hsft.report.compare import Row
@@ -184,7 +185,7 @@ def example_cards(
             Listing(
                 one.name,
                 [listed(int(item), int(item) == target) for item in one.best.items[place] if item],
-                _verdict(one, place, target),
+                _rank_sentence(one, place, target),
             )
             for one in scored
         ]
@@ -201,16 +202,22 @@ def example_cards(
     return cards
 
 
-def _verdict(one: Scored, place: int, target: int) -> str:
-    found = None if one.ranks is None else int(one.ranks[place])
-    recorded = None if one.recorded is None else int(one.recorded[place])
+def _rank_sentence(scored: Scored, number: int, target: int) -> str:
+    computed = None if scored.ranks is None else int(scored.ranks[number])
+    recorded = None if scored.recorded is None else int(scored.recorded[number])
+    if UNRANKED in (computed, recorded) and recorded in (computed, None):
+        return "The held-out item is in the history too, so it has no rank and counts as a miss."
     if recorded is None:
         text = "Rank of the held-out item: not recorded by the run"
-        return f"{text}; computed now: {found}." if found is not None else f"{text}."
-    text = f"Rank of the held-out item: {recorded}"
-    if found is not None and found != recorded:
-        return f"{text} recorded by the run, {found} computed now."
-    listed = np.flatnonzero(one.best.items[place] == target)
-    if found is not None and len(listed) and listed[0] + 1 < found:
+        return f"{text}; computed now: {computed}." if computed is not None else f"{text}."
+    text = f"Rank of the held-out item: {_shown_rank(recorded)}"
+    if computed is not None and computed != recorded:
+        return f"{text} recorded by the run, {_shown_rank(computed)} computed now."
+    listed = np.flatnonzero(scored.best.items[number] == target)
+    if computed is not None and len(listed) and listed[0] + 1 < computed:
         return f"{text}, ties and the protocol's candidates counted as in the metrics."
     return f"{text}."
+
+
+def _shown_rank(rank: int) -> str:
+    return "none" if rank == UNRANKED else str(rank)

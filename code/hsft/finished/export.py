@@ -23,17 +23,30 @@ from hsft.evaluator.evaluator import Evaluation
 from hsft.finished.open_run import open_run, run_config
 from hsft.hub.manifest import EXPORT_FILE, origin
 from hsft.model.backbone import add_lora, load_decoder, load_model_config, read_extra
-from hsft.model.folder import EMBEDDING_KEYS, EXTRA_FILE, check_files
-from hsft.model.item_adapter import adapter_shape, adapter_tensors, load_adapter
+from hsft.model.folder import EMBEDDING_KEYS, EXTRA_FILE, ID_FILE, check_files
+from hsft.model.item_adapter import (
+    PREFIX,
+    adapter_shape,
+    adapter_tensors,
+    adapter_width,
+    load_adapter,
+)
+from hsft.model.item_ids import save_id_vectors
 from hsft.model.item_table import ItemTable
 from hsft.model.recommender import Recommender
 from hsft.model.user_llm import UserLLM
-from hsft.model.weights import ADAPTER_DIR, REST_FILE, load_trained
+from hsft.model.weights import ADAPTER_DIR, REST_FILE, load_trained, read_rest
 from hsft.report.compare import Comparison, Row, load_comparison
 from hsft.report.model_card import EXPORTED, Exported, Format, model_card
 from hsft.report.result import TUNED, read_ranks, read_result
 from hsft.run.run_dir import CONFIG_FILE
-from hsft.run.setup import build_user_llm, lora_settings, loss_settings, make_evaluator
+from hsft.run.setup import (
+    build_user_llm,
+    load_data,
+    lora_settings,
+    loss_settings,
+    make_evaluator,
+)
 from hsft.run.train_and_rank import evaluate
 from hsft.trainer.checkpoint import BEST_DIR
 from hsft.utils.environment import versions
@@ -53,6 +66,8 @@ _LOCAL_KEYS = (
     "show_progress",
 )
 _ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+# Names in `trained.safetensors`.
+ADAPTER, ID_VECTORS = "encoder.items.adapter", "encoder.items.id_vectors"
 _SPARE_BYTES = 64 << 20
 
 
@@ -136,6 +151,44 @@ class _TrainedRun:
     def base(self) -> Path:
         return Path(self.config.user_pretrain_dir or "")
 
+    @cached_property
+    def hidden_size(self) -> int:
+        return int(load_model_config(self.base, self.config.trust_remote_code).hidden_size)
+
+    @cached_property
+    def item_width(self) -> int:
+        """Dimensions of the embeddings that its item adapter reads, or else the UserLLM's."""
+        trained = read_rest(self.best)
+        stored = {**read_extra(self.base), **trained}
+        for prefix in (f"{ADAPTER}.", PREFIX):
+            width = adapter_width(
+                {
+                    name.removeprefix(prefix): value
+                    for name, value in stored.items()
+                    if name.startswith(prefix)
+                }
+            )
+            if width is not None:
+                return width
+        return self.hidden_size
+
+    @cached_property
+    def id_items(self) -> int | None:
+        """Number of items with trained id vectors, None when it has trained none."""
+        vectors = read_rest(self.best).get(ID_VECTORS)
+        return None if vectors is None else len(vectors) - 1
+
+    @property
+    def item_adapter(self) -> str:
+        """Kind of its item adapter, trained or as the base model came with it."""
+        return adapter_shape(
+            self.config,
+            read_extra(self.base),
+            self.base,
+            train=True,
+            rectangular=self.item_width != self.hidden_size,
+        )[0]
+
     def refuse(self) -> None:
         """Refuse a run that there is nothing to export of, before anything large is read."""
         config, options = self.config, self.options
@@ -203,7 +256,8 @@ def _write_merged(run: _TrainedRun, folder: Path) -> str:
         "logit_scale": model.logit_scale.detach().reshape(()).contiguous(),
     }
     save_file(extra, folder / EXTRA_FILE, metadata={"format": "pt"})
-    return _adapter_of(run)
+    _write_id_vectors(run, items, folder)
+    return run.item_adapter
 
 
 def _load_unquantised(run: _TrainedRun, *, keep_token_embedding: bool) -> Recommender:
@@ -224,7 +278,13 @@ def _load_unquantised(run: _TrainedRun, *, keep_token_embedding: bool) -> Recomm
         lora = replace(lora_settings(config), quant_type="none")
         decoder = add_lora(decoder, lora, gradient_checkpointing=False)
     extra = read_extra(run.base)
-    items = ItemTable(torch.zeros(1, hidden), *adapter_shape(config, extra, run.base, train=True))
+    width = run.item_width or hidden
+    items = ItemTable(
+        torch.zeros(1, width),
+        *adapter_shape(config, extra, run.base, train=True, rectangular=width != hidden),
+        dim=hidden,
+        id_items=run.id_items,
+    )
     load_adapter(items, extra, trained=config.item_adapter != "none")
     scale = extra.get("logit_scale")
     model = Recommender(
@@ -234,8 +294,19 @@ def _load_unquantised(run: _TrainedRun, *, keep_token_embedding: bool) -> Recomm
     return model.eval()
 
 
-def _adapter_of(run: _TrainedRun) -> str:
-    return adapter_shape(run.config, read_extra(run.base), run.base, train=True)[0]
+def _write_id_vectors(run: _TrainedRun, items: ItemTable, folder: Path) -> None:
+    """Write the trained id vectors by item id, or copy those that the base model came with."""
+    if items.id_vectors is not None:
+        data = load_data(run.config, need_cache=True)
+        if data.interactions.num_items != run.id_items:
+            raise InputError(
+                f"the data are not those that {run.folder} was trained on: {run.id_items} items "
+                f"have id vectors, {run.config.dataset} has {data.interactions.num_items}; name "
+                f"the run's own with --data_path."
+            )
+        save_id_vectors(items, data.interactions.item_ids, folder)
+    elif is_file(run.base / ID_FILE):
+        shutil.copyfile(run.base / ID_FILE, folder / ID_FILE)
 
 
 def _refuse_full_disk(out: Path, needed: int) -> None:
@@ -257,9 +328,13 @@ def _refuse_overflow(decoder: torch.nn.Module, dtype: str) -> None:
 
 def _write_adapter(run: _TrainedRun, folder: Path) -> str:
     """Copy the adapter and what else was trained; return the kind of item adapter."""
-    if run.config.item_adapter == "none" and _adapter_of(run) != "none":
+    frozen = {
+        "an item adapter": run.config.item_adapter == "none" and run.item_adapter != "none",
+        "id vectors": is_file(run.base / ID_FILE) and not run.config.item_id_embedding,
+    }
+    for what in (name for name, there in frozen.items() if there):
         raise InputError(
-            f"{run.base} comes with an item adapter, which {run.folder} used and did not train, so "
+            f"{run.base} comes with {what}, which {run.folder} used and did not train, so "
             f"the LoRA adapter alone is not its model; use --format merged."
         )
     for source in (
@@ -277,6 +352,12 @@ def _write_adapter(run: _TrainedRun, folder: Path) -> str:
     # It would tell where the base model lay on this machine.
     settings["base_model_name_or_path"] = _base_repo(run) or run.base.name
     _write_json(folder / _ADAPTER_FILES[0], settings)
+    if run.id_items is not None:
+        # By item id: in trained.safetensors they stand by the run's item numbers.
+        items = ItemTable(torch.zeros(1, run.hidden_size), id_items=run.id_items)
+        vectors = read_rest(run.best)[ID_VECTORS]
+        items.load_state_dict({"id_vectors": vectors})
+        _write_id_vectors(run, items, folder)
     return run.config.item_adapter
 
 
@@ -304,6 +385,9 @@ def _merged_changes(run: _TrainedRun) -> dict[str, Any]:
         "use_qlora": False,
         "user_llm_layers": None,
         "item_adapter": "none",
+        "item_id_embedding": False,
+        "item_id_dropout": 0.0,
+        "item_dropout": 0.0,
         "similarity": loss_settings(run.config).similarity,
     }
 
@@ -328,6 +412,8 @@ def _write_about(
         item_adapter=item_adapter,
         similarity=loss_settings(run.config).similarity,
         other_ranks=changed,
+        item_width=None if run.item_width == run.hidden_size else run.item_width,
+        id_vectors=is_file(folder / ID_FILE),
     )
     (folder / "README.md").write_text(model_card(card), encoding="utf-8")
     default = {name: Config.model_fields[name].get_default() for name in _LOCAL_KEYS}

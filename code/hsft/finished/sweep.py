@@ -17,7 +17,7 @@ import torch
 from hsft.finished.sweep_plan import Choice, Range, SweepPlan
 from hsft.report.result import RESULT_FILE, read_result
 from hsft.report.sweep_table import Trial, in_one_line, ranked, save_sweep
-from hsft.report.terminal import write_markdown
+from hsft.report.terminal import write_blocks
 from hsft.run.check import quick_problems
 from hsft.run.run_dir import MAY_CHANGE
 from hsft.run.train_and_rank import train_and_rank
@@ -198,8 +198,9 @@ class _Sweep:
         if best is None:
             raise InputError(f"no trial of {plan.folder} succeeded; {self._last_problem()}")
         command = plan.command(best.params)
-        text = save_sweep(trials, self.runs, plan.folder, plan.metric, command)
-        write_markdown(f"\n{text}")
+        written = save_sweep(trials, self.runs, plan.folder, plan.metric, command)
+        sys.stdout.write("\n")
+        write_blocks(written)
         sys.stdout.write(f"\nsaved: {plan.folder / 'sweep.md'}, {plan.folder / 'sweep.csv'}\n")
 
     def _requeue(self) -> None:

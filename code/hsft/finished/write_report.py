@@ -23,13 +23,13 @@ from hsft.report.breakdown import history_groups, popularity_groups
 from hsft.report.compare import Comparison, load_comparison, run_names
 from hsft.report.page import Page, Section, render
 from hsft.report.result import read_result
+from hsft.report.run_tables import Results, config_section, environment_section
 from hsft.report.sections import (
-    Results,
     cold_start_section,
-    config_section,
-    environment_section,
     facts,
     group_section,
+    headline,
+    metric_charts,
     metric_section,
     recall_section,
     training_section,
@@ -60,7 +60,7 @@ def write_report(
     A part that needs the runs' data or models, where these are gone, is replaced by the reason.
 
     Args:
-        run_dirs: run folders; the others are compared with the first one's first row.
+        run_dirs: run folders, scored on the same users.
         target: file that ends in `.html`.
         examples: users drawn for the examples; 0 loads no model.
         users: ids of the users to show instead.
@@ -101,6 +101,8 @@ def write_report(
         ]
         page = Page(
             f"HSFT report: {results[0][2]['dataset']}",
+            headline(comparison),
+            metric_charts(comparison),
             facts(comparison, results),
             [section for section in sections if section is not None],
         )

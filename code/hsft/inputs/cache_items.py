@@ -12,13 +12,13 @@ import torch
 
 from hsft.config import Config
 from hsft.data.cache import ItemCache, default_cache_path, open_cache
-from hsft.data.interactions import read_interactions, suspicious_ids
+from hsft.data.column_checks import find_spellings
+from hsft.data.interactions import read_interactions
 from hsft.data.item_text import (
     ItemTexts,
     information_file,
     read_item_texts,
-    suspicious_item_ids,
-    textless,
+    unfit_texts,
     with_items,
 )
 from hsft.encoding.build_cache import CacheBuild, EncodingJob, encode_items
@@ -27,7 +27,7 @@ from hsft.hub.manifest import origin
 from hsft.model.backbone import load_model_config
 from hsft.trainer.fabric import attention_kernel, choose_device, compute_dtype
 from hsft.utils.distributed import init_process_group, is_rank_zero, local_rank, run_on_rank_zero
-from hsft.utils.errors import InputError, Interrupted, one_line
+from hsft.utils.errors import InputError, Interrupted, one_line, refuse
 from hsft.utils.files import remove
 from hsft.utils.signals import StopSignals
 
@@ -117,7 +117,9 @@ def _is_current(target: Path, job: EncodingJob, item_ids: list[str]) -> bool:
     except InputError:
         return False
     wanted = {**job.metadata(), "dtype": job.dtype}
-    return cache.item_ids == item_ids and wanted.items() <= cache.metadata.items()
+    # Caches of before there were text formats have plain texts.
+    stated = {"text_format": "plain", **cache.metadata}
+    return cache.item_ids == item_ids and wanted.items() <= stated.items()
 
 
 def encode_in_memory(config: Config) -> ItemCache:
@@ -136,7 +138,29 @@ def encode_texts(config: Config, items: ItemTexts) -> ItemCache:
     return ItemCache(items.item_ids, embeddings, job.metadata())
 
 
-def other_cache(config: Config, cache: ItemCache, item_ids: np.ndarray) -> str | None:
+def cache_warnings(config: Config, cache: ItemCache, item_ids: np.ndarray) -> list[str]:
+    """Return a sentence for each thing that may be wrong with the cache that a run reads.
+
+    Args:
+        config: the run's configuration.
+        cache: the cache.
+        item_ids: str, ids of the interactions.
+    """
+    sentences = [_other_cache(config, cache, item_ids)]
+    if len(cache) > len(item_ids):
+        twice = find_spellings(item_ids, cache.item_ids)
+        shown = ", ".join(f"'{one_line(a, 40)}' and '{one_line(b, 40)}'" for a, b in twice[:3])
+        if twice:
+            sentences.append(
+                f"the item cache {cache.path} has {len(twice):,} items of {config.dataset} in two "
+                f"spellings, {shown}: if an export changed the leading zeros or the type of the ids "
+                f"of the item information, these items are without text; write the ids alike and "
+                f"make the cache again with item_caching.py."
+            )
+    return [sentence for sentence in sentences if sentence]
+
+
+def _other_cache(config: Config, cache: ItemCache, item_ids: np.ndarray) -> str | None:
     """Return a sentence where a cache was made with other settings, another model or other texts.
 
     Texts are compared when the item information is small enough to be read in about a second.
@@ -146,10 +170,14 @@ def other_cache(config: Config, cache: ItemCache, item_ids: np.ndarray) -> str |
         cache: the cache that the run reads.
         item_ids: str, ids of the interactions.
     """
-    stated = cache.metadata
+    stated = dict(cache.metadata)
+    if "prompt" in stated:
+        # Caches of before there were text formats have plain texts.
+        stated.setdefault("text_format", "plain")
     expected = {
         "text_keys": ("text_keys", json.dumps(config.text_keys, ensure_ascii=False)),
         "prompt": ("item_prompt", config.item_prompt),
+        "text_format": ("text_format", config.text_format),
         "max_text_length": ("MAX_TEXT_LENGTH", str(config.MAX_TEXT_LENGTH)),
     }
     if config.item_emb_token_n == 0:
@@ -177,7 +205,7 @@ def _texts_differ(config: Config, cache: ItemCache, item_ids: np.ndarray) -> boo
         path = information_file(config.text_path, config.dataset)
         if path.stat().st_size > _QUICKLY_READ:
             return False
-        items = read_item_texts(path, config.text_keys, config.item_prompt)
+        items = read_item_texts(path, config.text_keys, config.item_prompt, config.text_format)
     except InputError:
         # The run does not need the file.
         return False
@@ -195,19 +223,17 @@ def _catalogue(config: Config) -> ItemTexts:
         InputError: a file is bad, or no item has text.
     """
     path = information_file(config.text_path, config.dataset)
-    items = read_item_texts(path, config.text_keys, config.item_prompt)
+    items = read_item_texts(path, config.text_keys, config.item_prompt, config.text_format)
     source = Path(config.data_path) / f"{config.dataset}.csv"
-    warnings = [suspicious_item_ids(items, path)]
+    warnings = list(items.warnings)
     wanted = np.empty(0, dtype=object)
     if config.dataset and source.is_file():
-        interactions = read_interactions(source)
-        warnings.append(suspicious_ids(interactions, source))
+        interactions = read_interactions(source, config.tie_order, config.seed)
+        warnings += interactions.warnings
         wanted = interactions.item_ids[1:]
-    problem = textless(items, path, config.text_keys, wanted)
-    if problem:
-        raise InputError(problem)
-    for warning in filter(None, warnings):
-        log.warning(warning)
+    refuse(unfit_texts(items, path, config.text_keys, wanted, source))
+    for warning in warnings:
+        log.warning("%s", warning)
     return with_items(items, wanted)
 
 
@@ -231,6 +257,7 @@ def _encoder(
         dtype=dtype,
         attention=attention_kernel(config, device, model),
         trust_remote_code=config.trust_remote_code,
+        tokenizer_as_saved=config.text_format == "hllm",
     )
     if config.item_compile:
         encoder.compile()
@@ -239,6 +266,7 @@ def _encoder(
         model=Path(config.item_pretrain_dir).name,
         text_keys=tuple(config.text_keys),
         prompt=config.item_prompt,
+        text_format=config.text_format,
         max_text_length=config.MAX_TEXT_LENGTH,
         dtype=config.item_cache_dtype,
         pooling=encoder.pooling,

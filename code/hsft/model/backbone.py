@@ -16,13 +16,16 @@ from transformers import AutoConfig, AutoModel, BitsAndBytesConfig, PreTrainedMo
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
+from hsft.model.attention import VARLEN, varlen_obstacle
 from hsft.model.folder import (
     EMBEDDING_KEYS,
     EXTRA_FILE,
+    HEAD_KEYS,
     check_decoder,
     check_embeddings,
     check_files,
     check_shapes,
+    layer_number,
     model_class,
 )
 from hsft.utils.errors import InputError, brief, one_line
@@ -42,6 +45,8 @@ class LoraSettings:
         quant_type: `nf4`, `fp4`, `int8`, or `none` for plain LoRA.
         compute_dtype: number type of the quantised layers' products.
         double_quant: quantise the quantisation constants too.
+        dequantize: multiply by dequantised 4-bit weights whatever the number of positions; False
+            leaves bitsandbytes the choice of its fused kernel.
     """
 
     rank: int
@@ -51,6 +56,7 @@ class LoraSettings:
     quant_type: str = "nf4"
     compute_dtype: torch.dtype = torch.bfloat16
     double_quant: bool = True
+    dequantize: bool = True
 
 
 def load_model_config(folder: str | Path, trust_remote_code: bool = False) -> Any:
@@ -136,52 +142,23 @@ def load_decoder(
         A transformers model whose call takes `inputs_embeds` [B, T, hidden_size].
 
     Raises:
-        InputError: the folder is not a readable model, a weight is missing or misshapen, or it
-            has fewer layers than asked for.
+        InputError: the folder is not a readable model or is quantised already, a weight is missing,
+            misshapen or unknown to the model, or it has fewer layers than asked for.
     """
     folder = Path(folder)
-    config = decoder_config(folder, layers, keep_token_embedding, trust_remote_code)
-    check_shapes(config, check_files(folder), folder)
     kwargs: dict[str, Any] = {}
     if lora is not None and lora.quant_type != "none":
         kwargs["quantization_config"] = _quantization(lora)
         kwargs["device_map"] = {"": device if device is not None else torch.device("cpu")}
-    verbosity = transformers_logging.get_verbosity()
-    # Weights left out on purpose (head, token embedding, later layers) would be reported at length.
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
-        model, info = AutoModel.from_pretrained(
-            folder,
-            config=config,
-            dtype=dtype,
-            attn_implementation=attention,
-            local_files_only=True,
-            trust_remote_code=trust_remote_code,
-            ignore_mismatched_sizes=not keep_token_embedding,
-            output_loading_info=True,
-            **kwargs,
-        )
-    except InputError:
-        raise
-    except Exception as error:  # transformers, safetensors and torch raise many kinds here
-        if "weights only load failed" in str(error).lower():
-            raise InputError(
-                f"model folder {folder} holds a pickle with more than tensors, which was not opened "
-                f"since it can run code; fetch the model as safetensors."
-            ) from error
-        if "attention implementation" in str(error):
-            raise InputError(
-                f"the model in {folder} does not run with attn_implementation {attention}; set "
-                f"--attn_implementation eager."
-            ) from error
-        raise InputError(
-            f"model folder {folder} cannot be loaded: {brief(error)}; fetch it again or name "
-            f"another folder."
-        ) from error
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-    _refuse_incomplete(info, folder, keep_token_embedding)
+    model = _read_decoder(
+        folder,
+        layers,
+        keep_token_embedding,
+        dtype=dtype,
+        attn_implementation=attention,
+        trust_remote_code=trust_remote_code,
+        **kwargs,
+    )
     check_embeddings(model, folder)
     model.config.use_cache = False
     if not keep_token_embedding:
@@ -190,8 +167,94 @@ def load_decoder(
     return model
 
 
+def check_weights(
+    folder: str | Path,
+    *,
+    layers: int | None = None,
+    keep_token_embedding: bool = False,
+    trust_remote_code: bool = False,
+) -> None:
+    """Compare the names and shapes of a folder's weights with its decoder, from their headers alone.
+
+    Nothing is compared where the weights are `pytorch_model*.bin`, which have no headers.
+
+    Args:
+        folder, layers, keep_token_embedding, trust_remote_code: as for `load_decoder`.
+
+    Raises:
+        InputError: as `load_decoder`.
+    """
+    folder = Path(folder)
+    if check_files(folder).shapes:
+        _read_decoder(
+            folder,
+            layers,
+            keep_token_embedding,
+            device_map="meta",
+            attn_implementation="eager",  # every model has it, and nothing is computed
+            trust_remote_code=trust_remote_code,
+        )
+
+
+def _read_decoder(
+    folder: Path,
+    layers: int | None,
+    keep_token_embedding: bool,
+    *,
+    trust_remote_code: bool,
+    **kwargs: Any,
+) -> PreTrainedModel:
+    """Read a decoder through transformers, refusing weights that lack, misfit or are left over."""
+    config = load_model_config(folder, trust_remote_code)
+    check_decoder(config, folder, layers)
+    stored_layers = config.num_hidden_layers
+    cut_decoder(config, layers, keep_token_embedding)
+    check_shapes(config, check_files(folder), folder)
+    verbosity = transformers_logging.get_verbosity()
+    # Weights left out on purpose (head, token embedding, later layers) would be reported at length.
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        model, info = AutoModel.from_pretrained(
+            folder,
+            config=config,
+            local_files_only=True,
+            trust_remote_code=trust_remote_code,
+            ignore_mismatched_sizes=True,  # refused below, in a sentence
+            output_loading_info=True,
+            **kwargs,
+        )
+    except Exception as error:  # transformers, safetensors and torch raise many kinds here
+        raise _unreadable(folder, error, kwargs["attn_implementation"]) from error
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+    _refuse_incomplete(info, folder, keep_token_embedding)
+    _refuse_unexpected(info, folder, config, stored_layers, keep_token_embedding)
+    return model
+
+
+def _unreadable(folder: Path, error: Exception, attention: str) -> InputError:
+    if "weights only load failed" in str(error).lower():
+        return InputError(
+            f"model folder {folder} holds a pickle with more than tensors, which was not opened "
+            f"since it can run code; fetch the model as safetensors."
+        )
+    if "attention implementation" in str(error):
+        return InputError(
+            f"the model in {folder} does not run with attn_implementation {attention}; set "
+            f"--attn_implementation eager."
+        )
+    return InputError(
+        f"model folder {folder} cannot be loaded: {brief(error)}; fetch it again or name "
+        f"another folder."
+    )
+
+
 def add_lora(model: PreTrainedModel, lora: LoraSettings, gradient_checkpointing: bool) -> nn.Module:
     """Freeze a decoder and add a LoRA adapter (arXiv 2106.09685) through peft.
+
+    A decoder of bfloat16 stays so throughout. peft's `prepare_model_for_kbit_training`, which casts
+    norms and with them the residual stream to float32, is left to float16, whose range it widens.
 
     Returns:
         The peft model; only its LoRA matrices require gradients, in float32.
@@ -201,9 +264,15 @@ def add_lora(model: PreTrainedModel, lora: LoraSettings, gradient_checkpointing:
     """
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 
+    from hsft.model.fast_layers import dequantize_in_training, use_fast_lora_layers
+
     if lora.quant_type != "none":
-        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+        if any(weight.dtype == torch.float16 for weight in model.parameters()):
+            model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
         _keep_differentiable(model)
+        if lora.dequantize:
+            dequantize_in_training(model)
+    model.requires_grad_(False)
     targets: Any = list(lora.target_modules)
     settings = LoraConfig(
         r=lora.rank,
@@ -212,6 +281,7 @@ def add_lora(model: PreTrainedModel, lora: LoraSettings, gradient_checkpointing:
         target_modules="all-linear" if targets == ["all-linear"] else targets,
         bias="none",
     )
+    use_fast_lora_layers(settings)
     try:
         adapted = get_peft_model(model, settings)
     except ValueError as error:
@@ -219,6 +289,18 @@ def add_lora(model: PreTrainedModel, lora: LoraSettings, gradient_checkpointing:
     if gradient_checkpointing:
         enable_checkpointing(model)
     return adapted
+
+
+def computes_in_bfloat16(model: nn.Module) -> bool:
+    """Say whether a decoder runs without autocast: bfloat16 throughout, LoRA's matrices aside.
+
+    peft's own LoRA layers, which int8 keeps, compute in the matrices' float32 outside of autocast.
+    """
+    lora = [module for module in model.modules() if hasattr(module, "lora_A")]
+    others = [weight for name, weight in model.named_parameters() if "lora_" not in name]
+    return all(getattr(module, "keeps_dtype", False) for module in lora) and all(
+        weight.dtype == torch.bfloat16 for weight in others if weight.is_floating_point()
+    )
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -265,22 +347,32 @@ def choose_attention(
 ) -> str:
     """Resolve `attn_implementation: auto`, and refuse what cannot run.
 
-    `auto` is flash-attn, sdpa or eager, the first of them that runs here and that the model has.
+    `auto` is torch's variable-length kernel, flash-attn, sdpa or eager, the first of them that runs
+    here and that the model has.
 
     Args:
-        requested: `auto`, `sdpa`, `flash_attention_2` or `eager`.
+        requested: `auto`, `varlen`, `sdpa`, `flash_attention_2` or `eager`.
         allow_flash: False keeps `auto` from flash-attn.
         device: where the model runs.
         half: whether it computes in bfloat16 or float16, as flash-attn needs.
         model_config: as `load_model_config` gives; None: a model that has every kernel.
 
     Raises:
-        InputError: `flash_attention_2` was asked for and cannot run here, or the model lacks the
-            kernel.
+        InputError: `varlen` or `flash_attention_2` was asked for and cannot run here, or the model
+            lacks the kernel.
     """
+    obstacle = varlen_obstacle(model_config, device, half)
     installed = importlib.util.find_spec("flash_attn") is not None
     runs = installed and half and device.type == "cuda"
     lacking = _lacking_kernels(model_config)
+    if obstacle is None and VARLEN in lacking:
+        obstacle = "a model that takes transformers' attention functions"
+    if requested == VARLEN and obstacle is not None:
+        raise InputError(
+            f"attn_implementation: varlen needs {obstacle}; set --attn_implementation auto."
+        )
+    if requested == "auto" and obstacle is None:
+        return VARLEN
     if requested == "auto":
         flash = runs and allow_flash and "flash_attention_2" not in lacking
         return "flash_attention_2" if flash else "eager" if "sdpa" in lacking else "sdpa"
@@ -305,7 +397,11 @@ def choose_attention(
 
 def _lacking_kernels(model_config: Any) -> set[str]:
     kind = None if model_config is None else model_class(model_config)
-    has = {"sdpa": "_supports_sdpa", "flash_attention_2": "_supports_flash_attn"}
+    has = {
+        "sdpa": "_supports_sdpa",
+        "flash_attention_2": "_supports_flash_attn",
+        VARLEN: "_supports_attention_backend",
+    }
     return {name for name, flag in has.items() if kind and not getattr(kind, flag, True)}
 
 
@@ -389,6 +485,31 @@ def _refuse_incomplete(info: dict[str, Any], folder: Path, keep_token_embedding:
         raise InputError(
             f"model folder {folder}: weight {mismatched[0][0]} does not have the shape that its "
             f"config.json says ({len(mismatched)} in all); fetch it again."
+        )
+
+
+def _refuse_unexpected(
+    info: dict[str, Any], folder: Path, config: Any, stored_layers: int, keep_token_embedding: bool
+) -> None:
+    """Refuse weights that the model would run without, other than those left out on purpose."""
+
+    def left_out(key: str) -> bool:
+        layer = layer_number(key)
+        return (
+            not set(HEAD_KEYS).isdisjoint(key.split("."))
+            or (not keep_token_embedding and any(name in key for name in EMBEDDING_KEYS))
+            or (layer is not None and config.num_hidden_layers <= layer < stored_layers)
+            # Causal masks that old versions of transformers saved with GPT-2 and GPT-NeoX.
+            or key.endswith("attn.masked_bias")
+        )
+
+    unexpected = sorted(key for key in info.get("unexpected_keys", []) if not left_out(key))
+    if unexpected:
+        kind = one_line(config.model_type, 40)
+        raise InputError(
+            f"model folder {folder} holds the weight {one_line(unexpected[0], 80)} "
+            f"({len(unexpected)} such in all), which a model of type {kind} does not use; correct "
+            f"its config.json, or fetch the model again."
         )
 
 

@@ -22,11 +22,15 @@ from hsft.utils.errors import InputError, one_line
 from hsft.utils.files import is_file, read_json
 
 EXTRA_FILE = "hllm_extra.safetensors"
+# Trained id vectors of items, beside an exported UserLLM; an item cache (`data/cache.py`).
+ID_FILE = "item_id_vectors.safetensors"
 _INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 _LAYER = re.compile(r"\b(?:layers|h)\.(\d+)\.")
 # Parts of the names of token embeddings, and with the output head of all weights of the vocabulary's
 # size: the UserLLM loads none of them.
 EMBEDDING_KEYS = ("embed_tokens", "wte", "word_embeddings", "embed_in")
+# Parts of the names of output heads: of language models, classifiers and reward models.
+HEAD_KEYS = ("lm_head", "embed_out", "score", "classifier", "v_head")
 _VOCABULARY = (*EMBEDDING_KEYS, "lm_head", "embed_out")
 # Keys of config.json that say where a model came from, not what it computes.
 _ORIGIN_KEYS = ("_name_or_path", "transformers_version")
@@ -55,8 +59,7 @@ class Weights:
         """
         total = 0
         for name, shape in self.shapes.items():
-            found = _LAYER.search(name)
-            if layers is not None and found and int(found.group(1)) >= layers:
+            if layers is not None and (layer_number(name) or 0) >= layers:
                 continue
             if vocabulary or not any(part in name for part in _VOCABULARY):
                 total += math.prod(shape)
@@ -102,7 +105,7 @@ def _weight_files(folder: Path) -> tuple[set[str], dict[str, str]]:
     Raises:
         InputError: there are no weights, or an index is damaged or leads out of the folder.
     """
-    shards = {file.name for file in folder.glob("*.safetensors") if file.name != EXTRA_FILE}
+    shards = {file.name for file in folder.glob("*.safetensors")} - {EXTRA_FILE, ID_FILE}
     listed: dict[str, str] = {}
     for name in _INDEXES:
         if is_file(folder / name):
@@ -151,8 +154,10 @@ def check_decoder(config: Any, folder: Path, layers: int | None = None) -> None:
     An encoder would run, but every position would see the items that it has to predict.
 
     Raises:
-        InputError: says what is wrong with the kind of model, or `layers` are more than it has.
+        InputError: says what is wrong with the kind of model, its weights are quantised, or
+            `layers` are more than it has.
     """
+    check_unquantised(config, folder)
     kind = one_line(getattr(config, "model_type", "unknown"), 40)
     remedy = "name the folder of a decoder such as Llama, Qwen or Mistral"
     for name in ("hidden_size", "num_hidden_layers"):
@@ -242,12 +247,47 @@ def check_shapes(config: Any, weights: Weights, folder: Path) -> None:
                 f"model folder {folder}: weight {name} does not have the shape that its config.json "
                 f"says (hidden size {config.hidden_size}, stored {list(shape)}); fetch it again."
             )
-    numbers = [int(found.group(1)) for found in map(_LAYER.search, weights.shapes) if found]
+    numbers = [number for number in map(layer_number, weights.shapes) if number is not None]
     if numbers and max(numbers) + 1 < config.num_hidden_layers:
         raise InputError(
             f"model folder {folder} holds the weights of {max(numbers) + 1} layers, its config.json "
             f"says {config.num_hidden_layers}; fetch it again."
         )
+
+
+def layer_number(weight: str) -> int | None:
+    """Return which decoder layer a weight of this name belongs to, from 0; None for the others."""
+    match = _LAYER.search(weight)
+    return int(match.group(1)) if match else None
+
+
+def check_unquantised(config: Any, folder: Path) -> None:
+    """Refuse a model that was saved quantised: it can be neither cut, retrained nor merged here.
+
+    Args:
+        config: as `load_model_config` gives.
+        folder: its folder, for the message.
+
+    Raises:
+        InputError: `config.json` has a `quantization_config`.
+    """
+    settings = getattr(config, "quantization_config", None)
+    if settings is None:
+        return
+    if not isinstance(settings, dict):
+        settings = getattr(settings, "to_dict", dict)()
+    method = one_line(settings.get("quant_method") or "unknown", 40)
+    remedy = "name the folder of the original, unquantised model"
+    if method == "bitsandbytes":
+        method += " 8-bit" if settings.get("load_in_8bit") else " 4-bit"
+        remedy += (
+            f", or write one with transformers: AutoModelForCausalLM.from_pretrained({str(folder)!r})"
+            f".dequantize().save_pretrained('NEW_FOLDER')"
+        )
+    raise InputError(
+        f"the weights in {folder} are quantised already ({method}); {remedy}; use_qlora quantises a "
+        f"UserLLM by itself."
+    )
 
 
 def fingerprint(folder: str | Path) -> str:

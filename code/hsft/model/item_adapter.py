@@ -15,10 +15,18 @@ from hsft.utils.errors import InputError
 
 PREFIX = "item_adapter."
 _LINEAR, _LOW_RANK = {"weight"}, {"0.weight", "1.weight"}
+_MLP = {"hidden.weight", "hidden.bias", "out.weight", "out.bias"}
+# The matrix of each kind that reads the embeddings: its second dimension is their width.
+_FIRST = ("weight", "0.weight", "hidden.weight")
 
 
 def adapter_shape(
-    config: Config, extra: Mapping[str, Tensor], folder: str | Path, *, train: bool
+    config: Config,
+    extra: Mapping[str, Tensor],
+    folder: str | Path,
+    *,
+    train: bool,
+    rectangular: bool,
 ) -> tuple[str, int]:
     """Say which adapter a model has: the configuration's when it is trained, else the stored one.
 
@@ -27,6 +35,8 @@ def adapter_shape(
         extra: as `read_extra` returns.
         folder: the model folder it is from.
         train: whether the configuration's trainable parts are built.
+        rectangular: whether the item embeddings are of another width than the UserLLM; they then
+            pass through the configuration's adapter, as it starts, before training too.
 
     Returns:
         `item_adapter` and `item_adapter_rank` for an `ItemTable`.
@@ -38,13 +48,13 @@ def adapter_shape(
     asked = config.item_adapter if train else "none"
     stored = _stored(extra)
     if not stored:
-        return asked, config.item_adapter_rank
+        return config.item_adapter if rectangular else asked, config.item_adapter_rank
     kind, rank = _kind(stored, Path(folder) / EXTRA_FILE)
     if asked != "none" and (asked, config.item_adapter_rank if asked == "lowrank" else rank) != (
         kind,
         rank,
     ):
-        like = kind if kind == "linear" else f"{kind} with item_adapter_rank {rank}"
+        like = f"{kind} with item_adapter_rank {rank}" if kind == "lowrank" else kind
         raise InputError(
             f"the model in {folder} comes with a trained item adapter ({like}), which item_adapter "
             f"{asked} cannot go on from; set --item_adapter {kind}"
@@ -52,6 +62,48 @@ def adapter_shape(
             f"it is."
         )
     return kind, rank
+
+
+def check_width(
+    config: Config,
+    extra: Mapping[str, Tensor],
+    cache: str | Path,
+    width: int,
+    hidden_size: int,
+) -> None:
+    """Refuse item embeddings that neither the UserLLM nor an adapter before it reads.
+
+    Args:
+        config: the configuration.
+        extra: as `read_extra` returns for the UserLLM's folder.
+        cache: the item cache's name.
+        width: dimensions of its embeddings.
+        hidden_size: of the UserLLM.
+
+    Raises:
+        InputError: the widths differ and no adapter maps one to the other, or the adapter that
+            comes with the UserLLM is for embeddings of another width.
+    """
+    reads = adapter_width(_stored(extra))
+    if reads is not None and reads != width:
+        raise InputError(
+            f"item cache {cache} has {width} dimensions, but the item adapter that comes with the "
+            f"UserLLM in {config.user_pretrain_dir} reads {reads}; name the cache that it was "
+            f"trained with, or change --user_pretrain_dir."
+        )
+    if reads is None and width != hidden_size and config.item_adapter == "none":
+        raise InputError(
+            f"item cache {cache} has {width} dimensions, but the UserLLM in "
+            f"{config.user_pretrain_dir} has hidden size {hidden_size}; set --item_adapter linear "
+            f"(or mlp, lowrank) to train a projection, or make the cache with the ItemLLM that "
+            f"belongs to this UserLLM."
+        )
+
+
+def adapter_width(adapter: Mapping[str, Tensor]) -> int | None:
+    """Return the width of the embeddings that an adapter's tensors read, None for no adapter."""
+    widths = (adapter[name].shape[-1] for name in _FIRST if name in adapter and adapter[name].ndim)
+    return next(widths, None)
 
 
 def load_adapter(table: ItemTable, extra: Mapping[str, Tensor], *, trained: bool) -> None:
@@ -69,12 +121,18 @@ def load_adapter(table: ItemTable, extra: Mapping[str, Tensor], *, trained: bool
     if not stored:
         return
     assert table.adapter is not None
-    own = table.adapter.state_dict()
+    expected = table.adapter.state_dict()
+    if expected.keys() != stored.keys():
+        odd = min(expected.keys() ^ stored.keys())
+        raise InputError(
+            f"{EXTRA_FILE} beside the UserLLM: its item adapter is for other embeddings than the "
+            f"item cache's ({PREFIX}{odd}); name the cache that it was trained with."
+        )
     for name, value in stored.items():
-        if own[name].shape != value.shape:
+        if expected[name].shape != value.shape:
             raise InputError(
                 f"{EXTRA_FILE} beside the UserLLM: {PREFIX}{name} has shape {tuple(value.shape)}, "
-                f"the item embeddings need {tuple(own[name].shape)}; export the run again."
+                f"the item embeddings need {tuple(expected[name].shape)}; export the run again."
             )
     table.adapter.load_state_dict({name: value.to(torch.float32) for name, value in stored.items()})
     table.adapter.requires_grad_(trained)
@@ -97,9 +155,13 @@ def _stored(extra: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _kind(stored: Mapping[str, Tensor], path: Path) -> tuple[str, int]:
-    if all(value.ndim == 2 for value in stored.values()):
-        if stored.keys() == _LINEAR:
+    matrices = [value.ndim == (1 if name.endswith("bias") else 2) for name, value in stored.items()]
+    names = set(stored)
+    if all(matrices):
+        if names == _LINEAR:
             return "linear", 1
-        if stored.keys() == _LOW_RANK:
+        if names == _LOW_RANK:
             return "lowrank", len(stored["0.weight"])
+        if names in (_MLP, _MLP | {"skip.weight"}):
+            return "mlp", 1
     raise InputError(f"{path} holds an item adapter of an unknown kind; export the run again.")

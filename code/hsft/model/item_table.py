@@ -4,49 +4,79 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hsft.data.cache import ItemCache
 from hsft.data.interactions import PAD
-from hsft.utils.errors import InputError
+
+# Rows that a projection is fitted on.
+_PCA_ROWS = 16_384
 
 
 class ItemTable(nn.Module):
-    """Frozen item embeddings, with an optional trainable map after them.
+    """Frozen item embeddings, with an optional trained map after them and trained id vectors.
+
+    The vector of item i is `adapt(embeddings[i]) + id_vectors[i]`, D wide: the UserLLM's hidden
+    size. Where the embeddings are as wide (C = D), every adapter starts as the identity, so that an
+    untrained table scores as one without; where they are not, it starts as `pca_projection`.
 
     Args:
-        embeddings: [I + 1, D]; row 0 is the padding item.
-        adapter: `none`; `linear`, x + Wx with W [D, D] starting at 0; or `lowrank`,
-            x + B(A x) with A [rank, D] random and B [D, rank] starting at 0. Both start as the
-            identity, so an untrained table scores as without one.
+        embeddings: [I + 1, C]; row 0 is the padding item.
+        adapter: `none`; `linear`, x + Wx with W [D, D] starting at 0; `lowrank`, x + B(A x) with
+            A [rank, D] random and B [D, rank] starting at 0; or `mlp`, x + V gelu(U x + u) + v with
+            U [D, D] random and V [D, D] starting at 0. For C != D there is no `x +`: W [D, C] and
+            B A start as the projection, and `mlp` adds a projection S x.
         rank: rank of `lowrank`.
+        dim: D; C when None.
+        id_items: number of items that have a trained id vector, items 1..id_items, starting at 0;
+            later items have none. None: no item has one.
+        id_dropout: in training mode, the share of id vectors left out, drawn for every occurrence
+            of an item; without rescaling, so that what is left is the vector of an unseen item.
+
+    Raises:
+        ValueError: C differs from D and there is no adapter.
     """
 
     embeddings: Tensor
 
-    def __init__(self, embeddings: Tensor, adapter: str = "none", rank: int = 64) -> None:
+    def __init__(
+        self,
+        embeddings: Tensor,
+        adapter: str = "none",
+        rank: int = 64,
+        *,
+        dim: int | None = None,
+        id_items: int | None = None,
+        id_dropout: float = 0.0,
+    ) -> None:
         super().__init__()
         # Not persistent: the cache is on disk already and must not be copied into checkpoints.
         self.register_buffer("embeddings", embeddings, persistent=False)
+        width = embeddings.shape[1]
+        self._dim = width if dim is None else dim
+        self.id_dropout = id_dropout
         self.adapter: nn.Module | None = None
-        dim = embeddings.shape[1]
-        if adapter == "linear":
-            self.adapter = nn.Linear(dim, dim, bias=False)
-            nn.init.zeros_(self.adapter.weight)
-        elif adapter == "lowrank":
-            down, up = nn.Linear(dim, rank, bias=False), nn.Linear(rank, dim, bias=False)
-            nn.init.zeros_(up.weight)
-            self.adapter = nn.Sequential(down, up)
+        if adapter != "none":
+            projection = None
+            if width != self._dim:
+                inner = min(rank, width, self._dim) if adapter == "lowrank" else None
+                projection = pca_projection(embeddings[1:], self._dim, inner)
+            self.adapter = _adapter(adapter, width, self._dim, rank, projection)
+        elif width != self._dim:
+            raise ValueError(f"embeddings of {width} dimensions need an adapter to {self._dim}")
+        self.id_vectors: nn.Parameter | None = None
+        if id_items is not None:
+            self.id_vectors = nn.Parameter(torch.zeros(id_items + 1, self._dim))
 
     @property
     def dim(self) -> int:
-        """Embedding dimension D."""
-        return self.embeddings.shape[1]
+        """Dimension D of the vectors."""
+        return self._dim
 
     @property
     def num_items(self) -> int:
@@ -55,29 +85,64 @@ class ItemTable(nn.Module):
 
     def forward(self, items: Tensor) -> Tensor:
         """Return the vectors of item numbers: int64 [...] -> float32 [..., D]."""
-        return self._adapt(self.embeddings[items])
+        vectors = self._adapt(self.embeddings[items])
+        if self.id_vectors is None:
+            return vectors
+        known = items < len(self.id_vectors)
+        if self._drops_ids:
+            known &= torch.rand(items.shape, device=items.device) >= self.id_dropout
+        # The padding item's vector is 0 and, as `padding_idx`, gets no gradient.
+        rows = items.masked_fill(~known, PAD)
+        return vectors + F.embedding(rows, self.id_vectors, padding_idx=PAD).float()
 
     def slice(self, start: int, end: int) -> Tensor:
-        """Return the vectors of items start..end-1, without a gather: float32 [end - start, D]."""
-        return self._adapt(self.embeddings[start:end])
+        """Return the vectors of items start..end-1, without a gather: float32 [end - start, D].
+
+        Id vectors are never dropped here.
+        """
+        vectors = self._adapt(self.embeddings[start:end])
+        if self.id_vectors is None:
+            return vectors
+        return _add_to_first(vectors, self.id_vectors[start:end])
 
     def chunks(self, size: int) -> list[Callable[[], Tensor]]:
         """Return one function per `size` items (without the padding item) that gives their vectors.
 
         Nothing is converted or adapted before a function is called, so that a caller who drops the
-        vectors again never holds more than [size, D] of them in float32.
+        vectors again never holds more than [size, D] of them in float32. A function gives the same
+        vectors whenever it is called: which id vectors are dropped is drawn here, once an item.
         """
         stop = self.num_items + 1
+        bounds = [(start, min(start + size, stop)) for start in range(1, stop, size)]
+        if self.id_vectors is None:
+            return [partial(self.slice, start, end) for start, end in bounds]
+        known = self.id_vectors[1:]
+        # One split, not many slices: each slice's gradient would be a whole [I, D] of zeros.
+        pieces = list(known.split(size)) + [known[:0]] * len(bounds)
+        kept: list[Tensor | None] = [None] * len(bounds)
+        if self._drops_ids:
+            drawn = torch.rand(len(known), 1, device=known.device) >= self.id_dropout
+            kept = [*drawn.split(size), *kept]
         return [
-            partial(self.slice, start, min(start + size, stop)) for start in range(1, stop, size)
+            partial(self._with_ids, start, end, ids, keep)
+            for (start, end), ids, keep in zip(bounds, pieces, kept, strict=False)
         ]
+
+    def _with_ids(self, start: int, end: int, ids: Tensor, keep: Tensor | None) -> Tensor:
+        vectors = self._adapt(self.embeddings[start:end])
+        return _add_to_first(vectors, ids if keep is None else ids * keep)
+
+    @property
+    def _drops_ids(self) -> bool:
+        return self.training and self.id_dropout > 0
 
     def _adapt(self, vectors: Tensor) -> Tensor:
         vectors = vectors.float()
         if self.adapter is None:
             return vectors
         # The adapter's weights are 16-bit under bf16-true and DeepSpeed.
-        return vectors + self.adapter(vectors.to(self._adapter_dtype)).float()
+        mapped: Tensor = self.adapter(vectors.to(self._adapter_dtype)).float()
+        return vectors + mapped if vectors.shape[-1] == self._dim else mapped
 
     @property
     def _adapter_dtype(self) -> torch.dtype:
@@ -91,6 +156,100 @@ class ItemTable(nn.Module):
         if self.embeddings.dtype != kept.dtype:
             self.embeddings = kept.to(self.embeddings.device)
         return self
+
+
+class MlpAdapter(nn.Module):
+    """V gelu(U x + u) + v, and S x where widths differ: float [..., C] -> [..., D].
+
+    Args:
+        width: C.
+        dim: D, also the width of the hidden layer.
+        projection: S [D, C] to start from, None without S.
+    """
+
+    def __init__(self, width: int, dim: int, projection: Tensor | None) -> None:
+        super().__init__()
+        self.hidden = nn.Linear(width, dim)
+        self.out = nn.Linear(dim, dim)
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.out.bias)
+        self.skip = None if projection is None else _linear(projection)
+
+    def forward(self, vectors: Tensor) -> Tensor:
+        """Map item embeddings: float [..., C] -> [..., D]."""
+        mapped: Tensor = self.out(F.gelu(self.hidden(vectors)))
+        return mapped if self.skip is None else mapped + self.skip(vectors)
+
+
+def _adapter(
+    kind: str, width: int, dim: int, rank: int, projection: tuple[Tensor, Tensor] | None
+) -> nn.Module:
+    """Make a trainable map; `projection` is given where it changes the width."""
+    if kind == "mlp":
+        return MlpAdapter(width, dim, None if projection is None else projection[1] @ projection[0])
+    if kind == "linear":
+        if projection is not None:
+            return _linear(projection[1] @ projection[0])
+        square = nn.Linear(dim, dim, bias=False)
+        nn.init.zeros_(square.weight)
+        return square
+    down, up = nn.Linear(width, rank, bias=False), nn.Linear(rank, dim, bias=False)
+    if projection is None:
+        nn.init.zeros_(up.weight)
+    else:
+        # A rank above both widths adds directions that begin without effect.
+        with torch.no_grad():
+            size = len(projection[0])
+            down.weight[:size], down.weight[size:] = projection[0], 0.0
+            up.weight[:, :size] = projection[1]
+    return nn.Sequential(down, up)
+
+
+def _linear(weight: Tensor) -> nn.Linear:
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+    with torch.no_grad():
+        layer.weight.copy_(weight)
+    return layer
+
+
+def _add_to_first(vectors: Tensor, ids: Tensor) -> Tensor:
+    """Add id vectors to as many of the first vectors: [n, D] and [at most n, D] -> [n, D]."""
+    if len(ids) < len(vectors):
+        ids = F.pad(ids, (0, 0, 0, len(vectors) - len(ids)))
+    return vectors + ids.float()
+
+
+def pca_projection(rows: Tensor, dim: int, inner: int | None = None) -> tuple[Tensor, Tensor]:
+    """Return a map from C to D dimensions, in two factors, that keeps cosines as well as a map can.
+
+    Rows of unit length are projected on the leading eigenvectors of their second moment, the best
+    approximation of their Gram matrix of its rank (Eckart and Young 1936); they are not centred,
+    since that would change cosines. An orthonormal map drawn at random, the same for every seed,
+    then spreads them over all D dimensions, scaled so that the mean square of a number stays what
+    it is. Where `inner` is at least C, cosines are kept exactly.
+
+    Args:
+        rows: [n, C] item embeddings, of any floating-point type; a part of them is read when they
+            are many.
+        dim: D.
+        inner: number of eigenvectors K, at most C and D; min(C, D) when None.
+
+    Returns:
+        float32 [K, C] and [D, K]; their product maps C to D.
+    """
+    width = rows.shape[1]
+    inner = min(width, dim) if inner is None else inner
+    basis, kept = torch.eye(width, dtype=torch.float64), 1.0
+    if inner < width and len(rows):
+        sample = rows[:: -(-len(rows) // _PCA_ROWS)].double()
+        unit = F.normalize(sample, dim=-1)
+        values, vectors = torch.linalg.eigh(unit.T @ unit)
+        basis = vectors.T.flip(0)
+        values = values.clamp_min(0).flip(0)
+        kept = max(float(values[:inner].sum() / values.sum().clamp_min(1e-12)), 1e-6)
+    drawn = torch.randn(dim, inner, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    spread = torch.linalg.qr(drawn).Q * (dim / (width * kept)) ** 0.5
+    return basis[:inner].float(), spread.float()
 
 
 def table_from_cache(
@@ -155,26 +314,3 @@ def fit_whiten(rows: Tensor, floor: float = 1e-3) -> Transform:
         return (((vectors - mean).double() @ directions) * scale).float()
 
     return apply
-
-
-def check_dim(cache: ItemCache, hidden_size: int, user_dir: str) -> None:
-    """Refuse a cache that the UserLLM cannot read.
-
-    Raises:
-        InputError: the cache's dimension differs from the UserLLM's hidden size.
-    """
-    refuse_other_dim(cache.path or "made now", cache.dim, hidden_size, user_dir)
-
-
-def refuse_other_dim(cache: str | Path, dim: int, hidden_size: int, user_dir: str) -> None:
-    """Refuse a cache of `dim` dimensions for a UserLLM of another hidden size.
-
-    Raises:
-        InputError: they differ.
-    """
-    if dim != hidden_size:
-        raise InputError(
-            f"item cache {cache} has {dim} dimensions, but the UserLLM in {user_dir} has hidden "
-            f"size {hidden_size}; make the cache with the ItemLLM that belongs to this UserLLM, or "
-            f"change --user_pretrain_dir."
-        )

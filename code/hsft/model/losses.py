@@ -42,6 +42,7 @@ def info_nce(
     nce_thres: float = 0.99,
     excluded: Tensor | None = None,
     budget_bytes: int = 1 << 28,
+    weights: Tensor | None = None,
 ) -> Tensor:
     """HLLM's InfoNCE (arXiv 2409.12740, eq. 2 and its public code).
 
@@ -58,13 +59,16 @@ def info_nce(
         excluded: bool [T, P] further (position, negative) pairs to mask, or None.
         budget_bytes: largest [block, P] float32 matrix held at once; larger ones are computed in
             blocks of positions and recomputed in the backward pass.
+        weights: float32 [T], 1 for positions that count, 0 for others; None: all count.
 
     Returns:
-        Scalar float32; 0 when T is 0.
+        Scalar float32; 0 when no position counts.
     """
     queries, positives, pool = normalize(queries), normalize(positives), normalize(pool)
 
-    def block(q: Tensor, p: Tensor, pool: Tensor, scale: Tensor, out: Tensor | None) -> Tensor:
+    def block(
+        q: Tensor, p: Tensor, w: Tensor, pool: Tensor, scale: Tensor, out: Tensor | None
+    ) -> Tensor:
         with torch.no_grad():
             masked = p @ pool.T > nce_thres
             if out is not None:
@@ -72,11 +76,22 @@ def info_nce(
         negative = ((q @ pool.T) * scale.exp()).masked_fill(masked, -torch.inf)
         positive = (q * p).sum(dim=-1, keepdim=True) * scale.exp()
         logits = torch.cat([positive, negative], dim=-1)
-        return F.cross_entropy(logits, logits.new_zeros(len(q), dtype=torch.long), reduction="sum")
+        labels = logits.new_zeros(len(q), dtype=torch.long)
+        return (F.cross_entropy(logits, labels, reduction="none") * w).sum()
 
+    counted = queries.new_ones(len(queries)) if weights is None else weights
     return _sum_in_blocks(
-        block, (queries, positives), (pool, logit_scale), excluded, len(pool) * 3, budget_bytes
-    ) / max(len(queries), 1)
+        block,
+        (queries, positives, counted),
+        (pool, logit_scale),
+        excluded,
+        len(pool) * 3,
+        budget_bytes,
+    ) / _number_of_terms(queries, weights)
+
+
+def _number_of_terms(queries: Tensor, weights: Tensor | None) -> int | Tensor:
+    return max(len(queries), 1) if weights is None else weights.sum().clamp_min(1)
 
 
 class Catalogue(Protocol):
@@ -123,6 +138,7 @@ def catalogue_softmax(
     *,
     cosine: bool = True,
     budget_bytes: int = 1 << 28,
+    weights: Tensor | None = None,
 ) -> Tensor:
     """Softmax cross-entropy of the next item against every item of the catalogue.
 
@@ -138,9 +154,10 @@ def catalogue_softmax(
         cosine: score by cosine; else by dot product.
         budget_bytes: memory for chunks of logits and item vectors, in forward and backward pass.
             Beside it there are float32 [T, D] of queries, and [T] per chunk.
+        weights: float32 [T], 1 for positions that count, 0 for others; None: all count.
 
     Returns:
-        Scalar float32, the mean over positions; 0 when T is 0.
+        Scalar float32, the mean over positions; 0 when none counts.
     """
     catalogue = _Matrix(items) if isinstance(items, Tensor) else items
     queries = (normalize(queries) if cosine else queries.float()) * logit_scale.exp()
@@ -158,15 +175,19 @@ def catalogue_softmax(
     for start in range(0, len(queries), rows):
         q, t = queries[start : start + rows], targets[start : start + rows]
         found = [
-            chunk(q, t, piece)
-            if whole
-            else checkpoint(chunk, q, t - number * size, piece, use_reentrant=False)
+            chunk(q, t, piece) if whole else _recompute(chunk, q, t - number * size, piece)
             for number, piece in enumerate(pieces)
         ]
         normalizers, positives = zip(*found, strict=True)
-        total = total + torch.stack(normalizers).logsumexp(dim=0).sum()
-        total = total - torch.stack(positives).sum()
-    return total / len(queries)
+        terms = torch.stack(normalizers).logsumexp(dim=0) - torch.stack(positives).sum(dim=0)
+        total = total + (terms if weights is None else terms * weights[start : start + rows]).sum()
+    return total / _number_of_terms(queries, weights)
+
+
+def _recompute(block: Callable[..., Any], *values: Any) -> Any:
+    """Compute a block, and once more in the backward pass in place of keeping what it needs."""
+    # Nothing in a block is random, and saving a GPU's generator would wait for the device.
+    return checkpoint(block, *values, use_reentrant=False, preserve_rng_state=False)
 
 
 def chunk_shape(positions: int, items: int, dim: int, budget_bytes: int) -> tuple[int, int]:
@@ -229,6 +250,7 @@ def binary_cross_entropy(
     pool: Tensor,
     excluded: Tensor | None = None,
     budget_bytes: int = 1 << 28,
+    weights: Tensor | None = None,
 ) -> Tensor:
     """The published HSFT's loss: BCEWithLogits on dot products, label 1 for the positive.
 
@@ -239,26 +261,33 @@ def binary_cross_entropy(
         excluded: bool [T, P], (position, negative) pairs that do not count, such as a negative
             that is the positive itself; or None.
         budget_bytes: as for `info_nce`.
+        weights: float32 [T], 0 for positions whose pair with the positive does not count, 1 for the
+            others; None: all count. Their pairs with the pool are left out by `excluded`.
 
     Returns:
-        Scalar float32: the mean over all (position, item) pairs that count; 0 when T is 0.
+        Scalar float32: the mean over all (position, item) pairs that count; 0 when none does.
     """
     queries, positives, pool = queries.float(), positives.float(), pool.float()
 
-    def block(q: Tensor, p: Tensor, pool: Tensor, _: Tensor, out: Tensor | None) -> Tensor:
-        positive = F.softplus(-(q * p).sum(dim=-1)).sum()
+    def block(
+        q: Tensor, p: Tensor, w: Tensor, pool: Tensor, _: Tensor, out: Tensor | None
+    ) -> Tensor:
+        positive = (F.softplus(-(q * p).sum(dim=-1)) * w).sum()
         negative = F.softplus(q @ pool.T)
         return positive + (negative if out is None else negative.masked_fill(out, 0.0)).sum()
 
-    pairs = len(queries) * (1 + len(pool)) - (0 if excluded is None else int(excluded.sum()))
+    counted = queries.new_ones(len(queries)) if weights is None else weights
+    pairs = counted.sum() + len(queries) * len(pool)
+    if excluded is not None:
+        pairs = pairs - excluded.sum()
     return _sum_in_blocks(
         block,
-        (queries, positives),
+        (queries, positives, counted),
         (pool, pool.new_zeros(())),
         excluded,
         len(pool) * 2,
         budget_bytes,
-    ) / max(pairs, 1)
+    ) / pairs.clamp_min(1)
 
 
 def _sum_in_blocks(
@@ -278,5 +307,5 @@ def _sum_in_blocks(
     for start in range(0, count, size):
         part = tuple(row[start : start + size] for row in rows)
         out = None if excluded is None else excluded[start : start + size]
-        total = total + checkpoint(block, *part, *shared, out, use_reentrant=False)
+        total = total + _recompute(block, *part, *shared, out)
     return total

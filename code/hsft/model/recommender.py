@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hsft.data.dataset import TrainBatch
+from hsft.data.interactions import PAD
 from hsft.model import losses
 from hsft.model.item_table import ItemTable
 from hsft.utils.distributed import all_gather_ids, all_reduce, world_size
@@ -37,7 +38,8 @@ class SequenceEncoder(nn.Module):
             history: int64 [B, T] item numbers, right-padded with 0.
             positions: int64 [B, T] when rows hold several histories: each item's number in its
                 own, which starts where 0 stands and must not be read by the others. An encoder
-                that cannot do this is trained with `pack_sequences: False`.
+                that cannot do this is trained with `pack_sequences: False`. An encoder that is
+                trained on single rows takes `cu_lengths`, int32 [S + 1], after it.
 
         Returns:
             [B, T, D]; position t has read items 0..t. Values at padded positions are undefined.
@@ -92,9 +94,14 @@ class Recommender(nn.Module):
         numbers of positions, and the average of gradients that DDP and DeepSpeed take is then
         the gradient of the mean over all positions, as in one process with the whole batch.
         """
-        where = (batch.positions,) if batch.positions.numel() else ()
-        states = self.encoder(batch.history, *where)[batch.loss_mask]
-        targets = batch.targets[batch.loss_mask]
+        where = [part for part in (batch.positions, batch.cu_lengths) if part.numel()]
+        states = self.encoder(batch.history, *where).flatten(0, 1)
+        targets = batch.targets.flatten()
+        # Indices from the host: a mask's True entries would have to be counted on the device first.
+        scored = batch.scored if batch.scored.numel() else batch.loss_mask.flatten().nonzero()[:, 0]
+        # All positions of a bucket are scored, in order: nothing to gather.
+        if not (batch.weights.numel() and len(scored) == len(targets)):
+            states, targets = states.index_select(0, scored), targets.index_select(0, scored)
         # The loss is exact arithmetic on small vectors; autocast would round its logits.
         with torch.autocast(device_type=states.device.type, enabled=False):
             mean, count = self._loss(states, targets, batch)
@@ -107,6 +114,8 @@ class Recommender(nn.Module):
         settings = self.settings
         items = self.encoder.items
         scale = self.scale()
+        weights = batch.weights if batch.weights.numel() else None
+        terms = len(targets) if weights is None else weights.sum()
         if settings.negatives == "catalogue":
             loss = losses.catalogue_softmax(
                 states,
@@ -115,21 +124,33 @@ class Recommender(nn.Module):
                 scale,
                 cosine=settings.similarity == "cosine",
                 budget_bytes=settings.budget_bytes,
+                weights=weights,
             )
-            return loss, len(targets)
+            return loss, terms
         own = targets if settings.negatives == "in_batch" else batch.negatives.reshape(-1)
         pool_ids = all_gather_ids(own)
         positives, pool = items(targets), items(pool_ids)
         if settings.loss == "bce":
             excluded = targets.unsqueeze(1) == pool_ids
+            if weights is not None:
+                # What fills a bucket up is neither a position nor a negative.
+                excluded |= (weights == 0).unsqueeze(1) | (pool_ids == PAD)
             loss = losses.binary_cross_entropy(
-                states, positives, pool, excluded, settings.budget_bytes
+                states, positives, pool, excluded, settings.budget_bytes, weights
             )
-            return loss, len(targets) * (1 + len(pool_ids)) - excluded.sum()
+            return loss, terms + excluded.numel() - excluded.sum()
+        fillers = None if weights is None else (pool_ids == PAD).expand(len(targets), -1)
         loss = losses.info_nce(
-            states, positives, pool, scale, settings.nce_thres, None, settings.budget_bytes
+            states,
+            positives,
+            pool,
+            scale,
+            settings.nce_thres,
+            fillers,
+            settings.budget_bytes,
+            weights,
         )
-        return loss, len(targets)
+        return loss, terms
 
     def scale(self) -> Tensor:
         """Return the log factor on cosines, clamped to [0, ln 100] as HLLM does; 0 for dots."""

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from typing import Any
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hsft.model.attention import VARLEN
 from hsft.model.item_table import ItemTable
 from hsft.model.recommender import SequenceEncoder
 
@@ -18,21 +23,45 @@ class UserLLM(SequenceEncoder):
 
     Rows of several histories are told to transformers by positions that start again: it then makes
     a block-diagonal causal mask (sdpa, eager) or calls the variable-length kernel
-    (flash_attention_2, one row only).
+    (flash_attention_2, one row only). `varlen` attention is told where they start, in one row.
 
     Args:
         decoder: a transformers decoder (or a peft model around one) that takes `inputs_embeds`.
         items: the item table, D = the decoder's hidden size.
+        max_length: most items of a history, for `varlen` attention.
+        autocast: False runs the decoder outside of autocast: its weights are bfloat16 throughout.
+        item_dropout: dropout probability of every number of the item vectors that are read, in
+            training mode; the vectors that are scored are whole.
     """
 
-    def __init__(self, decoder: nn.Module, items: ItemTable) -> None:
+    def __init__(
+        self,
+        decoder: nn.Module,
+        items: ItemTable,
+        *,
+        max_length: int | None = None,
+        autocast: bool = True,
+        item_dropout: float = 0.0,
+    ) -> None:
         super().__init__()
         self.decoder = decoder
         self.items = items
+        self.max_length = max_length
+        self.autocast = autocast
+        self.item_dropout = item_dropout
 
-    def forward(self, history: Tensor, positions: Tensor | None = None) -> Tensor:
+    def forward(
+        self, history: Tensor, positions: Tensor | None = None, cu_lengths: Tensor | None = None
+    ) -> Tensor:
         """Encode every prefix of each history: int64 [B, T] -> [B, T, D]."""
-        return self._states(self.items(history).to(self._dtype), positions)
+        vectors = F.dropout(self.items(history), self.item_dropout, self.training)
+        return self._states(vectors.to(self._dtype), positions, cu_lengths)
+
+    @property
+    def varlen(self) -> bool:
+        """Whether attention takes many histories in a single row."""
+        config: Any = self.decoder.config
+        return bool(config._attn_implementation == VARLEN)
 
     def keeps_apart(self) -> bool:
         """Say whether the histories of one row do not see each other, as `pack_sequences` needs.
@@ -40,9 +69,10 @@ class UserLLM(SequenceEncoder):
         Some of transformers' models (OPT, BLOOM) attend over the whole row whatever the positions
         are. What is masked has a gradient of exactly zero, so one small pass tells.
         """
-        table = self.items.embeddings
-        width = table.shape[1]
-        waves = torch.arange(4 * width, device=table.device).sin().view(1, 4, width)
+        if self.varlen:
+            return True
+        width = self.items.dim
+        waves = torch.arange(4 * width, device=self.items.embeddings.device).sin().view(1, 4, width)
         vectors = waves.to(self._dtype, copy=True).requires_grad_()
         positions = torch.tensor([[0, 1, 0, 1]], device=vectors.device)
         modes = [(part, part.training) for part in self.decoder.modules()]
@@ -65,9 +95,22 @@ class UserLLM(SequenceEncoder):
         embeddings: nn.Embedding = self.decoder.get_input_embeddings()  # type: ignore[operator]
         return embeddings.weight.dtype
 
-    def _states(self, vectors: Tensor, positions: Tensor | None) -> Tensor:
-        where = {} if positions is None else {"position_ids": positions}
-        states: Tensor = self.decoder(
-            inputs_embeds=vectors, use_cache=False, **where
-        ).last_hidden_state
+    def _states(
+        self, vectors: Tensor, positions: Tensor | None, cu_lengths: Tensor | None = None
+    ) -> Tensor:
+        given: dict[str, Any] = {} if positions is None else {"position_ids": positions}
+        if cu_lengths is not None:
+            # The names under which transformers hands them to a flash kernel.
+            given |= {
+                "cu_seq_lens_q": cu_lengths,
+                "cu_seq_lens_k": cu_lengths,
+                "max_length_q": self.max_length,
+                "max_length_k": self.max_length,
+            }
+        device_type = vectors.device.type
+        off = nullcontext() if self.autocast else torch.autocast(device_type, enabled=False)
+        with off:
+            states: Tensor = self.decoder(
+                inputs_embeds=vectors, use_cache=False, **given
+            ).last_hidden_state
         return states

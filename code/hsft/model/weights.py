@@ -46,7 +46,7 @@ def load_trained(model: Recommender, folder: str | Path) -> None:
 
         state = _read(folder / ADAPTER_DIR / "adapter_model.safetensors")
         _refuse_other_shapes(folder, set_peft_model_state_dict, peft_model, state)
-    rest = _read(folder / REST_FILE)
+    rest = read_rest(folder)
     own = dict(model.named_parameters())
     expected = rest_state(model)
     if rest.keys() != expected.keys():
@@ -63,6 +63,15 @@ def load_trained(model: Recommender, folder: str | Path) -> None:
                     f"needs {tuple(own[name].shape)}."
                 )
             own[name].copy_(value)
+
+
+def read_rest(folder: str | Path) -> dict[str, Tensor]:
+    """Read the trained weights outside the LoRA adapter, by name, as `save_trained` wrote them.
+
+    Raises:
+        InputError: the file is missing or damaged.
+    """
+    return _read(Path(folder) / REST_FILE)
 
 
 def rest_state(model: Recommender) -> dict[str, Tensor]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hsft.evaluator.intervals import DRAWS, bootstrap_interval
+from hsft.evaluator.intervals import DRAWS, interval, needs_wilson, wilson_interval
 from hsft.evaluator.metrics import per_user
 
 # Head and tail each hold this share of the training interactions.
@@ -36,7 +36,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Estimate:
-    """A metric's mean over users and its 95 % bootstrap interval."""
+    """A metric's mean over users and its 95 % interval."""
 
     value: float
     low: float
@@ -62,10 +62,10 @@ def group_estimate(group: Group, name: str, ranks: np.ndarray, k: int) -> Estima
         ranks: int64 [E].
         k: cut-off.
     """
-    own = ranks[group.members]
-    if not len(own):
+    members = ranks[group.members]
+    if not len(members):
         return None
-    return Estimate(float(per_user(name, own, k).mean()), *bootstrap_interval(name, own, k))
+    return Estimate(float(per_user(name, members, k).mean()), *interval(name, members, k))
 
 
 def history_groups(lengths: np.ndarray, parts: int = 4) -> list[Group]:
@@ -125,7 +125,9 @@ def popularity_groups(counts: np.ndarray, targets: np.ndarray) -> list[Group]:
 def recall_curve(
     ranks: np.ndarray, deepest: int = 100, *, draws: int = DRAWS, seed: int = 0
 ) -> RecallCurve:
-    """Return Recall@K for K = 1..`deepest` with bootstrap intervals over users, each K by itself.
+    """Return Recall@K for K = 1..`deepest` with intervals over users, each K by itself.
+
+    As `hsft.evaluator.intervals.interval`: bootstrap, or Wilson's where hits or misses are few.
 
     Args:
         ranks: int64 [E].
@@ -138,7 +140,11 @@ def recall_curve(
     rng = np.random.default_rng(seed)
     drawn = rng.multinomial(len(ranks), counts / len(ranks), size=draws)[:, :-1]
     low, high = np.quantile(np.cumsum(drawn, axis=1) / len(ranks), [0.025, 0.975], axis=0)
-    values = np.cumsum(counts[:-1]) / len(ranks)
+    hits = np.cumsum(counts[:-1])
+    values = hits / len(ranks)
+    for place, (count, value) in enumerate(zip(hits, values, strict=True)):
+        if needs_wilson(int(count), len(ranks)):
+            low[place], high[place] = wilson_interval(float(value), len(ranks))
     return RecallCurve(np.arange(1, deepest + 1), values, low, high)
 
 

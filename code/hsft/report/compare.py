@@ -1,27 +1,28 @@
-"""Several runs in one table: values, bootstrap intervals, gain and paired test against the first."""
+"""Several runs side by side: values, intervals, gains and paired tests."""
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from hsft.evaluator.intervals import bootstrap_interval, paired_p_value
+from hsft.evaluator.fingerprint import differing_parts
+from hsft.evaluator.intervals import interval, paired_p_value
 from hsft.evaluator.metrics import PER_USER, per_user
 from hsft.report.result import TUNED, UNTRAINED, read_ranks, read_result
 from hsft.report.table import relative_gain
 from hsft.utils.errors import InputError, one_line
-from hsft.utils.files import atomic_path, write_text
 
-# Names that the recipes give to rows of trained models.
+# Names of the rows of trained models.
 TRAINED = (TUNED, "sasrec")
-# What every row of a comparison must share.
+# What every run of a comparison must share, beside its fingerprint.
 _SHARED = ("dataset", "phase", "protocol")
+# The sizes that results without a fingerprint are compared by.
+_SIZES = ("users", "items", "interactions")
 
 
 @dataclass(frozen=True)
@@ -49,20 +50,96 @@ class Row:
 
 
 @dataclass(frozen=True)
+class Test:
+    """A row's metric against another row's.
+
+    Attributes:
+        other: the other row's name.
+        gain: relative difference as a signed percentage, or `n/a`.
+        p_value: of a two-sided paired randomisation test.
+    """
+
+    other: str
+    gain: str
+    p_value: float
+
+
+@dataclass(frozen=True)
+class Record:
+    """One metric of one row.
+
+    Attributes:
+        run: the row's name.
+        metric: `NAME@K`.
+        value: mean over users.
+        low, high: 95 % interval.
+        best: the value is the highest of all rows', and there are several rows.
+        against_first: against the first row; None for that row itself.
+        against_best_other: against the best of the other rows; None where there is no other.
+    """
+
+    run: str
+    metric: str
+    value: float
+    low: float
+    high: float
+    best: bool
+    against_first: Test | None
+    against_best_other: Test | None
+
+
+@dataclass(frozen=True)
 class Comparison:
     """Models scored on the same users with the same protocol.
 
     Attributes:
         title: dataset, phase, users and protocol.
-        rows: the models; the first is what the others are compared with.
+        rows: the models.
         columns: (metric, K).
-        notes: sentences on rows that were left out.
+        notes: sentences on rows that were left out and on what could not be compared.
     """
 
     title: str
     rows: list[Row]
     columns: list[tuple[str, int]]
     notes: Sequence[str] = ()
+
+    @cached_property
+    def records(self) -> list[list[Record]]:
+        """A list a row, in it a record a column; computed once."""
+        by_column = [_records_of_column(self.rows, name, k) for name, k in self.columns]
+        return [list(row) for row in zip(*by_column, strict=True)]
+
+
+def _records_of_column(rows: Sequence[Row], name: str, k: int) -> list[Record]:
+    values = [float(per_user(name, row.ranks, k).mean()) for row in rows]
+    tests: dict[tuple[int, int], Test] = {}
+
+    def against(number: int, other: int) -> Test:
+        if (number, other) not in tests:
+            tests[number, other] = Test(
+                rows[other].name,
+                relative_gain(values[other], values[number]),
+                paired_p_value(name, rows[number].ranks, rows[other].ranks, k),
+            )
+        return tests[number, other]
+
+    records = []
+    for number, row in enumerate(rows):
+        others = [other for other in range(len(rows)) if other != number]
+        best_other = max(others, key=lambda other: values[other], default=None)
+        records.append(
+            Record(
+                row.name,
+                f"{name}@{k}",
+                values[number],
+                *interval(name, row.ranks, k),
+                best=bool(others) and values[number] == max(values) > 0,
+                against_first=against(number, 0) if number else None,
+                against_best_other=None if best_other is None else against(number, best_other),
+            )
+        )
+    return records
 
 
 def load_comparison(run_dirs: Sequence[str | Path]) -> Comparison:
@@ -72,57 +149,110 @@ def load_comparison(run_dirs: Sequence[str | Path]) -> Comparison:
     UserLLM of a baseline run and of a fine-tuning run, appears once, and a note says so.
 
     Raises:
-        InputError: a folder is no finished run, or runs differ in data, protocol or users.
+        InputError: a folder is no finished run, or runs were scored on other users, held-out items,
+            catalogues or histories, or with other protocols.
     """
     if not run_dirs:
         raise InputError("no run is named; give one or more run folders.")
+    results = [read_result(run_dir) for run_dir in run_dirs]
+    notes = refuse_unlike(run_dirs, results)
     rows: list[Row] = []
     # (model, ranks) -> the row that has them.
-    kinds: dict[tuple[str, bytes], str] = {}
-    notes: list[str] = []
-    first: dict[str, Any] | None = None
-    for name, run_dir in zip(run_names(run_dirs), run_dirs, strict=True):
-        result = read_result(run_dir)
-        first = first or result
+    earlier: dict[tuple[str, bytes], str] = {}
+    for name, run_dir, result in zip(run_names(run_dirs), run_dirs, results, strict=True):
+        for row in _rows_of_run(name, run_dir, result):
+            if rows and not np.array_equal(row.users, rows[0].users):
+                raise InputError(
+                    f"{run_dir} scored other users than {run_dirs[0]}; name runs on one dataset."
+                )
+            kind = (row.model, row.ranks.tobytes())
+            if kind in earlier:
+                notes.append(
+                    f"{row.name} is left out: every user's item has the same rank as in "
+                    f"{earlier[kind]}."
+                )
+                continue
+            earlier[kind] = row.name
+            rows.append(row)
+    first, config = results[0], results[0]["config"]
+    columns = [(m, k) for m in config["metrics"] if m in list(PER_USER) for k in config["topk"]]
+    title = f"{first['dataset']}, {first['phase']}, {len(rows[0].users)} users, {first['protocol']}"
+    return Comparison(title, rows, columns, notes)
+
+
+def refuse_unlike(
+    run_dirs: Sequence[str | Path], results: Sequence[Mapping[str, Any]]
+) -> list[str]:
+    """Refuse runs that were not scored on the same things in the same way.
+
+    Returns:
+        A sentence for each run whose result has no fingerprint, of which only sizes are compared.
+
+    Raises:
+        InputError: a run differs from the first one; the sentence names in what.
+    """
+    first = results[0]
+    for run_dir, result in zip(run_dirs, results, strict=True):
         for key in _SHARED:
             if result.get(key) != first.get(key):
                 raise InputError(
                     f"{run_dir} cannot be compared with {run_dirs[0]}: its {key} is "
-                    f"'{result.get(key)}', not '{first.get(key)}'; name runs of one kind."
+                    f"'{one_line(result.get(key), 80)}', not '{one_line(first.get(key), 80)}'; name "
+                    f"runs that were scored alike."
                 )
-        for entry in result["rows"]:
-            users, ranks = read_ranks(run_dir, entry["name"])
-            if rows and not np.array_equal(users, rows[0].users):
-                raise InputError(
-                    f"{run_dir} scored other users than {run_dirs[0]}; name runs on one dataset."
-                )
-            alone = len(result["rows"]) == 1
-            shown = name if alone else f"{name}: {entry['name']}"
-            kind = (entry["name"], ranks.tobytes())
-            if kind in kinds:
-                notes.append(
-                    f"{shown} is left out: every user's item has the same rank as in {kinds[kind]}."
-                )
-                continue
-            kinds[kind] = shown
-            settings = _settings(result, entry["name"])
-            rows.append(
-                Row(
-                    shown,
-                    users,
-                    ranks,
-                    settings,
-                    Path(run_dir),
-                    entry["name"],
-                    entry.get("metrics", {}),
-                    _exported_from(result) if entry["name"] == UNTRAINED else "",
-                )
+        unlike = differing_parts(_fingerprint(first), _fingerprint(result))
+        if not unlike:
+            sizes, first_sizes = result.get("data", {}), first.get("data", {})
+            unlike = [
+                f"number of {size} ({first_sizes[size]} and {sizes[size]})"
+                for size in _SIZES
+                if size in sizes and size in first_sizes and sizes[size] != first_sizes[size]
+            ]
+        if unlike:
+            raise InputError(
+                f"{run_dir} cannot be compared with {run_dirs[0]}: they differ in {_and(unlike)}; "
+                f"name runs on the same version of the data."
             )
-    assert first is not None
-    config = first["config"]
-    columns = [(m, k) for m in config["metrics"] if m in list(PER_USER) for k in config["topk"]]
-    title = f"{first['dataset']}, {first['phase']}, {len(rows[0].users)} users, {first['protocol']}"
-    return Comparison(title, rows, columns, notes)
+    without = [
+        str(run_dir)
+        for run_dir, result in zip(run_dirs, results, strict=True)
+        if not _fingerprint(result)
+    ]
+    if not without or len(run_dirs) < 2:
+        return []
+    return [
+        f"{_and(without)}: made before results recorded which items were held out, so that only "
+        f"dataset, phase, protocol and the numbers of users, items and interactions were compared."
+    ]
+
+
+def _fingerprint(result: Mapping[str, Any]) -> Mapping[str, str]:
+    found = result.get("fingerprint")
+    return found if isinstance(found, dict) else {}
+
+
+def _and(names: Sequence[str]) -> str:
+    *most, last = names
+    return f"{', '.join(most)} and {last}" if most else last
+
+
+def _rows_of_run(name: str, run_dir: str | Path, result: Mapping[str, Any]) -> list[Row]:
+    rows = []
+    for entry in result["rows"]:
+        users, ranks = read_ranks(run_dir, entry["name"])
+        rows.append(
+            Row(
+                name if len(result["rows"]) == 1 else f"{name}: {entry['name']}",
+                users,
+                ranks,
+                _settings(result, entry["name"]),
+                Path(run_dir),
+                entry["name"],
+                entry.get("metrics", {}),
+                _exported_from(result) if entry["name"] == UNTRAINED else "",
+            )
+        )
+    return rows
 
 
 def run_names(run_dirs: Sequence[str | Path]) -> list[str]:
@@ -134,7 +264,7 @@ def run_names(run_dirs: Sequence[str | Path]) -> list[str]:
     ]
 
 
-def _settings(result: dict[str, Any], row: str) -> str:
+def _settings(result: Mapping[str, Any], row: str) -> str:
     """Name the settings that decide a row, as they stand in its run's configuration."""
     config = {**result["config"], "precision": result.get("environment", {}).get("precision")}
     if row == UNTRAINED:
@@ -165,121 +295,3 @@ def _exported_from(result: Mapping[str, Any]) -> str:
 
 def _listed(values: Mapping[str, Any]) -> str:
     return ", ".join(f"{key} {value}" for key, value in values.items() if value is not None)
-
-
-def records(comparison: Comparison) -> list[dict[str, Any]]:
-    """Return one record a row and metric: value, interval, gain and p-value against the first row."""
-    found = []
-    base = comparison.rows[0]
-    for row in comparison.rows:
-        for name, k in comparison.columns:
-            value = float(per_user(name, row.ranks, k).mean())
-            low, high = bootstrap_interval(name, row.ranks, k)
-            before = float(per_user(name, base.ranks, k).mean())
-            is_base = row is base
-            found.append(
-                {
-                    "run": row.name,
-                    "metric": f"{name}@{k}",
-                    "value": value,
-                    "low": low,
-                    "high": high,
-                    "gain": "" if is_base else relative_gain(before, value),
-                    "p_value": None if is_base else paired_p_value(name, row.ranks, base.ranks, k),
-                }
-            )
-    return found
-
-
-def markdown(comparison: Comparison) -> str:
-    """Format the comparison as a Markdown table with 95 % intervals."""
-    names = [f"{name}@{k}" for name, k in comparison.columns]
-    lines = [comparison.title, "", "| run | " + " | ".join(names) + " |"]
-    lines.append("| --- |" + " ---: |" * len(names))
-    found = records(comparison)
-    base = found[: len(names)]
-    for number, row in enumerate(comparison.rows):
-        own = found[number * len(names) : (number + 1) * len(names)]
-        cells = [
-            f"{entry['value']:.4f}{_mark(entry, first)} [{entry['low']:.4f}, {entry['high']:.4f}]"
-            for entry, first in zip(own, base, strict=True)
-        ]
-        lines.append(f"| {_cell(row.name)} | " + " | ".join(cells) + " |")
-    note = "95 % bootstrap intervals over users"
-    if len(comparison.rows) > 1:
-        note += (
-            f"; *+ higher, *- lower than {comparison.rows[0].name} (paired randomisation test, "
-            f"p < 0.05)"
-        )
-    lines += ["", f"{note}."]
-    for sentence in comparison.notes:
-        lines += ["", sentence]
-    for row in comparison.rows:
-        if row.settings:
-            lines += ["", f"{row.name}: {row.settings}."]
-    return "\n".join(lines) + "\n"
-
-
-def _mark(entry: Mapping[str, Any], first: Mapping[str, Any]) -> str:
-    if entry["p_value"] is None or entry["p_value"] >= 0.05:
-        return ""
-    return "*+" if entry["value"] > first["value"] else "*-"
-
-
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|")
-
-
-def csv_text(comparison: Comparison) -> str:
-    """Format the comparison as CSV, one line a row and metric."""
-    buffer = io.StringIO()
-    entries = records(comparison)
-    writer = csv.DictWriter(buffer, fieldnames=list(entries[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(entries)
-    return buffer.getvalue()
-
-
-def save_chart(comparison: Comparison, target: Path) -> None:
-    """Draw every metric's bars with their intervals to a PNG."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    entries = records(comparison)
-    kinds = list(dict.fromkeys(name for name, _ in comparison.columns))
-    figure, axes = pyplot.subplots(1, len(kinds), figsize=(6 * len(kinds), 4.5), squeeze=False)
-    width = 0.8 / len(comparison.rows)
-    for axis, kind in zip(axes[0], kinds, strict=True):
-        cuts = [k for name, k in comparison.columns if name == kind]
-        for number, row in enumerate(comparison.rows):
-            own = [
-                e for e in entries if e["run"] == row.name and e["metric"].startswith(f"{kind}@")
-            ]
-            at = np.arange(len(cuts)) + (number - (len(comparison.rows) - 1) / 2) * width
-            values = np.array([entry["value"] for entry in own])
-            spread = [
-                np.maximum(values - [entry["low"] for entry in own], 0),
-                np.maximum([entry["high"] for entry in own] - values, 0),
-            ]
-            axis.bar(at, values, width, yerr=spread, capsize=2, label=row.name)
-        axis.set_xticks(np.arange(len(cuts)), [f"@{k}" for k in cuts])
-        axis.set_title(kind)
-    legend = axes[0][0].legend(fontsize="small")
-    figure.suptitle(comparison.title, fontsize="medium", parse_math=False)
-    for text in legend.get_texts():
-        text.set_parse_math(False)
-    figure.tight_layout()
-    with atomic_path(target) as temporary:
-        figure.savefig(temporary, format="png", dpi=120)
-    pyplot.close(figure)
-
-
-def save_comparison(comparison: Comparison, folder: Path) -> list[Path]:
-    """Write `comparison.md`, `.csv` and `.png` to a folder and return their paths."""
-    paths = [folder / f"comparison.{ending}" for ending in ("md", "csv", "png")]
-    write_text(paths[0], markdown(comparison))
-    write_text(paths[1], csv_text(comparison))
-    save_chart(comparison, paths[2])
-    return paths

@@ -65,6 +65,8 @@ class TrainingShape:
         items: I, None when it is not known: the item table is not counted then; item_bytes: bytes
             per number of it; adapter: as `item_adapter`.
         adapter_rank: of `lowrank`.
+        item_width: dimensions of the item embeddings, None: the UserLLM's hidden size.
+        id_vectors: whether every item has a trained id vector.
         length: L, positions per sequence; every sequence is taken to be full.
         attention: `sdpa` or `eager`.
         masked_row: positions of a packed row whose attention takes a mask; None: not packed, and
@@ -92,6 +94,8 @@ class TrainingShape:
     num_negatives: int
     budget_bytes: int
     attention: Literal["sdpa", "eager"] = "sdpa"
+    item_width: int | None = None
+    id_vectors: bool = False
 
     @property
     def quantised(self) -> bool:
@@ -194,11 +198,20 @@ def trained_sizes(model: nn.Module, shape: TrainingShape) -> list[int]:
     for module in targets(model, shape.lora_targets) if shape.lora_rank is not None else ():
         assert shape.lora_rank is not None
         sizes += [shape.lora_rank * width for width in _widths(module)]
+    width = shape.item_width or dim
     if shape.adapter == "linear":
-        sizes.append(dim * dim)
+        sizes.append(dim * width)
     elif shape.adapter == "lowrank":
-        sizes += [dim * shape.adapter_rank] * 2
+        sizes += [width * shape.adapter_rank, dim * shape.adapter_rank]
+    elif shape.adapter == "mlp":
+        sizes += [dim * width, dim, dim * dim, dim] + [dim * width] * (width != dim)
+    if shape.id_vectors and shape.items is not None:
+        sizes.append((shape.items + 1) * dim)
     return sizes
+
+
+def _table_bytes(items: int, dim: int, shape: TrainingShape) -> int:
+    return (items + 1) * (shape.item_width or dim) * shape.item_bytes
 
 
 def optimizer_bytes(sizes: Sequence[int], bits8: bool) -> int:
@@ -277,7 +290,7 @@ def estimate(
         adapters=width * trained if shape.lora_rank is not None else 0,
         gradients=width * trained,
         optimizer=optimizer_bytes(sizes, shape.optimizer_8bit) * width // 4,
-        item_table=0 if shape.items is None else (shape.items + 1) * dim * shape.item_bytes,
+        item_table=0 if shape.items is None else _table_bytes(shape.items, dim, shape),
         activations=int(activations),
         logits=logits,
         workspace=workspace,

@@ -13,7 +13,8 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from hsft.config import Config
 from hsft.evaluator.metrics import PER_USER
-from hsft.report.compare import Comparison, Row, markdown, records
+from hsft.report.compare import Comparison, Row
+from hsft.report.comparison_files import markdown
 from hsft.utils.errors import one_line
 
 Format = Literal["merged", "adapter"]
@@ -42,6 +43,8 @@ class Exported:
             `trained.safetensors` holds.
         similarity: how its user and item vectors are compared, `cosine` or `dot`.
         other_ranks: users whose target ranks elsewhere than in the run; None: not scored.
+        item_width: dimensions of the item embeddings where these are not the UserLLM's hidden size.
+        id_vectors: whether the folder has trained id vectors of items.
     """
 
     name: str
@@ -56,6 +59,8 @@ class Exported:
     item_adapter: str
     similarity: str
     other_ranks: int | None = None
+    item_width: int | None = None
+    id_vectors: bool = False
 
     @property
     def quantised(self) -> bool:
@@ -84,17 +89,22 @@ def model_card(exported: Exported) -> str:
 
 def _metadata(exported: Exported) -> ModelCardData:
     config, row = exported.config, exported.own_row
-    measured = [entry for entry in records(exported.table) if row and entry["run"] == row.name]
+    measured = [
+        record
+        for records in exported.table.records
+        for record in records
+        if row and record.run == row.name
+    ]
     found = [
         EvalResult(
             task_type="sequential-recommendation",
             dataset_type=str(config.dataset),
             dataset_name=str(config.dataset),
             dataset_split=config.eval_phase,
-            metric_type=entry["metric"],
-            metric_value=round(entry["value"], 6),
+            metric_type=record.metric,
+            metric_value=round(record.value, 6),
         )
-        for entry in measured
+        for record in measured
     ]
     tags = [*_TAGS, *(["lora"] if config.use_qlora else []), f"loss:{config.loss}"]
     return ModelCardData(
@@ -248,28 +258,51 @@ def _quantization_code(config: Config) -> str:
 
 
 def _adapter_import(exported: Exported) -> list[str]:
-    return ["from safetensors.torch import load_file"] if exported.item_adapter in _ADAPTERS else []
+    return ["from safetensors.torch import load_file"] if exported.item_adapter != "none" else []
 
 
-# x + Wx, and x + B(A x).
-_ADAPTERS = {"linear": ("weight",), "lowrank": ("0.weight", "1.weight")}
+def _adapter_lines(exported: Exported, prefix: str) -> list[str]:
+    """Return the lines that map `history` as `ItemTable` does, with its weights in `trained`."""
+
+    def weight(name: str) -> str:
+        return f'trained["{prefix}{name}"].float()'
+
+    kind, square = exported.item_adapter, exported.item_width is None
+    lines = []
+    if kind == "linear":
+        mapped = f"history.float() @ {weight('weight')}.T"
+    elif kind == "lowrank":
+        mapped = f"history.float() @ {weight('0.weight')}.T @ {weight('1.weight')}.T"
+    else:
+        lines = [
+            f"hidden = history.float() @ {weight('hidden.weight')}.T + {weight('hidden.bias')}",
+            "hidden = torch.nn.functional.gelu(hidden)",
+        ]
+        mapped = f"hidden @ {weight('out.weight')}.T + {weight('out.bias')}"
+        if not square:
+            mapped += f" + history.float() @ {weight('skip.weight')}.T"
+    whole = (
+        f"history + ({mapped}).to(history.dtype)" if square else f"({mapped}).to(user_llm.dtype)"
+    )
+    return [*lines, f"history = {whole}  # candidates' embeddings alike"]
 
 
 def _use(exported: Exported, file: str, prefix: str) -> list[str]:
     """Return the lines that turn a history's item embeddings into a user vector."""
+    width = exported.item_width or "user_llm.config.hidden_size"
+    shown = exported.item_width or "hidden size"
     lines = [
         "",
-        "# The item embeddings of one history, oldest first: [1, length, hidden size].",
-        "history = torch.randn(1, 5, user_llm.config.hidden_size, dtype=user_llm.dtype)",
+        f"# The item embeddings of one history, oldest first: [1, length, {shown}].",
+        f"history = torch.randn(1, 5, {width}, dtype=user_llm.dtype)",
     ]
-    if exported.item_adapter in _ADAPTERS:
-        product = "history.float()"
-        for name in _ADAPTERS[exported.item_adapter]:
-            product += f' @ trained["{prefix}{name}"].float().T'
+    if exported.item_adapter != "none":
         lines += [
             f'trained = load_file(f"{{folder}}/{file}")',
-            f"history = history + ({product}).to(history.dtype)  # candidates' embeddings alike",
+            *_adapter_lines(exported, prefix),
         ]
+    if exported.id_vectors:
+        lines += ["# Add the items' id vectors here, of `item_id_vectors.safetensors`."]
     return [
         *lines,
         "with torch.no_grad():",
@@ -297,6 +330,12 @@ def _limits(exported: Exported) -> str:
     if exported.item_adapter != "none":
         lines.insert(
             1, f"The embeddings pass through a trained item adapter ({exported.item_adapter})."
+        )
+    if exported.id_vectors:
+        lines.insert(
+            1,
+            "Items of the training data have trained id vectors, which are added to their text "
+            "vectors (`item_id_vectors.safetensors`, by item id); other items have none.",
         )
     return "".join(f"- {line}\n" for line in lines)
 

@@ -9,15 +9,18 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from hsft.report.charts import DARK, LIGHT
+
 TEMPLATE = "report.html.j2"
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A table cell of a main text and smaller lines below it."""
+    """A table cell of a main text and smaller lines below it; `best` marks a column's best value."""
 
     text: str
     small: Sequence[str] = ()
+    best: bool = False
 
 
 @dataclass(frozen=True)
@@ -44,14 +47,12 @@ class Chart:
     """A drawing from `hsft.report.charts`.
 
     Attributes:
-        svg: the drawing.
+        svg: the drawing, with a title and a description for those who do not see it.
         caption: text below it.
-        description: what those read who do not see it.
     """
 
     svg: Markup
     caption: str
-    description: str
 
 
 @dataclass(frozen=True)
@@ -110,9 +111,19 @@ class Section:
 
 @dataclass(frozen=True)
 class Page:
-    """A page: its heading, (name, value) facts below it, and sections."""
+    """A page, shown in the order of its attributes.
+
+    Attributes:
+        title: its heading.
+        headline: what was found, in a sentence.
+        charts: drawings below it.
+        facts: (name, value).
+        sections: the rest.
+    """
 
     title: str
+    headline: str
+    charts: Sequence[Chart]
     facts: Sequence[tuple[str, str]]
     sections: Sequence[Section] = field(default_factory=list)
 
@@ -127,4 +138,4 @@ def render(page: Page) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    return environment.get_template(TEMPLATE).render(page=page)
+    return environment.get_template(TEMPLATE).render(page=page, light=LIGHT, dark=DARK)

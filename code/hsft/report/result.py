@@ -11,10 +11,13 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 from hsft.evaluator.evaluator import Evaluation
-from hsft.evaluator.metrics import PER_USER
+from hsft.evaluator.metrics import PER_USER, UNRANKED
 from hsft.utils.errors import InputError, one_line
 from hsft.utils.files import atomic_path, is_file, is_folder, read_json, require_file, write_json
+from hsft.utils.program import command
 
+# Format 2 has `fingerprint`, and `UNRANKED` for targets that format 1 ranked last among all items.
+RESULT_FORMAT = 2
 CONFIG_FILE, RESULT_FILE = "config.yaml", "result.json"
 RANKS_FILE = "ranks.safetensors"
 # Names of the UserLLM's rows: as it was loaded, and trained.
@@ -67,7 +70,7 @@ def unfinished(folder: Path) -> InputError:
     config = shlex.quote(str(folder / CONFIG_FILE))
     return InputError(
         f"{folder} is no finished run: it was stopped, or still goes on (it has no {RESULT_FILE}); "
-        f"continue it with: python code/main.py --config_file {config} --auto_resume True."
+        f"continue it with: {command('train')} --config_file {config} --auto_resume True."
     )
 
 
@@ -105,6 +108,11 @@ def _first_wrong(result: Any) -> str | None:
         return "a row's metrics are no numbers"
     if not isinstance(result.get("data", {}), dict):
         return "its data is no mapping"
+    fingerprint = result.get("fingerprint", {})
+    if not isinstance(fingerprint, dict) or not all(
+        isinstance(value, str) for value in fingerprint.values()
+    ):
+        return "its fingerprint is no text"
     for key in ("timings_s", "peak_memory"):
         if not _is_numbers(result.get(key, {})):
             return f"its {key} are no numbers"
@@ -145,8 +153,10 @@ def _is_cut_off(value: Any) -> bool:
 def read_ranks(run_dir: str | Path, name: str) -> tuple[np.ndarray, np.ndarray]:
     """Read a row's users and ranks: two int64 [E].
 
+    A rank is at least 1, and `UNRANKED` where the target is no candidate.
+
     Raises:
-        InputError: the file is missing, damaged or lacks the row.
+        InputError: the file is missing, damaged or lacks the row, or the folder's result is.
     """
     path = Path(run_dir) / RANKS_FILE
     require_file(path, str(path), "run the command again")
@@ -169,7 +179,15 @@ def read_ranks(run_dir: str | Path, name: str) -> tuple[np.ndarray, np.ndarray]:
             f"{path}: the row '{one_line(name, 80)}' is not a list of users and their ranks; run "
             f"the command again."
         )
-    return users, ranks
+    return users, _unranked_in_format_1(read_result(run_dir), ranks)
+
+
+def _unranked_in_format_1(result: dict[str, Any], ranks: np.ndarray) -> np.ndarray:
+    """Replace the rank after the last item, which results of format 1 give to masked targets."""
+    items = result.get("data", {}).get("items")
+    if result.get("format", 1) != 1 or not isinstance(items, int):
+        return ranks
+    return np.where(ranks > items, UNRANKED, ranks)
 
 
 def pack_evaluation(found: Evaluation) -> dict[str, Any]:

@@ -9,7 +9,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from hsft.report.compare import Comparison, load_comparison, markdown, records
+from hsft.report.compare import Comparison, load_comparison, refuse_unlike
+from hsft.report.comparison_files import blocks, csv_columns
+from hsft.report.result import read_result
+from hsft.report.terminal import Blocks, as_markdown
 from hsft.trainer.checkpoint import BEST_DIR
 from hsft.utils.files import is_folder, write_text
 
@@ -60,20 +63,23 @@ def compare_trials(trials: Sequence[Trial], runs: Path) -> Comparison:
         runs: the folder that holds the trials' run folders.
 
     Raises:
-        InputError: a run's files are missing or damaged.
+        InputError: a run's files are missing or damaged, or trials were scored on other data.
     """
-    rows, first = [], None
-    for trial in ranked(trials):
-        found = load_comparison([runs / trial.name])
-        first = first or found
+    folders = [runs / trial.name for trial in ranked(trials)]
+    refuse_unlike(folders, [read_result(folder) for folder in folders])
+    # One by one: trials with the same ranks each keep their row.
+    alone = [load_comparison([folder]) for folder in folders]
+    rows = []
+    for trial, comparison in zip(ranked(trials), alone, strict=True):
         name = trial.name if trial.state == "complete" else f"{trial.name} ({trial.state})"
-        rows.append(replace(found.rows[-1], name=name, settings=trial.settings))
-    assert first is not None
-    return replace(first, rows=rows)
+        rows.append(replace(comparison.rows[-1], name=name, settings=trial.settings))
+    return replace(alone[0], rows=rows)
 
 
-def save_sweep(trials: Sequence[Trial], runs: Path, folder: Path, metric: str, command: str) -> str:
-    """Write `sweep.md` and `sweep.csv` to `folder` and return the former's text.
+def save_sweep(
+    trials: Sequence[Trial], runs: Path, folder: Path, metric: str, command: str
+) -> Blocks:
+    """Write `sweep.md` and `sweep.csv` to `folder` and return the former's paragraphs and table.
 
     Args:
         trials: at least one of them with a result.
@@ -83,15 +89,15 @@ def save_sweep(trials: Sequence[Trial], runs: Path, folder: Path, metric: str, c
         command: trains the best trial's settings and scores the test users.
     """
     comparison = compare_trials(trials, runs)
-    text = _markdown(comparison, trials, metric, command, runs)
-    write_text(folder / "sweep.md", text)
+    written = _blocks(comparison, trials, metric, command, runs)
+    write_text(folder / "sweep.md", as_markdown(written))
     write_text(folder / "sweep.csv", _csv(comparison, trials))
-    return text
+    return written
 
 
-def _markdown(
+def _blocks(
     comparison: Comparison, trials: Sequence[Trial], metric: str, command: str, runs: Path
-) -> str:
+) -> Blocks:
     best = ranked(trials)[0]
     failed = [trial for trial in trials if trial.state == "failed"]
     lines = [f"{trial.name} failed: {trial.problem} ({trial.settings})" for trial in failed]
@@ -100,30 +106,29 @@ def _markdown(
         f"{best.name} has the best {metric} of {counted} complete trials. The validation users chose "
         f"it, so its values are flattered; score it once on the test users. This command trains "
         f"again with its values, since a run scores the users that it was started for:\n\n"
-        f"    {command}\n"
+        f"    {command}"
     )
     weights = runs / best.name / BEST_DIR
     if is_folder(weights):
         end += (
-            f"\nIts weights of this sweep are kept in {weights}: recommend.py and export.py take "
-            f"--run {weights.parent}.\n"
+            f"\n\nIts weights of this sweep are kept in {weights}: recommend.py and export.py take "
+            f"--run {weights.parent}."
         )
-    return "\n".join([markdown(comparison), *(f"{line}\n" for line in lines), end])
+    return [*blocks(comparison), *lines, end]
 
 
 def _csv(comparison: Comparison, trials: Sequence[Trial]) -> str:
     """Return one line a trial and metric, with the searched values; a failed trial has one line."""
-    entries = records(comparison)
     keys = list(dict.fromkeys(key for trial in trials for key in trial.params))
-    columns = ["run", "state", *keys, *list(entries[0])[1:], "problem"]
+    measured = list(csv_columns(comparison.records[0][0]))
+    columns = ["run", "state", *keys, *measured[1:], "problem"]
     buffer = io.StringIO()
     writer = csv.DictWriter(buffer, fieldnames=columns, lineterminator="\n")
     writer.writeheader()
-    per_row = len(comparison.columns)
-    for number, trial in enumerate(ranked(trials)):
-        own = {"run": trial.name, "state": trial.state, **trial.params}
-        for entry in entries[number * per_row : (number + 1) * per_row]:
-            writer.writerow({**entry, **own})
+    for trial, records in zip(ranked(trials), comparison.records, strict=True):
+        settings = {"run": trial.name, "state": trial.state, **trial.params}
+        for record in records:
+            writer.writerow({**csv_columns(record), **settings})
     for trial in trials:
         if trial.state == "failed":
             writer.writerow(

@@ -1,74 +1,133 @@
-"""Markdown with tables, written for people where standard output is a terminal."""
+"""Texts with tables of metrics: Markdown for files and pipes, drawn by rich on a terminal."""
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TextIO
 
-_ROW = re.compile(r"\| (.*) \|")
-_RULE = re.compile(r"\|( :?-+:? \|)+")
-# What stands between cells; a bar within one has a backslash before it.
-_BETWEEN = re.compile(r"(?<!\\) \| ")
+
+@dataclass(frozen=True)
+class MetricCell:
+    """A metric's value and its 95 % interval.
+
+    Attributes:
+        value, low, high: numbers.
+        mark: what stands behind the value, such as `*+`.
+        best: the best value of its column.
+    """
+
+    value: float
+    low: float
+    high: float
+    mark: str = ""
+    best: bool = False
+
+    @property
+    def shown_value(self) -> str:
+        """The value in four digits, with its mark."""
+        return f"{self.value:.4f}{self.mark}"
+
+    @property
+    def shown_interval(self) -> str:
+        """The interval in brackets."""
+        return f"[{self.low:.4f}, {self.high:.4f}]"
 
 
-def write_markdown(text: str, stream: TextIO | None = None) -> None:
-    """Write Markdown to a stream, its tables fitted to the terminal where the stream is one.
+@dataclass(frozen=True)
+class MetricTable:
+    """A table of metrics.
 
-    On a terminal a cell's interval, `[LOW, HIGH]`, stands below its value. Everything else, and
-    everything in a pipe or a file, is written as it is.
+    Attributes:
+        header: names of the columns, the first one that of the rows' names.
+        rows: a name and a cell for each further column.
+    """
+
+    header: Sequence[str]
+    rows: Sequence[tuple[str, Sequence[MetricCell]]]
+
+
+# Paragraphs, each without a line end at its end, and tables.
+Blocks = Sequence[str | MetricTable]
+
+
+def as_markdown(blocks: Blocks) -> str:
+    """Write paragraphs and tables as Markdown, an empty line between them."""
+    parts = [block if isinstance(block, str) else _markdown_table(block) for block in blocks]
+    return "\n\n".join(parts) + "\n"
+
+
+def write_blocks(blocks: Blocks, stream: TextIO | None = None) -> None:
+    """Write paragraphs and tables to a stream, the tables fitted to the terminal where it is one.
+
+    On a terminal a cell's interval stands below its value. In a pipe or a file everything is
+    Markdown.
 
     Args:
-        text: Markdown whose tables are written as `hsft.report.compare.markdown` does.
+        blocks: the text.
         stream: where to; standard output when None.
     """
     stream = stream or sys.stdout
     if not stream.isatty():
-        stream.write(text)
+        stream.write(as_markdown(blocks))
         return
-    table: list[str] = []
-    for line in text.splitlines(keepends=True):
-        if _ROW.fullmatch(line.rstrip("\n")) or _RULE.fullmatch(line.rstrip("\n")):
-            table.append(line.rstrip("\n"))
-            continue
-        _draw(table, stream)
-        table = []
-        stream.write(line)
-    _draw(table, stream)
+    for number, block in enumerate(blocks):
+        if number:
+            stream.write("\n")
+        if isinstance(block, str):
+            stream.write(f"{block}\n")
+        else:
+            _draw(block, stream)
 
 
-def _draw(lines: Sequence[str], stream: TextIO) -> None:
-    if not lines:
-        return
+def _markdown_table(table: MetricTable) -> str:
+    lines = [
+        "| " + " | ".join(map(_escaped, table.header)) + " |",
+        "| --- |" + " ---: |" * (len(table.header) - 1),
+    ]
+    for name, cells in table.rows:
+        shown = [f"{cell.shown_value} {cell.shown_interval}" for cell in cells]
+        lines.append(f"| {_escaped(name)} | " + " | ".join(shown) + " |")
+    return "\n".join(lines)
+
+
+def _escaped(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
+def _draw(table: MetricTable, stream: TextIO) -> None:
     from rich import box
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    rows = [_cells(line) for line in lines if not _RULE.fullmatch(line)]
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=0, pad_edge=False)
-    table.add_column(Text(rows[0][0]), overflow="fold")
     console = Console(file=stream, highlight=False)
-    for name, width in zip(rows[0][1:], _widths(rows, console.width), strict=True):
-        table.add_column(Text(name), justify="right", width=width, overflow="fold")
-    for row in rows[1:]:
-        table.add_row(*map(Text, row))
-    console.print(table)
+    drawn = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=0, pad_edge=False)
+    drawn.add_column(Text(table.header[0]), overflow="fold")
+    for name, width in zip(table.header[1:], _widths(table, console.width), strict=True):
+        drawn.add_column(Text(name), justify="right", width=width, overflow="fold")
+    for name, cells in table.rows:
+        drawn.add_row(
+            Text(name),
+            *(
+                Text.assemble(
+                    (cell.shown_value, "bold" if cell.best else ""), f"\n{cell.shown_interval}"
+                )
+                for cell in cells
+            ),
+        )
+    console.print(drawn)
 
 
-def _widths(rows: Sequence[Sequence[str]], available: int) -> list[int]:
+def _widths(table: MetricTable, available: int) -> list[int]:
     """Return the widths of all columns but the first: whole intervals, or broken in two."""
-    columns = list(zip(*rows, strict=True))
-    names = max(map(len, columns[0]))
-    whole = [max(len(line) for cell in own for line in cell.splitlines()) for own in columns[1:]]
-    if names + sum(whole) + len(whole) <= available:
-        return whole
-    return [max(len(word) for cell in own for word in cell.split()) for own in columns[1:]]
-
-
-def _cells(line: str) -> list[str]:
-    match = _ROW.fullmatch(line)
-    assert match is not None
-    name, *values = (cell.replace("\\|", "|") for cell in _BETWEEN.split(match[1]))
-    return [name, *(value.replace(" [", "\n[", 1) for value in values)]
+    names = max(len(table.header[0]), *(len(name) for name, _ in table.rows))
+    columns = list(zip(*(cells for _, cells in table.rows), strict=True))
+    whole, narrow = [], []
+    for header, cells in zip(table.header[1:], columns, strict=True):
+        texts = [header, *(cell.shown_value for cell in cells)]
+        intervals = [cell.shown_interval for cell in cells]
+        whole.append(max(map(len, [*texts, *intervals])))
+        narrow.append(max(len(word) for text in [*texts, *intervals] for word in text.split()))
+    return whole if names + sum(whole) + len(whole) <= available else narrow

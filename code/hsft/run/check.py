@@ -24,22 +24,21 @@ from hsft.data.interactions import (
     Interactions,
     dataset_file,
     read_interactions,
-    suspicious_ids,
 )
 from hsft.data.item_text import (
     ItemTexts,
     information_file,
     read_item_texts,
-    suspicious_item_ids,
-    textless,
+    unfit_texts,
 )
 from hsft.data.split import Phase, Split, leave_one_out
 from hsft.encoding.item_llm import emb_token, load_tokenizer, no_emb_token
 from hsft.evaluator.evaluator import Evaluator
-from hsft.inputs.cache_items import cache_path, other_cache
+from hsft.inputs.cache_items import cache_path, cache_warnings
 from hsft.model.backbone import (
     check_lora_targets,
     check_quantization,
+    check_weights,
     keep_layers,
     load_model_config,
     read_extra,
@@ -52,8 +51,8 @@ from hsft.model.folder import (
     check_positions,
     check_shapes,
 )
-from hsft.model.item_adapter import adapter_shape
-from hsft.model.item_table import refuse_other_dim
+from hsft.model.item_adapter import adapter_shape, check_width
+from hsft.model.item_ids import read_id_vectors
 from hsft.report.memory import GIB, estimate, meta_decoder
 from hsft.run.dry_run import training_shape
 from hsft.run.run_dir import choose_run_dir
@@ -149,7 +148,8 @@ def check_run(config: Config) -> None:
                 )
     if interactions is not None:
         if cache is not None:
-            found.warn(other_cache(config, cache, interactions.item_ids[1:]))
+            for warning in cache_warnings(config, cache, interactions.item_ids[1:]):
+                found.warn(warning)
             with found.collect():
                 interactions = match_cache(interactions, cache, config)
         _split(config, leave_one_out(interactions), found)
@@ -266,11 +266,16 @@ def _user_model(config: Config, found: Findings) -> int | None:
         weights = check_files(folder)
         check_shapes(model, weights, folder)
         _one_layer(config, folder, model)
+        check_weights(
+            folder, layers=config.user_llm_layers, trust_remote_code=config.trust_remote_code
+        )
         _training_space(config, weights)
     with found.collect():
         extra = read_extra(folder)
         if hidden is not None:
-            adapter_shape(config, extra, folder, train=not config.val_only)
+            train = not config.val_only
+            adapter_shape(config, extra, folder, train=train, rectangular=False)
+            read_id_vectors(folder, hidden)
     with found.collect():
         user_attention(config, torch.device(choose_device(config)))
     return hidden
@@ -309,6 +314,7 @@ def _item_model(config: Config, found: Findings) -> None:
         # The emb token comes after the longest text.
         longest = config.MAX_TEXT_LENGTH + (0 if token is None else 1)
         check_positions(decoder, longest, folder, "MAX_TEXT_LENGTH")
+        check_weights(folder, keep_token_embedding=True, trust_remote_code=config.trust_remote_code)
     with found.collect():
         model = load_model_config(folder, config.trust_remote_code)
         attention_kernel(config, torch.device(choose_device(config)), model)
@@ -319,19 +325,22 @@ def _cache_header(config: Config, hidden: int | None) -> None:
     if hidden is None or not is_native(path):
         return
     _, dim, _ = read_header(path)
-    refuse_other_dim(path, dim, hidden, config.user_pretrain_dir or "")
+    check_width(config, read_extra(config.user_pretrain_dir or ""), path, dim, hidden)
 
 
 def _interactions(config: Config, found: Findings) -> Interactions | None:
     interactions = None
     with found.collect():
         path = dataset_file(config.data_path, config.dataset)
-        interactions = read_interactions(path)
+        interactions = read_interactions(path, config.tie_order, config.seed)
         found.notes.append(
             f"{path}: {interactions.num_users} users, {interactions.num_items} items, "
             f"{len(interactions)} interactions"
         )
-        found.warn(suspicious_ids(interactions, path))
+        if interactions.ties is not None and interactions.ties.interactions:
+            found.notes.append(f"ties: {interactions.ties.summary()}")
+        for warning in interactions.warnings:
+            found.warn(warning)
     return interactions
 
 
@@ -339,10 +348,11 @@ def _item_texts(config: Config, found: Findings) -> ItemTexts | None:
     texts = None
     with found.collect():
         path = information_file(config.text_path, config.dataset)
-        texts = read_item_texts(path, config.text_keys, config.item_prompt)
-        bare = sum(1 for text in texts.texts if not text)
+        texts = read_item_texts(path, config.text_keys, config.item_prompt, config.text_format)
+        bare = texts.has_text().count(False)
         found.notes.append(f"{path}: {len(texts)} items, {bare} of them without text")
-        found.warn(suspicious_item_ids(texts, path))
+        for warning in texts.warnings:
+            found.warn(warning)
     return texts
 
 
@@ -350,12 +360,11 @@ def _texts_suffice(
     config: Config, texts: ItemTexts, interactions: Interactions | None, found: Findings
 ) -> None:
     path = information_file(config.text_path, config.dataset)
-    wanted: Sequence[str] | np.ndarray = []
+    catalogue: Sequence[str] | np.ndarray = []
     if interactions is not None:
-        wanted = interactions.item_ids[1:]
-    problem = textless(texts, path, config.text_keys, wanted)
-    if problem:
-        found.problems.append(problem)
+        catalogue = interactions.item_ids[1:]
+    source = Path(config.data_path) / f"{config.dataset}.csv"
+    found.problems += unfit_texts(texts, path, config.text_keys, catalogue, source)
 
 
 def _split(config: Config, split: Split, found: Findings) -> None:

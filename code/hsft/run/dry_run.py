@@ -15,9 +15,15 @@ from hsft.config import Config
 from hsft.data.cache import DTYPES, find_cache, is_native, open_cache, read_header
 from hsft.data.interactions import read_interactions
 from hsft.inputs.cache_items import cache_path
-from hsft.model.backbone import check_lora_targets, choose_attention, cut_decoder, decoder_config
+from hsft.model.backbone import (
+    check_lora_targets,
+    choose_attention,
+    cut_decoder,
+    decoder_config,
+    read_extra,
+)
 from hsft.model.folder import check_decoder, check_embeddings, check_positions
-from hsft.model.item_table import refuse_other_dim
+from hsft.model.item_adapter import check_width
 from hsft.report.memory import (
     GIB,
     MIB,
@@ -54,11 +60,13 @@ class _Items:
         count: I, None when nothing tells it.
         dtype: name of the table's number type.
         assumed: sentences.
+        width: dimensions of the embeddings, None: as wide as the UserLLM.
     """
 
     count: int | None
     dtype: str
     assumed: tuple[str, ...] = ()
+    width: int | None = None
 
 
 def dry_run(config: Config) -> None:
@@ -117,13 +125,14 @@ def assumed_shape(config: Config) -> tuple[TrainingShape, list[str]]:
         lora_targets=tuple(config.qlora_target_modules),
         mixed=precision.endswith("mixed"),
         dtype=_DTYPES.get(precision, torch.bfloat16),
-        optimizer_8bit=config.optimizer.endswith("8bit")
-        or (config.optimizer == "auto" and config.use_qlora),
+        optimizer_8bit=config.optimizer.endswith("8bit"),
         checkpointing=config.gradient_checkpointing,
         items=items.count,
         item_bytes=4 if transformed else DTYPES[items.dtype].itemsize,
         adapter=config.item_adapter,
         adapter_rank=config.item_adapter_rank,
+        item_width=items.width,
+        id_vectors=config.item_id_embedding,
         length=config.MAX_ITEM_LIST_LENGTH,
         masked_row=packed_row_length(config, "sdpa"),
         negatives=config.effective_negatives,
@@ -196,11 +205,11 @@ def _cached_items(config: Config, path: Path, width: int, *, known_width: bool) 
             str(cache.embeddings.dtype).removeprefix("torch."),
         )
     if known_width:
-        refuse_other_dim(path, dim, width, config.user_pretrain_dir or "")
+        check_width(config, read_extra(config.user_pretrain_dir or ""), path, dim, width)
     elif dim != width:
         said = f"item cache {path} has {dim} dimensions: only its number of items is used."
         return _Items(count, dtype, (said,))
-    return _Items(count, dtype)
+    return _Items(count, dtype, width=dim)
 
 
 def _trained_how(shape: TrainingShape) -> str:

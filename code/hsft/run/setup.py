@@ -14,28 +14,32 @@ from lightning.fabric import Fabric
 
 from hsft.config import Config
 from hsft.data.cache import ItemCache, open_cache
+from hsft.data.column_checks import find_twins, spelling_problem
 from hsft.data.dataset import CachedEmbeddingEvalDataset, CachedEmbeddingTrainDataset
 from hsft.data.interactions import (
     Interactions,
     dataset_file,
     drop_items,
     read_interactions,
-    suspicious_ids,
 )
 from hsft.data.negatives import NegativeSampler
 from hsft.data.split import NEEDED, Split, leave_one_out
 from hsft.evaluator.evaluator import EvalProtocol, Evaluator
-from hsft.inputs.cache_items import cache_path, encode_in_memory, other_cache
+from hsft.inputs.cache_items import cache_path, cache_warnings, encode_in_memory
+from hsft.model.attention import VARLEN, varlen_obstacle
 from hsft.model.backbone import (
     LoraSettings,
     add_lora,
+    computes_in_bfloat16,
     enable_checkpointing,
     load_decoder,
     load_model_config,
     read_extra,
 )
-from hsft.model.item_adapter import adapter_shape, load_adapter
-from hsft.model.item_table import ItemTable, check_dim, table_from_cache
+from hsft.model.item_adapter import adapter_shape, check_width, load_adapter
+from hsft.model.item_ids import load_id_vectors, read_id_vectors
+from hsft.model.item_table import ItemTable, table_from_cache
+from hsft.model.norms import fuse_norms
 from hsft.model.recommender import LossSettings, Recommender, Similarity
 from hsft.model.user_llm import UserLLM
 from hsft.trainer.fabric import attention_kernel, choose_precision, compute_dtype
@@ -59,6 +63,11 @@ class Data:
     split: Split
     cache: ItemCache | None
     own_items: int | None = None
+
+    @property
+    def num_own_items(self) -> int:
+        """Number of the run's own items, those that were added to it not counted."""
+        return self.interactions.num_items if self.own_items is None else self.own_items
 
     @property
     def interactions(self) -> Interactions:
@@ -113,16 +122,18 @@ def load_data(config: Config, *, need_cache: bool, again: bool = False) -> Data:
         InputError: a file is missing or bad, or the cache is of another dataset.
     """
     path = dataset_file(config.data_path, config.dataset)
-    interactions = read_interactions(path)
+    interactions = read_interactions(path, config.tie_order, config.seed)
     encodes = need_cache and not config.use_item_cache
     # Encoding reads the file too and says it then.
     if not (again or encodes):
-        _warn(suspicious_ids(interactions, path))
+        for warning in interactions.warnings:
+            _warn(warning)
     cache = None
     if need_cache:
         cache = encode_in_memory(config) if encodes else open_cache(cache_path(config))
         if not encodes and is_rank_zero():
-            _warn(other_cache(config, cache, interactions.item_ids[1:]))
+            for warning in cache_warnings(config, cache, interactions.item_ids[1:]):
+                _warn(warning)
         interactions = match_cache(interactions, cache, config)
     split = leave_one_out(interactions)
     log.log(
@@ -154,6 +165,10 @@ def match_cache(interactions: Interactions, cache: ItemCache, config: Config) ->
     if not lacking:
         return interactions
     where = cache.path or config.text_path
+    twins = find_twins(interactions.item_ids[1:], cache.item_ids)
+    spelling = spelling_problem(twins, interactions.num_items, config.dataset, where)
+    if spelling:
+        raise InputError(spelling)
     if config.missing_items == "error":
         raise InputError(
             f"{len(lacking)} of {interactions.num_items} items in {config.dataset} are not in the "
@@ -227,7 +242,7 @@ def make_evaluator(config: Config, split: Split, phase: Any, fabric: Fabric) -> 
     """
     dataset = CachedEmbeddingEvalDataset(split, phase, config.MAX_ITEM_LIST_LENGTH)
     again = dataset.count_seen_targets()
-    if again:
+    if again and config.eval_protocol == "full":
         log.info(
             "%s: %d of %d users' targets are already in their history; full ranking masks seen "
             "items, so they count as misses.",
@@ -262,8 +277,8 @@ def lora_settings(config: Config) -> LoraSettings:
 def packed_row_length(config: Config, kernel: str) -> int | None:
     """Return the positions of a packed row, None where rows hold one sequence each.
 
-    The variable-length flash kernel takes one row whatever its length. Elsewhere attention computes
-    the whole square of a row, masked, so rows are only as long as packs them well.
+    The variable-length kernels take one row whatever its length. Elsewhere attention computes the
+    whole square of a row, masked, so rows are only as long as packs them well.
 
     Args:
         config: the configuration.
@@ -271,7 +286,7 @@ def packed_row_length(config: Config, kernel: str) -> int | None:
     """
     if not config.pack_sequences or config.model != "HLLM":
         return None
-    if kernel == "flash_attention_2":
+    if kernel in (VARLEN, "flash_attention_2"):
         return config.train_batch_size * config.MAX_ITEM_LIST_LENGTH
     return 4 * config.MAX_ITEM_LIST_LENGTH
 
@@ -304,10 +319,10 @@ def build_user_llm(config: Config, data: Data, fabric: Fabric, *, train: bool) -
             "no UserLLM is named; give --user_pretrain_dir FOLDER (download_userllm.py makes one)."
         )
     assert data.cache is not None
-    check_dim(
-        data.cache, int(load_model_config(folder, config.trust_remote_code).hidden_size), folder
-    )
+    hidden = int(load_model_config(folder, config.trust_remote_code).hidden_size)
     extra = read_extra(folder)
+    cache = data.cache
+    check_width(config, extra, cache.path or "made now", cache.dim, hidden)
     half = compute_dtype(config)
     lora = lora_settings(config) if train and config.use_qlora else None
     # Weights that are trained whole stay in float32 under mixed precision; frozen ones need not.
@@ -325,26 +340,45 @@ def build_user_llm(config: Config, data: Data, fabric: Fabric, *, train: bool) -
         device=device,
         trust_remote_code=config.trust_remote_code,
     )
+    fuse_norms(decoder)
+    if attention == VARLEN:
+        log.info("attention: torch's variable-length kernel, a batch's sequences in one row.")
+    elif config.attn_implementation == "auto" and device.type != "cpu":
+        obstacle = varlen_obstacle(decoder.config, device, half != torch.float32)
+        log.info(
+            "attention: %s; torch's variable-length kernel needs %s.",
+            attention,
+            obstacle or "another kind of model",
+        )
     if lora is not None:
         decoder = add_lora(decoder, lora, config.gradient_checkpointing)
     elif train and config.gradient_checkpointing:
         enable_checkpointing(decoder)
     elif not train:
         decoder.requires_grad_(False)
+    item_ids = data.interactions.item_ids
+    stored = read_id_vectors(folder, hidden)
+    has_ids = stored is not None or (train and config.item_id_embedding)
     table = ItemTable(
-        table_from_cache(
-            data.cache,
-            data.interactions.item_ids,
-            config.item_embedding_transform,
-            data.own_items,
-        ),
-        *adapter_shape(config, extra, folder, train=train),
+        table_from_cache(cache, item_ids, config.item_embedding_transform, data.own_items),
+        *adapter_shape(config, extra, folder, train=train, rectangular=cache.dim != hidden),
+        dim=hidden,
+        id_items=data.num_own_items if has_ids else None,
+        id_dropout=config.item_id_dropout,
     )
     load_adapter(table, extra, trained=train and config.item_adapter != "none")
+    if stored is not None:
+        load_id_vectors(table, stored, item_ids, trained=train and config.item_id_embedding)
     scale = extra.get("logit_scale")
     settings = loss_settings(config, scored_by="cosine" if not train else None)
     model = Recommender(
-        UserLLM(decoder, table),
+        UserLLM(
+            decoder,
+            table,
+            max_length=config.MAX_ITEM_LIST_LENGTH,
+            autocast=not computes_in_bfloat16(decoder),
+            item_dropout=config.item_dropout,
+        ),
         settings,
         logit_scale=None if scale is None else float(scale),
     )

@@ -17,15 +17,20 @@ from torch.utils.data import DataLoader
 
 from hsft.config import Config
 from hsft.data.dataset import CachedEmbeddingTrainDataset, TrainCollate
+from hsft.data.dataset.packing import Buckets
 from hsft.data.negatives import NegativeSampler
 from hsft.evaluator.evaluator import Evaluation, Evaluator, Scorer
+from hsft.evaluator.fingerprint import evaluation_fingerprint
 from hsft.hub.manifest import exported_from, user_llm_origin
+from hsft.model.accelerate import StepGraphs, choose_acceleration, compile_layers
+from hsft.model.attention import VARLEN
 from hsft.model.folder import fingerprint
 from hsft.model.recommender import Recommender
 from hsft.model.reference import build_reference
 from hsft.model.sasrec import build_sasrec
 from hsft.model.user_llm import UserLLM
 from hsft.report.result import (
+    RESULT_FORMAT,
     TUNED,
     UNTRAINED,
     pack_evaluation,
@@ -81,8 +86,6 @@ from hsft.utils.progress import Meter, format_seconds
 from hsft.utils.signals import StopSignals
 
 log = logging.getLogger(__name__)
-
-RESULT_FORMAT = 1
 
 
 def train_and_rank(config: Config, keep_going: KeepGoing | None = None) -> Path:
@@ -297,19 +300,75 @@ def _train(run: RunContext, data: Data, model: Recommender) -> tuple[TrainState,
         len(dataset),
         dataset.num_transitions,
     )
-    steps = steps_per_epoch(len(loader), config.gradient_accumulation_steps)
-    learner = make_learner(config, fabric, model, config.epochs * steps)
+    steps = config.epochs * steps_per_epoch(len(loader), config.gradient_accumulation_steps)
+    learner = make_learner(config, fabric, model, steps)
+    graphs = accelerate(config, model, learner.wrapped, loader, steps, fabric)
     valid = make_evaluator(config, data.split, "valid", fabric)
 
     def validate() -> Evaluation:
         return evaluate(config, model, valid, fabric, "validation")
 
-    state = train(run, learner, loader, validate, data.fingerprint)
+    state = train(run, replace(learner, graphs=graphs), loader, validate, data.fingerprint)
     return state, {
         "trainable_weights": trainable,
         "sequences": len(dataset),
         "transitions_per_epoch": dataset.num_transitions,
     }
+
+
+def accelerate(
+    config: Config,
+    model: Recommender,
+    wrapped: Any,
+    loader: DataLoader[Any],
+    steps: int,
+    fabric: Fabric,
+) -> StepGraphs | None:
+    """Do what `compile` says about a model's training; the log says what that is.
+
+    Args:
+        config: the configuration.
+        model: the recommender; its layers may be compiled.
+        wrapped: the same model as `fabric.setup` returned it.
+        loader: training batches; they may be padded to buckets from here on.
+        steps: optimizer steps of the run.
+        fabric: the processes.
+
+    Returns:
+        What computes the training steps, None where they are computed as usual.
+    """
+    collate = loader.collate_fn
+    assert isinstance(collate, TrainCollate)
+    if not isinstance(model.encoder, UserLLM):
+        return None
+    obstacle = ""
+    if config.gradient_checkpointing:
+        obstacle = "CUDA graphs need gradient_checkpointing: False"
+    elif config.strategy == "deepspeed" or choose_precision(config) == "16-mixed":
+        obstacle = "CUDA graphs need strategy: ddp and precision: bf16-mixed"
+    chosen, reason = choose_acceleration(
+        config.compile,
+        fabric.device,
+        single_row=collate.single_row,
+        processes=world_size(),
+        steps=steps,
+        obstacle=obstacle,
+    )
+    if reason and (config.compile != "auto" or fabric.device.type == "cuda"):
+        log.info("%s", reason)
+    if chosen.layers:
+        count = compile_layers(model.encoder.decoder)
+        log.info("compile: %d decoder layers through torch.compile; the first step waits.", count)
+    if not chosen.graph:
+        return None
+    lengths = collate.dataset.lengths
+    collate.buckets = Buckets.of(lengths, config.train_batch_size, config.MAX_ITEM_LIST_LENGTH)
+    log.info(
+        "compile: training steps are captured as CUDA graphs, rows padded to multiples of %d "
+        "positions; the first steps take longer.",
+        collate.buckets.step,
+    )
+    return StepGraphs(wrapped, fabric.backward, model.parameters(), fabric.device)
 
 
 def _packs(config: Config, model: Recommender, fabric: Fabric) -> bool:
@@ -341,9 +400,10 @@ def make_train_loader(
     """
     drawn = config.effective_negatives == "sampled"
     rows = config.train_batch_size * world_size()
-    length = None
-    if pack and config.model == "HLLM":
-        length = packed_row_length(config, user_attention(config, fabric.device))
+    length, single_row = None, False
+    if pack and config.pack_sequences and config.model == "HLLM":
+        kernel = user_attention(config, fabric.device)
+        length, single_row = packed_row_length(config, kernel), kernel == VARLEN
     collate = TrainCollate(
         dataset,
         sampler=NegativeSampler(data.interactions, held_out=2) if drawn else None,
@@ -351,6 +411,7 @@ def make_train_loader(
         random_split=config.train_positions == "random_split",
         seed=config.seed,
         row_length=length,
+        single_row=single_row,
     )
     batches = SequenceBatches(
         dataset.lengths,
@@ -401,6 +462,7 @@ def _finish(
         "seed": config.seed,
         "config": config.model_dump(mode="json"),
         "data": data.summary(),
+        "fingerprint": evaluation_fingerprint(final.dataset, protocol),
         "cache": data.cache.metadata if data.cache else None,
         "user_llm": _origin(config),
         "user_llm_fingerprint": run.user_llm_fingerprint,

@@ -42,11 +42,16 @@ def split_batch(batch: TrainBatch, rows: int | None, settings: LossSettings) -> 
     batch = unpack(batch)
     parts = []
     for start in range(0, count, rows):
-        cut = {
-            name: part if name in ("negatives", "positions") else part[start : start + rows]
-            for name, part in batch._asdict().items()
-        }
-        parts.append(TrainBatch(**cut))
+        rows_of = slice(start, start + rows)
+        parts.append(
+            TrainBatch(
+                history=batch.history[rows_of],
+                attention_mask=batch.attention_mask[rows_of],
+                targets=batch.targets[rows_of],
+                loss_mask=batch.loss_mask[rows_of],
+                negatives=batch.negatives,
+            )
+        )
     terms = [loss_terms(part, settings) for part in parts]
     whole = max(1, sum(terms))
     return [

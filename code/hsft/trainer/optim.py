@@ -33,10 +33,10 @@ def build_optimizer(model: nn.Module, config: Config, device: torch.device) -> O
     groups = [group for group in groups if group["params"]]
     rate = config.optim_args.learning_rate
     kind = config.optimizer
-    if kind == "auto":
-        kind = "paged_adamw8bit" if config.use_qlora and device.type == "cuda" else "adamw"
-    if kind == "adamw":
-        return torch.optim.AdamW(groups, lr=rate)
+    if kind in ("auto", "adamw"):
+        # One kernel for all parameters. LoRA's states are a few MB, and bitsandbytes' 8-bit AdamW
+        # launches kernels for every matrix.
+        return torch.optim.AdamW(groups, lr=rate, fused=True if device.type == "cuda" else None)
     if device.type != "cuda":
         raise InputError(f"optimizer: {kind} needs a CUDA device; use adamw or auto.")
     import bitsandbytes as bnb

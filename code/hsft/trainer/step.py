@@ -17,6 +17,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from hsft.config import Config
 from hsft.data.dataset import TrainBatch
+from hsft.model.accelerate import StepGraphs
 from hsft.model.recommender import Recommender
 from hsft.trainer.checkpoint import restore_torch_rng, torch_rng_state
 from hsft.trainer.micro_batch import count_sequences, split_batch
@@ -39,6 +40,7 @@ class Learner:
         wrapped: the same model as `fabric.setup` returned it; its forward pass is the loss.
         optimizer: as `fabric.setup` returned it.
         schedule: of the learning rate; counts the optimizer steps taken.
+        graphs: computes losses and gradients by CUDA graphs; None: kernel by kernel.
     """
 
     config: Config
@@ -47,6 +49,7 @@ class Learner:
     wrapped: Any
     optimizer: Any
     schedule: LRScheduler
+    graphs: StepGraphs | None = None
 
     @property
     def learning_rate(self) -> float:
@@ -135,10 +138,12 @@ def _backward(
         parts = split_batch(batch, micro_batch, learner.model.settings)
         total = torch.zeros((), device=device)
         for part in parts:
+            if learner.graphs is not None:
+                total += learner.graphs.step(part.batch, part.weight * weight) * part.weight
+                continue
             last = batch is group[-1] and part is parts[-1]
-            moved = TrainBatch(*(each.to(device, non_blocking=True) for each in part.batch))
             with _gradient_sync(learner, last):
-                loss = learner.wrapped(moved) * part.weight
+                loss = learner.wrapped(part.batch.to(device)) * part.weight
                 learner.fabric.backward(loss * weight)
             total += loss.detach()
         losses.append(total)

@@ -8,14 +8,18 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from hsft.data.dataset.packing import pack
+from hsft.data.dataset.packing import Buckets, one_row, pack
 from hsft.data.dataset.testset import CachedEmbeddingEvalDataset
 from hsft.data.dataset.trainset import CachedEmbeddingTrainDataset
 from hsft.data.negatives import NegativeSampler
 from hsft.data.split import ragged_positions
 
-# What `TrainBatch.positions` is in a batch that is not packed.
+# What `positions` is in a batch that is not packed.
 NOT_PACKED = torch.empty((0, 0), dtype=torch.int64)
+# What `cu_lengths`, `scored` and `weights` are in a batch without them.
+_NO_LENGTHS = torch.empty(0, dtype=torch.int32)
+_NO_INDEX = torch.empty(0, dtype=torch.int64)
+_NO_WEIGHTS = torch.empty(0, dtype=torch.float32)
 
 
 class TrainBatch(NamedTuple):
@@ -30,6 +34,12 @@ class TrainBatch(NamedTuple):
         negatives: int64 [B, n], drawn items, [B, 0] when negatives come from the batch.
         positions: int64 [R, T], each item's number in its own sequence, which starts where 0
             stands; [0, 0] when every row is one sequence.
+        cu_lengths: int32 [S + 1], where the sequences of a single row (R = 1) start and the last
+            one ends, for variable-length attention; [0] in batches of other layouts.
+        scored: int64 [N], where `loss_mask` is True, as indices into the flattened [R, T]: made
+            here, since a GPU would have to be waited for. [0]: to be taken from `loss_mask`.
+        weights: float32 [N], 0 for the entries of `scored` that fill a bucket up, 1 for the
+            others; [0] when all count.
     """
 
     history: torch.Tensor
@@ -38,6 +48,13 @@ class TrainBatch(NamedTuple):
     loss_mask: torch.Tensor
     negatives: torch.Tensor
     positions: torch.Tensor = NOT_PACKED
+    cu_lengths: torch.Tensor = _NO_LENGTHS
+    scored: torch.Tensor = _NO_INDEX
+    weights: torch.Tensor = _NO_WEIGHTS
+
+    def to(self, device: torch.device) -> TrainBatch:
+        """Copy the batch to a device; from pinned memory without waiting for it."""
+        return TrainBatch(*(part.to(device, non_blocking=True) for part in self))
 
 
 class EvalBatch(NamedTuple):
@@ -80,6 +97,9 @@ class TrainCollate:
             sequence a row.
         pack_below: leave a batch padded when at least this share of it is real: what packing
             would save is then less than what the mask costs.
+        single_row: put all sequences of a batch into one row, for variable-length attention;
+            `row_length` and `pack_below` have no effect then.
+        buckets: sizes that such a row is padded up to; None: none.
     """
 
     def __init__(
@@ -92,8 +112,11 @@ class TrainCollate:
         seed: int = 0,
         row_length: int | None = None,
         pack_below: float = 0.9,
+        single_row: bool = False,
+        buckets: Buckets | None = None,
     ) -> None:
         self.dataset = dataset
+        self.single_row, self.buckets = single_row, buckets
         self.row_length, self.pack_below = row_length, pack_below
         self.sampler = sampler
         self.num_negatives = num_negatives
@@ -120,6 +143,8 @@ class TrainCollate:
                 loss_mask = np.arange(mask.shape[1]) == chosen[:, None]
             if self.sampler:
                 negatives = self.sampler.draw(segments.users[indices], self.num_negatives, rng)
+        if self.single_row:
+            return self._one_row(ends - starts - 1, history, targets, mask, loss_mask, negatives)
         positions = NOT_PACKED
         if self.row_length is not None and mask.mean() < self.pack_below:
             layout = pack(ends - starts - 1, self.row_length)
@@ -135,6 +160,40 @@ class TrainCollate:
             loss_mask=torch.from_numpy(loss_mask),
             negatives=torch.from_numpy(negatives),
             positions=positions,
+            scored=torch.from_numpy(np.flatnonzero(loss_mask)),
+        )
+
+    def _one_row(
+        self,
+        lengths: np.ndarray,
+        history: np.ndarray,
+        targets: np.ndarray,
+        mask: np.ndarray,
+        loss_mask: np.ndarray,
+        negatives: np.ndarray,
+    ) -> TrainBatch:
+        layout = one_row(lengths, self.buckets)
+
+        def row(padded: np.ndarray) -> np.ndarray:
+            return np.pad(padded[mask], (0, layout.padding))
+
+        in_loss = row(loss_mask)
+        scored, weights = np.flatnonzero(in_loss), np.empty(0, dtype=np.float32)
+        if self.buckets is not None:
+            # Shapes that depend on the bucket alone; a bucket always leaves a position free.
+            count = self.buckets.sequences if self.random_split else len(in_loss)
+            weights = (np.arange(count) < len(scored)).astype(np.float32)
+            scored = np.pad(scored, (0, count - len(scored)), constant_values=len(in_loss) - 1)
+        return TrainBatch(
+            history=torch.from_numpy(row(history)[None]),
+            attention_mask=torch.from_numpy(row(mask)[None]),
+            targets=torch.from_numpy(row(targets)[None]),
+            loss_mask=torch.from_numpy(in_loss[None]),
+            negatives=torch.from_numpy(negatives),
+            positions=torch.from_numpy(layout.positions),
+            cu_lengths=torch.from_numpy(layout.cu_lengths),
+            scored=torch.from_numpy(scored),
+            weights=torch.from_numpy(weights),
         )
 
 

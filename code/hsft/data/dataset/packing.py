@@ -1,10 +1,14 @@
-"""Several training sequences in one row, so that few positions of a batch are padding."""
+"""Several sequences in one row, so that few positions of a batch are padding."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
+
+# Buckets of fewer than 2^5 positions would be more graphs than they save padding.
+_SMALLEST_STEP = 5
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,83 @@ def pack(lengths: np.ndarray, row_length: int) -> PackedLayout:
     positions = np.maximum(np.arange(width) - filled[:, None], 0)
     positions.reshape(-1)[places] = numbers
     return PackedLayout((rows, width), places, positions)
+
+
+@dataclass(frozen=True)
+class Buckets:
+    """Sizes that batches in one row are padded up to, so that a few CUDA graphs serve all of them.
+
+    Attributes:
+        step: row lengths are multiples of it.
+        sequences: most sequences of a batch.
+        max_length: most positions of a sequence.
+    """
+
+    step: int
+    sequences: int
+    max_length: int
+
+    @classmethod
+    def of(cls, lengths: np.ndarray, batch_size: int, max_length: int) -> Buckets:
+        """Choose the step: about an eighth of a batch's mean number of positions, a power of 2.
+
+        Args:
+            lengths: int64 [S], positions of every sequence.
+            batch_size: sequences of a batch.
+            max_length: most positions of a sequence.
+        """
+        positions = float(lengths.mean()) * min(batch_size, len(lengths))
+        step = 1 << max(_SMALLEST_STEP, int(math.log2(max(positions / 8, 1))))
+        return cls(step, batch_size, max_length)
+
+    def row_length(self, positions: int) -> int:
+        """Return the row length for so many real positions; at least one more is left free."""
+        return (positions // self.step + 1) * self.step
+
+    @property
+    def fillers(self) -> int:
+        """Sequences that the padding of a row is cut into: none longer than `max_length`."""
+        return -(-self.step // self.max_length)
+
+
+@dataclass(frozen=True)
+class RowLayout:
+    """A batch in one row, for attention kernels that take sequences of any length.
+
+    Attributes:
+        positions: int64 [1, W], each position's number within its own sequence.
+        cu_lengths: int32 [S + 1], where each sequence starts, and W; padding at the row's end is
+            cut into sequences as well, and there may be empty ones.
+        padding: positions at the row's end that hold nothing.
+    """
+
+    positions: np.ndarray
+    cu_lengths: np.ndarray
+    padding: int
+
+
+def one_row(lengths: np.ndarray, buckets: Buckets | None = None) -> RowLayout:
+    """Put sequences into one row, one after the other.
+
+    With buckets the shapes depend on nothing but the bucket: there are always as many sequences,
+    the missing ones empty.
+
+    Args:
+        lengths: int64 [B], positions of each sequence, at least 1.
+        buckets: sizes to pad the row up to; None: no padding.
+    """
+    padding = 0
+    if buckets is not None:
+        total = int(lengths.sum())
+        padding = buckets.row_length(total) - total
+        starts = np.arange(buckets.fillers) * buckets.max_length
+        fillers = np.clip(padding - starts, 0, buckets.max_length)
+        missing = np.zeros(max(0, buckets.sequences - len(lengths)), dtype=np.int64)
+        lengths = np.concatenate([lengths, missing, fillers])
+    ends = np.cumsum(lengths)
+    positions = np.arange(ends[-1]) - np.repeat(ends - lengths, lengths)
+    cu_lengths = np.concatenate([[0], ends]).astype(np.int32)
+    return RowLayout(positions[None], cu_lengths, padding)
 
 
 def real_share(lengths: np.ndarray, batches: list[np.ndarray], row_length: int | None) -> float:

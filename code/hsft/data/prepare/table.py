@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import logging
 from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from operator import itemgetter
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
+from hsft.data.column_checks import check_ids, sentences
 from hsft.data.csv_rows import RowProblems, all_ids_sound, id_problem
-from hsft.data.interactions import refuse_mixed_units, timestamp_problem
+from hsft.data.interactions import timestamp_problem
 from hsft.data.prepare.rows import Event
+from hsft.data.time_checks import check_times
 from hsft.utils.errors import InputError, one_line, refuse
+
+log = logging.getLogger(__name__)
 
 # Events that are text in memory at a time.
 BATCH = 1 << 14
@@ -139,8 +145,23 @@ def read_events(
         np.frombuffer(columns[1], dtype=np.int32),
         np.frombuffer(columns[2], dtype=np.int64),
     )
-    refuse_mixed_units(table.timestamps, found.path)
+    for warning in _check_columns(table, found.path):
+        log.warning("%s", warning)
     return table, low
+
+
+def _check_columns(table: Table, path: Path) -> list[str]:
+    """Look at each column as a whole and return warnings.
+
+    Raises:
+        InputError: a column cannot be right.
+    """
+    findings = [
+        *check_ids("item_id", np.array(table.item_ids, dtype=object), table.items),
+        *check_ids("user_id", np.array(table.user_ids, dtype=object), table.users),
+        *check_times(table.timestamps),
+    ]
+    return sentences(path, findings)
 
 
 def first_of_repeats(table: Table) -> np.ndarray:

@@ -1,0 +1,62 @@
+"""Variable-length attention one sequence after the other, with the signature of torch's kernel."""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def reference_varlen_attn(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seq_q: Tensor,
+    cu_seq_k: Tensor,
+    max_q: int,
+    max_k: int,
+    *,
+    scale: float | None = None,
+    window_size: tuple[int, int] = (-1, -1),
+    enable_gqa: bool = False,
+) -> Tensor:
+    """Compute what torch's `varlen_attn` computes, one sequence after the other, on any device.
+
+    Args:
+        query: [T, H, d].
+        key, value: [T, Hkv, d].
+        cu_seq_q, cu_seq_k: int32 [S + 1].
+        max_q, max_k: most positions of a sequence; longer ones are refused.
+        scale: of the scores; 1 / sqrt(d) when None.
+        window_size: positions seen to the left and right, -1 for all of them.
+        enable_gqa: H may be a multiple of Hkv.
+
+    Returns:
+        [T, H, d].
+    """
+    if not enable_gqa and query.shape[1] != key.shape[1]:
+        raise ValueError("query and key have different numbers of heads")
+    bounds = cu_seq_q.tolist()
+    parts = []
+    for start, end in itertools.pairwise(bounds):
+        if end - start > max_q:
+            raise ValueError(f"a sequence of {end - start} positions is longer than {max_q}")
+        q, k, v = (part[start:end].transpose(0, 1) for part in (query, key, value))
+        if start == end:
+            continue
+        numbers = torch.arange(end - start, device=query.device)
+        behind = numbers[:, None] - numbers
+        left, right = window_size
+        seen = torch.ones_like(behind, dtype=torch.bool)
+        if left >= 0:
+            seen &= behind <= left
+        if right >= 0:
+            seen &= -behind <= right
+        parts.append(
+            F.scaled_dot_product_attention(
+                q[None], k[None], v[None], attn_mask=seen, scale=scale, enable_gqa=enable_gqa
+            )[0].transpose(0, 1)
+        )
+    return torch.cat(parts)

@@ -1,0 +1,144 @@
+"""Variable-length attention of torch (`torch.nn.attention.varlen`) as an attention of transformers.
+
+Sequences stand one after the other in a single row; their cumulative lengths come with the call, as
+transformers hands them to the flash-attn package, and no mask is made. Grouped key and value heads
+are not repeated.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Collection
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface
+
+
+def _kernel() -> Callable[..., Any] | None:
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    return varlen_attn
+
+
+# torch 2.10 and later have it. Looked up once: torch.compile cannot trace an import.
+varlen_attn = _kernel()
+VARLEN = "varlen"
+
+# The flash kernels take heads of up to 256 numbers, a multiple of 8.
+_WIDEST_HEAD, _HEAD_MULTIPLE = 256, 8
+
+
+def varlen_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    max_length_q: int | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Attend causally within each sequence of a row, in the form that transformers calls.
+
+    Without `cu_seq_lens_q` every row is one sequence, padded on the right at most, and torch's
+    scaled_dot_product_attention computes it.
+
+    Args:
+        module: the attention layer; not used.
+        query: [B, H, T, d]; B is 1 where `cu_seq_lens_q` is given.
+        key, value: [B, Hkv, T, d], H a multiple of Hkv.
+        attention_mask: not used.
+        dropout: must be 0 with `cu_seq_lens_q`: the kernel has none.
+        scaling: of the scores; 1 / sqrt(d) when None.
+        cu_seq_lens_q: int32 [S + 1], 0, the ends of the sequences, T last.
+        max_length_q: most positions of a sequence.
+
+    Returns:
+        [B, T, H, d], and None in place of the attention weights.
+    """
+    if cu_seq_lens_q is None:
+        out = F.scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            dropout_p=dropout,
+            is_causal=query.shape[2] > 1,
+            scale=scaling,
+            enable_gqa=query.shape[1] != key.shape[1],
+        )
+        return out.transpose(1, 2), None
+    assert varlen_attn is not None
+    # [1, H, T, d] -> [T, H, d]: views, as the kernel reads any strides of the first two.
+    q, k, v = (part[0].transpose(0, 1) for part in (query, key, value))
+    lengths = (cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q)
+    grouped = {"enable_gqa": True} if _GROUPED and q.shape[1] != k.shape[1] else {}
+    scale = {} if scaling is None else {"scale": scaling}
+    return varlen_attn(q, k, v, *lengths, **_CAUSAL, **grouped, **scale).unsqueeze(0), None
+
+
+def causal_setting(parameters: Collection[str]) -> dict[str, Any]:
+    """Return the argument that makes `varlen_attn` causal: torch 2.13 renamed it."""
+    return {"is_causal": True} if "is_causal" in parameters else {"window_size": (-1, 0)}
+
+
+_PARAMETERS = frozenset(inspect.signature(varlen_attn).parameters) if varlen_attn else frozenset()
+_CAUSAL = causal_setting(_PARAMETERS)
+# Before it had the argument, the kernel took grouped heads without being told.
+_GROUPED = "enable_gqa" in _PARAMETERS
+
+
+def varlen_obstacle(model_config: Any, device: torch.device, half: bool) -> str | None:
+    """Say what keeps a model from variable-length attention, in words that follow "needs".
+
+    Args:
+        model_config: as `load_model_config` gives; None: a model without peculiarities.
+        device: where the model runs.
+        half: whether it computes in bfloat16 or float16.
+
+    Returns:
+        None where it can run.
+    """
+    if device.type != "cuda":
+        return "a CUDA device"
+    if varlen_attn is None:
+        return "torch 2.10 or later"
+    # ROCm's build has no kernel behind it that was tried.
+    if torch.version.hip is not None:
+        return "an NVIDIA GPU"
+    if torch.cuda.is_available() and torch.cuda.get_device_capability(device) < (8, 0):
+        return "a GPU of compute capability 8.0 or later"
+    if not half:
+        return "a 16-bit precision"
+    return None if model_config is None else _peculiarity(model_config)
+
+
+def _peculiarity(model_config: Any) -> str | None:
+    kinds = set(getattr(model_config, "layer_types", None) or ())
+    windowed = bool(getattr(model_config, "sliding_window", None)) and getattr(
+        model_config, "use_sliding_window", True
+    )
+    if windowed or kinds - {"full_attention"}:
+        return "a model without sliding windows"
+    if getattr(model_config, "attn_logit_softcapping", None):
+        return "a model without soft-capped attention"
+    if getattr(model_config, "attention_dropout", 0.0):
+        return "a model without attention dropout"
+    heads = getattr(model_config, "num_attention_heads", None)
+    width = getattr(model_config, "head_dim", None)
+    if width is None and heads:
+        width = model_config.hidden_size // heads
+    if width is None or width > _WIDEST_HEAD or width % _HEAD_MULTIPLE:
+        return f"attention heads of a multiple of {_HEAD_MULTIPLE} numbers, {_WIDEST_HEAD} at most"
+    return None
+
+
+# Not registered with AttentionMaskInterface: transformers then makes no mask, and does not look for
+# sequences in the positions, which would wait for the GPU.
+AttentionInterface.register(VARLEN, varlen_attention_forward)
