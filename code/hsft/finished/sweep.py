@@ -27,6 +27,7 @@ from hsft.utils.errors import InputError, Interrupted, brief, problems_of, refus
 from hsft.utils.files import is_file, remove
 from hsft.utils.lock import locked
 from hsft.utils.logs import set_up_logging
+from hsft.utils.program import install_command
 from hsft.utils.progress import format_seconds
 from hsft.utils.signals import StopSignals
 
@@ -82,7 +83,7 @@ def _optuna() -> Any:
         import optuna
     except ImportError as error:
         raise InputError(
-            "a sweep needs optuna; install it with pip install -r requirements-extra.txt."
+            f"a sweep needs optuna; install it with {install_command('optuna')}."
         ) from error
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     return optuna

@@ -18,7 +18,6 @@ from torch.utils.data import DataLoader
 from hsft.config import Config
 from hsft.data.dataset import CachedEmbeddingTrainDataset, TrainCollate
 from hsft.data.dataset.packing import Buckets
-from hsft.data.negatives import NegativeSampler
 from hsft.evaluator.evaluator import Evaluation, Evaluator, Scorer
 from hsft.evaluator.fingerprint import evaluation_fingerprint
 from hsft.hub.manifest import exported_from, user_llm_origin
@@ -49,12 +48,15 @@ from hsft.run.run_dir import (
 from hsft.run.setup import (
     Data,
     build_user_llm,
+    check_cosines,
     check_training,
     eval_protocol,
     load_data,
     make_evaluator,
+    negative_sampler,
     packed_row_length,
     user_attention,
+    warn,
     warn_of_plain_items,
 )
 from hsft.trainer.checkpoint import CHECKPOINTS_DIR, Checkpoints, restore_rng, rng_state
@@ -192,6 +194,8 @@ def _rows(
         evaluation = evaluate(config, _for_evaluation(model, fabric), final, fabric)
         session.lap("evaluation")
         return {UNTRAINED: evaluation}, None
+    if config.loss == "nce" and data.cache is not None:
+        warn(check_cosines(config, data.cache, data.interactions)[1])
     rows: dict[str, Evaluation] = {}
     if config.eval_baseline:
         rows[UNTRAINED] = _baseline(run, data, final)
@@ -406,8 +410,8 @@ def make_train_loader(
         length, single_row = packed_row_length(config, kernel), kernel == VARLEN
     collate = TrainCollate(
         dataset,
-        sampler=NegativeSampler(data.interactions, held_out=2) if drawn else None,
-        num_negatives=-(-(config.num_negatives or 0) // rows),
+        sampler=negative_sampler(config, data.interactions) if drawn else None,
+        num_negatives=config.negatives_per_sequence(rows),
         random_split=config.train_positions == "random_split",
         seed=config.seed,
         row_length=length,

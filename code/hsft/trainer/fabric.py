@@ -80,13 +80,16 @@ def check_device(config: Config) -> str:
     return device
 
 
-def attention_kernel(config: Config, device: torch.device, model_config: Any) -> str:
+def attention_kernel(
+    config: Config, device: torch.device, model_config: Any, *, rows: bool = True
+) -> str:
     """Return the configuration's `attn_implementation`, `auto` resolved for a device and a model.
 
     Args:
         config: the configuration.
         device: where the model runs.
         model_config: of the model, as `load_model_config` gives.
+        rows: whether a row may hold several sequences; else `auto` does not take `varlen`.
 
     Raises:
         InputError: what was asked for cannot run here, or not with this model.
@@ -97,6 +100,7 @@ def attention_kernel(config: Config, device: torch.device, model_config: Any) ->
         device,
         half=compute_dtype(config) in (torch.bfloat16, torch.float16),
         model_config=model_config,
+        allow_varlen=rows,
     )
 
 
