@@ -242,6 +242,13 @@ class Config(_Section):
         "item cache",
         "text put before every item's text",
     )
+    text_format: Literal["plain", "hllm"] = _key(
+        "plain",
+        "item cache",
+        "plain: cells of the item information as they are; hllm: as pandas reads them in HLLM's code "
+        "(NA, None and null are blank, 1990 may be 1990.0, 0 is left out, an item without values has "
+        "the prompt alone)",
+    )
     item_emb_token_n: Int = _key(
         1,
         "item cache",

@@ -348,8 +348,8 @@ def _item_texts(config: Config, found: Findings) -> ItemTexts | None:
     texts = None
     with found.collect():
         path = information_file(config.text_path, config.dataset)
-        texts = read_item_texts(path, config.text_keys, config.item_prompt)
-        bare = sum(1 for text in texts.texts if not text)
+        texts = read_item_texts(path, config.text_keys, config.item_prompt, config.text_format)
+        bare = texts.has_text().count(False)
         found.notes.append(f"{path}: {len(texts)} items, {bare} of them without text")
         for warning in texts.warnings:
             found.warn(warning)
