@@ -48,7 +48,7 @@ from hsft.run.setup import (
     make_evaluator,
 )
 from hsft.run.train_and_rank import evaluate
-from hsft.trainer.trainer import BEST_DIR
+from hsft.trainer.checkpoint import BEST_DIR
 from hsft.utils.environment import versions
 from hsft.utils.errors import InputError, Interrupted
 from hsft.utils.files import atomic_path, free_bytes, is_file, is_folder, read_json

@@ -25,8 +25,8 @@ from hsft.model.weights import load_trained
 from hsft.report.result import RESULT_FILE, TUNED, UNTRAINED, no_run, read_result, unfinished
 from hsft.run.run_dir import CONFIG_FILE
 from hsft.run.setup import Data, build_user_llm, load_data
+from hsft.trainer.checkpoint import BEST_DIR
 from hsft.trainer.fabric import make_fabric
-from hsft.trainer.trainer import BEST_DIR
 from hsft.utils.errors import InputError
 from hsft.utils.files import is_file, is_folder
 
