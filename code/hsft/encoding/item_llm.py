@@ -15,6 +15,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 from hsft.encoding.prefix import Prefix, encode_prefix
 from hsft.model.backbone import load_decoder, read_extra
+from hsft.model.norms import fuse_norms
 from hsft.utils.errors import InputError, brief
 from hsft.utils.files import is_file
 
@@ -159,6 +160,8 @@ def load_item_encoder(
         keep_token_embedding=True,
         trust_remote_code=trust_remote_code,
     ).to(device)
+    if device.type == "cuda":
+        fuse_norms(model)
     tokenizer = load_tokenizer(folder, trust_remote_code, as_saved=tokenizer_as_saved)
     token = emb_token(folder, item_emb_token_n, int(model.config.hidden_size))
     if token is None and item_emb_token_n:

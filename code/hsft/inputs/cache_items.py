@@ -248,6 +248,9 @@ def _encoder(
     if device.type == "cuda":
         device = torch.device("cuda", local_rank() % torch.cuda.device_count())
     dtype = compute_dtype(config)
+    # Texts come in rows of alike length, and share what they begin with: no row holds several.
+    varlen = config.attn_implementation == "varlen"
+    kernels = config.model_copy(update={"attn_implementation": "sdpa"}) if varlen else config
     model = load_model_config(config.item_pretrain_dir, config.trust_remote_code)
     encoder = load_item_encoder(
         config.item_pretrain_dir,
@@ -255,7 +258,7 @@ def _encoder(
         max_text_length=config.MAX_TEXT_LENGTH,
         device=device,
         dtype=dtype,
-        attention=attention_kernel(config, device, model),
+        attention=attention_kernel(kernels, device, model, rows=False),
         trust_remote_code=config.trust_remote_code,
         tokenizer_as_saved=config.text_format == "hllm",
     )
