@@ -27,9 +27,10 @@ from hsft.data.dataset import TrainBatch, TrainCollate
 from hsft.evaluator.evaluator import Evaluator
 from hsft.model.recommender import LossSettings, Recommender
 from hsft.run import train_and_rank
-from hsft.trainer.board import Board
+from hsft.trainer import loop
 from hsft.trainer.checkpoint import (
     Checkpoints,
+    DamagedError,
     read_state,
     restore_rng,
     rng_state,
@@ -38,9 +39,11 @@ from hsft.trainer.checkpoint import (
 )
 from hsft.trainer.micro_batch import split_batch
 from hsft.trainer.sampler import SequenceBatches
-from hsft.trainer.trainer import Trainer
+from hsft.trainer.scalars import open_scalars
+from hsft.trainer.step import Learner
+from hsft.trainer.wandb_log import WandbLog
 from hsft.utils.errors import InputError
-from hsft.utils.lock import LOCK_FILE, locked
+from hsft.utils.lock import LOCK_FILE
 from tests.conftest import Project, last_wins
 from tests.helpers import ROOT
 from tests.model.test_user_llm import build
@@ -59,13 +62,13 @@ class Crash(BaseException):
 
 
 def at_step(number: int, action: Callable[[], object]) -> Callable[[Any], Any]:
-    """Wrap `Trainer._update` to act in the middle of optimizer step `number`, from 1."""
-    update = Trainer._update
+    """Wrap the loop's `update` to act in the middle of optimizer step `number`, from 1."""
+    update = loop.update
 
-    def acting(self: Trainer) -> Any:
-        if self.state.step + 1 == number:
+    def acting(learner: Learner) -> Any:
+        if learner.schedule.last_epoch + 1 == number:
             action()
-        return update(self)
+        return update(learner)
 
     return acting
 
@@ -121,7 +124,7 @@ def test_a_signal_finishes_the_step_and_the_run_goes_on_from_there(
 ) -> None:
     handlers = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_update", at_step(3, send(number)))
+        patch.setattr(loop, "update", at_step(3, send(number)))
         code, out, err = project.run(*RUN)
     assert code == exit_code
     assert out == ""
@@ -151,7 +154,7 @@ def test_a_second_signal_stops_at_once(project: Project, monkeypatch: pytest.Mon
         send(signal.SIGTERM)()
         send(signal.SIGINT)()
 
-    monkeypatch.setattr(Trainer, "_update", at_step(3, twice))
+    monkeypatch.setattr(loop, "update", at_step(3, twice))
     code, _, err = project.run(*RUN, "--checkpoint_every", "2")
     assert code == 130, err
     assert steps_saved(project) == [2]
@@ -237,37 +240,6 @@ def test_a_finished_run_is_not_continued_nor_offered_for_replacement(project: Pr
     assert (project.root / "saved" / "done" / "result.json").read_bytes() == kept
 
 
-def test_stale_locks_are_taken_over_and_others_respected(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    lock = tmp_path / LOCK_FILE
-    with locked(tmp_path):
-        own = json.loads(lock.read_text())
-        with pytest.raises(InputError, match=f"process {os.getpid()}"), locked(tmp_path):
-            pass
-    assert not lock.exists()
-    gone = subprocess.Popen(["true"])
-    gone.wait()
-    stale: list[dict[str, Any]] = [
-        {**own, "pid": gone.pid},
-        {**own, "started": own["started"] - 1},
-        {**own, "boot": "another boot"},
-    ]
-    for owner in stale:
-        lock.write_text(json.dumps(owner))
-        caplog.clear()
-        with locked(tmp_path):
-            assert json.loads(lock.read_text()) == own
-        assert "took over the lock" in caplog.text
-    lock.write_text('{"pid": 12')  # its writer was killed
-    with locked(tmp_path):
-        pass
-    lock.write_text(json.dumps({**own, "host": "elsewhere"}))
-    with pytest.raises(InputError, match=r"on elsewhere.*delete"), locked(tmp_path):
-        pass
-    assert json.loads(lock.read_text())["host"] == "elsewhere"
-
-
 def spoil(path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
@@ -278,17 +250,17 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(
     project: Project, undisturbed: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_update", at_step(7, crash))
+        patch.setattr(loop, "update", at_step(7, crash))
         with pytest.raises(Crash):
             project.run(*RUN, "--checkpoint_every", "1", "--keep_last", "3")
     assert steps_saved(project) == [4, 5, 6]
     saved = Checkpoints(folder(project) / "checkpoints", 3).list()
     spoil(saved[2] / "weights.safetensors")
-    (saved[1] / "state.safetensors").unlink()
+    (saved[1] / "state.pt").unlink()
     code, _, err = project.run(*RUN, *RESUME, "--show_progress", "True", "--num_workers", "1")
     assert code == 0, err
     assert f"{saved[2].relative_to(project.root)} is damaged (weights.safetensors" in err
-    assert f"{saved[1].relative_to(project.root)} is damaged (state.safetensors" in err
+    assert f"{saved[1].relative_to(project.root)} is damaged (state.pt" in err
     assert result(project)["training"]["resumed_from"] == [4]
     assert outcome(project) == undisturbed
 
@@ -298,7 +270,7 @@ def test_what_cannot_be_continued_is_refused(
 ) -> None:
     unnamed = [word for word in RUN if word not in ("--run_name", "run")]
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_update", at_step(2, crash))
+        patch.setattr(loop, "update", at_step(2, crash))
         for words in (RUN, unnamed):
             with pytest.raises(Crash):
                 project.run(*words, "--checkpoint_every", "1")
@@ -318,7 +290,7 @@ def test_what_cannot_be_continued_is_refused(
     assert steps_saved(project) == [1]
     table.write_text(rows)
     (path,) = Checkpoints(folder(project) / "checkpoints", 2).list()
-    spoil(path / "state.json")
+    spoil(path / "state.pt")
     code, _, err = project.run(*RUN, *RESUME)
     assert code == 2
     assert "no checkpoint in" in err.splitlines()[-1]
@@ -332,22 +304,22 @@ def test_what_cannot_be_continued_is_refused(
 
 def test_tensorboard_has_every_step_once(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_update", at_step(6, crash))
+        patch.setattr(loop, "update", at_step(6, crash))
         with pytest.raises(Crash):
             project.run(*RUN, "--checkpoint_every", "3")
     # The crashed session wrote up to step 4, its last checkpoint; go back to step 3.
     saved = Checkpoints(folder(project) / "checkpoints", 2).list()
-    spoil(saved[-1] / "state.json")
+    spoil(saved[-1] / "state.pt")
     assert project.run(*RUN, *RESUME)[0] == 0
     events = EventAccumulator(str(folder(project) / "tensorboard")).Reload()
     assert [event.step for event in events.Scalars("train/loss")] == list(range(1, STEPS + 1))
     assert [event.step for event in events.Scalars("valid/NDCG@10")] == [4, 8]
 
 
-def test_board_files_are_read_in_the_order_they_were_begun(tmp_path: Path) -> None:
+def test_sessions_of_scalars_are_read_in_their_order(tmp_path: Path) -> None:
     for session in range(3):
-        with Board(tmp_path, None if not session else 1) as board:
-            board.add_scalar("loss", float(session), 1)
+        with open_scalars(tmp_path, WandbLog(), 1 if session else None) as scalars:
+            scalars.log({"loss": float(session)}, 1)
     events = EventAccumulator(str(tmp_path)).Reload()
     assert [(event.step, event.value) for event in events.Scalars("loss")] == [(1, 2.0)]
 
@@ -511,7 +483,7 @@ def test_a_full_disk_is_one_clear_line_and_nothing_is_lost(
 
     for step in (1, 3, 6):
         with monkeypatch.context() as patch:
-            patch.setattr(Trainer, "_update", at_step(step, fill))
+            patch.setattr(loop, "update", at_step(step, fill))
             code, out, err = project.run(*RUN, *where, *RESUME)
         assert code == 2, err
         assert out == ""
@@ -580,8 +552,19 @@ def test_state_comes_back_with_its_types(tmp_path: Path) -> None:
     numbers, betas = found["nested"][7]
     assert torch.equal(numbers, torch.arange(3))
     assert betas == (0.9, 0.999)
-    with pytest.raises(TypeError):
-        write_state(tmp_path, {"model": object()})
+    write_state(tmp_path, {"model": Path("anything but plain data")})
+    with pytest.raises(DamagedError, match="state is unreadable"):
+        read_state(tmp_path)
+
+
+def test_a_checkpoint_of_another_version_is_refused_in_one_line(tmp_path: Path) -> None:
+    store = Checkpoints(tmp_path, 2)
+    path = store.save(1, {"w": torch.ones(1)}, {"best": None})
+    manifest = json.loads((path / "manifest.json").read_text())
+    (path / "manifest.json").write_text(json.dumps({**manifest, "format": 1}))
+    with pytest.raises(InputError, match=r"another version of HSFT \(format 1, this one reads 2\)"):
+        store.newest()
+    assert path.is_dir()
 
 
 def test_every_generator_comes_back(tmp_path: Path) -> None:

@@ -21,8 +21,7 @@ from hsft.report.terminal import write_blocks
 from hsft.run.check import quick_problems
 from hsft.run.run_dir import MAY_CHANGE
 from hsft.run.train_and_rank import train_and_rank
-from hsft.trainer.checkpoint import CHECKPOINTS_DIR
-from hsft.trainer.trainer import BEST_DIR
+from hsft.trainer.checkpoint import BEST_DIR, CHECKPOINTS_DIR
 from hsft.utils.distributed import world_size
 from hsft.utils.errors import InputError, Interrupted, brief, problems_of, refuse
 from hsft.utils.files import is_file, remove
