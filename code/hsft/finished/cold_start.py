@@ -14,7 +14,8 @@ from torch import Tensor
 
 from hsft.data.cache import ItemCache
 from hsft.data.dataset import CachedEmbeddingEvalDataset
-from hsft.data.interactions import Interactions, dataset_file, read_interactions, renumber
+from hsft.data.files import dataset_file
+from hsft.data.interactions import Interactions, read_interactions, renumber
 from hsft.data.split import leave_one_out
 from hsft.evaluator.evaluator import EvalProtocol, Evaluator, Scorer
 from hsft.evaluator.intervals import interval

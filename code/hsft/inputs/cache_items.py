@@ -11,16 +11,11 @@ import numpy as np
 import torch
 
 from hsft.config import Config
-from hsft.data.cache import ItemCache, default_cache_path, open_cache
+from hsft.data.cache import ItemCache, open_cache
 from hsft.data.column_checks import find_spellings
+from hsft.data.files import cache_path, information_file, item_llm_folder
 from hsft.data.interactions import read_interactions
-from hsft.data.item_text import (
-    ItemTexts,
-    information_file,
-    read_item_texts,
-    unfit_texts,
-    with_items,
-)
+from hsft.data.item_text import ItemTexts, read_item_texts, unfit_texts, with_items
 from hsft.encoding.build_cache import CacheBuild, EncodingJob, encode_items
 from hsft.encoding.item_llm import ItemEncoder, load_item_encoder, model_fingerprint
 from hsft.hub.manifest import origin
@@ -39,13 +34,6 @@ _PATIENCE = timedelta(days=7)
 BATCH_TOKENS = {"cuda": 8192, "cpu": 2048}
 # Bytes of item information that are read in about a second.
 _QUICKLY_READ = 64 << 20
-
-
-def cache_path(config: Config) -> Path:
-    """Return where the item cache is: `item_cache_path`, or the dataset's default file."""
-    if config.item_cache_path:
-        return Path(config.item_cache_path)
-    return default_cache_path(config.data_path, config.dataset)
 
 
 def write_item_cache(config: Config) -> Path:
@@ -240,10 +228,7 @@ def _catalogue(config: Config) -> ItemTexts:
 def _encoder(
     config: Config, fingerprint: str, count: int, information: str = ""
 ) -> tuple[ItemEncoder, EncodingJob]:
-    if not config.item_pretrain_dir:
-        raise InputError(
-            "no ItemLLM is named; give --item_pretrain_dir FOLDER (download_itemllm.py makes one)."
-        )
+    folder = str(item_llm_folder(config))
     device = torch.device(choose_device(config))
     if device.type == "cuda":
         device = torch.device("cuda", local_rank() % torch.cuda.device_count())
@@ -251,9 +236,9 @@ def _encoder(
     # Texts come in rows of alike length, and share what they begin with: no row holds several.
     varlen = config.attn_implementation == "varlen"
     kernels = config.model_copy(update={"attn_implementation": "sdpa"}) if varlen else config
-    model = load_model_config(config.item_pretrain_dir, config.trust_remote_code)
+    model = load_model_config(folder, config.trust_remote_code)
     encoder = load_item_encoder(
-        config.item_pretrain_dir,
+        folder,
         item_emb_token_n=config.item_emb_token_n,
         max_text_length=config.MAX_TEXT_LENGTH,
         device=device,
@@ -264,9 +249,9 @@ def _encoder(
     )
     if config.item_compile:
         encoder.compile()
-    imported = origin(config.item_pretrain_dir)
+    imported = origin(folder)
     job = EncodingJob(
-        model=Path(config.item_pretrain_dir).name,
+        model=Path(folder).name,
         text_keys=tuple(config.text_keys),
         prompt=config.item_prompt,
         text_format=config.text_format,
@@ -274,9 +259,9 @@ def _encoder(
         dtype=config.item_cache_dtype,
         pooling=encoder.pooling,
         fingerprint=fingerprint,
-        model_folder=config.item_pretrain_dir,
+        model_folder=folder,
         information=information,
-        model_fingerprint=model_fingerprint(config.item_pretrain_dir),
+        model_fingerprint=model_fingerprint(folder),
         batch_tokens=config.item_batch_tokens or BATCH_TOKENS[device.type],
         compute_dtype=str(dtype).removeprefix("torch."),
         source=imported["source"]["sha256"] if imported else "",
@@ -284,7 +269,7 @@ def _encoder(
     log.info(
         "encoding %d items with %s on %s in %s, %s pooling.",
         count,
-        config.item_pretrain_dir,
+        folder,
         device,
         job.compute_dtype,
         job.pooling,

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import inspect
 import os
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from lightning.fabric import Fabric
-from lightning.fabric.strategies import DDPStrategy
 from torch.nn.parallel import DistributedDataParallel
 
 from hsft.config import Config
@@ -16,6 +14,9 @@ from hsft.model.backbone import choose_attention
 from hsft.trainer.zero import deepspeed_strategy, require_deepspeed
 from hsft.utils.distributed import TIMEOUT, world_size
 from hsft.utils.errors import InputError
+
+if TYPE_CHECKING:
+    from lightning.fabric import Fabric
 
 Precision = Literal["bf16-mixed", "bf16-true", "16-mixed", "32-true"]
 
@@ -110,6 +111,10 @@ def make_fabric(config: Config) -> Fabric:
     Raises:
         InputError: the precision or strategy cannot run on this device.
     """
+    # Imported here, since it takes seconds: what else this module says is needed before a run too.
+    from lightning.fabric import Fabric
+    from lightning.fabric.strategies import DDPStrategy
+
     device = check_device(config)
     precision = choose_precision(config)
     world = world_size()
