@@ -203,23 +203,23 @@ def _read(
     """Read some columns of an information file: column name -> its cells, in file order."""
     check_bytes(path, remedies[0])
     header = read_header(path, columns, remedies[1])
-    wanted = {name: header.index(name) for name in columns}
+    positions = {name: header.index(name) for name in columns}
     table: dict[str, list[str]] = {name: [] for name in columns}
     ids = table["item_id"]
-    checks = {wanted["item_id"]: id_problem}
-    found = RowProblems(path)
+    checks = {positions["item_id"]: id_problem}
+    problems = RowProblems(path)
     seen: set[str] = set()
     broken: list[str] = []
     rows = csv_rows(path)
     next(rows)
     try:
         for row, cells in rows:
-            if not check_row(found, row, cells, header, checks):
+            if not check_row(problems, row, cells, header, checks):
                 continue
-            for name, position in wanted.items():
+            for name, position in positions.items():
                 table[name].append(cells[position])
             if ids[-1] in seen:
-                found.add(
+                problems.add(
                     "twice",
                     row,
                     f"item '{one_line(ids[-1], 40)}' is described a second time; keep one row an item",
@@ -227,7 +227,7 @@ def _read(
             seen.add(ids[-1])
     except InputError as error:
         broken.append(str(error))
-    refuse([*found.sentences(), *broken])
+    refuse([*problems.sentences(), *broken])
     if not ids:
         raise InputError(f"{path} has no items below its header line.")
     return table
