@@ -90,8 +90,7 @@ def read_item_texts(
         "".join(
             f"{key}: {value}"
             for key, value in zip(text_keys, row, strict=True)
-            # An empty cell that went through pandas is written as `nan`.
-            if value and value.lower() != "nan"
+            if _has_value(value)
         )
         for row in cells
     )
@@ -144,6 +143,25 @@ def unfit_texts(
         f"none of the {count} items of the catalogue has text in {path} under the text_keys "
         f"{', '.join(keys)}{others}; put their rows there or change --text_path or --text_keys."
     ]
+
+
+def read_plain_texts(path: str | Path, text_keys: Sequence[str]) -> dict[str, str]:
+    """Read the values of some columns as sentences: item id -> values, joined by ". ".
+
+    Empty fields are left out; an item without any value has an empty text.
+
+    Raises:
+        InputError: as `read_item_texts`.
+    """
+    table = _read(Path(path), list(dict.fromkeys(["item_id", *text_keys])))
+    cells = zip(*(table[key] for key in text_keys), strict=True)
+    texts = (". ".join(value for value in row if _has_value(value)) for row in cells)
+    return dict(zip(table["item_id"], texts, strict=True))
+
+
+def _has_value(cell: str) -> bool:
+    # An empty cell that went through pandas is written as `nan`.
+    return bool(cell) and cell.lower() != "nan"
 
 
 def with_items(items: ItemTexts, item_ids: Sequence[str] | np.ndarray) -> ItemTexts:

@@ -68,6 +68,7 @@ class Recommender(nn.Module):
         encoder: the model.
         settings: the loss.
         logit_scale: initial log factor on cosines; HLLM's ln(1/0.07) when None.
+        fix_scale: keep that factor as it starts.
     """
 
     def __init__(
@@ -75,6 +76,7 @@ class Recommender(nn.Module):
         encoder: SequenceEncoder,
         settings: LossSettings,
         logit_scale: float | None = None,
+        fix_scale: bool = False,
     ) -> None:
         super().__init__()
         self.encoder = encoder
@@ -83,7 +85,9 @@ class Recommender(nn.Module):
         self.logit_scale = nn.Parameter(
             # One element, not a scalar: DeepSpeed cannot broadcast parameters without dimensions.
             torch.tensor([initial], dtype=torch.float32),
-            requires_grad=settings.loss == "nce" and settings.similarity == "cosine",
+            requires_grad=(
+                settings.loss == "nce" and settings.similarity == "cosine" and not fix_scale
+            ),
         )
 
     def forward(self, batch: TrainBatch) -> Tensor:
