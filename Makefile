@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 
-.PHONY: help demo demo-full test test-lowest lint bench clean
+.PHONY: help demo demo-full test test-lowest lint docs bench clean
 
 help:
 	@echo "make demo       install, prepare data and LLM, cache, evaluate, fine-tune, compare"
@@ -11,6 +11,7 @@ help:
 	@echo "make test-lowest  the central tests on the lowest versions that the requirements allow"
 	@echo "make bench      measure HSFT against the usual way (about an hour on two cores)"
 	@echo "make lint       ruff and mypy only"
+	@echo "make docs       build the documentation site into site/, warnings as errors"
 	@echo "make clean      remove the virtual environment, caches and demo runs"
 
 demo: $(VENV)/demo.stamp
@@ -19,7 +20,7 @@ demo: $(VENV)/demo.stamp
 demo-full: $(VENV)/demo.stamp
 	$(PY) demo/run.py --full
 
-test: lint
+test: lint docs
 	$(PY) demo/prepare_data.py
 	$(PY) demo/prepare_llm.py
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --maxprocesses 4 --dist loadfile
@@ -48,6 +49,9 @@ lint: $(VENV)/dev.stamp
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 
+docs: $(VENV)/dev.stamp
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
+
 $(PY):
 	$(PYTHON) -m venv $(VENV)
 
@@ -62,4 +66,4 @@ $(VENV)/dev.stamp: requirements.txt requirements-demo.txt requirements-dev.txt |
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venv-lowest .pytest_cache .mypy_cache .ruff_cache .hypothesis .demo runs/demo
+	rm -rf site $(VENV) .venv-lowest .pytest_cache .mypy_cache .ruff_cache .hypothesis .demo runs/demo

@@ -1,54 +1,18 @@
 # PYTHON_ARGCOMPLETE_OK
-"""Encode a dataset's items once with the ItemLLM and write the item cache."""
+"""Encode a dataset's items once with the ItemLLM and write the item cache.
 
-from __future__ import annotations
+The same as `hsft cache`.
+"""
 
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "code"))
 
-from hsft.config.loader import parse_command_line
-from hsft.config.program import program_config
-from hsft.utils.distributed import is_rank_zero
-from hsft.utils.errors import EXIT_OK, refuse
+from hsft.cli import program
 from hsft.utils.program import run_program
 
-EXAMPLES = (
-    "python item_caching.py --dataset Pixel200K --item_pretrain_dir model_checkpoints/ItemLLM_complete",
-    "python item_caching.py --config_file my.yaml --item_cache_path dataset/my_items.safetensors",
-)
-# The keys that --help shows: those that item caching reads.
-KEYS = (
-    *("check", "device", "num_threads", "show_progress", "trust_remote_code"),
-    *("data_path", "dataset", "text_path", "text_keys", "MAX_TEXT_LENGTH"),
-    *("item_cache_path", "item_pretrain_dir", "item_prompt", "item_emb_token_n"),
-    *("item_cache_dtype", "item_batch_tokens", "item_compile"),
-    *("attn_implementation", "use_ft_flash_attn", "precision"),
-)
-
-
-def main(argv: Sequence[str]) -> int:
-    """Run the program with its arguments and return the exit code."""
-    config = program_config(argv, "python item_caching.py", __doc__ or "", EXAMPLES, KEYS)
-    if config is None:
-        return EXIT_OK
-    # Imported here, so that --help and a mistyped option need not wait for torch.
-    from hsft.inputs.cache_items import write_item_cache
-    from hsft.run.check import check_caching, quick_caching_problems
-    from hsft.run.next_step import command_after_caching
-
-    if config.check:
-        check_caching(config)
-    else:
-        refuse(quick_caching_problems(config))
-        write_item_cache(config)
-        command = command_after_caching(config, parse_command_line(argv).config_files)
-        if command and is_rank_zero():
-            sys.stdout.write(f"\nnext: {command}\n")
-    return EXIT_OK
-
+main = program("cache")
 
 if __name__ == "__main__":
     sys.exit(run_program(main))

@@ -21,6 +21,15 @@ from hsft.data.cache import save_cache
 ROOT = Path(__file__).resolve().parents[1]
 WORDS = ("title", "tag", "description", ":", "item", *map(str, range(40)))
 
+# The two commands that users of the published HSFT know; they must work as they are.
+_START = (
+    "code/main.py --config_file code/overall/LLM_ddp.yaml code/HLLM/HLLM.yaml --dataset Pixel200K"
+    " --loss bce --use_item_cache True --item_cache_path dataset/pixel200k_item_embeddings.pt"
+    " --user_pretrain_dir model_checkpoints/UserLLM_complete/"
+)
+EVALUATE = f"{_START} --item_pretrain_dir model_checkpoints/ItemLLM_complete/ --val_only True"
+FINE_TUNE = f"{_START} --use_qlora True"
+
 
 def make_llama(folder: Path, *, hidden: int = 64, layers: int = 2, seed: int = 0) -> Path:
     """Save a random Llama with a word tokenizer as an ordinary model folder."""

@@ -1,4 +1,4 @@
-"""Write the key tables of README.md and README_zh.md anew from the schema.
+"""Write the key tables of docs/keys.md and docs/zh/keys.md from the schema.
 
 python tests/key_table.py            after a key was added or changed
 python tests/key_table.py --check    exit code 1 when a table is out of date
@@ -15,25 +15,25 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "code"))
 from hsft.config.help import key_table
 
 ROOT = Path(__file__).resolve().parents[1]
+PAGES = (ROOT / "docs" / "keys.md", ROOT / "docs" / "zh" / "keys.md")
 
 
 def with_table(text: str) -> str:
-    """Return a README's text with the table of the schema as it is."""
+    """Return a page's text with its table, the last thing on the page, made from the schema."""
     table = key_table()
-    start = text.index(table.splitlines()[0])
-    return text[:start] + table + text[text.index("\n\n", start) + 1 :]
+    return text[: text.index(table.splitlines()[0])] + table
 
 
 def main(argv: Sequence[str]) -> int:
     """Write or check the tables."""
-    old = 0
-    for path in (ROOT / "README.md", ROOT / "README_zh.md"):
+    outdated = 0
+    for path in PAGES:
         text = path.read_text(encoding="utf-8")
         if with_table(text) != text:
-            old += 1
+            outdated += 1
             if "--check" not in argv:
                 path.write_text(with_table(text), encoding="utf-8")
-    return int(old > 0 and "--check" in argv)
+    return int(outdated > 0 and "--check" in argv)
 
 
 if __name__ == "__main__":

@@ -17,9 +17,12 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 TARGET = ROOT / "requirements-lowest.txt"
-# They take no part in the test run on the lowest versions: some look at the code, and the tests of
-# the pages, of sweeps and of completion are not among those.
-LINTERS = {"ruff", "mypy", "pandas-stubs", "types-pyyaml", "selenium", "optuna", "argcomplete"}
+# They take no part in the test run on the lowest versions: some look at the code, some make the
+# documentation, and the tests of the pages, of sweeps and of completion are not among those.
+LINTERS = {
+    *("ruff", "mypy", "pandas-stubs", "types-pyyaml", "selenium", "optuna", "argcomplete"),
+    *("mkdocs", "mkdocs-material", "mkdocstrings-python"),
+}
 _LINE = re.compile(r"([A-Za-z0-9._-]+)\s*(>=|==)\s*([0-9][0-9A-Za-z.]*)(?:,<[0-9.]+)?")
 
 

@@ -1,4 +1,4 @@
-"""Help: every program of the README has it, with examples; and the notebook's commands exist."""
+"""Help: every program of docs/programs.md has it, with examples; and the notebook's commands exist."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 
-import item_caching
 from hsft.config.loader import flat_fields
+from hsft.programs.cache import KEYS
 from tests.conftest import Project
 from tests.helpers import ROOT
 
@@ -25,10 +25,9 @@ COMMAND = re.compile(r"^!\{python\} (\S+\.py)(.*)$")
 
 
 def programs() -> list[str]:
-    """Return the programs of the README's table."""
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    table = readme[readme.index("## Programs") : readme.index("## How it is measured")]
-    return list(dict.fromkeys(re.findall(r"^\| `(?:python )?([\w/]+\.py)", table, re.MULTILINE)))
+    """Return the programs of the table in docs/programs.md."""
+    page = (ROOT / "docs" / "programs.md").read_text(encoding="utf-8")
+    return list(dict.fromkeys(re.findall(r"^\| `([\w/]+\.py)", page, re.MULTILINE)))
 
 
 def help_of(program: str, capsys: pytest.CaptureFixture[str]) -> str:
@@ -61,8 +60,8 @@ def test_every_program_has_help_with_examples(
 
 def test_item_caching_shows_its_own_keys_only(capsys: pytest.CaptureFixture[str]) -> None:
     shown = re.findall(r"^  --([\w.]+)  \(", help_of("item_caching.py", capsys), re.MULTILINE)
-    assert set(shown) == set(item_caching.KEYS)
-    assert set(item_caching.KEYS) < set(flat_fields())
+    assert set(shown) == set(KEYS)
+    assert set(KEYS) < set(flat_fields())
 
 
 def test_help_and_a_mistyped_option_do_not_wait_for_torch() -> None:

@@ -132,7 +132,7 @@ def test_pixelrec_columns_in_other_orders(header: str, order: tuple[int, ...]) -
     comma = next((one for one in "\t;" if one in header), ",")
     lines = [header, *(comma.join([*row, "7"][at] for at in order) for row in plain)]
     Path("Pixel200K.csv").write_text("\r\n".join(lines) + "\r\n", encoding="utf-8")
-    prepare(parse_options(PIXEL, ""))
+    prepare(parse_options(PIXEL))
     assert rows_of("Pixel200K") == [
         "i1,u1,1600000000", "i2,u1,1600086400", "i1,u2,1600000005", "i3,u1,1600000001",
     ]  # fmt: skip
@@ -612,4 +612,4 @@ def test_a_signal_leaves_nothing(folder: Path) -> None:
 
 def test_input_errors_of_the_recipe_are_input_errors() -> None:
     with pytest.raises(InputError, match="does not exist"):
-        prepare(parse_options(["movielens", "--folder", "none"], ""))
+        prepare(parse_options(["movielens", "--folder", "none"]))

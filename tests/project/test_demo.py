@@ -9,15 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers import ROOT
+from tests.helpers import EVALUATE, FINE_TUNE, ROOT
 
-START = (
-    "code/main.py --config_file code/overall/LLM_ddp.yaml code/HLLM/HLLM.yaml --dataset Pixel200K"
-    " --loss bce --use_item_cache True --item_cache_path dataset/pixel200k_item_embeddings.pt"
-    " --user_pretrain_dir model_checkpoints/UserLLM_complete/"
-)
-EVALUATE = f"{START} --item_pretrain_dir model_checkpoints/ItemLLM_complete/ --val_only True"
-FINE_TUNE = f"{START} --use_qlora True"
 LLM = "model_checkpoints/SmolLM2-135M-Instruct"
 USERS = 10
 

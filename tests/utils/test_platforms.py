@@ -13,21 +13,6 @@ from tests.conftest import Project
 from tests.helpers import ROOT
 
 
-def test_windows_is_pointed_to_wsl() -> None:
-    program = "import runpy, sys; sys.platform = 'win32'; sys.argv = ['main.py', '--help']"
-    done = subprocess.run(
-        [sys.executable, "-c", f"{program}; runpy.run_path('code/main.py', run_name='__main__')"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert (done.returncode, done.stdout) == (2, "")
-    (line,) = done.stderr.splitlines()
-    assert line.startswith("error: HSFT runs on Linux and macOS")
-    assert "WSL2" in line
-
-
 @pytest.mark.parametrize(
     ("words", "package"),
     [

@@ -1,10 +1,12 @@
-"""Help text and the README's key table, both generated from the schema."""
+"""The text of --help and the key table of docs/keys.md, both generated from the schema."""
 
 from __future__ import annotations
 
 import itertools
+import shutil
+import textwrap
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal, Union, get_args, get_origin
 
 import yaml
@@ -12,6 +14,7 @@ from pydantic import BaseModel
 
 from hsft.config.loader import NUMBERS
 from hsft.config.schema import Config
+from hsft.utils.program import PROGRAMS, command, command_line
 
 _OPEN_KINDS = {"text", "integer", "number"}
 
@@ -52,45 +55,52 @@ def _row(name: str, info: Any) -> tuple[str, str, str, str]:
     return name, describe_type(info.annotation), shown, info.description or ""
 
 
-def help_text(
-    program: str,
-    summary: str,
-    examples: Sequence[str],
-    extra: Mapping[str, str] | None = None,
-    keys: Sequence[str] = (),
-) -> str:
-    """Return the `--help` text of a program that takes configuration keys.
+def help_text(name: str, examples: Sequence[str], keys: Sequence[str] = ()) -> str:
+    """Return the `--help` text of a program that takes configuration keys, as wide as the terminal.
 
     Args:
-        program: the command, for example `python code/main.py`.
-        summary: one sentence on what it does.
-        examples: whole command lines.
-        extra: the program's own flags, name -> description.
+        name: of the program, in `PROGRAMS`.
+        examples: whole command lines, as `command_line` takes them.
         keys: the keys that take part in the program; all of them when empty.
     """
-    lines = [summary, "", f"usage: {program} [--config_file FILE.yaml ...] [--key value ...]", ""]
-    lines += ["examples:", *(f"  {example}" for example in examples), ""]
-    lines += ["flags:"]
+    width = max(40, shutil.get_terminal_size().columns)
+
+    def wrapped(text: str, indent: str = "") -> list[str]:
+        return textwrap.wrap(
+            text,
+            width,
+            initial_indent=indent,
+            subsequent_indent=indent,
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+
+    lines = wrapped(PROGRAMS[name].summary)
+    lines += ["", f"usage: {command(name)} [--config_file FILE.yaml ...] [--key value ...]", ""]
+    # Not wrapped: a command is copied as a line.
+    lines += ["examples:", *(f"  {command_line(line)}" for line in examples), "", "flags:"]
     flags = {
-        "config_file": "YAML files, later ones win",
-        **(extra or {}),
-        "print_config": "True: print the merged configuration and stop",
+        "config_file": "YAML files, later ones win; also names of those that come with HSFT, such as "
+        "overall/LLM_ddp.yaml",
+        "print_config": "print the merged configuration and stop",
+        "version": "print the version and stop",
         "help": "show this text",
     }
-    lines += [f"  --{name:<14} {text}" for name, text in flags.items()]
+    for flag, text in flags.items():
+        first, *rest = wrapped(text, " " * 19)
+        lines += [f"  --{flag:<14} {first.strip()}", *rest]
     lines += ["", "A key without a value is True."]
     if keys:
-        lines += [
-            "",
-            "Every key of code/main.py is accepted, so that both take the same YAML files.",
-            "These have an effect here:",
-        ]
+        every = (
+            f"Every key of {command('train')} is accepted, so that both take the same YAML files."
+        )
+        lines += ["", *wrapped(f"{every} These have an effect here:")]
     for group, rows in _rows().items():
         shown = [row for row in rows if not keys or row[0] in keys]
         lines += ["", f"{group} keys:"] if shown else []
-        for name, kind, default, description in shown:
-            lines.append(f"  --{name}  ({kind}; default {default})")
-            lines.append(f"      {description}")
+        for key, kind, default, description in shown:
+            lines.append(f"  --{key}  ({kind}; default {default})")
+            lines += wrapped(description, " " * 6)
     return "\n".join(lines) + "\n"
 
 
@@ -111,7 +121,7 @@ def key_values(keys: Sequence[str] = ()) -> list[tuple[str, list[str]]]:
 
 
 def key_table() -> str:
-    """Return the Markdown table of all keys, as it stands in the README."""
+    """Return the Markdown table of all keys, as it stands in docs/keys.md."""
     lines = ["| key | type | default | meaning |", "| --- | --- | --- | --- |"]
     for group, rows in _rows().items():
         lines.append(f"| **{group}** | | | |")

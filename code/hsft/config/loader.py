@@ -15,8 +15,12 @@ from pydantic import BaseModel, ValidationError
 
 from hsft.config.schema import HLLM_KEYS_WITHOUT_EFFECT, Config
 from hsft.utils.errors import InputError, one_line, refuse
-from hsft.utils.files import require_file
+from hsft.utils.files import is_file, require_file
 
+_PACKAGE = Path(__file__).resolve().parents[1]
+# Folders of the YAML files that come with HSFT: beside the package in the repository, inside it where
+# it is installed.
+_SHIPPED = (("HLLM",), ("baselines",), ("overall",))
 MAX_YAML_BYTES = 256 << 10
 MAX_DEPTH = 20
 
@@ -30,14 +34,14 @@ class CommandLine:
         overrides: flat `key` or `section.key` -> value with YAML typing.
         print_config: print the merged configuration and stop.
         show_help: print the help and stop.
-        extras: values of the program's own flags (see `parse_command_line`).
+        show_version: print the version and stop.
     """
 
     config_files: tuple[Path, ...] = ()
     overrides: dict[str, Any] = field(default_factory=dict)
     print_config: bool = False
     show_help: bool = False
-    extras: dict[str, Any] = field(default_factory=dict)
+    show_version: bool = False
 
 
 class _Loader(yaml.SafeLoader):
@@ -162,6 +166,22 @@ def _check_depth(text: str) -> None:
             )
 
 
+def config_file(name: str | Path) -> Path:
+    """Return the file that a configuration file's name stands for.
+
+    Args:
+        name: a path, or the name of a file that comes with HSFT, such as `overall/LLM_ddp.yaml` or
+            `code/overall/LLM_ddp.yaml`; a file of this name in the working directory comes first.
+    """
+    path = Path(name)
+    words = path.parts[1:] if path.parts[:1] == ("code",) else path.parts
+    if words[:1] in _SHIPPED and not is_file(path):
+        for folder in (_PACKAGE / "presets", _PACKAGE.parent):
+            if is_file(folder.joinpath(*words)):
+                return folder.joinpath(*words)
+    return path
+
+
 def read_yaml_file(path: str | Path) -> dict[str, Any]:
     """Read one configuration file: a mapping of keys, or an empty file.
 
@@ -169,7 +189,9 @@ def read_yaml_file(path: str | Path) -> dict[str, Any]:
         InputError: the file is missing, too large, not UTF-8, not YAML or not a mapping.
     """
     path = require_file(
-        path, str(path), "check --config_file, which takes every word up to the next --key"
+        config_file(path),
+        str(path),
+        "check --config_file, which takes every word up to the next --key",
     )
     try:
         if path.stat().st_size > MAX_YAML_BYTES:
@@ -188,9 +210,7 @@ def read_yaml_file(path: str | Path) -> dict[str, Any]:
     return value
 
 
-def parse_command_line(
-    argv: Sequence[str], extra_flags: Mapping[str, str] | None = None
-) -> CommandLine:
+def parse_command_line(argv: Sequence[str]) -> CommandLine:
     """Split `--config_file A B --key value --section.key value` into its parts.
 
     Values are read as YAML (`True`, `3`, `1e-4`, `[a, b]`). A key with several values is a list,
@@ -198,30 +218,29 @@ def parse_command_line(
 
     Args:
         argv: the arguments after the program's name.
-        extra_flags: the program's own flags, name -> description; their values go to `extras`.
 
     Raises:
         InputError: a value stands without a key, or a key is given twice.
     """
     files: list[Path] = []
     overrides: dict[str, Any] = {}
-    extras: dict[str, Any] = {}
     for key, values in _split_flags(argv):
         if key in ("help", "h"):
             return CommandLine(show_help=True)
+        if key == "version":
+            return CommandLine(show_version=True)
         if key == "config_file":
             if not values:
                 raise InputError("--config_file needs at least one YAML file after it.")
             files.extend(Path(value) for value in values)
             continue
-        target = extras if extra_flags and key in extra_flags else overrides
-        if key in target:
+        if key in overrides:
             raise InputError(f"--{key} is given twice; keep one.")
-        target[key] = _command_value(key, values)
+        overrides[key] = _command_value(key, values)
     print_config = overrides.pop("print_config", False)
     if not isinstance(print_config, bool):
         raise InputError(f"--print_config must be True or False, not {print_config!r}.")
-    return CommandLine(tuple(files), overrides, print_config, False, extras)
+    return CommandLine(tuple(files), overrides, print_config)
 
 
 def _split_flags(argv: Sequence[str]) -> list[tuple[str, list[str]]]:

@@ -1,4 +1,6 @@
-"""Every configuration key with its type, range, unit and default. Help and README are made from it.
+"""Every configuration key with its type, range, unit and default.
+
+`--help` and docs/keys.md are made from it.
 
 Keys that HLLM's YAML files know keep their names and meaning (arXiv 2409.12740's public code).
 """

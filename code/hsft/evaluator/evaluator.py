@@ -126,8 +126,9 @@ class Evaluator:
         protocol: how they are scored.
         batch_size: users encoded at a time.
         num_workers: processes preparing batches.
-        rank, world_size: this process's share of the users: every world_size-th one, so that each
-            is counted exactly once. All processes encode the same number of users, the last of
+        rank: number of this process.
+        world_size: number of processes. Each scores every world_size-th user, so that each user is
+            counted exactly once. All processes encode the same number of users, the last of
             them possibly one whose score is thrown away, since under ZeRO stage 3 the model runs
             in all of them together.
         candidates: int64 [E, C], the users' lists of `sampled`, where the dataset is a part of the

@@ -98,7 +98,8 @@ def paired_p_value(
 
     Args:
         name: Recall, HitRate, NDCG or MRR.
-        ranks, other: int64 [E], the same users in the same order.
+        ranks: int64 [E], of one model.
+        other: int64 [E], of the other model, the same users in the same order.
         k: cut-off.
         draws: random sign patterns; the smallest p-value is 1 / (draws + 1).
         seed: of the draws.

@@ -61,7 +61,8 @@ def full_ranks(scores: Tensor, targets: Tensor, seen_rows: Tensor, seen_items: T
     Args:
         scores: float32 [b, I + 1] from `full_scores`; seen entries are overwritten with -inf.
         targets: int64 [b].
-        seen_rows, seen_items: int64 [n], entries to mask.
+        seen_rows: int64 [n], rows of the entries to mask.
+        seen_items: int64 [n], columns of the entries to mask.
 
     Returns:
         int64 [b], 1 is best, `UNRANKED` where the target is masked or its score is NaN. A NaN among

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, get_args
 
 from huggingface_hub import constants
 
-from hsft.config.options import Parser
+from hsft.config.options import Parser, add_flag
 from hsft.config.schema import DType
 
 if TYPE_CHECKING:
@@ -44,13 +44,13 @@ class ImportOptions:
     force: bool
 
 
-def parse_options(side: Side, argv: Sequence[str], summary: str) -> ImportOptions:
+def parse_options(side: Side, argv: Sequence[str]) -> ImportOptions:
     """Read a download program's command line.
 
     Raises:
         InputError: an option is unknown or has a value that it cannot have.
     """
-    args = _parser(side, summary).parse_args(list(argv))
+    args = _parser(side).parse_args(argv)
     return ImportOptions(
         side=side,
         # A linked folder is replaced where it really is, so that the link stays.
@@ -70,13 +70,11 @@ def parse_options(side: Side, argv: Sequence[str], summary: str) -> ImportOption
     )
 
 
-def _parser(side: Side, summary: str) -> argparse.ArgumentParser:
+def _parser(side: Side) -> argparse.ArgumentParser:
     name = f"{side.capitalize()}LLM"
-    program = f"python download_{side}llm.py"
+    program = f"download-{side}llm"
     parser = Parser(
-        program,
-        summary,
-        [program, f"{program} --from_file pytorch_model.bin --base_dir TinyLlama-1.1B"],
+        program, [program, f"{program} --from_file pytorch_model.bin --base_dir TinyLlama-1.1B"]
     )
     parser.add_argument(
         "--out",
@@ -84,10 +82,10 @@ def _parser(side: Side, summary: str) -> argparse.ArgumentParser:
         default=f"model_checkpoints/{name}_complete",
         help="model folder to make (default: %(default)s); it appears whole or not at all",
     )
-    parser.add_argument(
+    add_flag(
+        parser,
         "--force",
-        action="store_true",
-        help="replace an import that is there; without it a finished one is left alone",
+        "replace an import that is there; without it a finished one is left alone",
     )
     parser.add_argument(
         "--dtype",

@@ -6,7 +6,7 @@ import argparse
 import logging
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from hsft.data.cache import default_cache_path
@@ -35,6 +35,7 @@ from hsft.data.prepare.write import (
 )
 from hsft.utils.errors import InputError, refuse
 from hsft.utils.files import is_folder
+from hsft.utils.program import command, command_line
 
 log = logging.getLogger(__name__)
 
@@ -172,11 +173,11 @@ def _hold_out(options: argparse.Namespace) -> Statistics:
     sys.stdout.write(format_rows(f"taken out of {options.dataset}", taken))
     # Embeddings of the full data hold the rest's, and are what the items taken out are ranked by.
     cache = str(default_cache_path(options.data_path, options.dataset))
-    words = ["python", "code/main.py", "--config_file", *_CONFIG, "--dataset", name]
+    words = ["--config_file", *_CONFIG, "--dataset", name]
     words += [*_paths(options), "--item_cache_path", cache]
     words += ["--user_pretrain_dir", _USER_LLM, "--use_qlora", "True"]
     sys.stdout.write(f"\n{_download('user', _USER_LLM)}")
-    sys.stdout.write(f"next, with the item cache of {options.dataset}: {shlex.join(words)}\n")
+    sys.stdout.write(f"next, with the item cache of {options.dataset}: {_typed('train', words)}\n")
     return numbers
 
 
@@ -185,16 +186,20 @@ def _share(part: int, whole: int) -> str:
 
 
 def _write_next(name: str, options: argparse.Namespace) -> None:
-    words = ["python", "item_caching.py", "--config_file", *_CONFIG, "--dataset", name]
+    words = ["--config_file", *_CONFIG, "--dataset", name]
     words += [*_paths(options), "--item_pretrain_dir", _ITEM_LLM]
-    sys.stdout.write(f"\n{_download('item', _ITEM_LLM)}next: {shlex.join(words)}\n")
+    sys.stdout.write(f"\n{_download('item', _ITEM_LLM)}next: {_typed('cache', words)}\n")
+
+
+def _typed(name: str, words: Sequence[str]) -> str:
+    return command_line(f"{name} {shlex.join(words)}")
 
 
 def _download(side: str, folder: str) -> str:
     """Return a line on fetching a model folder, or nothing where it is there."""
     if is_folder(Path(folder)):
         return ""
-    return f"first, since {folder} is not there: python download_{side}llm.py\n"
+    return f"first, since {folder} is not there: {command(f'download-{side}llm')}\n"
 
 
 def _paths(options: argparse.Namespace) -> list[str]:

@@ -97,7 +97,10 @@ class SASRec(SequenceEncoder):
     Args:
         num_items: I.
         max_length: longest history L.
-        dim, layers, heads, dropout: shape.
+        dim: width of item embeddings and layers.
+        layers: self-attention layers.
+        heads: attention heads; must divide `dim`.
+        dropout: dropout probability.
         block: kind of layers, `transformer` (pre-norm, GELU) or `ligr`.
     """
 

@@ -14,6 +14,7 @@ from hsft.evaluator.evaluator import Evaluation
 from hsft.evaluator.metrics import PER_USER, UNRANKED
 from hsft.utils.errors import InputError, one_line
 from hsft.utils.files import atomic_path, is_file, is_folder, read_json, require_file, write_json
+from hsft.utils.program import command
 
 # Format 2 has `fingerprint`, and `UNRANKED` for targets that format 1 ranked last among all items.
 RESULT_FORMAT = 2
@@ -69,7 +70,7 @@ def unfinished(folder: Path) -> InputError:
     config = shlex.quote(str(folder / CONFIG_FILE))
     return InputError(
         f"{folder} is no finished run: it was stopped, or still goes on (it has no {RESULT_FILE}); "
-        f"continue it with: python code/main.py --config_file {config} --auto_resume True."
+        f"continue it with: {command('train')} --config_file {config} --auto_resume True."
     )
 
 

@@ -12,8 +12,8 @@ from hsft.config import Config, load_config
 from hsft.data.cache import default_cache_path
 from hsft.inputs.cache_items import cache_path
 from hsft.utils.files import is_file
+from hsft.utils.program import command, command_line
 
-_ROOT = Path(__file__).resolve().parents[3]
 _FILES = ("code/overall/LLM_ddp.yaml", "code/HLLM/HLLM.yaml")
 _USER_LLM = "model_checkpoints/UserLLM_complete/"
 # What a run has to be told as the caching was: which data, and what it compares with the cache.
@@ -37,8 +37,8 @@ def command_after_caching(config: Config, files: Sequence[Path]) -> str | None:
     """
     if config.dataset is None or not is_file(Path(config.data_path) / f"{config.dataset}.csv"):
         return None
-    plain, _ = load_config(files or [_ROOT / name for name in _FILES])
-    words = ["python", "code/main.py", "--config_file", *map(str, files or _FILES)]
+    plain, _ = load_config(files or _FILES)
+    words = ["--config_file", *map(str, files or _FILES)]
     for key in _KEYS:
         value = getattr(config, key)
         if key == "user_pretrain_dir":
@@ -51,19 +51,19 @@ def command_after_caching(config: Config, files: Sequence[Path]) -> str | None:
         words += _option("item_cache_path", str(target))
     if not plain.use_item_cache:
         words += _option("use_item_cache", True)
-    command = shlex.join([*words, *_option("val_only", True)])
-    return command if command.isprintable() else None
+    line = command_line(f"train {shlex.join([*words, *_option('val_only', True)])}")
+    return line if line.isprintable() else None
 
 
 def commands_after_run(config: Config, folder: Path) -> str:
     """Return what to do with a finished run: a line a command."""
     run_dir = shlex.quote(str(folder))
     lines = [
-        f"intervals and paired tests: python code/compare.py {run_dir}",
-        f"a page to look at: python code/report.py {run_dir}",
+        f"intervals and paired tests: {command('compare')} {run_dir}",
+        f"a page to look at: {command('report')} {run_dir}",
     ]
     if config.trains and config.model == "HLLM":
-        lines.append(f"recommendations: python code/recommend.py --run {run_dir} --serve 8000")
+        lines.append(f"recommendations: {command('recommend')} --run {run_dir} --serve 8000")
     return "\n".join(lines) + "\n"
 
 

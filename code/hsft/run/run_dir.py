@@ -16,7 +16,7 @@ from hsft.report.result import RESULT_FILE
 from hsft.trainer.checkpoint import CHECKPOINTS_DIR
 from hsft.utils.errors import InputError
 from hsft.utils.files import clear_leftovers, remove, write_text
-from hsft.utils.logs import set_up_logging
+from hsft.utils.logs import log_to_file
 
 LOG_FILE = "run.log"
 
@@ -192,7 +192,7 @@ def start_run_dir(config: Config, place: RunDir) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         if not place.resume:
             write_text(folder / CONFIG_FILE, dump_config(config))
-        set_up_logging(folder / LOG_FILE)
+        log_to_file(folder / LOG_FILE)
     except OSError as error:
         raise InputError(
             f"the run folder {folder} cannot be written: {error.strerror}; free some space or "

@@ -103,3 +103,9 @@ def describe(device: torch.device) -> dict[str, Any]:
         "platform": platform.platform(),
         "threads": torch.get_num_threads(),
     }
+
+
+def set_threads(count: int | None) -> None:
+    """Set torch's CPU threads; None leaves torch's own choice."""
+    if count is not None:
+        torch.set_num_threads(count)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
@@ -17,6 +19,7 @@ _NOISY = (
     "matplotlib",
     "urllib3",
 )
+_FORMAT, _TIME = "%(asctime)s %(message)s", "%H:%M:%S"
 _LIBRARIES = r"(bitsandbytes|deepspeed|lightning|peft|torch|transformers)(\.|$)"
 
 
@@ -47,36 +50,88 @@ class _RunLog(logging.FileHandler):
         )
 
 
-def set_up_logging(log_file: Path | None = None, *, quiet: bool = False) -> None:
-    """Send log lines to standard error, and to `log_file` too when one is given.
+def set_up_logging(*, quiet: bool = False) -> None:
+    """Send a program's log lines to standard error.
 
     Args:
-        log_file: appended to.
         quiet: errors only, for the processes after the first: they would repeat every line.
     """
-    # What libraries have to say to each other's authors: nothing a run's user can mend.
-    for category in (FutureWarning, DeprecationWarning):
-        warnings.filterwarnings("ignore", category=category, module=_LIBRARIES)
+    _ignore_library_warnings()
     if quiet:
         warnings.simplefilter("ignore")
-    handlers: list[logging.Handler] = [_Terminal()]
-    if log_file is not None:
-        handlers.append(_RunLog(log_file, encoding="utf-8"))
     logging.basicConfig(
         level=logging.ERROR if quiet else logging.INFO,
-        format="%(asctime)s %(message)s",
-        datefmt="%H:%M:%S",
-        handlers=handlers,
+        format=_FORMAT,
+        datefmt=_TIME,
+        handlers=[_Terminal()],
         force=True,
     )
-    for name in _NOISY:
-        logging.getLogger(name).setLevel(logging.ERROR if quiet else logging.WARNING)
-    # A filter, since DeepSpeed sets the level when it is imported. Without a GPU it says so on
-    # standard output, whatever it is imported for.
+    for name, level in _library_levels(quiet).items():
+        logging.getLogger(name).setLevel(level)
     logging.getLogger("DeepSpeed").addFilter(_is_worth_saying)
+
+
+def log_to_file(path: Path) -> None:
+    """Append log lines to a file as well, and no longer to that of an earlier run.
+
+    Raises:
+        OSError: the file cannot be opened.
+    """
+    handler = _RunLog(path, encoding="utf-8")
+    handler.setFormatter(logging.Formatter(_FORMAT, _TIME))
+    stop_logging_to_file()
+    logging.getLogger().addHandler(handler)
+
+
+def stop_logging_to_file() -> None:
+    """Close the file of `log_to_file`, if there is one."""
+    root = logging.getLogger()
+    for handler in [handler for handler in root.handlers if isinstance(handler, _RunLog)]:
+        root.removeHandler(handler)
+        handler.close()
+
+
+@contextmanager
+def show_log_lines() -> Iterator[None]:
+    """Show the package's log lines during a call from Python, and leave logging as it was.
+
+    Where the caller has set up logging, lines go where that sends them.
+    """
+    ours = logging.getLogger("hsft")
+    libraries = {name: logging.getLogger(name) for name in _library_levels()}
+    before = {logger: logger.level for logger in (ours, *libraries.values())}
+    handler = _Terminal()
+    handler.setFormatter(logging.Formatter(_FORMAT, _TIME))
+    if not logging.getLogger().handlers:
+        ours.addHandler(handler)
+        ours.setLevel(logging.INFO)
+    for name, level in _library_levels().items():
+        libraries[name].setLevel(level)
+    logging.getLogger("DeepSpeed").addFilter(_is_worth_saying)
+    try:
+        with warnings.catch_warnings():
+            _ignore_library_warnings()
+            yield
+    finally:
+        stop_logging_to_file()
+        ours.removeHandler(handler)
+        for logger, level in before.items():
+            logger.setLevel(level)
+
+
+def _ignore_library_warnings() -> None:
+    # What libraries have to say to each other's authors; a user cannot act on it.
+    for category in (FutureWarning, DeprecationWarning):
+        warnings.filterwarnings("ignore", category=category, module=_LIBRARIES)
+
+
+def _library_levels(quiet: bool = False) -> dict[str, int]:
+    levels = dict.fromkeys(_NOISY, logging.ERROR if quiet else logging.WARNING)
     # It warns on every CPU run that an optional faster kernel is not installed.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    return {**levels, "bitsandbytes": logging.ERROR}
 
 
 def _is_worth_saying(record: logging.LogRecord) -> bool:
+    # A filter, since DeepSpeed sets its level when it is imported. Without a GPU it writes this to
+    # standard output, whatever it is imported for.
     return not record.getMessage().startswith("Setting accelerator to CPU")

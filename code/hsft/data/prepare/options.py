@@ -7,10 +7,9 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from hsft.config.options import Parser
+from hsft.config.options import Parser, add_flag
 from hsft.data.prepare.columns import ITEM, TEXTS, TIME, USER
 
-PROGRAM = "python prepare_data.py"
 _EXAMPLES = {
     "pixelrec": "--interactions Pixel200K.csv --items item_info/Pixel200K.csv",
     "amazon2014": "--reviews ratings_Books.csv --meta meta_Books.json.gz --name amazon_books --k_core 5",
@@ -24,23 +23,23 @@ class _SubParser(Parser):
     """A sub-command's parser, as argparse constructs it."""
 
     def __init__(self, prog: str, summary: str, example: str, **_: Any) -> None:
-        super().__init__(prog, summary, [f"{prog} {example}"])
+        super().__init__("prepare", [f"prepare {example}"], prog=prog, summary=summary)
 
 
-def parse_options(argv: Sequence[str], summary: str) -> argparse.Namespace:
+def parse_options(argv: Sequence[str]) -> argparse.Namespace:
     """Read the command line; `format` is the sub-command.
 
     Raises:
         InputError: an option is missing, unknown or has a value that it cannot have.
     """
-    examples = [f"{PROGRAM} {name} {example}" for name, example in _EXAMPLES.items()]
-    parser = Parser(PROGRAM, summary, examples)
+    parser = Parser("prepare", [f"prepare {name} {words}" for name, words in _EXAMPLES.items()])
     kinds = parser.add_subparsers(
         dest="format", required=True, metavar="FORMAT", parser_class=_SubParser
     )
 
     def add(name: str, text: str) -> argparse.ArgumentParser:
-        return kinds.add_parser(name, help=text, summary=text, example=_EXAMPLES[name])
+        example = f"{name} {_EXAMPLES[name]}"
+        return kinds.add_parser(name, help=text, summary=text, example=example)
 
     pixelrec = add("pixelrec", "PixelRec's CSV files: Pixel200K, Pixel1M, Pixel8M")
     columns = {"item_id": ITEM, "user_id": USER, "timestamp": TIME}
@@ -60,10 +59,8 @@ def parse_options(argv: Sequence[str], summary: str) -> argparse.Namespace:
     old = add("amazon2014", "Amazon Reviews of 2014")
     _file(old, "--reviews", "ratings_X.csv, reviews_X.json.gz or reviews_X_5.json.gz")
     _file(old, "--meta", "meta_X.json.gz")
-    old.add_argument(
-        "--item_first",
-        action="store_true",
-        help="ratings are item,user,rating,timestamp, as in the edition of 2018",
+    add_flag(
+        old, "--item_first", "ratings are item,user,rating,timestamp, as in the edition of 2018"
     )
     new = add("amazon2023", "Amazon Reviews of 2023")
     _file(new, "--reviews", "X.jsonl, X.jsonl.gz, or the benchmark's X.csv or X.csv.gz")
@@ -92,7 +89,7 @@ def parse_options(argv: Sequence[str], summary: str) -> argparse.Namespace:
     for kind in (pixelrec, old, new, films):
         _output(kind, "after its files")
     _output(held, "NAME-warm")
-    return parser.parse_args(list(argv))
+    return parser.parse_args(argv)
 
 
 def _file(parser: argparse.ArgumentParser, flag: str, text: str) -> None:
@@ -124,10 +121,8 @@ def _filters(parser: argparse.ArgumentParser) -> None:
         default=0,
         help="take out users with fewer than N interactions (default: %(default)s, none)",
     )
-    group.add_argument(
-        "--keep_repeats",
-        action="store_true",
-        help="keep rows that repeat an earlier row's user, item and timestamp",
+    add_flag(
+        group, "--keep_repeats", "keep rows that repeat an earlier row's user, item and timestamp"
     )
 
 
@@ -146,7 +141,7 @@ def _output(parser: argparse.ArgumentParser, name: str) -> None:
         default="information",
         help="folder of the item information (default: %(default)s)",
     )
-    group.add_argument("--overwrite", action="store_true", help="replace files that are there")
+    add_flag(group, "--overwrite", "replace files that are there")
 
 
 def _count(text: str) -> int:

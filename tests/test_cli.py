@@ -1,0 +1,192 @@
+"""`hsft`: every program as a sub-command, beside the scripts of the repository."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from hsft import __version__
+from hsft.cli import help_text, program, run_command
+from hsft.config.options import Parser, add_flag
+from hsft.utils.errors import InputError
+from hsft.utils.program import PROGRAMS, command, command_line, install_command, run_program
+from tests.conftest import Project
+from tests.helpers import ROOT
+
+
+def hsft(*words: str, cwd: Path = ROOT, columns: int = 80) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "hsft", *words],
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": str(ROOT / "code"), "COLUMNS": str(columns)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_every_script_is_a_program_and_every_program_has_its_module() -> None:
+    scripts = {path.relative_to(ROOT).as_posix() for path in ROOT.glob("*.py")}
+    scripts |= {path.relative_to(ROOT).as_posix() for path in (ROOT / "code").glob("*.py")}
+    assert {about.script for about in PROGRAMS.values()} - {""} == scripts
+    modules = {path.stem for path in (ROOT / "code/hsft/programs").glob("*.py")} - {"__init__"}
+    assert {about.module for about in PROGRAMS.values()} == modules
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_help_names_the_command_that_was_used(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["/usr/bin/hsft", name, "--help"])
+    with contextlib.suppress(SystemExit):  # argparse ends so
+        assert run_command([name, "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert f"usage: hsft {name}" in shown
+    examples = shown[shown.index("examples:") :].splitlines()
+    assert examples[1].startswith(f"  hsft {name}")
+    assert "python " not in shown
+    assert "code/overall" not in shown
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_every_program_tells_its_version(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with contextlib.suppress(SystemExit):  # argparse ends so
+        assert program(name)(["--version"]) == 0
+    assert capsys.readouterr().out == f"hsft {__version__}\n"
+
+
+def test_the_command_itself() -> None:
+    assert hsft("--version").stdout == f"hsft {__version__}\n"
+    done = hsft("--help")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert all(f"  {name} " in done.stdout for name in PROGRAMS)
+    assert max(map(len, done.stdout.splitlines())) <= 80
+    for name, message in {
+        "": "error: no command is given; hsft --help lists them.\n",
+        "trian": "error: hsft has no command 'trian'; did you mean train?\n",
+        "x\n": "error: hsft has no command 'x\\n'; hsft --help lists them.\n",
+    }.items():
+        done = hsft(*filter(None, [name]))
+        assert (done.returncode, done.stdout, done.stderr) == (2, "", message)
+
+
+@pytest.mark.parametrize("columns", [72, 140])
+def test_help_fits_the_terminal(columns: int) -> None:
+    for name in ("train", "cache"):
+        shown = hsft(name, "--help", columns=columns).stdout
+        start, end = shown.index("examples:"), shown.index("flags:")
+        text = shown[:start] + shown[end:]
+        # A line of a key names its type and default and is not broken.
+        wrapped = [line for line in text.splitlines() if not line.startswith("  --")]
+        assert max(map(len, wrapped)) <= columns
+        assert max(map(len, wrapped)) > columns - 15
+
+
+def test_a_run_by_the_command(project: Project) -> None:
+    words = [*("--config_file", "overall/LLM_ddp.yaml", "--dataset", "tiny", "--model", "pop")]
+    done = hsft("evaluate", *words, "--run_name", "a", cwd=project.root)
+    assert done.returncode == 0, done.stderr
+    assert "\nresult: saved/a/result.json" in done.stdout
+    # What to do next is said in the same form.
+    assert "intervals and paired tests: hsft compare saved/a\n" in done.stdout
+    done = hsft("compare", "saved/a", cwd=project.root)
+    assert done.returncode == 0, done.stderr
+    assert "saved: saved/a/comparison.md" in done.stdout
+
+
+def test_evaluate_trains_nothing(project: Project) -> None:
+    code, out, err = project.call(program("evaluate"), [*project.arguments, "--use_qlora", "True"])
+    assert code == 0, err
+    assert "untrained" in out
+    assert "fine-tuned" not in out
+
+
+def test_commands_follow_how_the_program_was_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    line = "train --config_file code/overall/LLM_ddp.yaml /my/code/HLLM/x.yaml"
+    monkeypatch.setattr(sys, "argv", ["code/main.py"])
+    assert command("cold-start") == "python code/cold_start.py"
+    assert command("serve") == "hsft serve"
+    assert command_line(line) == f"python code/main.py{line.removeprefix('train')}"
+    for started in (
+        "/venv/bin/hsft",
+        "C:/venv/Scripts/hsft.exe",
+        "/site-packages/hsft/__main__.py",
+    ):
+        monkeypatch.setattr(sys, "argv", [started])
+        assert command("cold-start") == "hsft cold-start"
+        expected = "hsft train --config_file overall/LLM_ddp.yaml /my/code/HLLM/x.yaml"
+        assert command_line(line) == expected
+
+
+@pytest.mark.parametrize(
+    ("words", "value", "rest"),
+    [
+        ([], False, []),
+        (["--json"], True, []),
+        (["--json", "True"], True, []),
+        (["--json", "false"], False, []),
+        (["--json=False"], False, []),
+        (["--json", "a"], True, ["a"]),
+        (["a", "--json", "False"], False, ["a"]),
+        (["--json", "--json", "False"], False, []),
+    ],
+)
+def test_flags_have_one_dialect(words: list[str], value: bool, rest: list[str]) -> None:
+    parser = Parser("compare", [])
+    add_flag(parser, "--json", "print JSON")
+    parser.add_argument("runs", nargs="*")
+    options = parser.parse_args(words)
+    assert options.json is value
+    assert options.runs == rest
+
+
+def test_a_flag_with_another_value_is_refused() -> None:
+    parser = Parser("compare", [])
+    add_flag(parser, "--json", "print JSON")
+    with pytest.raises(InputError, match="'maybe' is neither True nor False"):
+        parser.parse_args(["--json=maybe"])
+    with pytest.raises(InputError, match="unrecognized arguments: maybe"):
+        parser.parse_args(["--json", "maybe"])
+
+
+def test_no_program_has_a_flag_of_another_dialect() -> None:
+    sources = [*(ROOT / "code/hsft").rglob("*.py")]
+    wrong = [path for path in sources if "store_true" in path.read_text(encoding="utf-8")]
+    assert wrong == []
+
+
+def test_a_missing_extra_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def needs_optuna(_: object) -> int:
+        raise ModuleNotFoundError("No module named 'optuna'", name="optuna.samplers")
+
+    assert run_program(needs_optuna, []) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: the package optuna is missing in {sys.executable}")
+    assert "pip install -c constraints.txt -e '.[sweep]'" in line
+    monkeypatch.setattr("hsft.utils.program._PACKAGE", Path("/site-packages/hsft"))
+    assert install_command("optuna") == "pip install 'hsft[sweep]'"
+    assert install_command("torch") == "pip install hsft"
+
+
+def test_extras_named_in_messages_exist() -> None:
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    from hsft.utils.program import _EXTRAS
+
+    for package, extra in _EXTRAS.items():
+        (listed,) = re.findall(rf"^{extra} = \[(.*)\]$", text, re.MULTILINE)
+        assert f'"{package}>' in listed
+
+
+def test_help_is_as_wide_as_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    for columns in (60, 90):
+        monkeypatch.setenv("COLUMNS", str(columns))
+        longest = max(map(len, help_text().splitlines()))
+        assert columns - 15 < longest <= columns
