@@ -455,7 +455,8 @@ def say(line: str) -> None:
 def run_trials(runner: Runner, trials: Sequence[Trial], seconds: float, parallel: int) -> None:
     """Run trials in their order until the time is over; what runs then is ended."""
     end = time.monotonic() + seconds
-    waiting, running, number = list(trials), [], len(runner.outcomes)
+    waiting, number = list(trials), len(runner.outcomes)
+    running: list[Job] = []
     while (waiting or running) and time.monotonic() < end:
         while waiting and len(running) < parallel:
             job = runner.start(waiting.pop(0), number)
