@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import numpy as np
@@ -149,3 +150,28 @@ def test_every_process_scores_its_own_share_once(split: Split, table: Tensor) ->
     counts = sum((part.ranks > 0).astype(int) for part in parts)
     assert np.asarray(counts).tolist() == [1] * len(dataset)
     assert sum(part.ranks for part in parts).tolist() == whole.tolist()  # type: ignore[union-attr]
+
+
+class RowScorer(TableScorer):
+    """The same users, read from single rows."""
+
+    reads_rows = True
+
+    def row_user_vectors(self, row: Tensor, positions: Tensor, cu_lengths: Tensor) -> Tensor:
+        assert positions[0, cu_lengths[:-1]].eq(0).all()
+        bounds = cu_lengths.tolist()
+        vectors = self.table[row[0]]
+        return torch.stack(
+            [vectors[start:end].sum(dim=0) for start, end in itertools.pairwise(bounds)]
+        )
+
+
+@pytest.mark.parametrize("protocol", [FULL, SAMPLED], ids=["full", "sampled"])
+def test_single_rows_give_the_same_ranks(
+    split: Split, table: Tensor, protocol: EvalProtocol
+) -> None:
+    dataset = CachedEmbeddingEvalDataset(split, "test", LENGTH)
+    evaluator = Evaluator(dataset, protocol, batch_size=8)
+    rows = evaluator.run(RowScorer(table), CPU)
+    padded = evaluator.run(TableScorer(table), CPU)
+    assert rows.ranks.tolist() == padded.ranks.tolist()

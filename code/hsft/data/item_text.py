@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
+import pandas as pd
 
 from hsft.data.column_checks import check_ids, find_twins, sentences, spelling_problem
 from hsft.data.csv_rows import (
@@ -23,6 +25,8 @@ from hsft.data.csv_rows import (
 from hsft.utils.errors import InputError, one_line, refuse
 from hsft.utils.files import is_file
 
+TextFormat = Literal["plain", "hllm"]
+
 _REMEDIES = ("check --text_path", "change the file or --text_keys")
 
 
@@ -32,15 +36,22 @@ class ItemTexts:
 
     Attributes:
         item_ids: item ids in file order.
-        texts: prompt and text of each item; empty where no key has a value.
+        texts: prompt and text of each item; empty where no key has a value, but for the prompt
+            under `text_format: hllm`.
         fingerprint: SHA-256 over ids and texts: the same for the same content, whatever the file.
         warnings: one sentence for each thing in the ids that may be wrong, see `column_checks`.
+        prompt: what texts begin with.
     """
 
     item_ids: list[str]
     texts: list[str]
     fingerprint: str
     warnings: tuple[str, ...] = ()
+    prompt: str = ""
+
+    def has_text(self) -> list[bool]:
+        """Say of each item whether it has a text beside the prompt."""
+        return [text not in ("", self.prompt) for text in self.texts]
 
     def __len__(self) -> int:
         return len(self.item_ids)
@@ -65,39 +76,67 @@ def read_item_texts(
     path: str | Path,
     text_keys: Sequence[str],
     item_prompt: str,
+    text_format: TextFormat = "plain",
     remedies: tuple[str, str] = _REMEDIES,
 ) -> ItemTexts:
-    """Read an information CSV and write each item's text as HLLM does.
+    """Read an information CSV and write each item's text.
 
-    The text is `item_prompt` followed by `key: value` for each of `text_keys`, with no separator;
-    empty fields are left out. An item without any value has an empty text, without the prompt.
+    The text is `item_prompt` followed by `key: value` for each of `text_keys`, with no separator.
 
     Args:
         path: the file.
         text_keys: columns that are written, in this order.
         item_prompt: what every text begins with.
+        text_format: which cells have a value and how it is written. `plain`: cells as they are in
+            the file; empty ones and `nan` are left out, and an item without any value has an empty
+            text, without the prompt. `hllm`: as HLLM's public code, which reads the file with
+            pandas' defaults: cells such as `NA`, `None` and `null` are left out, numbers are
+            written as pandas has them (`1990.0` where a cell of the column is blank), the number 0
+            is left out, and an item without any value has the prompt alone.
         remedies: what to do about a file that is missing, and about one that lacks columns.
 
     Raises:
         InputError: the file is missing, not UTF-8 CSV, lacks a column, has rows with too many or
-            too few fields, or repeats an item id; `InputErrors` when there are several kinds.
+            too few fields, repeats an item id, or has ids that cannot be right (see
+            `column_checks`); `InputErrors` when there are several kinds.
     """
     path = Path(path)
     table = _read(path, list(dict.fromkeys(["item_id", *text_keys])), remedies)
     ids = table["item_id"]
-    cells = zip(*(table[key] for key in text_keys), strict=True)
-    bodies = (
-        "".join(
-            f"{key}: {value}"
-            for key, value in zip(text_keys, row, strict=True)
-            if _has_value(value)
+    if text_format == "hllm":
+        texts = [item_prompt + body for body in _hllm_bodies(path, text_keys, len(ids))]
+    else:
+        rows = zip(*(table[key] for key in text_keys), strict=True)
+        bodies = (_body(text_keys, row, _has_value) for row in rows)
+        texts = [item_prompt + body if body else "" for body in bodies]
+    findings = check_ids("item_id", np.array(ids, dtype=object))
+    warnings = sentences(path, findings, partial(line_of_row, path))
+    return ItemTexts(ids, texts, _fingerprint(ids, texts), tuple(warnings), item_prompt)
+
+
+def _hllm_bodies(path: Path, text_keys: Sequence[str], count: int) -> list[str]:
+    """Return the texts without the prompt as HLLM's code makes them of pandas' values.
+
+    Args:
+        path: a file that `_read` has read.
+        text_keys: its columns.
+        count: its rows.
+    """
+    frame = pd.read_csv(path, dtype={"item_id": str})
+    if len(frame) != count:
+        raise InputError(
+            f"{path}: pandas reads {len(frame)} rows of its {count}, so text_format: hllm cannot be "
+            f"had; use text_format: plain."
         )
-        for row in cells
+    # One array, as HLLM transposes the frame: whole numbers beside decimals become decimals.
+    rows = frame[list(text_keys)].to_numpy()
+    return [_body(text_keys, row, lambda value: value and str(value) != "nan") for row in rows]
+
+
+def _body(keys: Sequence[str], values: Iterable[Any], has_value: Callable[[Any], Any]) -> str:
+    return "".join(
+        f"{key}: {value}" for key, value in zip(keys, values, strict=True) if has_value(value)
     )
-    texts = [item_prompt + body if body else "" for body in bodies]
-    found = check_ids("item_id", np.array(ids, dtype=object))
-    warnings = sentences(path, found, partial(line_of_row, path))
-    return ItemTexts(ids, texts, _fingerprint(ids, texts), tuple(warnings))
 
 
 def read_item_titles(path: str | Path, key: str) -> dict[str, str]:
@@ -130,7 +169,7 @@ def unfit_texts(
     spelling = spelling_problem(twins, len(catalogue), interactions, path)
     if spelling:
         return [spelling]
-    having = {item for item, text in zip(items.item_ids, items.texts, strict=True) if text}
+    having = {item for item, has in zip(items.item_ids, items.has_text(), strict=True) if has}
     if having and (not len(catalogue) or any(item in having for item in catalogue)):
         return []
     count = len(catalogue) or len(items)
@@ -171,7 +210,7 @@ def with_items(items: ItemTexts, item_ids: Sequence[str] | np.ndarray) -> ItemTe
     if not extra:
         return items
     ids, texts = items.item_ids + extra, items.texts + [""] * len(extra)
-    return ItemTexts(ids, texts, _fingerprint(ids, texts), items.warnings)
+    return replace(items, item_ids=ids, texts=texts, fingerprint=_fingerprint(ids, texts))
 
 
 def _read(

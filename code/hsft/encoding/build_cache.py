@@ -46,7 +46,7 @@ class EncodingJob:
 
     Attributes:
         model: the ItemLLM's folder.
-        text_keys, prompt, max_text_length, dtype, batch_tokens: configuration keys.
+        text_keys, prompt, text_format, max_text_length, dtype, batch_tokens: configuration keys.
         compute_dtype: number type that the ItemLLM computes in.
         pooling: `emb_token` or `mean`.
         fingerprint: of the ids and texts.
@@ -67,6 +67,7 @@ class EncodingJob:
     compute_dtype: str = "float32"
     source: str = ""
     model_fingerprint: str = ""
+    text_format: str = "plain"
     model_folder: str = field(default="", repr=False, compare=False)
     information: str = field(default="", repr=False, compare=False)
 
@@ -77,6 +78,7 @@ class EncodingJob:
             "model_fingerprint": self.model_fingerprint,
             "text_keys": json.dumps(list(self.text_keys), ensure_ascii=False),
             "prompt": self.prompt,
+            "text_format": self.text_format,
             "max_text_length": str(self.max_text_length),
             "pooling": self.pooling,
             "fingerprint": self.fingerprint,
@@ -115,7 +117,7 @@ def encode_items(
     Raises:
         InputError: an embedding does not fit in the dtype.
     """
-    _count_empty(items.texts, encoder)
+    _log_empty(items.texts, encoder)
     tokens = tokenize_in_memory(encoder.tokenize, items.texts)
     encoder.share_prefix(tokens.common_prefix())
     batches = plan_batches(tokens, job, encoder)
@@ -216,7 +218,7 @@ class CacheBuild:
 
     def _start(self, parts: Parts, encoder: ItemEncoder, job: EncodingJob, texts: list[str]) -> str:
         parts.claim(job.digest())
-        _count_empty(texts, encoder)
+        _log_empty(texts, encoder)
         return tokenize_to_folder(encoder.tokenize, texts, self.parts_dir, self.show_progress)
 
     def _encode(
@@ -393,8 +395,15 @@ def _tokens_of(batch: np.ndarray, tokens: Tokens, encoder: ItemEncoder) -> int:
     return int(tokens.lengths[batch].sum()) + extra
 
 
-def _count_empty(texts: Sequence[str], encoder: ItemEncoder) -> None:
+def _log_empty(texts: Sequence[str], encoder: ItemEncoder) -> None:
+    """Say what items without text get, which the tokenizer and the pooling decide."""
     empty = sum(1 for text in texts if not text)
-    if empty:
-        given = "the bare emb token's embedding" if encoder.pooling == "emb_token" else "zeros"
-        log.info("%d of %d items have no text and get %s.", empty, len(texts), given)
+    if not empty:
+        return
+    if len(encoder.tokenize([""])[0]):
+        given = "the embedding of the tokenizer's begin-of-text token"
+    elif encoder.pooling == "emb_token":
+        given = "the bare emb token's embedding"
+    else:
+        given = "zeros"
+    log.info("%d of %d items have no text and get %s.", empty, len(texts), given)

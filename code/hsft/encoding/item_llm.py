@@ -11,11 +11,13 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 from hsft.encoding.prefix import Prefix, encode_prefix
 from hsft.model.backbone import load_decoder, read_extra
+from hsft.model.norms import fuse_norms
 from hsft.utils.errors import InputError, brief
+from hsft.utils.files import is_file
 
 log = logging.getLogger(__name__)
 
@@ -135,6 +137,7 @@ def load_item_encoder(
     dtype: torch.dtype,
     attention: str,
     trust_remote_code: bool = False,
+    tokenizer_as_saved: bool = False,
 ) -> ItemEncoder:
     """Load an ItemLLM and decide its pooling.
 
@@ -145,6 +148,7 @@ def load_item_encoder(
         max_text_length: longest text in tokens.
         device, dtype, attention: where and how the model runs.
         trust_remote_code: let transformers run code from the folder.
+        tokenizer_as_saved: see `load_tokenizer`.
 
     Raises:
         InputError: the model or its tokenizer cannot be loaded.
@@ -156,23 +160,38 @@ def load_item_encoder(
         keep_token_embedding=True,
         trust_remote_code=trust_remote_code,
     ).to(device)
-    tokenizer = load_tokenizer(folder, trust_remote_code)
+    if device.type == "cuda":
+        fuse_norms(model)
+    tokenizer = load_tokenizer(folder, trust_remote_code, as_saved=tokenizer_as_saved)
     token = emb_token(folder, item_emb_token_n, int(model.config.hidden_size))
     if token is None and item_emb_token_n:
         log.info("%s", no_emb_token(folder))
     return ItemEncoder(model, tokenizer, token, max_text_length)
 
 
-def load_tokenizer(folder: str | Path, trust_remote_code: bool = False) -> Any:
+def load_tokenizer(
+    folder: str | Path, trust_remote_code: bool = False, *, as_saved: bool = False
+) -> Any:
     """Load a model folder's tokenizer.
+
+    Args:
+        folder: the model folder.
+        trust_remote_code: let transformers run code from the folder.
+        as_saved: run `tokenizer.json`, where there is one, step by step as it says. transformers 4
+            does so; transformers 5 puts Llama's steps in the place of the file's, and its tokens
+            differ for text that begins with a blank or follows a special token such as `</s>`.
 
     Raises:
         InputError: there is none, or it does not work.
     """
+    saved = Path(folder) / "tokenizer.json"
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=trust_remote_code
-        )
+        if as_saved and is_file(saved):
+            tokenizer: Any = PreTrainedTokenizerFast(tokenizer_file=str(saved))
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=trust_remote_code
+            )
         tokenizer(["a"], truncation=False, padding=False)["input_ids"]
     except Exception as error:  # transformers raises many kinds for absent or damaged tokenizers
         raise InputError(

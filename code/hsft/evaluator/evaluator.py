@@ -118,6 +118,30 @@ class _Group:
         )
 
 
+class _HostRanks:
+    """A group's ranks on their way from the device.
+
+    Args:
+        rows: int64 [b], samples.
+        ranks: int64 [b].
+    """
+
+    def __init__(self, rows: Tensor, ranks: Tensor) -> None:
+        # With non_blocking, torch copies from a GPU into pinned memory.
+        self._rows = rows.to("cpu", non_blocking=True)
+        self._ranks = ranks.to("cpu", non_blocking=True)
+        self._event: Any = None
+        if ranks.is_cuda:
+            self._event = torch.cuda.Event()
+            self._event.record()
+
+    def write(self, ranks: np.ndarray) -> None:
+        """Wait for the copy and write it to its places in int64 [E]."""
+        if self._event is not None:
+            self._event.synchronize()
+        ranks[self._rows.numpy()] = self._ranks.numpy()
+
+
 class Evaluator:
     """Scores all users of one phase.
 
@@ -196,9 +220,15 @@ class Evaluator:
         began = time.perf_counter()
         ranks = np.zeros(len(self.dataset), dtype=np.int64)
         covered = {k: np.zeros(scorer.num_items + 1, dtype=bool) for k in self._coverage_cuts()}
+        waiting: _HostRanks | None = None
         for group in self._groups(scorer, device, on_batch, autocast):
-            found = self._rank(scorer, group, covered)
-            ranks[group.rows.numpy(force=True)] = found.numpy(force=True)
+            started = _HostRanks(group.rows, self._rank(scorer, group, covered))
+            # A group late, so that the device has the next one before this one is waited for.
+            if waiting is not None:
+                waiting.write(ranks)
+            waiting = started
+        if waiting is not None:
+            waiting.write(ranks)
         if self.world_size > 1:
             counted = np.zeros_like(ranks)
             counted[self._own] = ranks[self._own]
@@ -233,10 +263,18 @@ class Evaluator:
         """
         waiting: list[tuple[Tensor, EvalBatch]] = []
         count = 0
+        collate = self._loader.collate_fn
+        assert isinstance(collate, EvalCollate)
+        collate.single_row = bool(getattr(scorer, "reads_rows", False))
         for batch in self._loader:
-            moved = EvalBatch(*(part.to(device, non_blocking=True) for part in batch))
+            moved = batch.to(device)
             with nullcontext() if autocast is None else autocast():
-                users = scorer.user_vectors(moved.history, moved.lengths).float()
+                if collate.single_row:
+                    encode: Any = scorer
+                    users = encode.row_user_vectors(moved.row, moved.positions, moved.cu_lengths)
+                else:
+                    users = scorer.user_vectors(moved.history, moved.lengths)
+                users = users.float()
             on_batch(len(users))
             if waiting and count + len(users) > self._users_at_a_time(scorer, users.shape[1]):
                 yield _Group.of(waiting)
@@ -268,12 +306,12 @@ class Evaluator:
             scores = ranking.full_scores(
                 users[part], scorer.item_slice, scorer.num_items, at_a_time, buffer
             )
-            own = (group.seen_rows >= start) & (group.seen_rows < start + size)
-            found.append(
-                ranking.full_ranks(
-                    scores, group.targets[part], group.seen_rows[own] - start, group.seen_items[own]
-                )
-            )
+            seen_rows, seen_items = group.seen_rows, group.seen_items
+            if size < len(users):
+                # Waits for the device to count them; groups are made so that there is one part.
+                own = (seen_rows >= start) & (seen_rows < start + size)
+                seen_rows, seen_items = seen_rows[own] - start, seen_items[own]
+            found.append(ranking.full_ranks(scores, group.targets[part], seen_rows, seen_items))
             if covered:
                 self._cover(scores, covered)
         return torch.cat(found)

@@ -41,7 +41,9 @@ def add_items(run: OpenRun, path: str | Path) -> OpenRun:
     cache = run.data.cache
     assert cache is not None
     config = _with_model(encoding_config(run.config, cache), cache)
-    texts = read_item_texts(path, config.text_keys, config.item_prompt, _REMEDIES)
+    texts = read_item_texts(
+        path, config.text_keys, config.item_prompt, config.text_format, _REMEDIES
+    )
     run.refuse_known(texts.item_ids)
     titles = read_item_titles(path, config.text_keys[0])
     _refuse_other_model(config, cache)
@@ -73,6 +75,8 @@ def encoding_config(config: Config, cache: ItemCache) -> Config:
             given["text_keys"] = json.loads(stated["text_keys"])
         if "prompt" in stated:
             given["item_prompt"] = stated["prompt"]
+            # Caches of before there were text formats have plain texts.
+            given["text_format"] = stated.get("text_format", "plain")
         if "max_text_length" in stated:
             given["MAX_TEXT_LENGTH"] = int(stated["max_text_length"])
         if "pooling" in stated:

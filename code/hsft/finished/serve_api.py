@@ -1,28 +1,118 @@
-"""What the page of `serve` asks for, as plain values: search, histories, recommendations."""
+"""What a served run answers: search, histories, recommendations; and the form of its answers."""
 
 from __future__ import annotations
 
 import random
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import islice
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+from pydantic import BaseModel, ConfigDict, Field
 
 from hsft.data.interactions import PAD
 from hsft.evaluator.evaluator import Scorer
 from hsft.finished.open_run import OpenRun, items_read
-from hsft.utils.errors import InputError, one_line
+from hsft.utils.errors import InputError
 
-MOST_FOUND = 20
+MOST_MATCHES = 20
 MOST_RECOMMENDED = 100
 LONGEST_QUERY = 200
-_KEYS = ("history", "topk", "exclude_seen", "find")
+LONGEST_HISTORY = 10_000
 
 
-class Catalogue:
-    """Texts that can be searched, in the order in which equally good ones are to be found.
+class Item(BaseModel):
+    """An item; `new` where the run's data has no interaction with it."""
+
+    item_id: str
+    title: str
+    new: bool = False
+
+
+class ScoredItem(Item):
+    """An item with its score, on the model's own scale."""
+
+    score: float
+
+
+class Rank(BaseModel):
+    """Where an item stands among the candidates."""
+
+    rank: int
+    candidates: int
+
+
+class ModelItems(BaseModel):
+    """What one model recommends, best first, and where the item to find stands."""
+
+    name: str
+    items: list[ScoredItem]
+    found: Rank | None = None
+
+
+class Recommended(BaseModel):
+    """What every model recommends."""
+
+    models: list[ModelItems]
+
+
+class Items(BaseModel):
+    """Items that match a query."""
+
+    items: list[Item]
+
+
+class User(BaseModel):
+    """A user and how many items its history has."""
+
+    user_id: str
+    items: int
+
+
+class Users(BaseModel):
+    """Users that match a query."""
+
+    users: list[User]
+
+
+class History(BaseModel):
+    """A user's items, oldest first."""
+
+    user_id: str
+    history: list[Item]
+
+
+class Info(BaseModel):
+    """What is served; `max_length` is null where no model reads the history."""
+
+    run: str
+    dataset: str
+    models: list[str]
+    items: int
+    users: int
+    max_length: int | None
+    topk: int
+    most: int
+
+
+class RecommendRequest(BaseModel):
+    """What is asked of `/recommend`."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    history: Annotated[list[str], Field(min_length=1, max_length=LONGEST_HISTORY)] = Field(
+        description="item ids, oldest first"
+    )
+    topk: Annotated[int, Field(ge=1, le=MOST_RECOMMENDED)] | None = Field(
+        None, description="items a model; without it, what the server was started with"
+    )
+    exclude_seen: bool = Field(True, description="leave the history's items out")
+    find: str | None = Field(None, description="id of an item whose rank is asked for")
+
+
+class TextSearch:
+    """Finds ids and titles by words; of equally good matches those given first come first.
 
     Args:
         ids: one each.
@@ -30,15 +120,15 @@ class Catalogue:
     """
 
     def __init__(self, ids: Sequence[str], titles: Sequence[str]) -> None:
-        self._exact = {text.casefold(): place for place, text in reversed(list(enumerate(ids)))}
+        self._by_id = {text.casefold(): entry for entry, text in reversed(list(enumerate(ids)))}
         # Each title and id follows a line break, so that one look says whether either begins with
         # a query.
         self._texts = [
             f"\n{title}\n{text}".casefold() for text, title in zip(ids, titles, strict=True)
         ]
 
-    def search(self, query: str, most: int = MOST_FOUND) -> list[int]:
-        """Return the places of entries that contain every word of the query, in any case.
+    def search(self, query: str, most: int = MOST_MATCHES) -> list[int]:
+        """Return the positions of entries that contain every word of the query, in any case.
 
         The id that equals the query comes first, then titles or ids that begin with it, then the
         others.
@@ -51,12 +141,12 @@ class Catalogue:
         words = query.split()
         if not words:
             return list(range(min(most, len(self._texts))))
-        found: Sequence[int] = range(len(self._texts))
+        matches: Sequence[int] = range(len(self._texts))
         for word in words:
-            found = [place for place in found if word in self._texts[place]]
-        exact = [self._exact[query]] if query in self._exact else []
-        begin = (place for place in found if f"\n{query}" in self._texts[place])
-        ranked = [*exact, *islice(begin, most), *found[:most]]
+            matches = [entry for entry in matches if word in self._texts[entry]]
+        exact = [self._by_id[query]] if query in self._by_id else []
+        begin = (entry for entry in matches if f"\n{query}" in self._texts[entry])
+        ranked = [*exact, *islice(begin, most), *matches[:most]]
         return list(dict.fromkeys(ranked))[:most]
 
 
@@ -85,12 +175,12 @@ class ServeApi:
         counts = np.bincount(data.items, minlength=len(self._ids))
         self._new = counts == 0
         # Item numbers, the most frequent first.
-        self._order = 1 + np.argsort(-counts[1:], kind="stable")
-        self._items_found = Catalogue(
-            [self._ids[number] for number in self._order],
-            [self._titles[number] for number in self._order],
+        self._by_frequency = 1 + np.argsort(-counts[1:], kind="stable")
+        self._item_search = TextSearch(
+            [self._ids[number] for number in self._by_frequency],
+            [self._titles[number] for number in self._by_frequency],
         )
-        self._users_found = Catalogue(self._users, [""] * len(self._users))
+        self._user_search = TextSearch(self._users, [""] * len(self._users))
         self._lengths = dict(zip(map(str, data.user_ids), data.lengths.tolist(), strict=True))
         self._with_target = [user for user in self._users if self._lengths[user] >= 2]
         self._models: dict[str, Scorer] = {name: run.build(name) for name in run.models}
@@ -116,13 +206,13 @@ class ServeApi:
         The item with that id comes first, then titles that begin with the query, then the others,
         each kind by the number of interactions. An empty query finds the most frequent items.
         """
-        found = self._items_found.search(query)
-        return {"items": [self._item(int(self._order[place])) for place in found]}
+        matches = self._item_search.search(query)
+        return {"items": [self._item(int(self._by_frequency[entry])) for entry in matches]}
 
     def users(self, query: str) -> dict[str, Any]:
         """Return at most 20 user ids that contain the query, with the lengths of their histories."""
-        found = [self._users[place] for place in self._users_found.search(query)]
-        return {"users": [{"user_id": user, "items": self._lengths[user]} for user in found]}
+        matches = [self._users[entry] for entry in self._user_search.search(query)]
+        return {"users": [{"user_id": user, "items": self._lengths[user]} for user in matches]}
 
     def user(self, user_id: str) -> dict[str, Any]:
         """Return all items of a user, oldest first.
@@ -137,13 +227,11 @@ class ServeApi:
         """Return the items of a user drawn at random, of those with two items or more."""
         return self.user(random.choice(self._with_target or self._users))
 
-    def recommend(self, request: Any) -> dict[str, Any]:
+    def recommend(self, request: RecommendRequest) -> dict[str, Any]:
         """Return every model's best items for a history.
 
         Args:
-            request: a mapping with `history` (item ids, oldest first) and, if wanted, `topk`,
-                `exclude_seen` (leave the history's items out; default True) and `find`, the id of
-                an item whose rank is asked for.
+            request: history and options.
 
         Returns:
             `models`: a list of `name`, `items` (best first) and, when `find` is given, `found`:
@@ -151,13 +239,17 @@ class ServeApi:
             come before it), or None where the item is not a candidate.
 
         Raises:
-            InputError: the request is not of that form, or names an unknown item.
+            InputError: the request names an unknown item.
         """
-        history, topk, exclude_seen, find = self._read(request)
-        numbers = self._run.item_numbers(history)
+        numbers = self._run.item_numbers(request.history)
+        find = request.find
         target = None if find is None else int(self._run.item_numbers([find])[0])
+        topk = request.topk or self._topk
         with self._busy:
-            models = [self._ask(name, numbers, topk, exclude_seen, target) for name in self._models]
+            models = [
+                self._best_items(name, numbers, topk, request.exclude_seen, target)
+                for name in self._models
+            ]
         return {"models": models}
 
     def wait_until_idle(self, seconds: float) -> bool:
@@ -168,7 +260,7 @@ class ServeApi:
         """
         return self._busy.acquire(timeout=seconds)
 
-    def _ask(
+    def _best_items(
         self, name: str, history: np.ndarray, topk: int, exclude_seen: bool, target: int | None
     ) -> dict[str, Any]:
         asked = topk if target is None else len(self._ids) - 1
@@ -183,10 +275,10 @@ class ServeApi:
             ],
         }
         if target is not None:
-            place = np.flatnonzero(items == target)
+            (position,) = np.nonzero(items == target)
             answer["found"] = (
-                {"rank": int((scores >= scores[place[0]]).sum()), "candidates": len(items)}
-                if len(place)
+                {"rank": int((scores >= scores[position[0]]).sum()), "candidates": len(items)}
+                if len(position)
                 else None
             )
         return answer
@@ -194,29 +286,3 @@ class ServeApi:
     def _item(self, number: int) -> dict[str, Any]:
         item: dict[str, Any] = {"item_id": self._ids[number], "title": self._titles[number]}
         return {**item, "new": True} if self._new[number] else item
-
-    def _read(self, request: Any) -> tuple[list[str], int, bool, str | None]:
-        if not isinstance(request, Mapping):
-            raise InputError("the request is no JSON object; send one with the key history.")
-        unknown = [key for key in request if key not in _KEYS]
-        if unknown:
-            raise InputError(
-                f"the request has an unknown key '{one_line(unknown[0], 40)}'; "
-                f"it takes {', '.join(_KEYS)}."
-            )
-        history = request.get("history")
-        if not isinstance(history, list) or not all(isinstance(item, str) for item in history):
-            raise InputError("history is no list of item ids as text; send for example ['1', '2'].")
-        if not history:
-            raise InputError("history is empty; give at least one item.")
-        topk = request.get("topk", self._topk)
-        # True is an int, too.
-        if type(topk) is not int or not 1 <= topk <= MOST_RECOMMENDED:
-            raise InputError(f"topk is no whole number from 1 to {MOST_RECOMMENDED}; change it.")
-        exclude_seen = request.get("exclude_seen", True)
-        if not isinstance(exclude_seen, bool):
-            raise InputError("exclude_seen is neither true nor false; change it.")
-        find = request.get("find")
-        if not (find is None or isinstance(find, str)):
-            raise InputError("find is no item id as text; change it or leave it out.")
-        return history, topk, exclude_seen, find

@@ -117,7 +117,9 @@ def _is_current(target: Path, job: EncodingJob, item_ids: list[str]) -> bool:
     except InputError:
         return False
     wanted = {**job.metadata(), "dtype": job.dtype}
-    return cache.item_ids == item_ids and wanted.items() <= cache.metadata.items()
+    # Caches of before there were text formats have plain texts.
+    stated = {"text_format": "plain", **cache.metadata}
+    return cache.item_ids == item_ids and wanted.items() <= stated.items()
 
 
 def encode_in_memory(config: Config) -> ItemCache:
@@ -168,10 +170,14 @@ def _other_cache(config: Config, cache: ItemCache, item_ids: np.ndarray) -> str 
         cache: the cache that the run reads.
         item_ids: str, ids of the interactions.
     """
-    stated = cache.metadata
+    stated = dict(cache.metadata)
+    if "prompt" in stated:
+        # Caches of before there were text formats have plain texts.
+        stated.setdefault("text_format", "plain")
     expected = {
         "text_keys": ("text_keys", json.dumps(config.text_keys, ensure_ascii=False)),
         "prompt": ("item_prompt", config.item_prompt),
+        "text_format": ("text_format", config.text_format),
         "max_text_length": ("MAX_TEXT_LENGTH", str(config.MAX_TEXT_LENGTH)),
     }
     if config.item_emb_token_n == 0:
@@ -199,7 +205,7 @@ def _texts_differ(config: Config, cache: ItemCache, item_ids: np.ndarray) -> boo
         path = information_file(config.text_path, config.dataset)
         if path.stat().st_size > _QUICKLY_READ:
             return False
-        items = read_item_texts(path, config.text_keys, config.item_prompt)
+        items = read_item_texts(path, config.text_keys, config.item_prompt, config.text_format)
     except InputError:
         # The run does not need the file.
         return False
@@ -217,7 +223,7 @@ def _catalogue(config: Config) -> ItemTexts:
         InputError: a file is bad, or no item has text.
     """
     path = information_file(config.text_path, config.dataset)
-    items = read_item_texts(path, config.text_keys, config.item_prompt)
+    items = read_item_texts(path, config.text_keys, config.item_prompt, config.text_format)
     source = Path(config.data_path) / f"{config.dataset}.csv"
     warnings = list(items.warnings)
     wanted = np.empty(0, dtype=object)
@@ -242,6 +248,9 @@ def _encoder(
     if device.type == "cuda":
         device = torch.device("cuda", local_rank() % torch.cuda.device_count())
     dtype = compute_dtype(config)
+    # Texts come in rows of alike length, and share what they begin with: no row holds several.
+    varlen = config.attn_implementation == "varlen"
+    kernels = config.model_copy(update={"attn_implementation": "sdpa"}) if varlen else config
     model = load_model_config(config.item_pretrain_dir, config.trust_remote_code)
     encoder = load_item_encoder(
         config.item_pretrain_dir,
@@ -249,8 +258,9 @@ def _encoder(
         max_text_length=config.MAX_TEXT_LENGTH,
         device=device,
         dtype=dtype,
-        attention=attention_kernel(config, device, model),
+        attention=attention_kernel(kernels, device, model, rows=False),
         trust_remote_code=config.trust_remote_code,
+        tokenizer_as_saved=config.text_format == "hllm",
     )
     if config.item_compile:
         encoder.compile()
@@ -259,6 +269,7 @@ def _encoder(
         model=Path(config.item_pretrain_dir).name,
         text_keys=tuple(config.text_keys),
         prompt=config.item_prompt,
+        text_format=config.text_format,
         max_text_length=config.MAX_TEXT_LENGTH,
         dtype=config.item_cache_dtype,
         pooling=encoder.pooling,

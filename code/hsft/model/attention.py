@@ -64,12 +64,19 @@ def varlen_attention_forward(
         [B, T, H, d], and None in place of the attention weights.
     """
     if cu_seq_lens_q is None:
+        length, seen = query.shape[2], key.shape[2]
+        mask = None
+        if length not in (1, seen):
+            # Keys of positions before these: torch's is_causal would align the first of both.
+            mask = torch.ones(length, seen, dtype=torch.bool, device=query.device)
+            mask = mask.tril(seen - length)
         out = F.scaled_dot_product_attention(
             query,
             key,
             value,
+            attn_mask=mask,
             dropout_p=dropout,
-            is_causal=query.shape[2] > 1,
+            is_causal=mask is None and length > 1,
             scale=scaling,
             enable_gqa=query.shape[1] != key.shape[1],
         )

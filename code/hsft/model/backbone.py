@@ -343,7 +343,12 @@ def enable_checkpointing(model: PreTrainedModel) -> None:
 
 
 def choose_attention(
-    requested: str, allow_flash: bool, device: torch.device, half: bool, model_config: Any = None
+    requested: str,
+    allow_flash: bool,
+    device: torch.device,
+    half: bool,
+    model_config: Any = None,
+    allow_varlen: bool = True,
 ) -> str:
     """Resolve `attn_implementation: auto`, and refuse what cannot run.
 
@@ -356,6 +361,7 @@ def choose_attention(
         device: where the model runs.
         half: whether it computes in bfloat16 or float16, as flash-attn needs.
         model_config: as `load_model_config` gives; None: a model that has every kernel.
+        allow_varlen: False keeps `auto` from `varlen`.
 
     Raises:
         InputError: `varlen` or `flash_attention_2` was asked for and cannot run here, or the model
@@ -371,7 +377,7 @@ def choose_attention(
         raise InputError(
             f"attn_implementation: varlen needs {obstacle}; set --attn_implementation auto."
         )
-    if requested == "auto" and obstacle is None:
+    if requested == "auto" and obstacle is None and allow_varlen:
         return VARLEN
     if requested == "auto":
         flash = runs and allow_flash and "flash_attention_2" not in lacking

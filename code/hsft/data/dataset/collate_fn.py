@@ -69,6 +69,10 @@ class EvalBatch(NamedTuple):
         seen_rows: int64 [n], row in the batch of each seen item.
         seen_items: int64 [n], all items of the whole history, beside `seen_rows`.
         candidates: int64 [B, C], drawn items for sampled evaluation, [B, 0] for full ranking.
+        row: int64 [1, N], the histories one after the other, for a model that reads rows; [0, 0]
+            else. `history` has no columns then.
+        positions: int64 [1, N], beside `row`, as in `TrainBatch`.
+        cu_lengths: int32 [B + 1], where each history starts in `row`, and N; [0] without one.
     """
 
     rows: torch.Tensor
@@ -79,6 +83,16 @@ class EvalBatch(NamedTuple):
     seen_rows: torch.Tensor
     seen_items: torch.Tensor
     candidates: torch.Tensor
+    row: torch.Tensor = NOT_PACKED
+    positions: torch.Tensor = NOT_PACKED
+    cu_lengths: torch.Tensor = _NO_LENGTHS
+
+    def to(self, device: torch.device) -> EvalBatch:
+        """Copy the batch to a device, to a GPU without waiting for it."""
+        if device.type == "cuda":
+            pinned = (part.pin_memory() for part in self)
+            return EvalBatch(*(part.to(device, non_blocking=True) for part in pinned))
+        return EvalBatch(*(part.to(device) for part in self))
 
 
 class TrainCollate:
@@ -203,11 +217,15 @@ class EvalCollate:
     Args:
         dataset: the evaluation users.
         candidates: int64 [E, C], drawn items of every user for sampled evaluation, else None.
+
+    Attributes:
+        single_row: put the histories of a batch into one row.
     """
 
     def __init__(
         self, dataset: CachedEmbeddingEvalDataset, candidates: np.ndarray | None = None
     ) -> None:
+        self.single_row = False
         self.dataset = dataset
         self.candidates = candidates
 
@@ -222,7 +240,19 @@ class EvalCollate:
         items = self.dataset.interactions.items
         starts, ends = segments.starts[indices], segments.ends[indices] - 1
         recent = np.maximum(starts, ends - self.dataset.max_length)
-        history, _ = gather_padded(items, recent, ends)
+        rows = {}
+        if self.single_row:
+            history = np.empty((len(indices), 0), dtype=np.int64)
+            layout = one_row(ends - recent)
+            rows = {
+                "row": torch.from_numpy(
+                    items[ragged_positions(recent, ends)][None].astype(np.int64)
+                ),
+                "positions": torch.from_numpy(layout.positions),
+                "cu_lengths": torch.from_numpy(layout.cu_lengths),
+            }
+        else:
+            history, _ = gather_padded(items, recent, ends)
         drawn = (
             np.empty((len(indices), 0), dtype=np.int64)
             if self.candidates is None
@@ -237,6 +267,7 @@ class EvalCollate:
             seen_rows=torch.from_numpy(np.repeat(np.arange(len(indices)), ends - starts)),
             seen_items=torch.from_numpy(items[ragged_positions(starts, ends)].astype(np.int64)),
             candidates=torch.from_numpy(drawn),
+            **rows,
         )
 
 

@@ -1,0 +1,197 @@
+"""Captured steps: gradients are those of computing kernel by kernel, whatever comes in between."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from hsft.data.dataset import CachedEmbeddingTrainDataset, TrainBatch, TrainCollate
+from hsft.data.dataset.packing import Buckets
+from hsft.data.interactions import Interactions
+from hsft.data.split import leave_one_out
+from hsft.model.accelerate import (
+    Acceleration,
+    StepGraphs,
+    _Captured,
+    choose_acceleration,
+    compile_layers,
+)
+from hsft.model.backbone import load_decoder
+from hsft.model.item_table import ItemTable
+from hsft.model.recommender import LossSettings, Recommender
+from hsft.model.user_llm import UserLLM
+from tests.conftest import Project
+
+CPU = torch.device("cpu")
+
+
+class Replayed:
+    """In a CUDA graph's place: computes the step again from the same buffers."""
+
+    def __init__(self, graphs: StepGraphs, batch: TrainBatch, weight: Any, loss: Any) -> None:
+        self.given = (graphs, batch, weight, loss)
+
+    def replay(self) -> None:
+        graphs, batch, weight, loss = self.given
+        value = graphs._loss_of(batch)
+        graphs._backward(value * weight)
+        loss.copy_(value.detach())
+
+
+class EmulatedGraphs(StepGraphs):
+    """Captures nothing: a replay computes."""
+
+    def _capture(self, batch: TrainBatch) -> _Captured:
+        fixed = TrainBatch(*(part.clone() for part in batch))
+        weight, loss = torch.ones(()), torch.zeros(())
+        self._attach_gradients()
+        return _Captured(Replayed(self, fixed, weight, loss), fixed, weight, loss)
+
+
+def batches() -> list[TrainBatch]:
+    rng = np.random.default_rng(0)
+    sizes = rng.integers(4, 12, 24)
+    data = Interactions(
+        item_ids=np.array(["", *(f"i{n}" for n in range(20))]),
+        user_ids=np.array([f"u{n}" for n in range(24)]),
+        items=rng.integers(1, 21, sizes.sum()).astype(np.int32),
+        timestamps=np.arange(sizes.sum()),
+        offsets=np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64),
+    )
+    collate = TrainCollate(
+        CachedEmbeddingTrainDataset(leave_one_out(data), max_length=9),
+        single_row=True,
+        buckets=Buckets(16, 4, 9),
+    )
+    return [collate(np.arange(start, start + 4)) for start in range(0, 24, 4)]
+
+
+def recommender(llama: Path) -> Recommender:
+    torch.manual_seed(0)
+    decoder = load_decoder(llama, dtype=torch.float32, attention="varlen")
+    loss = LossSettings("nce", "in_batch", 0.99, 1 << 28, "cosine")
+    return Recommender(UserLLM(decoder, ItemTable(torch.randn(21, 64)), max_length=9), loss)
+
+
+def trained(llama: Path, captured: bool) -> tuple[list[float], list[torch.Tensor], int]:
+    model = recommender(llama)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    graphs = EmulatedGraphs(model, torch.Tensor.backward, model.parameters(), CPU)
+    losses = []
+    for epoch in range(3):
+        for number, batch in enumerate(batches()):
+            if captured:
+                loss = graphs.step(batch, 0.5)
+            else:
+                loss = model(batch)
+                (loss * 0.5).backward()
+            losses.append(loss.item())
+            # Gradients of two batches are added up, but for the first step of each epoch.
+            if number % 2 or not number:
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=epoch != 1)
+    return losses, [p.detach().clone() for p in model.parameters()], graphs.graphs
+
+
+@pytest.mark.usefixtures("emulated_varlen")
+def test_training_is_the_same(llama: Path) -> None:
+    wanted, weights, _ = trained(llama, captured=False)
+    found, own_weights, graphs = trained(llama, captured=True)
+    assert graphs >= 1
+    assert found == pytest.approx(wanted, rel=1e-5)
+    for own, other in zip(own_weights, weights, strict=True):
+        torch.testing.assert_close(own, other, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.usefixtures("emulated_varlen")
+def test_a_failing_capture_costs_nothing_but_a_line(
+    llama: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = recommender(llama)
+    # Without a GPU a capture fails.
+    graphs = StepGraphs(model, torch.Tensor.backward, model.parameters(), CPU)
+    given = batches()[0]
+    for _ in range(5):
+        loss = graphs.step(given)
+    wanted = model(given)
+    assert float(loss) == pytest.approx(float(wanted))
+    gradients = torch.autograd.grad(wanted, [p for p in model.parameters() if p.requires_grad])
+    own = [p.grad for p in model.parameters() if p.requires_grad]
+    for found, one in zip(own, gradients, strict=True):
+        assert found is not None
+        torch.testing.assert_close(found, 5 * one, rtol=1e-4, atol=1e-5)
+    assert not graphs.enabled
+    assert sum("could not be captured" in line for line in caplog.messages) == 1
+
+
+def choose(asked: str, **more: Any) -> tuple[Acceleration, str]:
+    given = {"single_row": True, "processes": 1, "steps": 1000, "obstacle": "", **more}
+    return choose_acceleration(asked, more.pop("device", torch.device("cuda")), **given)
+
+
+def test_what_compile_comes_to() -> None:
+    assert choose("auto") == (Acceleration(graph=True), "")
+    assert choose("off") == (Acceleration(), "")
+    assert choose("layers") == (Acceleration(layers=True), "")
+    assert choose("graph", steps=3)[0].graph
+    for more, word in (
+        ({"steps": 3}, "too short"),
+        ({"single_row": False}, "one row"),
+        ({"processes": 2}, "single process"),
+        ({"obstacle": "CUDA graphs need tea"}, "need tea"),
+    ):
+        chosen, reason = choose("auto", **more)
+        assert not chosen.graph
+        assert word in reason
+    assert (
+        "CUDA device"
+        in choose_acceleration("graph", CPU, single_row=True, processes=1, steps=9, obstacle="")[1]
+    )
+
+
+def test_layers_that_do_not_compile_run_as_they_are(
+    llama: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(function: Any, **_: Any) -> Any:
+        def fail(*args: Any, **kwargs: Any) -> Any:
+            raise RuntimeError("no compiler")
+
+        return fail
+
+    decoder: nn.Module = load_decoder(llama, dtype=torch.float32, attention="sdpa")
+    vectors = torch.randn(1, 4, 64)
+    wanted = decoder(inputs_embeds=vectors).last_hidden_state
+    names = set(decoder.state_dict())
+    monkeypatch.setattr(torch, "compile", broken)
+    assert compile_layers(decoder) == 2
+    torch.testing.assert_close(decoder(inputs_embeds=vectors).last_hidden_state, wanted)
+    assert set(decoder.state_dict()) == names
+    assert sum("no compiler" in line for line in caplog.messages) == 1
+
+
+@pytest.mark.usefixtures("emulated_varlen")
+def test_a_whole_run_in_single_rows_is_that_of_masked_rows(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    common = ("--use_qlora", "True", "--epochs", "2", "--qlora_dropout", "0.0")
+    results = []
+    for kernel in ("sdpa", "varlen"):
+        if kernel == "varlen":
+            monkeypatch.setattr("hsft.model.backbone.varlen_obstacle", lambda *_: None)
+        run = ("--attn_implementation", kernel, "--run_name", kernel)
+        code, _, err = project.run(*common, *run)
+        assert code == 0, err
+        results.append(json.loads((project.root / "saved" / kernel / "result.json").read_text()))
+    masked, rows = results
+    for name in ("loss", "valid"):
+        for own, other in zip(
+            rows["training"]["history"], masked["training"]["history"], strict=True
+        ):
+            assert own[name] == pytest.approx(other[name], rel=1e-4)
+    assert [row["metrics"] for row in rows["rows"]] == [row["metrics"] for row in masked["rows"]]
