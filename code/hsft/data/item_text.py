@@ -107,10 +107,7 @@ def read_item_texts(
         texts = [item_prompt + body for body in _hllm_bodies(path, text_keys, len(ids))]
     else:
         rows = zip(*(table[key] for key in text_keys), strict=True)
-        # An empty cell that went through pandas is written as `nan`.
-        bodies = (
-            _body(text_keys, row, lambda cell: cell.lower() not in ("", "nan")) for row in rows
-        )
+        bodies = (_body(text_keys, row, _has_value) for row in rows)
         texts = [item_prompt + body if body else "" for body in bodies]
     findings = check_ids("item_id", np.array(ids, dtype=object))
     warnings = sentences(path, findings, partial(line_of_row, path))
@@ -185,6 +182,25 @@ def unfit_texts(
         f"none of the {count} items of the catalogue has text in {path} under the text_keys "
         f"{', '.join(keys)}{others}; put their rows there or change --text_path or --text_keys."
     ]
+
+
+def read_plain_texts(path: str | Path, text_keys: Sequence[str]) -> dict[str, str]:
+    """Read the values of some columns as sentences: item id -> values, joined by ". ".
+
+    Empty fields are left out; an item without any value has an empty text.
+
+    Raises:
+        InputError: as `read_item_texts`.
+    """
+    table = _read(Path(path), list(dict.fromkeys(["item_id", *text_keys])))
+    cells = zip(*(table[key] for key in text_keys), strict=True)
+    texts = (". ".join(value for value in row if _has_value(value)) for row in cells)
+    return dict(zip(table["item_id"], texts, strict=True))
+
+
+def _has_value(cell: str) -> bool:
+    # An empty cell that went through pandas is written as `nan`.
+    return bool(cell) and cell.lower() != "nan"
 
 
 def with_items(items: ItemTexts, item_ids: Sequence[str] | np.ndarray) -> ItemTexts:

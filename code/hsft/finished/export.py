@@ -20,7 +20,7 @@ from hsft.config.help import dump_config
 from hsft.config.options import PLACES
 from hsft.data.cache import DTYPES
 from hsft.evaluator.evaluator import Evaluation
-from hsft.finished.open_run import open_run, run_config
+from hsft.finished.open_run import open_run, refuse_other_user_llm, run_config
 from hsft.hub.manifest import EXPORT_FILE, origin
 from hsft.model.backbone import add_lora, load_decoder, load_model_config, read_extra
 from hsft.model.folder import EMBEDDING_KEYS, EXTRA_FILE, ID_FILE, check_files
@@ -42,6 +42,7 @@ from hsft.report.result import TUNED, read_ranks, read_result
 from hsft.run.run_dir import CONFIG_FILE
 from hsft.run.setup import (
     build_user_llm,
+    initial_logit_scale,
     load_data,
     lora_settings,
     loss_settings,
@@ -209,6 +210,7 @@ class _TrainedRun:
             )
         if not any(row["name"] == TUNED for row in self.result["rows"]):
             raise InputError(f"{self.folder}/result.json has no row '{TUNED}'; run it again.")
+        refuse_other_user_llm(self.folder, config)
         if options.format == "merged":
             # atomic_path would take a missing folder's error for one of writing.
             load_model_config(self.base, config.trust_remote_code)
@@ -286,9 +288,11 @@ def _load_unquantised(run: _TrainedRun, *, keep_token_embedding: bool) -> Recomm
         id_items=run.id_items,
     )
     load_adapter(items, extra, trained=config.item_adapter != "none")
-    scale = extra.get("logit_scale")
     model = Recommender(
-        UserLLM(decoder, items), loss_settings(config), None if scale is None else float(scale)
+        UserLLM(decoder, items),
+        loss_settings(config),
+        initial_logit_scale(config, extra),
+        config.fix_temp,
     )
     load_trained(model, run.best)
     return model.eval()
