@@ -147,7 +147,7 @@ class Config(_Section):
     dry_run: Bool = _key(
         False,
         "run",
-        "print the estimated GPU memory and the largest train_batch_size for cards of 8 to 24 GB, "
+        "print the estimated GPU memory and the largest train_batch_size for cards of 6 to 24 GiB, "
         "then stop; loads no weights, and says what it assumes where the model folder, item cache "
         "or interactions are not there yet",
     )

@@ -67,7 +67,9 @@ class TrainingShape:
         adapter_rank: of `lowrank`.
         item_width: dimensions of the item embeddings, None: the UserLLM's hidden size.
         id_vectors: whether every item has a trained id vector.
-        length: L, positions per sequence; every sequence is taken to be full.
+        length: L, most positions of a sequence.
+        mean_length, length_deviation: mean and standard deviation of the sequences' positions, where
+            they are known and batches are packed; else every sequence is taken to be full.
         attention: `sdpa` or `eager`.
         masked_row: positions of a packed row whose attention takes a mask; None: not packed, and
             sdpa takes no mask.
@@ -96,6 +98,22 @@ class TrainingShape:
     attention: Literal["sdpa", "eager"] = "sdpa"
     item_width: int | None = None
     id_vectors: bool = False
+    mean_length: float | None = None
+    length_deviation: float = 0.0
+
+    def positions(self, batch_size: int) -> int:
+        """Return the positions of a large batch: of a thousand, one or two have more."""
+        full = batch_size * self.length
+        if self.mean_length is None:
+            return full
+        mean = batch_size * self.mean_length
+        return min(full, math.ceil(mean + 3 * math.sqrt(batch_size) * self.length_deviation))
+
+    @property
+    def autocast(self) -> bool:
+        """Whether the decoder runs under autocast: not where it is bfloat16 throughout."""
+        pure = self.lora_rank is not None and self.quant_type != "int8"
+        return self.mixed and not (pure and self.dtype == torch.bfloat16)
 
     @property
     def quantised(self) -> bool:
@@ -109,8 +127,9 @@ class TrainingShape:
 
     @property
     def residual_dtype(self) -> torch.dtype:
-        """Number type of norms and residual stream: peft casts a quantised model's to float32."""
-        return torch.float32 if self.quantised else self.weight_dtype
+        """Number type of norms and residual stream: float32 where a quantised model has float16."""
+        widened = self.quantised and self.dtype == torch.float16
+        return torch.float32 if widened else self.weight_dtype
 
 
 @dataclass(frozen=True)
@@ -256,14 +275,14 @@ def estimate(
 
     Args:
         shape: the run.
-        batch_size: sequences per forward pass, all of L positions.
+        batch_size: sequences per forward pass.
         model: as `meta_decoder` gives, built when None.
         per_token: as `saved_bytes_per_token` gives, counted when None.
     """
     model = meta_decoder(shape.model_config) if model is None else model
     layer, rest = per_token if per_token is not None else saved_bytes_per_token(shape)
     config = shape.model_config
-    tokens, dim, layers = batch_size * shape.length, config.hidden_size, config.num_hidden_layers
+    tokens, dim, layers = shape.positions(batch_size), config.hidden_size, config.num_hidden_layers
     sizes = trained_sizes(model, shape)
     trained = sum(sizes)
     width = 4 if shape.lora_rank is not None or shape.mixed else shape.dtype.itemsize
@@ -342,6 +361,40 @@ class _QuantisedConv1D(Conv1D):
         return F.linear(x.to(self.weight.dtype), self.weight.T, self.bias).to(x.dtype)
 
 
+class _NormSaves(torch.autograd.Function):
+    """Saves what torch's RMS norm saves on a GPU: its input, and a float32 per row."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight, x.new_empty(x.shape[:-1], dtype=torch.float32))
+        return torch.empty_like(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        raise NotImplementedError("only what is saved is counted")
+
+
+class _Norm(nn.Module):
+    def __init__(self, weight: nn.Parameter) -> None:
+        super().__init__()
+        self.weight = weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = _NormSaves.apply(x, self.weight)
+        return result
+
+
+def _with_fused_norms(model: nn.Module) -> nn.Module:
+    """Replace the norms of the kinds that `norms.fuse_norms` replaces in a model with weights."""
+    for parent in list(model.modules()):
+        for name, module in parent.named_children():
+            weight: Any = getattr(module, "weight", None)
+            plain = hasattr(module, "variance_epsilon") and "RMSNorm" in type(module).__name__
+            if plain and weight is not None:
+                setattr(parent, name, _Norm(weight))
+    return model
+
+
 def _widths(module: nn.Module) -> tuple[int, int]:
     """Return how many numbers a linear layer reads and gives."""
     if isinstance(module, Conv1D):
@@ -367,7 +420,7 @@ def _saved(shape: TrainingShape, layers: int) -> int:
             attn_implementation=shape.attention if masked or eager else _NO_MASK,
             dtype=shape.residual_dtype,
         )
-        model = _adapted(plain, shape).train()
+        model = _adapted(_with_fused_norms(plain), shape).train()
     with FakeTensorMode():
         _without_storage(model)
         length = shape.masked_row or shape.length
@@ -392,7 +445,7 @@ def _saved(shape: TrainingShape, layers: int) -> int:
         kept: list[Tensor] = []
         # The autocast type of the GPU is what counts; fake tensors are on the CPU, which has no
         # float16 mode, and both types have two bytes.
-        mixed = torch.autocast("cpu", torch.bfloat16, enabled=shape.mixed)
+        mixed = torch.autocast("cpu", torch.bfloat16, enabled=shape.autocast)
         with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), mixed:
             model(inputs_embeds=vectors, use_cache=False, **(given if masked else {}))
     return sum(saved.values())
@@ -425,9 +478,13 @@ def _adapted(model: nn.Module, shape: TrainingShape) -> nn.Module:
         return model
     from peft import LoraConfig, get_peft_model
 
+    from hsft.model.fast_layers import use_fast_lora_layers
+
     names = list(shape.lora_targets)
     chosen: Any = "all-linear" if names == ["all-linear"] else names
     settings = LoraConfig(r=shape.lora_rank, lora_dropout=0.05, target_modules=chosen)
+    if shape.quant_type != "int8":
+        use_fast_lora_layers(settings)
     adapted: nn.Module = get_peft_model(model, settings)
     return adapted
 
