@@ -45,29 +45,20 @@ ROOT = Path(__file__).resolve().parents[1]
 LAYERS, WIDTH, LENGTH, BATCH = 22, 64, 12, 8
 # Operations that change no number and launch nothing.
 VIEWS = frozenset(
-    [
-        "view",
-        "_unsafe_view",
-        "t",
-        "transpose",
-        "detach",
-        "expand",
-        "slice",
-        "unsqueeze",
-        "squeeze",
-        "select",
-        "alias",
-        "permute",
-        "as_strided",
-        "split",
-        "reshape",
-        "lift_fresh",
-        "_reshape_alias",
-        "empty",
-        "empty_like",
-        "new_empty",
-        "empty_strided",
-    ]
+    (
+        *(
+            "view",
+            "_unsafe_view",
+            "reshape",
+            "_reshape_alias",
+            "t",
+            "transpose",
+            "permute",
+            "expand",
+        ),
+        *("slice", "select", "split", "squeeze", "unsqueeze", "as_strided", "alias", "detach"),
+        *("empty", "empty_like", "new_empty", "empty_strided", "lift_fresh"),
+    )
 )
 
 
@@ -236,7 +227,7 @@ def count(step: Callable[[], None]) -> Dispatched:
 def measure(layers: int = LAYERS) -> list[dict[str, Any]]:
     """Count every variant: way, launches, views, conversions between number types."""
     found = []
-    with tempfile.TemporaryDirectory() as name, as_on_a_gpu():
+    with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         dataset = make_data(folder, layers)
         steps = {
@@ -247,7 +238,9 @@ def measure(layers: int = LAYERS) -> list[dict[str, Any]]:
             "bfloat16: HSFT, one row": ours(folder, dataset, "none", rows=True),
         }
         for way, step in steps.items():
-            seen = count(step)
+            # Only now: norms are replaced in models where they compute the same.
+            with as_on_a_gpu():
+                seen = count(step)
             found.append(
                 {
                     "way": way,

@@ -37,7 +37,6 @@ def shape(folder: Path, **more: Any) -> TrainingShape:
     base = TrainingShape(
         model_config=decoder_config(folder),
         quant_type="nf4",
-        double_quant=True,
         lora_rank=RANK,
         lora_targets=("q_proj", "v_proj"),
         mixed=False,
@@ -57,10 +56,8 @@ def shape(folder: Path, **more: Any) -> TrainingShape:
     return replace(base, **more)
 
 
-def real_model(folder: Path, wanted: TrainingShape) -> nn.Module:
-    lora = LoraSettings(
-        RANK, 8, 0.05, wanted.lora_targets, wanted.quant_type, wanted.dtype, wanted.double_quant
-    )
+def real_model(folder: Path, wanted: TrainingShape, double: bool = True) -> nn.Module:
+    lora = LoraSettings(RANK, 8, 0.05, wanted.lora_targets, wanted.quant_type, wanted.dtype, double)
     decoder = load_decoder(folder, dtype=wanted.dtype, attention=wanted.attention, lora=lora)
     fuse_norms(decoder)
     return add_lora(decoder, lora, wanted.checkpointing)
@@ -92,8 +89,8 @@ def state_tensors(weight: Any) -> list[torch.Tensor]:
 @pytest.mark.parametrize("double", [True, False])
 @pytest.mark.parametrize("kind", ["nf4", "fp4", "int8", "none"])
 def test_weight_bytes_are_exact(folder: Path, kind: Any, double: bool) -> None:
-    wanted = shape(folder, quant_type=kind, double_quant=double)
-    model = real_model(folder, wanted)
+    wanted = shape(folder, quant_type=kind)
+    model = real_model(folder, wanted, double)
     counted = memory.weight_bytes(memory.meta_decoder(wanted.model_config), wanted)
     assert counted == real_weight_bytes(model)
 

@@ -342,7 +342,10 @@ class Config(_Section):
         "auto", "UserLLM", "number type of the quantised layers' products; auto follows precision"
     )
     qlora_double_quant: Bool = _key(
-        True, "UserLLM", "quantise the quantisation constants too (nf4 and fp4)"
+        True,
+        "UserLLM",
+        "quantise the quantisation constants too (nf4 and fp4); training holds them in float32, as "
+        "rounded",
     )
 
     # --- training

@@ -29,10 +29,9 @@ GIB = 1 << 30
 MIB = 1 << 20
 # The driver's and cuBLAS's own memory, which no allocator statistic shows.
 CUDA_CONTEXT = 600 * MIB
-# bitsandbytes quantises blocks of 64 weights, and the blocks' constants in blocks of 256.
-_BLOCK, _NESTED_BLOCK = 64, 256
+# bitsandbytes quantises blocks of 64 weights.
+_BLOCK = 64
 _TABLES = 4 * 16
-_NESTED_TABLES = 4 * 256 + 4
 # bitsandbytes keeps 32-bit state for tensors smaller than this; larger ones have blocks of 256.
 _SMALLEST_8BIT, _STATE_BLOCK = 4096, 256
 # Rows of the fake batch: enough that what is saved once a layer hardly counts.
@@ -55,7 +54,6 @@ class TrainingShape:
     Attributes:
         model_config: transformers config, cut to the layers in use and without vocabulary.
         quant_type: of the frozen weights; `none` is plain LoRA.
-        double_quant: quantise the constants too (nf4, fp4).
         lora_rank: None trains all weights.
         lora_targets: module names, or `[all-linear]`.
         mixed: bf16 or fp16 autocast over float32 trained weights.
@@ -79,7 +77,6 @@ class TrainingShape:
 
     model_config: Any
     quant_type: QuantType
-    double_quant: bool
     lora_rank: int | None
     lora_targets: tuple[str, ...]
     mixed: bool
@@ -176,20 +173,17 @@ def meta_decoder(model_config: Any, trust_remote_code: bool = False) -> nn.Modul
     return model
 
 
-def quantised_bytes(weights: int, rows: int, quant_type: QuantType, double_quant: bool) -> int:
+def quantised_bytes(weights: int, rows: int, quant_type: QuantType) -> int:
     """Return the bytes of one linear layer's quantised weight.
 
     nf4 and fp4 (QLoRA, arXiv 2305.14314, sections 3): half a byte a weight, one float32 constant per
-    block of 64; with double quantisation one byte per block, a float32 per 256 blocks, an offset and
-    the 8-bit code's table. int8 (arXiv 2208.07339): a byte a weight, a float32 scale per row.
+    block of 64, also where constants were quantised: training holds them in float32.
+    int8 (arXiv 2208.07339): a byte a weight, a float32 scale per row.
     """
     if quant_type == "int8":
         return weights + 4 * rows
     blocks = math.ceil(weights / _BLOCK)
-    constants = 4 * blocks
-    if double_quant:
-        constants = blocks + 4 * math.ceil(blocks / _NESTED_BLOCK) + _NESTED_TABLES
-    return math.ceil(weights / 2) + _TABLES + constants
+    return math.ceil(weights / 2) + _TABLES + 4 * blocks
 
 
 def weight_bytes(model: nn.Module, shape: TrainingShape) -> int:
@@ -199,9 +193,7 @@ def weight_bytes(model: nn.Module, shape: TrainingShape) -> int:
     for weight in model.parameters():
         module = linear.get(id(weight))
         if module is not None and shape.quantised:
-            total += quantised_bytes(
-                weight.numel(), _widths(module)[1], shape.quant_type, shape.double_quant
-            )
+            total += quantised_bytes(weight.numel(), _widths(module)[1], shape.quant_type)
         else:
             kind = shape.weight_dtype if module is not None else shape.residual_dtype
             total += weight.numel() * kind.itemsize

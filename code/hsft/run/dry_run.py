@@ -128,7 +128,6 @@ def assumed_shape(config: Config) -> tuple[TrainingShape, list[str]]:
     shape = TrainingShape(
         model_config=model_config,
         quant_type=config.qlora_quant_type,
-        double_quant=config.qlora_double_quant,
         lora_rank=config.qlora_r if config.use_qlora else None,
         lora_targets=tuple(config.qlora_target_modules),
         mixed=precision.endswith("mixed"),
