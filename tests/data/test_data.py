@@ -121,3 +121,10 @@ def test_negatives_leave_out_what_the_user_met_but_not_the_held_out_items(
     assert sampler.available[0] == 2
     with pytest.raises(ValueError, match="only 2 items left"):
         sampler.draw(np.array([0]), 3, np.random.default_rng(0), distinct=True)
+
+
+def test_negatives_may_be_any_items(data: Interactions) -> None:
+    sampler = NegativeSampler(data, held_out=2, exclude="none")
+    drawn = sampler.draw(np.array([0, 0]), 200, np.random.default_rng(0))
+    assert set(ids(data, np.unique(drawn))) == set("abcdef")
+    assert sampler.available.tolist() == [6, 6, 6, 6]

@@ -385,6 +385,154 @@ def table_of(pairs: Sequence[tuple[int, int]], times: Sequence[int] | None = Non
     return Table(names[0], names[1], items, users, stamps)
 
 
+def write_times(*times: str) -> None:
+    rows = [f"i{n},u,{time}" for n, time in enumerate(times)]
+    Path("Pixel200K.csv").write_text("\n".join(["item_id,user_id,timestamp", *rows, ""]))
+    info = [f"i{n},{'0,' * 7}title {n},," for n in range(len(times))]
+    Path("info.csv").write_text(INFO + "\n".join([*info, ""]))
+
+
+# 2022-09-01 12:03:11 UTC is 1662033791 (date -u -d).
+DATES = {
+    "2022-09-01 12:03:11": 1662033791,
+    "2022-09-01T12:03:11": 1662033791,
+    "2022-09-01T12:03:11Z": 1662033791,
+    "2022-09-01 12:03:11 UTC": 1662033791,
+    "2022-09-01 12:03:11+00:00": 1662033791,
+    "2022-09-01T14:03:11+02:00": 1662033791,
+    "2022-09-01T04:03:11-0800": 1662033791,
+    "2022-09-01": 1661990400,
+    "2022-09-01 12:03": 1662033780,
+    "1969-12-31 23:59:59": -1,
+}
+
+
+def test_dates_are_unix_time_in_utc(capsys: pytest.CaptureFixture[str]) -> None:
+    write_times(*DATES)
+    assert run_program(main, PIXEL) == 0
+    assert [int(row.split(",")[2]) for row in rows_of("Pixel200K")] == list(DATES.values())
+    said = "timestamps are dates and are written as Unix time in seconds; 5 of 10 name no time zone"
+    assert f"Pixel200K.csv: {said} and are read as UTC." in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("times", "written", "unit"),
+    [
+        (["2022-09-01T12:03:11Z", "2022-09-01T12:03:11.250Z"], [0, 250], "milliseconds"),
+        (["2022-09-01T12:03:11.000001Z", "2022-09-01T12:03:12Z"], [1, 10**6], "microseconds"),
+    ],
+)
+def test_fractions_of_a_second_choose_the_unit(
+    times: list[str], written: list[int], unit: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_times(*times)
+    assert run_program(main, PIXEL) == 0
+    scale = {"milliseconds": 1000, "microseconds": 10**6}[unit]
+    found = [int(row.split(",")[2]) - 1662033791 * scale for row in rows_of("Pixel200K")]
+    assert found == written
+    err = capsys.readouterr().err
+    assert f"written as Unix time in {unit}." in err
+
+
+def test_java_s_exponents_are_read_in_full(capsys: pytest.CaptureFixture[str]) -> None:
+    write_times("1.588687728923E12", "1.5886877289E12", "1588687728924.0")
+    run(PIXEL, capsys)
+    found = [row.split(",")[2] for row in rows_of("Pixel200K")]
+    assert found == ["1588687728923", "1588687728900", "1588687728924"]
+
+
+def test_times_of_before_the_shop_can_be_left_out(capsys: pytest.CaptureFixture[str]) -> None:
+    milliseconds = [1000 * (1662033791 + n) for n in range(5)]
+    write_times("-62135596800000", *map(str, milliseconds))
+    assert run_program(main, PIXEL) == 0
+    out, err = capsys.readouterr()
+    assert printed(out)["first interaction"] == "0001-01-01 UTC"
+    assert "1 of 6 timestamps lie before 1990 or after 2099, read as milliseconds" in err
+    assert "--since DATE" in err
+    assert run_program(main, (*PIXEL, "--overwrite", "--since", "1995-07-01")) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    assert printed(out)["interactions before 1995-07-01 UTC"] == "1"
+    assert printed(out)["first interaction"] == "2022-09-01 UTC"
+    assert [int(row.split(",")[2]) for row in rows_of("Pixel200K")] == milliseconds
+    assert "no interaction is left with --since 2030-01-01" in refused(
+        (*PIXEL, "--overwrite", "--since", "2030-01-01"), capsys
+    )
+    write_times("1", "2", "3")
+    err = refused((*PIXEL, "--overwrite", "--since", "1995-07-01"), capsys)
+    assert "leave out --since" in err
+
+
+def test_ids_that_lost_zeros_in_one_file(capsys: pytest.CaptureFixture[str]) -> None:
+    write_pixel()
+    Path("Pixel200K.csv").write_text("item_id,user_id,timestamp\n007,u,1\ni2,u,2\n3,u,3\n")
+    Path("info.csv").write_text(INFO + "7,1,1,1,1,1,1,1,a,,\ni2,1,1,1,1,1,1,1,b,,\n")
+    err = refused(PIXEL, capsys)
+    assert "1 of 3 items of Pixel200K.csv are in info.csv under another spelling only" in err
+    assert "'007' as '7'" in err
+    # Both spellings described: two items.
+    Path("info.csv").write_text(INFO + "7,1,1,1,1,1,1,1,a,,\n007,1,1,1,1,1,1,1,b,,\n")
+    assert run(PIXEL, capsys)["items with text"] == "1 of 3"
+
+
+INTER = "user_id:token\titem_id:token\trating:float\ttimestamp:float\n"
+ITEM = "item_id:token\tmovie_title:token_seq\trelease_year:token\tclass:token_seq\n"
+RECBOLE = ("recbole", "--inter", "ml.inter", "--item", "ml.item")
+
+
+def write_recbole(inter: str = INTER, item: str = ITEM) -> None:
+    Path("ml.inter").write_text(
+        inter + "196\t242\t3\t881250949\n186\t302\t4\t891717742.0\n196\t302\t1\t881250948\n"
+    )
+    Path("ml.item").write_text(
+        item + '302\tThe "Big" One\t1997\tComedy Drama\n242\t"Say ""A"", B"\t1995\t\n'
+    )
+
+
+def test_recbole(capsys: pytest.CaptureFixture[str]) -> None:
+    write_recbole()
+    assert run_program(main, RECBOLE) == 0
+    out, err = capsys.readouterr()
+    table = printed(out)
+    assert (table["users"], table["items"], table["interactions"]) == ("2", "2", "3")
+    assert (table["first interaction"], table["items with text"]) == ("1997-12-04 UTC", "2 of 2")
+    assert "ml.item: title from movie_title, tag from class; not used: release_year." in err
+    assert rows_of("ml") == ["242,196,881250949", "302,186,891717742", "302,196,881250948"]
+    assert texts_of("ml") == {
+        "302": 'title: The "Big" Onetag: Comedy Drama', "242": 'title: Say "A", B',
+    }  # fmt: skip
+    table = run((*RECBOLE, "--overwrite", "--min_rating", "3"), capsys)
+    assert table["interactions rated below 3"] == "1"
+    run((*RECBOLE, "--overwrite", "--tag", "release_year", "--description", "class"), capsys)
+    assert texts_of("ml")["302"] == 'title: The "Big" Onetag: 1997description: Comedy Drama'
+
+
+@pytest.mark.parametrize(
+    ("inter", "item", "more", "words"),
+    [
+        ("user_id\titem_id\trating\ttimestamp\n", ITEM, (), "must name columns as name:type"),
+        (INTER.replace("\t", ","), ITEM, (), "separated by tabs"),
+        (INTER.replace("timestamp", "when"), ITEM, (), "ml.inter lacks the column timestamp"),
+        (INTER.replace("rating:float", "uid:token"), ITEM, (), "names the column user_id twice"),
+        (INTER, ITEM.replace("class:token_seq", "class:text"), (), "ml.item: its first line"),
+        (
+            INTER,
+            ITEM.replace("movie_title", "t").replace("class", "c"),
+            (),
+            "name one with --title",
+        ),
+        (INTER, ITEM, ("--tag", "genre"), "ml.item lacks the column genre of --tag"),
+        (INTER + "1\t2\t3\n", ITEM, (), "row 2: has 3 fields where 4 are expected"),
+        (INTER, ITEM + "1\t2\n", (), "row 2: has 2 fields where 4 are expected"),
+    ],
+)
+def test_bad_atomic_files(
+    inter: str, item: str, more: tuple[str, ...], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_recbole(inter, item)
+    assert words in refused((*RECBOLE, *more), capsys)
+
+
 def test_core_is_taken_in_turns() -> None:
     # Item 2 goes (one row), then user 2 has one row left and goes; then all have two.
     pairs = [(0, 0), (0, 1), (1, 0), (1, 1), (2, 0), (2, 2)]
@@ -488,9 +636,27 @@ def test_hold_out_ignores_the_order_of_rows(capsys: pytest.CaptureFixture[str]) 
         ("item_id,user_id,timestamp\ni\0,u,1\n", "row 2: holds a NUL byte"),
         (
             "item_id,user_id,timestamp\ni,u,1600000000\ni,v,1600000000000\ni,w,1600000001000\n",
-            "mix units: 2 rows are in milliseconds and 1 in seconds, first at interaction 1",
+            "mix units: 2 rows are in milliseconds and 1 in seconds, the first 1600000000",
         ),
         ("item_id,user_id,timestamp\ni,u,99999999999999999999\n", "within 64 bits"),
+        (
+            "item_id,user_id,timestamp\ni,u,880000000\ni,v,880000000000\ni,w,881000000\n",
+            "mix units: 2 rows are at most 881000000 and 1 at least 880000000000",
+        ),
+        ("item_id,user_id,timestamp\n1.05514E+16,u,1\n", "is exponent notation"),
+        ("item_id,user_id,timestamp\ni,#REF!,1\n", "the error value of a spreadsheet"),
+        ("item_id,user_id,timestamp\ni,u,1.6E+09\ni,v,1.59E+09\n", "2 timestamps in exponent"),
+        ("item_id,user_id,timestamp\ni,u,2022-09-31\n", "row 2: timestamp '2022-09-31' is no date"),
+        (
+            "item_id,user_id,timestamp\ni,u,2022-09-30\ni,u,1\ni,u,2\n",
+            "row 3: timestamp '1' is a number among dates; write all alike (2 such rows: 3, 4)",
+        ),
+        (
+            "item_id,user_id,timestamp\ni,u,7\ni,u,2022-09-30\n",
+            "row 3: timestamp '2022-09-30' is a date among numbers",
+        ),
+        ("item_id,user_id,timestamp\ni,u,2022-09-30\ni,u,soon\n", "row 3: timestamp 'soon'"),
+        ("user_id:token\titem_id:token\ttimestamp:float\nu\ti\t1\n", "prepare_data.py recbole"),
     ],
 )
 def test_bad_interactions(text: str, words: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -549,6 +715,7 @@ def test_what_is_there_is_kept(capsys: pytest.CaptureFixture[str]) -> None:
         ((*PIXEL, "--k_core", "-1"), "-1"),
         ((*PIXEL, "--min_rating", "3"), "--min_rating"),
         (("movielens", "--folder", "x", "--min_rating", "nan"), "'nan' is not a number"),
+        (("movielens", "--folder", "x", "--since", "1/2/2003"), "'1/2/2003' is no date such as"),
     ],
 )
 def test_bad_options(argv: tuple[str, ...], words: str, capsys: pytest.CaptureFixture[str]) -> None:

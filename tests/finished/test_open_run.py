@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
+from cold_start import main as cold_start_main
+from export import main as export_main
 from hsft.evaluator.recommend import recommend
 from hsft.finished.open_run import open_run
+from hsft.finished.serve import make_server
 from hsft.model.reference import ItemKNN
 from hsft.report.result import read_ranks
 from hsft.utils.errors import InputError
+from recommend import main as recommend_main
+from report import main as report_main
 from tests.conftest import Project
-from tests.helpers import ROOT
+from tests.helpers import ROOT, make_llama
 
 TRAIN = ("--use_qlora", "True", "--epochs", "2", "--optim_args.learning_rate", "1e-2")
 
@@ -102,3 +109,33 @@ def test_what_is_asked_for_and_is_not_there(project: Project) -> None:
         run.item_numbers(["i1", "x"])
     assert run.data.interactions.item_ids[run.item_numbers(["i3"])[0]] == "i3"
     assert run.titles["i3"] == "item 3"
+
+
+def test_another_user_llm_in_the_folder_is_refused_by_every_program(project: Project) -> None:
+    base = make_llama(project.root / "base", seed=1)
+    lines = Path("dataset/tiny.csv").read_text().splitlines()
+    warm = [line for line in lines if line.split(",")[0] not in ("i17", "i18", "i3")]
+    Path("dataset/warm.csv").write_text("\n".join(warm) + "\n")
+    cache = ("--item_cache_path", "dataset/tiny_item_embeddings.safetensors")
+    data = ("--dataset", "warm", "--run_name", "run", *cache)
+    assert project.run(*TRAIN, *data, "--user_pretrain_dir", str(base))[0] == 0
+    kept = base.rename(project.root / "kept")
+    make_llama(base, seed=2)
+    programs = {
+        recommend_main: ["--run", "saved/run", "--user", "u0"],
+        cold_start_main: ["--run", "saved/run", "--dataset", "tiny", *cache],
+        export_main: ["--run", "saved/run", "--out", "out"],
+    }
+    for program, argv in programs.items():
+        code, out, err = project.call(program, argv)
+        assert (code, out) == (2, ""), err
+        assert f"the UserLLM in {base} is not the one that saved/run was made with" in err
+        assert not Path("out").exists()
+        # The same model in a folder of another name is no other model.
+        code, _, err = project.call(program, [*argv, "--user_pretrain_dir", str(kept)])
+        assert code == 0, err
+    with pytest.raises(InputError, match="is not the one that saved/run was made with"):
+        make_server(open_run("saved/run"), 0)
+    code, _, err = project.call(report_main, ["saved/run", "--out", "page.html"])
+    assert code == 0, err
+    assert Path("page.html").read_text().count("is not the one that saved/run was made with") == 2

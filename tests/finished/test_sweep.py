@@ -22,7 +22,7 @@ from sweep import main as sweep_main
 from tests.conftest import Project
 from tests.helpers import ROOT
 
-pytest.importorskip("optuna", reason="optuna is not installed (requirements-extra.txt)")
+pytest.importorskip("optuna", reason="optuna is not installed (hsft[sweep])")
 
 FILES = [f"{ROOT}/code/overall/LLM_ddp.yaml", f"{ROOT}/code/HLLM/HLLM.yaml"]
 

@@ -103,6 +103,23 @@ def reference(
     return total / count
 
 
+def reference_counts(
+    pairs: list[tuple[list[int], int]], table: np.ndarray, pool: list[int], kind: LossSettings
+) -> list[int]:
+    """Masked pairs, pairs, positions without a negative, positions."""
+    if kind.negatives == "catalogue":
+        return [0, 0, 0, 0]
+    masked = [
+        sum(
+            item == target if kind.loss == "bce" else cosine(table[target], table[item]) > THRESHOLD
+            for item in pool
+        )
+        for _, target in pairs
+    ]
+    empty = sum(count == len(pool) for count in masked)
+    return [sum(masked), len(pairs) * len(pool), empty, len(pairs)]
+
+
 KINDS = [
     LossSettings("nce", "in_batch", THRESHOLD, 1 << 28, "cosine"),
     LossSettings("nce", "sampled", THRESHOLD, 1 << 28, "cosine"),
@@ -145,6 +162,8 @@ def test_a_batch_costs_what_the_formula_says(kind: LossSettings, users: int, see
         return reference(pairs, table, of, pool, kind, scale)
 
     assert loss.item() == pytest.approx(value(matrix), rel=1e-4, abs=1e-5)
+    assert model.take_negative_counts().tolist() == reference_counts(pairs, table, pool, kind)
+    assert model.take_negative_counts().tolist() == [0, 0, 0, 0]
     step = 1e-5
     wanted = np.zeros_like(matrix)
     for place in np.ndindex(matrix.shape):

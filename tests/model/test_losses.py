@@ -207,6 +207,27 @@ def test_nce_masks_the_positive_among_the_negatives_by_threshold() -> None:
     assert losses.info_nce(q, q, twin, torch.tensor(1.0), 1.01).item() == pytest.approx(math.log(2))
 
 
+@pytest.mark.parametrize("budget", [1 << 28, 1])
+def test_masked_negatives_are_counted_once(budget: int) -> None:
+    # Cosines with the positives: 1 and 0; 0 and 0; 1 and 1. The third pair is filled up.
+    positives = torch.tensor([[1.0, 0.0, 0.0], [0.0, 0.0, 3.0], [1.0, 1e-4, 0.0]])
+    pool = torch.tensor([[2.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 0.0]])
+    fillers = torch.tensor([False, False, True]).expand(3, -1)
+    queries = torch.ones(3, 3, requires_grad=True)
+    counts = torch.zeros(4, dtype=torch.int64)
+    for _ in range(2):
+        losses.info_nce(
+            *(queries, positives, pool, torch.tensor(1.0), 0.99, fillers, budget),
+            weights=torch.tensor([1.0, 1.0, 0.0]),
+            counts=counts,
+        ).backward()
+    assert counts.tolist() == [2, 8, 0, 4]
+    losses.info_nce(
+        *(queries, positives, pool[:1], torch.tensor(1.0), 0.99, None, budget), counts=counts
+    )
+    assert counts.tolist() == [4, 11, 2, 7]
+
+
 def test_bce_by_hand() -> None:
     # Scores 0 with the positive and with both negatives: every pair costs log 2.
     zero = torch.zeros(1, 3)

@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
-from hsft.data.cache import open_cache, save_cache
+from hsft.data.cache import ItemCache, open_cache, save_cache
 from hsft.data.item_text import read_item_texts
+from hsft.model.item_table import sample_cosines
 from hsft.run import check as checks
 from item_caching import main as cache_main
 from tests.bad_input import CACHE, CSV, INFORMATION
@@ -31,8 +35,12 @@ def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make loading an LLM's weights an error."""
     from transformers import AutoModel
 
-    def refuse(*_: object, **__: object) -> None:
-        raise AssertionError("weights are loaded")
+    read = AutoModel.from_pretrained
+
+    def refuse(*args: Any, **kwargs: Any) -> Any:
+        # The meta device takes names and shapes from the headers.
+        assert kwargs.get("device_map") == "meta", "weights are loaded"
+        return read(*args, **kwargs)
 
     monkeypatch.setattr(AutoModel, "from_pretrained", refuse)
 
@@ -93,6 +101,13 @@ def test_every_problem_is_a_line(project: Project) -> None:
     assert set(project.root.rglob("*")) == before
 
 
+def parallel(path: Path, spread: float) -> None:
+    """Write a cache whose vectors differ by a little noise, or without it in their length alone."""
+    noise = torch.randn(20, 64, generator=torch.Generator().manual_seed(0))
+    lengths = torch.ones(20, 1) if spread else torch.arange(1.0, 21.0).unsqueeze(1)
+    save_cache(path, [f"i{n}" for n in range(20)], lengths * (1 + spread * noise), {})
+
+
 PROBLEMS: dict[str, tuple[Callable[[Path], object] | None, tuple[str, ...], str]] = {
     "no UserLLM": (None, ("--user_pretrain_dir", "null"), "no UserLLM is named"),
     "dimension": (lambda root: make_cache(root / CACHE, dim=32), (), "32 dimensions"),
@@ -115,6 +130,36 @@ PROBLEMS: dict[str, tuple[Callable[[Path], object] | None, tuple[str, ...], str]
         ),
         ("--num_negatives", "16"),
         "3 users, for example 'u0', have all 4 items",
+    ),
+    "nothing to draw per sequence": (
+        lambda root: (root / CSV).write_text(
+            "item_id,user_id,timestamp\n"
+            + "".join(f"i{n % 4},u{u},{n}\n" for u in range(3) for n in range(8))
+        ),
+        ("--negatives", "per_sequence"),
+        "negatives: 3 users, for example 'u0', have all 4 items",
+    ),
+    "a single item": (
+        lambda root: (root / CSV).write_text(
+            "item_id,user_id,timestamp\n" + "".join(f"i1,a,{n}\n" for n in range(8))
+        ),
+        (),
+        "has a single item",
+    ),
+    "batches of one position": (
+        None,
+        ("--train_positions", "random_split", "--train_batch_size", "1"),
+        "every batch is a single one",
+    ),
+    "parallel items": (
+        lambda root: parallel(root / CACHE, 0.01),
+        (),
+        "100.0% of them above nce_thres 0.99, so that every negative would be masked",
+    ),
+    "items of one direction": (
+        lambda root: parallel(root / CACHE, 0.0),
+        ("--negatives", "catalogue"),
+        "all items have the same direction",
     ),
     "candidates": (
         None,
@@ -212,3 +257,48 @@ def test_cheap_checks_come_before_the_data_is_read(
     code, _, err = project.run("--user_pretrain_dir", "nowhere", "--run_name", "a/b")
     assert code == 2
     assert len(errors(err)) == 2
+
+
+@pytest.mark.parametrize(
+    ("spread", "above", "warned"), [(0.05, "100.0%", None), (0.1, "", True), (1.0, "0.0%", False)]
+)
+def test_cosines_of_the_cache_are_told(
+    project: Project, spread: float, above: str, warned: bool | None
+) -> None:
+    parallel(project.root / CACHE, spread)
+    vectors = load_file(project.root / CACHE)["embeddings"].double().numpy()
+    unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    cosines = (unit @ unit.T)[np.triu_indices(20, 1)]
+    share = (cosines > 0.99).mean()
+    assert (share == 1, 0.2 < share < 1) == (warned is None, bool(warned))
+    code, out, err = project.run(*CHECK, "--use_qlora", "True")
+    if warned is None:
+        assert (code, len(errors(err))) == (2, 1)
+        return
+    assert code == 0, err
+    told = (
+        f"cosine {cosines.mean():.3f} on average over 190 pairs of items, {share:.1%} of them "
+        f"above nce_thres 0.99"
+    )
+    assert told in out
+    assert above in out
+    assert ("these are masked as negatives" in out) == warned
+
+
+def test_cosines_are_those_after_the_transform(project: Project) -> None:
+    parallel(project.root / CACHE, 0.01)
+    more = ("--use_qlora", "True", "--item_embedding_transform", "standardize")
+    code, out, err = project.run(*CHECK, *more)
+    assert code == 0, err
+    assert " 0.0% of them above nce_thres" in out
+
+
+def test_many_items_are_sampled() -> None:
+    vectors = torch.randn(5000, 8, generator=torch.Generator().manual_seed(0))
+    cache = ItemCache([str(n) for n in range(5000)], vectors, {}, None)
+    item_ids = np.array(["[PAD]", *cache.item_ids], dtype=object)
+    cosines = sample_cosines(cache, item_ids)
+    assert 10_000 < len(cosines) < 50_000
+    assert abs(cosines.mean()) < 0.01
+    # Of independent directions in 8 dimensions.
+    assert cosines.var() == pytest.approx(1 / 8, rel=0.05)

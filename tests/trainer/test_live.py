@@ -7,7 +7,9 @@ import io
 import itertools
 import json
 import logging
+import os
 import re
+import signal
 import sys
 import warnings
 from collections.abc import Callable
@@ -21,13 +23,15 @@ from tensorboard.backend.event_processing.event_accumulator import (  # type: ig
     EventAccumulator,
 )
 
+from hsft.trainer import loop
 from hsft.trainer.sampler import SequenceBatches
-from hsft.trainer.trainer import Trainer
+from hsft.trainer.step import Learner
 from hsft.trainer.wandb_log import ID_FILE
 from hsft.utils import progress
 from hsft.utils.environment import current_memory, peak_memory
 from hsft.utils.logs import set_up_logging
 from hsft.utils.progress import Meter, format_bytes
+from hsft.utils.signals import StopSignals
 from item_caching import main as caching
 from tests.conftest import Project
 
@@ -370,15 +374,15 @@ def test_wandb_gets_what_tensorboard_gets(project: Project, fake_wandb: Calls) -
 def test_a_resumed_run_goes_on_at_wandb(
     project: Project, fake_wandb: Calls, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    update = Trainer._update
+    update = loop.update
 
-    def stopping(self: Trainer) -> Any:
-        if self.state.step == 5:
-            self.stop.received = 15
-        return update(self)
+    def stopping(learner: Learner) -> Any:
+        if learner.schedule.last_epoch == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return update(learner)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_update", stopping)
+        patch.setattr(loop, "update", stopping)
         assert project.run(*SASREC, *WANDB)[0] == 143
     code, _, err = project.run(*SASREC, *WANDB, "--auto_resume", "True")
     assert code == 0, err
@@ -394,11 +398,11 @@ def test_a_resumed_run_goes_on_at_wandb(
 def interrupt(project: Project, monkeypatch: pytest.MonkeyPatch, *flags: str) -> None:
     """Do a run that is interrupted at the end of its first epoch."""
 
-    def fail(self: Trainer) -> None:
+    def fail(self: StopSignals, done: str) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_end_if_asked", fail)
+        patch.setattr(StopSignals, "raise_if_received", fail)
         assert project.run(*flags)[0] == 130
 
 

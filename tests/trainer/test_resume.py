@@ -27,7 +27,7 @@ from hsft.data.dataset import TrainBatch, TrainCollate
 from hsft.evaluator.evaluator import Evaluator
 from hsft.model.recommender import LossSettings, Recommender
 from hsft.run import train_and_rank
-from hsft.trainer.board import Board
+from hsft.trainer import loop
 from hsft.trainer.checkpoint import (
     Checkpoints,
     read_state,
@@ -38,7 +38,9 @@ from hsft.trainer.checkpoint import (
 )
 from hsft.trainer.micro_batch import split_batch
 from hsft.trainer.sampler import SequenceBatches
-from hsft.trainer.trainer import Trainer
+from hsft.trainer.scalars import open_scalars
+from hsft.trainer.step import Learner
+from hsft.trainer.wandb_log import WandbLog
 from hsft.utils.errors import InputError
 from hsft.utils.lock import LOCK_FILE, locked
 from tests.conftest import Project, last_wins
@@ -59,13 +61,13 @@ class Crash(BaseException):
 
 
 def at_step(number: int, action: Callable[[], object]) -> Callable[[Any], Any]:
-    """Wrap `Trainer._update` to act in the middle of optimizer step `number`, from 1."""
-    update = Trainer._update
+    """Wrap the loop's `update` to act in the middle of optimizer step `number`, from 1."""
+    update = loop.update
 
-    def acting(self: Trainer) -> Any:
-        if self.state.step + 1 == number:
+    def acting(learner: Learner) -> Any:
+        if learner.schedule.last_epoch + 1 == number:
             action()
-        return update(self)
+        return update(learner)
 
     return acting
 
@@ -121,7 +123,7 @@ def test_a_signal_finishes_the_step_and_the_run_goes_on_from_there(
 ) -> None:
     handlers = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_update", at_step(3, send(number)))
+        patch.setattr(loop, "update", at_step(3, send(number)))
         code, out, err = project.run(*RUN)
     assert code == exit_code
     assert out == ""
@@ -151,7 +153,7 @@ def test_a_second_signal_stops_at_once(project: Project, monkeypatch: pytest.Mon
         send(signal.SIGTERM)()
         send(signal.SIGINT)()
 
-    monkeypatch.setattr(Trainer, "_update", at_step(3, twice))
+    monkeypatch.setattr(loop, "update", at_step(3, twice))
     code, _, err = project.run(*RUN, "--checkpoint_every", "2")
     assert code == 130, err
     assert steps_saved(project) == [2]
@@ -278,7 +280,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(
     project: Project, undisturbed: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_update", at_step(7, crash))
+        patch.setattr(loop, "update", at_step(7, crash))
         with pytest.raises(Crash):
             project.run(*RUN, "--checkpoint_every", "1", "--keep_last", "3")
     assert steps_saved(project) == [4, 5, 6]
@@ -298,7 +300,7 @@ def test_what_cannot_be_continued_is_refused(
 ) -> None:
     unnamed = [word for word in RUN if word not in ("--run_name", "run")]
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_update", at_step(2, crash))
+        patch.setattr(loop, "update", at_step(2, crash))
         for words in (RUN, unnamed):
             with pytest.raises(Crash):
                 project.run(*words, "--checkpoint_every", "1")
@@ -332,7 +334,7 @@ def test_what_cannot_be_continued_is_refused(
 
 def test_tensorboard_has_every_step_once(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_update", at_step(6, crash))
+        patch.setattr(loop, "update", at_step(6, crash))
         with pytest.raises(Crash):
             project.run(*RUN, "--checkpoint_every", "3")
     # The crashed session wrote up to step 4, its last checkpoint; go back to step 3.
@@ -344,10 +346,10 @@ def test_tensorboard_has_every_step_once(project: Project, monkeypatch: pytest.M
     assert [event.step for event in events.Scalars("valid/NDCG@10")] == [4, 8]
 
 
-def test_board_files_are_read_in_the_order_they_were_begun(tmp_path: Path) -> None:
+def test_sessions_of_scalars_are_read_in_their_order(tmp_path: Path) -> None:
     for session in range(3):
-        with Board(tmp_path, None if not session else 1) as board:
-            board.add_scalar("loss", float(session), 1)
+        with open_scalars(tmp_path, WandbLog(), 1 if session else None) as scalars:
+            scalars.log({"loss": float(session)}, 1)
     events = EventAccumulator(str(tmp_path)).Reload()
     assert [(event.step, event.value) for event in events.Scalars("loss")] == [(1, 2.0)]
 
@@ -511,7 +513,7 @@ def test_a_full_disk_is_one_clear_line_and_nothing_is_lost(
 
     for step in (1, 3, 6):
         with monkeypatch.context() as patch:
-            patch.setattr(Trainer, "_update", at_step(step, fill))
+            patch.setattr(loop, "update", at_step(step, fill))
             code, out, err = project.run(*RUN, *where, *RESUME)
         assert code == 2, err
         assert out == ""

@@ -354,19 +354,26 @@ class Config(_Section):
         "training",
         "bce: binary cross-entropy on dot products; nce: HLLM's InfoNCE on scaled cosines",
     )
-    negatives: Literal["in_batch", "sampled", "catalogue"] = _key(
+    negatives: Literal["in_batch", "sampled", "per_sequence", "catalogue"] = _key(
         "in_batch",
         "training",
         "what the positive is contrasted with: the batch's other targets, num_negatives items "
-        "drawn from the catalogue, or every item (nce only: a full softmax)",
+        "drawn from the catalogue, MAX_ITEM_LIST_LENGTH + 1 drawn items per sequence (HLLM without "
+        "num_negatives), or every item (nce only: a full softmax)",
     )
     num_negatives: Int | None = _key(
         None,
         "training",
-        "drawn negatives per optimizer step over all processes, each row's excluding its user's "
-        "own items; setting it implies negatives: sampled",
+        "drawn negatives per forward pass over all processes, shared by its sequences; setting it "
+        "implies negatives: sampled",
         ge=1,
         le=10_000_000,
+    )
+    negatives_exclude: Literal["history", "none"] = _key(
+        "history",
+        "training",
+        "items that are not drawn as negatives for a sequence: its user's training items, or none "
+        "(HLLM with num_negatives)",
     )
     similarity: Literal["auto", "cosine", "dot"] = _key(
         "auto",
@@ -491,8 +498,10 @@ class Config(_Section):
             )
         if self.negatives == "catalogue" and self.loss != "nce":
             raise ValueError("negatives: catalogue is a full softmax and needs loss: nce")
-        if self.negatives == "catalogue" and self.num_negatives is not None:
-            raise ValueError("num_negatives has no meaning with negatives: catalogue; drop one")
+        if self.negatives in ("catalogue", "per_sequence") and self.num_negatives is not None:
+            raise ValueError(
+                f"num_negatives has no meaning with negatives: {self.negatives}; drop one"
+            )
         if self.negatives == "sampled" and self.num_negatives is None:
             raise ValueError("negatives: sampled needs num_negatives, for example 512")
         if self.item_id_dropout and not self.item_id_embedding:
@@ -515,8 +524,20 @@ class Config(_Section):
 
     @property
     def effective_negatives(self) -> Literal["in_batch", "sampled", "catalogue"]:
-        """The kind of negatives in force: giving `num_negatives` alone means `sampled`, as in HLLM."""
-        return "sampled" if self.num_negatives is not None else self.negatives
+        """Where negatives come from: `num_negatives` alone means `sampled`, as in HLLM."""
+        if self.num_negatives is not None or self.negatives == "per_sequence":
+            return "sampled"
+        return self.negatives
+
+    def negatives_per_sequence(self, sequences: int) -> int:
+        """Return how many items are drawn for each sequence, 0 where none are drawn.
+
+        Args:
+            sequences: of one forward pass, over all processes.
+        """
+        if self.negatives == "per_sequence":
+            return self.MAX_ITEM_LIST_LENGTH + 1
+        return -(-(self.num_negatives or 0) // sequences)
 
 
 # Keys of HLLM's own YAML files that have nothing to act on here. They are accepted with a warning,

@@ -169,11 +169,11 @@ def _same_numbers(ids: Sequence[str], others: Sequence[str]) -> list[tuple[str, 
     """Pair ids that are one number in two spellings."""
     if not (_DECORATED.search("\n".join(ids)) or _DECORATED.search("\n".join(others))):
         return []
-    spelled = {number: text for text in others if (number := _number_of(text)) is not None}
+    spelled = {number: text for text in others if (number := number_of(text)) is not None}
     return [
         (text, spelled[number])
         for text in ids
-        if (number := _number_of(text)) is not None and number in spelled
+        if (number := number_of(text)) is not None and number in spelled
     ]
 
 
@@ -195,6 +195,12 @@ def spelling_problem(
         f"only, {shown}: an export changed the leading zeros or the type of the ids of one file; "
         f"write them alike, as text."
     )
+
+
+def number_of(text: str) -> str | None:
+    """Return the digits of an id that is a whole number, without leading zeros and `.0`."""
+    match = _NUMBER_ID.fullmatch(text)
+    return match[1] if match else None
 
 
 def sentences(
@@ -279,7 +285,7 @@ def _two_spellings(column: str, ids: np.ndarray, joined: str) -> Finding | None:
     spelled: dict[str, str] = {}
     pairs = []
     for text in ids:
-        number = _number_of(text)
+        number = number_of(text)
         if number is not None and spelled.setdefault(number, text) != text:
             pairs.append((spelled[number], text))
     if not pairs:
@@ -326,9 +332,3 @@ def _shortened_ids(column: str, ids: np.ndarray, joined: str) -> Finding | None:
         f"the {width} characters of the {len(full):,} others, and may have lost leading zeros",
         "export the ids as text if so",
     )
-
-
-def _number_of(text: str) -> str | None:
-    """Return the digits of an id that is a whole number, without leading zeros and `.0`."""
-    match = _NUMBER_ID.fullmatch(text)
-    return match[1] if match else None

@@ -1,6 +1,8 @@
-"""Drawing items that a user has not interacted with, for many users at once."""
+"""Drawing items that a user has not interacted with, or any items, for many users at once."""
 
 from __future__ import annotations
+
+from typing import Literal
 
 import numpy as np
 
@@ -19,15 +21,21 @@ class NegativeSampler:
         interactions: whose users' items are excluded.
         held_out: this many last items of each user are not excluded. Training passes 2: a sampler
             that never drew the validation and test targets would tell the model about them.
+        exclude: `history`; `none` draws from all items whatever the user.
     """
 
-    def __init__(self, interactions: Interactions, held_out: int = 0) -> None:
+    def __init__(
+        self,
+        interactions: Interactions,
+        held_out: int = 0,
+        exclude: Literal["history", "none"] = "history",
+    ) -> None:
         self.num_items = interactions.num_items
         self._stride = np.int64(self.num_items + 1)
         lengths = interactions.lengths
         users = np.repeat(np.arange(interactions.num_users, dtype=np.int64), lengths)
         from_end = np.repeat(interactions.offsets[1:], lengths) - np.arange(len(interactions))
-        known = from_end > held_out
+        known = (from_end > held_out) & (exclude == "history")
         # Sorting and dropping repeats by hand: ten times as fast as np.unique, which hashes.
         pairs = np.sort(users[known] * self._stride + interactions.items[known])
         self._pairs = pairs[np.diff(pairs, prepend=-1) != 0]

@@ -251,7 +251,7 @@ def _unlikely_years(timestamps: np.ndarray) -> Finding | None:
     return Finding(
         f"{len(rows):,} of {len(timestamps):,} timestamps lie before 1990 or after 2099, read as "
         f"{unit} like the others{before}, for example {extreme} ({date_of(extreme, scale)})",
-        "remove the rows if these are no times",
+        "remove the rows if these are no times (prepare_data.py: --since DATE)",
         index=int(rows[0]),
     )
 

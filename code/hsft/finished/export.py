@@ -20,7 +20,7 @@ from hsft.config.help import dump_config
 from hsft.config.options import PLACES
 from hsft.data.cache import DTYPES
 from hsft.evaluator.evaluator import Evaluation
-from hsft.finished.open_run import open_run, run_config
+from hsft.finished.open_run import open_run, refuse_other_user_llm, run_config
 from hsft.hub.manifest import EXPORT_FILE, origin
 from hsft.model.backbone import add_lora, load_decoder, load_model_config, read_extra
 from hsft.model.folder import EMBEDDING_KEYS, EXTRA_FILE, ID_FILE, check_files
@@ -48,7 +48,7 @@ from hsft.run.setup import (
     make_evaluator,
 )
 from hsft.run.train_and_rank import evaluate
-from hsft.trainer.trainer import BEST_DIR
+from hsft.trainer.checkpoint import BEST_DIR
 from hsft.utils.environment import versions
 from hsft.utils.errors import InputError, Interrupted
 from hsft.utils.files import atomic_path, free_bytes, is_file, is_folder, read_json
@@ -209,6 +209,7 @@ class _TrainedRun:
             )
         if not any(row["name"] == TUNED for row in self.result["rows"]):
             raise InputError(f"{self.folder}/result.json has no row '{TUNED}'; run it again.")
+        refuse_other_user_llm(self.folder, config)
         if options.format == "merged":
             # atomic_path would take a missing folder's error for one of writing.
             load_model_config(self.base, config.trust_remote_code)

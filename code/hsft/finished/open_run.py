@@ -18,14 +18,15 @@ from hsft.data.cache import ItemCache
 from hsft.data.item_text import information_file, read_item_titles
 from hsft.evaluator.evaluator import Scorer
 from hsft.evaluator.recommend import Recommendations, recommend
+from hsft.model.folder import fingerprint
 from hsft.model.reference import build_reference
 from hsft.model.sasrec import build_sasrec
 from hsft.model.weights import load_trained
-from hsft.report.result import RESULT_FILE, TUNED, UNTRAINED, no_run, unfinished
+from hsft.report.result import RESULT_FILE, TUNED, UNTRAINED, no_run, read_result, unfinished
 from hsft.run.run_dir import CONFIG_FILE
 from hsft.run.setup import Data, build_user_llm, load_data
+from hsft.trainer.checkpoint import BEST_DIR
 from hsft.trainer.fabric import make_fabric
-from hsft.trainer.trainer import BEST_DIR
 from hsft.utils.errors import InputError
 from hsft.utils.files import is_file, is_folder
 
@@ -136,7 +137,8 @@ class OpenRun:
         """Build one of `models`, in evaluation mode, on the device.
 
         Raises:
-            InputError: there is no such model in this run, or its files are missing or damaged.
+            InputError: there is no such model in this run, its files are missing or damaged, or the
+                UserLLM's folder holds another model than the run's.
         """
         if name not in self.models:
             raise InputError(
@@ -148,6 +150,7 @@ class OpenRun:
         if config.model == "sasrec":
             model = build_sasrec(config, data.interactions.num_items)
         else:
+            refuse_other_user_llm(self.folder, config)
             model = build_user_llm(config, data, self.fabric, train=name == TUNED)
         if name != UNTRAINED:
             self._refuse_unfinished()
@@ -272,6 +275,32 @@ def refuse_elsewhere(
         f"relative to the folder that the run was made in; run this program there, or say where "
         f"things are with --data_path and the like (--help lists them)."
     )
+
+
+def refuse_other_user_llm(folder: Path, config: Config) -> None:
+    """Refuse a UserLLM that is not the one a run was made with.
+
+    A run of an earlier version, and one that was stopped, has not recorded which it was.
+
+    Args:
+        folder: the run's folder.
+        config: its configuration, with what moved since.
+
+    Raises:
+        InputError: the folder's config.json or weights have changed since the run.
+    """
+    base = config.user_pretrain_dir
+    if config.model != "HLLM" or not base or not is_folder(base):
+        return
+    if not is_file(folder / RESULT_FILE):
+        return
+    recorded = read_result(folder).get("user_llm_fingerprint")
+    if recorded is not None and recorded != fingerprint(base):
+        raise InputError(
+            f"the UserLLM in {base} is not the one that {folder} was made with: its config.json or "
+            f"weights have changed since; put the old ones back, or say where they are with "
+            f"--user_pretrain_dir."
+        )
 
 
 def run_config(folder: Path, overrides: Mapping[str, Any] | None = None) -> Config:

@@ -369,7 +369,8 @@ def _list_routes(schema: dict[str, Any]) -> str:
         '<link rel="icon" href="data:,">'
         "<style>:root { color-scheme: light dark; } body { font: 1rem/1.5 system-ui, sans-serif; "
         "max-width: 48rem; margin: 0 auto; padding: 1.5rem 1rem; overflow-wrap: anywhere; } "
-        "h2 { font-size: 1.05rem; margin: 1.5rem 0 0; } p, ul { margin: .25rem 0; }</style></head>"
+        "h2 { font-size: 1.05rem; margin: 1.5rem 0 0; } p, ul { margin: .25rem 0; } "
+        "pre { white-space: pre-wrap; }</style></head>"
         '<body><h1>HSFT: API</h1><p>The whole description is <a href="/openapi.json">'
         "/openapi.json</a>, in the OpenAPI format. A request by hand:</p>"
         f"<pre>curl -H 'Content-Type: application/json' -d '{escape(example)}' "

@@ -21,13 +21,13 @@ from hsft.report.terminal import write_blocks
 from hsft.run.check import quick_problems
 from hsft.run.run_dir import MAY_CHANGE
 from hsft.run.train_and_rank import train_and_rank
-from hsft.trainer.checkpoint import CHECKPOINTS_DIR
-from hsft.trainer.trainer import BEST_DIR
+from hsft.trainer.checkpoint import BEST_DIR, CHECKPOINTS_DIR
 from hsft.utils.distributed import world_size
 from hsft.utils.errors import InputError, Interrupted, brief, problems_of, refuse
 from hsft.utils.files import is_file, remove
 from hsft.utils.lock import locked
 from hsft.utils.logs import set_up_logging
+from hsft.utils.program import install_command
 from hsft.utils.progress import format_seconds
 from hsft.utils.signals import StopSignals
 
@@ -83,7 +83,7 @@ def _optuna() -> Any:
         import optuna
     except ImportError as error:
         raise InputError(
-            "a sweep needs optuna; install it with pip install -r requirements-extra.txt."
+            f"a sweep needs optuna; install it with {install_command('optuna')}."
         ) from error
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     return optuna

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from hsft.data.cache import default_cache_path
+from hsft.data.column_checks import spelling_problem
 from hsft.data.csv_rows import RowProblems
 from hsft.data.interactions import dataset_file, read_interactions
 from hsft.data.item_text import information_file
@@ -17,6 +18,7 @@ from hsft.data.prepare.amazon import amazon2014, amazon2023
 from hsft.data.prepare.hold_out import choose_items, copy_information, without
 from hsft.data.prepare.movielens import movielens
 from hsft.data.prepare.pixelrec import pixelrec
+from hsft.data.prepare.recbole import recbole
 from hsft.data.prepare.rows import Download
 from hsft.data.prepare.statistics import (
     Statistics,
@@ -25,7 +27,14 @@ from hsft.data.prepare.statistics import (
     statistics,
     statistics_rows,
 )
-from hsft.data.prepare.table import Table, core_rows, first_of_repeats, read_events
+from hsft.data.prepare.table import (
+    Table,
+    check_columns,
+    core_rows,
+    first_of_repeats,
+    read_events,
+)
+from hsft.data.prepare.times import first_since
 from hsft.data.prepare.write import (
     Described,
     both_files,
@@ -46,6 +55,11 @@ _DOWNLOADS: dict[str, Callable[[argparse.Namespace], Download]] = {
     "amazon2014": lambda given: amazon2014(Path(given.reviews), Path(given.meta), given.item_first),
     "amazon2023": lambda given: amazon2023(Path(given.reviews), Path(given.meta)),
     "movielens": lambda given: movielens(Path(given.folder)),
+    "recbole": lambda given: recbole(
+        Path(given.inter),
+        Path(given.item),
+        {"title": given.title, "tag": given.tag, "description": given.description},
+    ),
 }
 
 
@@ -103,6 +117,20 @@ def _interactions(download: Download, options: argparse.Namespace) -> tuple[Tabl
     table, low = read_events(download.events(download.interactions, found), found, rating)
     if low:
         dropped[f"interactions rated below {rating:g}"] = low
+    warnings = check_columns(table, download.interactions.shown)
+    if options.since is not None:
+        least, date = first_since(table.timestamps, options.since)
+        keep = table.timestamps >= least
+        dropped[f"interactions before {date}"] = int((~keep).sum())
+        if not keep.any():
+            raise InputError(
+                f"{download.interactions.shown}: no interaction is left with --since {date}; give an "
+                f"earlier date."
+            )
+        table = table.keep(keep)
+        warnings = check_columns(table, download.interactions.shown)
+    for warning in warnings:
+        log.warning("%s", warning)
     if not options.keep_repeats:
         keep = first_of_repeats(table)
         dropped["interactions that repeat user, item and timestamp"] = int((~keep).sum())
@@ -127,7 +155,15 @@ def _interactions(download: Download, options: argparse.Namespace) -> tuple[Tabl
 
 
 def _refuse_undescribed(download: Download, described: Described) -> None:
-    """Refuse a download in which no item has a row: ids of one file are not those of the other."""
+    """Refuse a download whose two files do not name items alike."""
+    spelling = spelling_problem(
+        described.twins,
+        described.described + described.without_row,
+        download.interactions.shown,
+        download.items.shown,
+    )
+    if spelling:
+        raise InputError(spelling)
     if described.described:
         return
     if not described.unused:

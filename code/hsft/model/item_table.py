@@ -280,6 +280,44 @@ def table_from_cache(
     return table
 
 
+def sample_cosines(
+    cache: ItemCache, item_ids: np.ndarray, transform: str = "none", items: int = 2048
+) -> np.ndarray:
+    """Return cosines between different items, as they are after the transform.
+
+    Args:
+        cache: the item cache.
+        item_ids: str [I + 1], entry 0 the padding item; every other id is in the cache.
+        transform: as for `table_from_cache`, fitted on the sample.
+        items: evenly spaced items that are compared, at most; whitening, which needs several times
+            more vectors than dimensions, takes all items when there are fewer.
+
+    Returns:
+        float32 [pairs]: of every two of at most 64 items, else of each item with 16 others.
+    """
+    count = len(item_ids) - 1
+    if transform == "whiten":
+        items = max(items, 4 * cache.dim)
+    numbers = np.unique(np.linspace(1, count, min(count, items)).astype(np.int64))
+    sample = np.concatenate([item_ids[:1], item_ids[numbers]])
+    vectors = F.normalize(table_from_cache(cache, sample, transform)[1:].float(), dim=-1)
+    n = len(vectors)
+    if n <= 64:
+        rows, columns = np.triu_indices(n, 1)
+    else:
+        steps = np.unique(np.geomspace(1, n // 2, 16).astype(np.int64))
+        rows = np.repeat(np.arange(n), len(steps))
+        columns = (rows + np.tile(steps, n)) % n
+    cosines = torch.cat(
+        [(vectors[rows[at]] * vectors[columns[at]]).sum(dim=-1) for at in _blocks(len(rows))]
+    )
+    return cosines.numpy()
+
+
+def _blocks(count: int, size: int = 4096) -> list[slice]:
+    return [slice(start, start + size) for start in range(0, count, size)]
+
+
 # A fixed map of vectors: float32 [n, D] -> float32 [n, D].
 Transform = Callable[[Tensor], Tensor]
 

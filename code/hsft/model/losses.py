@@ -43,6 +43,7 @@ def info_nce(
     excluded: Tensor | None = None,
     budget_bytes: int = 1 << 28,
     weights: Tensor | None = None,
+    counts: Tensor | None = None,
 ) -> Tensor:
     """HLLM's InfoNCE (arXiv 2409.12740, eq. 2 and its public code).
 
@@ -60,6 +61,7 @@ def info_nce(
         budget_bytes: largest [block, P] float32 matrix held at once; larger ones are computed in
             blocks of positions and recomputed in the backward pass.
         weights: float32 [T], 1 for positions that count, 0 for others; None: all count.
+        counts: int64 [4], to which `count_negatives` of this call is added, or None.
 
     Returns:
         Scalar float32; 0 when no position counts.
@@ -68,26 +70,58 @@ def info_nce(
 
     def block(
         q: Tensor, p: Tensor, w: Tensor, pool: Tensor, scale: Tensor, out: Tensor | None
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         with torch.no_grad():
             masked = p @ pool.T > nce_thres
             if out is not None:
                 masked |= out
+            negatives = count_negatives(masked, out, w)
         negative = ((q @ pool.T) * scale.exp()).masked_fill(masked, -torch.inf)
         positive = (q * p).sum(dim=-1, keepdim=True) * scale.exp()
         logits = torch.cat([positive, negative], dim=-1)
         labels = logits.new_zeros(len(q), dtype=torch.long)
-        return (F.cross_entropy(logits, labels, reduction="none") * w).sum()
+        losses = F.cross_entropy(logits, labels, reduction="none")
+        return (losses * w).sum(), negatives
 
-    counted = queries.new_ones(len(queries)) if weights is None else weights
-    return _sum_in_blocks(
+    total, negatives = _sum_in_blocks(
         block,
-        (queries, positives, counted),
+        (queries, positives, _ones(queries) if weights is None else weights),
         (pool, logit_scale),
         excluded,
         len(pool) * 3,
         budget_bytes,
-    ) / _number_of_terms(queries, weights)
+    )
+    if counts is not None:
+        counts += negatives
+    return total / _number_of_terms(queries, weights)
+
+
+def count_negatives(masked: Tensor, excluded: Tensor | None, weights: Tensor) -> Tensor:
+    """Count how many negatives a loss masks, without waiting for the device.
+
+    Args:
+        masked: bool [T, P], (position, negative) pairs that do not count, `excluded` among them.
+        excluded: bool [T, P], the pairs that are no negatives in the first place, or None.
+        weights: float32 [T], 1 for positions that count, 0 for others.
+
+    Returns:
+        int64 [4]: masked pairs, all pairs, positions without a negative left, all positions.
+    """
+    real = weights.long()
+    columns = masked.shape[1]
+    masked_count = masked.sum(dim=1)
+    excluded_count = torch.zeros_like(real) if excluded is None else excluded.sum(dim=1)
+    per_position = (
+        masked_count - excluded_count,
+        columns - excluded_count,
+        masked_count == columns,
+        torch.ones_like(real),
+    )
+    return torch.stack([(count * real).sum() for count in per_position])
+
+
+def _ones(queries: Tensor) -> Tensor:
+    return torch.ones(len(queries), device=queries.device)
 
 
 def _number_of_terms(queries: Tensor, weights: Tensor | None) -> int | Tensor:
@@ -269,43 +303,38 @@ def binary_cross_entropy(
     """
     queries, positives, pool = queries.float(), positives.float(), pool.float()
 
-    def block(
-        q: Tensor, p: Tensor, w: Tensor, pool: Tensor, _: Tensor, out: Tensor | None
-    ) -> Tensor:
+    def block(q: Tensor, p: Tensor, w: Tensor, pool: Tensor, out: Tensor | None) -> tuple[Tensor]:
         positive = (F.softplus(-(q * p).sum(dim=-1)) * w).sum()
         negative = F.softplus(q @ pool.T)
-        return positive + (negative if out is None else negative.masked_fill(out, 0.0)).sum()
+        return (positive + (negative if out is None else negative.masked_fill(out, 0.0)).sum(),)
 
-    counted = queries.new_ones(len(queries)) if weights is None else weights
+    counted = _ones(queries) if weights is None else weights
     pairs = counted.sum() + len(queries) * len(pool)
     if excluded is not None:
         pairs = pairs - excluded.sum()
-    return _sum_in_blocks(
-        block,
-        (queries, positives, counted),
-        (pool, pool.new_zeros(())),
-        excluded,
-        len(pool) * 2,
-        budget_bytes,
-    ) / pairs.clamp_min(1)
+    (total,) = _sum_in_blocks(
+        block, (queries, positives, counted), (pool,), excluded, len(pool) * 2, budget_bytes
+    )
+    return total / pairs.clamp_min(1)
 
 
 def _sum_in_blocks(
-    block: Callable[..., Tensor],
+    block: Callable[..., tuple[Tensor, ...]],
     rows: tuple[Tensor, ...],
     shared: tuple[Tensor, ...],
     excluded: Tensor | None,
     floats_per_row: int,
     budget_bytes: int,
-) -> Tensor:
-    """Sum `block` over blocks of rows that keep its intermediate values within the budget."""
+) -> tuple[Tensor, ...]:
+    """Sum what `block` returns over blocks of rows that keep its matrices within the budget."""
     count = len(rows[0])
     size = max(1, budget_bytes // max(1, floats_per_row * 4))
     if count <= size:
         return block(*rows, *shared, excluded)
-    total = rows[0].new_zeros(())
+    totals: list[Tensor] = []
     for start in range(0, count, size):
         part = tuple(row[start : start + size] for row in rows)
         out = None if excluded is None else excluded[start : start + size]
-        total = total + _recompute(block, *part, *shared, out)
-    return total
+        sums = _recompute(block, *part, *shared, out)
+        totals = [a + b for a, b in zip(totals, sums, strict=True)] if totals else list(sums)
+    return tuple(totals)

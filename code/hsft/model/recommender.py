@@ -68,7 +68,13 @@ class Recommender(nn.Module):
         encoder: the model.
         settings: the loss.
         logit_scale: initial log factor on cosines; HLLM's ln(1/0.07) when None.
+
+    Attributes:
+        negative_counts: int64 [4], sums of `losses.count_negatives` over the forward passes since
+            the last `take_negative_counts`, in all processes.
     """
+
+    negative_counts: Tensor
 
     def __init__(
         self,
@@ -85,6 +91,8 @@ class Recommender(nn.Module):
             torch.tensor([initial], dtype=torch.float32),
             requires_grad=settings.loss == "nce" and settings.similarity == "cosine",
         )
+        counts = torch.zeros(4, dtype=torch.int64)
+        self.register_buffer("negative_counts", counts, persistent=False)
 
     def forward(self, batch: TrainBatch) -> Tensor:
         """Return the batch's loss: scalar float32, the mean over the batches of all processes.
@@ -104,13 +112,20 @@ class Recommender(nn.Module):
             states, targets = states.index_select(0, scored), targets.index_select(0, scored)
         # The loss is exact arithmetic on small vectors; autocast would round its logits.
         with torch.autocast(device_type=states.device.type, enabled=False):
-            mean, count = self._loss(states, targets, batch)
-            return mean if world_size() == 1 else _mean_over_processes(mean, count)
+            counts = torch.zeros_like(self.negative_counts)
+            mean, terms = self._loss(states, targets, batch, counts)
+            if world_size() > 1:
+                mean, counts = _mean_over_processes(mean, terms, counts)
+            self.negative_counts += counts
+            return mean
 
     def _loss(
-        self, states: Tensor, targets: Tensor, batch: TrainBatch
+        self, states: Tensor, targets: Tensor, batch: TrainBatch, counts: Tensor
     ) -> tuple[Tensor, int | Tensor]:
-        """Return the mean over this process's batch, and the number of terms in it."""
+        """Return the mean over this process's batch, and the number of terms in it.
+
+        What `losses.count_negatives` gives is added to `counts`.
+        """
         settings = self.settings
         items = self.encoder.items
         scale = self.scale()
@@ -132,9 +147,13 @@ class Recommender(nn.Module):
         positives, pool = items(targets), items(pool_ids)
         if settings.loss == "bce":
             excluded = targets.unsqueeze(1) == pool_ids
+            fillers = None
             if weights is not None:
                 # What fills a bucket up is neither a position nor a negative.
-                excluded |= (weights == 0).unsqueeze(1) | (pool_ids == PAD)
+                fillers = (pool_ids == PAD).expand(len(targets), -1)
+                excluded |= fillers | (weights == 0).unsqueeze(1)
+            rows = torch.ones_like(states[:, 0]) if weights is None else weights
+            counts += losses.count_negatives(excluded, fillers, rows)
             loss = losses.binary_cross_entropy(
                 states, positives, pool, excluded, settings.budget_bytes, weights
             )
@@ -149,8 +168,15 @@ class Recommender(nn.Module):
             fillers,
             settings.budget_bytes,
             weights,
+            counts,
         )
         return loss, terms
+
+    def take_negative_counts(self) -> Tensor:
+        """Return `negative_counts` and set them to zero, without waiting for the device."""
+        counts = self.negative_counts.clone()
+        self.negative_counts.zero_()
+        return counts
 
     def scale(self) -> Tensor:
         """Return the log factor on cosines, clamped to [0, ln 100] as HLLM does; 0 for dots."""
@@ -217,15 +243,19 @@ class Recommender(nn.Module):
         return self.encoder.items.num_items
 
 
-def _mean_over_processes(mean: Tensor, count: int | Tensor) -> Tensor:
+def _mean_over_processes(
+    mean: Tensor, count: int | Tensor, counts: Tensor
+) -> tuple[Tensor, Tensor]:
     """Return the mean over the terms of all processes; see `Recommender.forward` on its gradient.
 
     Args:
         mean: scalar, over this process's terms.
         count: number of these terms.
+        counts: int64 [n], which are summed over the processes on the way.
     """
     terms = torch.as_tensor(count, dtype=torch.float64, device=mean.device)
-    summed, total = all_reduce(torch.stack([mean.detach().double() * terms, terms]))
-    total = total.clamp_min(1.0)
+    local = torch.cat([torch.stack([mean.detach().double() * terms, terms]), counts.double()])
+    reduced = all_reduce(local)
+    summed, total = reduced[0], reduced[1].clamp_min(1.0)
     share = mean * (terms * world_size() / total).to(mean)
-    return (share - share.detach()) + (summed / total).to(mean)
+    return (share - share.detach()) + (summed / total).to(mean), reduced[2:].long()

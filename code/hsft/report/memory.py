@@ -71,7 +71,7 @@ class TrainingShape:
         attention: `sdpa` or `eager`.
         masked_row: positions of a packed row whose attention takes a mask; None: not packed, and
             sdpa takes no mask.
-        negatives: as `negatives`; num_negatives: drawn per step.
+        negatives: as `LossSettings`; num_negatives: drawn per forward pass, 0: L + 1 per sequence.
         budget_bytes: of logits.
     """
 
@@ -287,7 +287,9 @@ def estimate(
         rows, size = chunk_shape(tokens, count, dim, shape.budget_bytes)
         logits = 4 * (2 * rows * size + 8 * size * dim + 4 * tokens * dim)
     else:
-        pool = shape.num_negatives if shape.negatives == "sampled" else tokens
+        pool = tokens
+        if shape.negatives == "sampled":
+            pool = shape.num_negatives or batch_size * (shape.length + 1)
         logits = min(shape.budget_bytes, 12 * tokens * pool) + 12 * (tokens + pool) * dim
     linear = [_widths(module) for module in linear_layers(model).values()]
     largest = max(read * given for read, given in linear)

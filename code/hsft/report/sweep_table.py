@@ -13,7 +13,7 @@ from hsft.report.compare import Comparison, load_comparison, refuse_unlike
 from hsft.report.comparison_files import blocks, csv_columns
 from hsft.report.result import read_result
 from hsft.report.terminal import Blocks, as_markdown
-from hsft.trainer.trainer import BEST_DIR
+from hsft.trainer.checkpoint import BEST_DIR
 from hsft.utils.files import is_folder, write_text
 
 

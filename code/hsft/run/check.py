@@ -56,7 +56,7 @@ from hsft.model.item_ids import read_id_vectors
 from hsft.report.memory import GIB, estimate, meta_decoder
 from hsft.run.dry_run import training_shape
 from hsft.run.run_dir import choose_run_dir
-from hsft.run.setup import check_training, eval_protocol, match_cache, user_attention
+from hsft.run.setup import check_cosines, check_training, eval_protocol, match_cache, user_attention
 from hsft.trainer.fabric import attention_kernel, check_device, choose_device, compute_dtype
 from hsft.trainer.wandb_log import load_wandb
 from hsft.utils.distributed import is_rank_zero
@@ -153,6 +153,12 @@ def check_run(config: Config) -> None:
             with found.collect():
                 interactions = match_cache(interactions, cache, config)
         _split(config, leave_one_out(interactions), found)
+        trains_nce = config.model == "HLLM" and config.trains and config.loss == "nce"
+        if trains_nce and cache is not None and not found.problems:
+            with found.collect():
+                note, high = check_cosines(config, cache, interactions)
+                found.notes.append(note)
+                found.warn(high)
     _memory(config, found, interactions, cache)
     found.finish()
 

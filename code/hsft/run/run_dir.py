@@ -176,21 +176,21 @@ def _refusal(config: Config, folder: Path) -> str:
     return f"{folder} has {key} {old!r}, now it is {new!r}; give --{key} its old value"
 
 
-def start_run_dir(config: Config, place: RunDir) -> None:
-    """Create the run's folder with its `config.yaml`, or clean up the one that is continued, and
-    log into it from now on.
+def start_run_dir(config: Config, folder: Path, *, resume: bool) -> None:
+    """Create the run's folder with its `config.yaml` and log into it from now on.
+
+    With `resume` the folder is there, and leftovers of a killed process are removed from it.
 
     Raises:
         InputError: the folder cannot be written.
     """
-    folder = place.path
     try:
-        if place.resume:
+        if resume:
             clear_leftovers(folder)
         elif folder.exists():
             remove(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        if not place.resume:
+        if not resume:
             write_text(folder / CONFIG_FILE, dump_config(config))
         log_to_file(folder / LOG_FILE)
     except OSError as error:

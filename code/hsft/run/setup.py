@@ -38,7 +38,7 @@ from hsft.model.backbone import (
 )
 from hsft.model.item_adapter import adapter_shape, check_width, load_adapter
 from hsft.model.item_ids import load_id_vectors, read_id_vectors
-from hsft.model.item_table import ItemTable, table_from_cache
+from hsft.model.item_table import ItemTable, sample_cosines, table_from_cache
 from hsft.model.norms import fuse_norms
 from hsft.model.recommender import LossSettings, Recommender, Similarity
 from hsft.model.user_llm import UserLLM
@@ -47,6 +47,11 @@ from hsft.utils.distributed import global_rank, is_rank_zero, world_size
 from hsft.utils.errors import InputError
 
 log = logging.getLogger(__name__)
+
+# Share of masked negatives above which the log warns.
+HIGH_MASKED_SHARE = 0.2
+# Cosine above which float32 tells two items apart by its rounding alone.
+SAME_DIRECTION = 1 - 1e-6
 
 
 @dataclass(frozen=True)
@@ -127,13 +132,13 @@ def load_data(config: Config, *, need_cache: bool, again: bool = False) -> Data:
     # Encoding reads the file too and says it then.
     if not (again or encodes):
         for warning in interactions.warnings:
-            _warn(warning)
+            warn(warning)
     cache = None
     if need_cache:
         cache = encode_in_memory(config) if encodes else open_cache(cache_path(config))
         if not encodes and is_rank_zero():
             for warning in cache_warnings(config, cache, interactions.item_ids[1:]):
-                _warn(warning)
+                warn(warning)
         interactions = match_cache(interactions, cache, config)
     split = leave_one_out(interactions)
     log.log(
@@ -149,7 +154,8 @@ def load_data(config: Config, *, need_cache: bool, again: bool = False) -> Data:
     return Data(split, cache)
 
 
-def _warn(sentence: str | None) -> None:
+def warn(sentence: str | None) -> None:
+    """Log a warning, if there is one."""
     if sentence:
         log.warning(sentence)
 
@@ -189,26 +195,94 @@ def check_training(config: Config, split: Split, sequences: CachedEmbeddingTrain
     """Refuse data that cannot be trained on.
 
     Raises:
-        InputError: there is no sequence, or a user has interacted with every item, so that no
-            negative can be drawn.
+        InputError: there is no sequence or only one item, a batch is always a single position
+            without a negative, or a user has interacted with every item, so that no negative can
+            be drawn.
     """
     if not len(sequences):
         raise InputError(
             f"no user of {config.dataset} has enough items to train on (4 are needed: two are held "
             f"out); use --val_only True."
         )
-    if config.model != "HLLM" or config.effective_negatives != "sampled":
+    if split.interactions.num_items < 2:
+        raise InputError(
+            f"{config.dataset} has a single item, so that there is nothing to learn; use "
+            f"--val_only True."
+        )
+    if config.model != "HLLM":
         return
-    sampler = NegativeSampler(split.interactions, held_out=2)
+    if config.effective_negatives == "in_batch":
+        longest = 1 if config.train_positions == "random_split" else int(sequences.lengths.max())
+        if config.train_batch_size * world_size() * longest == 1:
+            raise InputError(
+                "negatives: in_batch needs a second position in a batch, but every batch is a "
+                "single one; raise --train_batch_size, or use --negatives catalogue."
+            )
+    if config.effective_negatives != "sampled":
+        return
+    sampler = negative_sampler(config, split.interactions)
     users = np.unique(sequences.segments.users)
     full = users[sampler.available[users] < 1]
     if len(full):
         user = split.interactions.user_ids[full[0]]
+        key = "negatives" if config.num_negatives is None else "num_negatives"
         raise InputError(
-            f"num_negatives: {len(full)} users, for example '{user}', have all "
+            f"{key}: {len(full)} users, for example '{user}', have all "
             f"{split.interactions.num_items} items of the catalogue in their history, so none can "
-            f"be drawn for them; use negatives: in_batch or catalogue."
+            f"be drawn for them; use negatives: in_batch or catalogue, or negatives_exclude: none."
         )
+
+
+def negative_sampler(config: Config, interactions: Interactions) -> NegativeSampler:
+    """Return what draws the negatives of training."""
+    return NegativeSampler(interactions, held_out=2, exclude=config.negatives_exclude)
+
+
+def check_cosines(
+    config: Config, cache: ItemCache, interactions: Interactions
+) -> tuple[str, str | None]:
+    """Sample cosines between items, which say how many negatives `nce_thres` will mask.
+
+    Args:
+        config: of a run that trains the UserLLM with `loss: nce`.
+        cache: has every item of the interactions.
+        interactions: whose items are compared.
+
+    Returns:
+        A sentence with the figures, and a warning where the share above `nce_thres` is high.
+
+    Raises:
+        InputError: every negative would be masked, or all items have the same direction, so that
+            nothing can be learnt.
+    """
+    cosines = sample_cosines(cache, interactions.item_ids, config.item_embedding_transform)
+    where = cache.path or "made now"
+    remedy = (
+        "use an ItemLLM that was trained to embed, or set --item_embedding_transform standardize"
+        if config.item_embedding_transform == "none"
+        else "use an ItemLLM that was trained to embed"
+    )
+    summary = (
+        f"item cache {where}: cosine {cosines.mean():.3f} on average over {len(cosines):,} pairs "
+        f"of items"
+    )
+    if config.effective_negatives == "catalogue":
+        if (cosines > SAME_DIRECTION).all() and not config.item_id_embedding:
+            raise InputError(
+                f"item cache {where}: all items have the same direction (cosine "
+                f"{cosines.mean():.6f}), so that nothing can be learnt; {remedy}."
+            )
+        return f"{summary}.", None
+    share = (cosines > config.nce_thres).mean()
+    summary = f"{summary}, {share:.1%} of them above nce_thres {config.nce_thres:g}"
+    if share == 1:
+        raise InputError(
+            f"{summary}, so that every negative would be masked and nothing learnt; {remedy}, or "
+            f"--negatives catalogue."
+        )
+    if share > HIGH_MASKED_SHARE:
+        return f"{summary}.", f"{summary}: these are masked as negatives; {remedy}."
+    return f"{summary}.", None
 
 
 def warn_of_plain_items(config: Config, cache: ItemCache | None) -> None:

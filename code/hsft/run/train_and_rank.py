@@ -6,7 +6,7 @@ import gc
 import logging
 import sys
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,6 @@ from torch.utils.data import DataLoader
 from hsft.config import Config
 from hsft.data.dataset import CachedEmbeddingTrainDataset, TrainCollate
 from hsft.data.dataset.packing import Buckets
-from hsft.data.negatives import NegativeSampler
 from hsft.evaluator.evaluator import Evaluation, Evaluator, Scorer
 from hsft.evaluator.fingerprint import evaluation_fingerprint
 from hsft.hub.manifest import exported_from, user_llm_origin
@@ -46,26 +45,32 @@ from hsft.run.run_dir import (
     has_checkpoint,
     start_run_dir,
 )
-from hsft.run.session import Session
 from hsft.run.setup import (
     Data,
     build_user_llm,
+    check_cosines,
     check_training,
     eval_protocol,
     load_data,
     make_evaluator,
+    negative_sampler,
     packed_row_length,
     user_attention,
+    warn,
     warn_of_plain_items,
 )
 from hsft.trainer.checkpoint import CHECKPOINTS_DIR, Checkpoints, restore_rng, rng_state
+from hsft.trainer.context import KeepGoing, RunContext
 from hsft.trainer.fabric import (
     choose_precision,
     make_fabric,
 )
-from hsft.trainer.optim import build_optimizer, build_schedule, steps_per_epoch
+from hsft.trainer.loop import train
+from hsft.trainer.optim import steps_per_epoch
+from hsft.trainer.resume import TrainState
 from hsft.trainer.sampler import SequenceBatches
-from hsft.trainer.trainer import KeepGoing, Trainer, TrainState, count_trainable
+from hsft.trainer.session import Session
+from hsft.trainer.step import make_learner
 from hsft.trainer.wandb_log import WandbLog
 from hsft.utils import environment
 from hsft.utils.distributed import (
@@ -83,38 +88,6 @@ from hsft.utils.progress import Meter, format_seconds
 from hsft.utils.signals import StopSignals
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Run:
-    """What the parts of one run share.
-
-    Attributes:
-        config: the configuration.
-        fabric: Lightning Fabric, launched.
-        place: the run's folder, and whether an earlier session is continued.
-        checkpoints: its resumable checkpoints.
-        stop: notices SIGINT and SIGTERM.
-        session: time and memory.
-        wandb: the run at Weights & Biases, in process 0 and where `log_wandb` asks for it.
-        keep_going: asked after each validation whether training goes on; None: it does.
-        user_llm_fingerprint: of `user_pretrain_dir` when the run began; None for other models.
-    """
-
-    config: Config
-    fabric: Fabric
-    place: RunDir
-    checkpoints: Checkpoints
-    stop: StopSignals
-    session: Session
-    wandb: WandbLog
-    keep_going: KeepGoing | None = None
-    user_llm_fingerprint: str | None = None
-
-    @property
-    def folder(self) -> Path:
-        """The run's folder."""
-        return self.place.path
 
 
 def train_and_rank(config: Config, keep_going: KeepGoing | None = None) -> Path:
@@ -142,14 +115,24 @@ def train_and_rank(config: Config, keep_going: KeepGoing | None = None) -> Path:
         fabric.seed_everything(config.seed, workers=True, verbose=False)
         session = Session(fabric.device)
         with ExitStack() as held:
-            place = run_on_rank_zero(lambda: _lock_and_choose(config, held))
-            checkpoints = Checkpoints(place.path / CHECKPOINTS_DIR, config.keep_last)
-            work = Run(config, fabric, place, checkpoints, stop, session, WandbLog(), keep_going)
+            chosen = run_on_rank_zero(lambda: _lock_and_choose(config, held))
+            run = RunContext(
+                config=config,
+                fabric=fabric,
+                folder=chosen.path,
+                resume=chosen.resume,
+                checkpoints=Checkpoints(chosen.path / CHECKPOINTS_DIR, config.keep_last),
+                stop=stop,
+                session=session,
+                wandb=WandbLog(),
+                keep_going=keep_going,
+            )
             try:
-                _run(work)
+                _run(run)
             except Interrupted as ending:
-                raise Interrupted(f"{ending}; {_how_to_continue(work)}", ending.exit_code) from None
-    return place.path
+                how = _how_to_continue(run.folder)
+                raise Interrupted(f"{ending}; {how}", ending.exit_code) from None
+    return chosen.path
 
 
 def _lock_and_choose(config: Config, held: ExitStack) -> RunDir:
@@ -158,63 +141,65 @@ def _lock_and_choose(config: Config, held: ExitStack) -> RunDir:
     return choose_run_dir(config)
 
 
-def _run(work: Run) -> None:
-    config, fabric = work.config, work.fabric
+def _run(run: RunContext) -> None:
+    config, fabric = run.config, run.fabric
     if fabric.device.type == "cpu" and config.device == "auto":
         log.info(
             "no CUDA device found: running on the CPU with %d threads.", torch.get_num_threads()
         )
     data = load_data(config, need_cache=config.reads_embeddings)
     if config.model == "HLLM" and config.user_pretrain_dir:
-        work = replace(work, user_llm_fingerprint=fingerprint(config.user_pretrain_dir))
+        run = replace(run, user_llm_fingerprint=fingerprint(config.user_pretrain_dir))
     final = make_evaluator(config, data.split, config.eval_phase, fabric)
-    work.session.lap("data")
+    run.session.lap("data")
     try:
-        run_on_rank_zero(lambda: start_run_dir(config, work.place))
-        with work.wandb:
+        run_on_rank_zero(lambda: start_run_dir(config, run.folder, resume=run.resume))
+        with run.wandb:
             if config.trains and config.log_wandb:
-                run_on_rank_zero(lambda: work.wandb.open(config, work.folder))
-            rows, training = _rows(work, data, final)
+                run_on_rank_zero(lambda: run.wandb.open(config, run.folder))
+            rows, training = _rows(run, data, final)
             if is_rank_zero():
-                _finish(work, data, final, rows, training)
+                _finish(run, data, final, rows, training)
     except BaseException as error:
-        saved = isinstance(error, Interrupted) and has_checkpoint(work.folder)
-        if is_rank_zero() and not work.place.resume and not saved:
-            drop_empty_run(work.folder)
+        saved = isinstance(error, Interrupted) and has_checkpoint(run.folder)
+        if is_rank_zero() and not run.resume and not saved:
+            drop_empty_run(run.folder)
         raise
 
 
-def _how_to_continue(work: Run) -> str:
-    if not has_checkpoint(work.folder):
+def _how_to_continue(folder: Path) -> str:
+    if not has_checkpoint(folder):
         return "nothing was saved yet; start the same command again"
-    return f"to continue, add --run_name {work.folder.name} --auto_resume True to the same command"
+    return f"to continue, add --run_name {folder.name} --auto_resume True to the same command"
 
 
 def _rows(
-    work: Run, data: Data, final: Evaluator
+    run: RunContext, data: Data, final: Evaluator
 ) -> tuple[dict[str, Evaluation], dict[str, Any] | None]:
     """Evaluate, train where asked, and return the table's rows and what is known of the training."""
-    config, fabric, session = work.config, work.fabric, work.session
+    config, fabric, session = run.config, run.fabric, run.session
     if config.model in ("pop", "random", "item_knn"):
         scorer = build_reference(config, data.split, data.cache, fabric.device)
         evaluation = evaluate(config, scorer, final, fabric)
         session.lap("evaluation")
         return {config.model: evaluation}, None
     if config.model == "sasrec":
-        return _train_and_evaluate(work, data, final)
+        return _train_and_evaluate(run, data, final)
     if config.val_only:
-        run = exported_from(config.user_pretrain_dir or "")
-        if run is not None:
-            log.info("evaluating the fine-tuned UserLLM exported from %s.", one_line(run, 80))
+        source = exported_from(config.user_pretrain_dir or "")
+        if source is not None:
+            log.info("evaluating the fine-tuned UserLLM exported from %s.", one_line(source, 80))
         model = build_user_llm(config, data, fabric, train=False)
         session.lap("model")
         evaluation = evaluate(config, _for_evaluation(model, fabric), final, fabric)
         session.lap("evaluation")
         return {UNTRAINED: evaluation}, None
+    if config.loss == "nce" and data.cache is not None:
+        warn(check_cosines(config, data.cache, data.interactions)[1])
     rows: dict[str, Evaluation] = {}
     if config.eval_baseline:
-        rows[UNTRAINED] = _baseline(work, data, final)
-    tuned, training = _train_and_evaluate(work, data, final)
+        rows[UNTRAINED] = _baseline(run, data, final)
+    tuned, training = _train_and_evaluate(run, data, final)
     return rows | tuned, training
 
 
@@ -222,30 +207,30 @@ def _origin(config: Config) -> dict[str, Any] | None:
     return user_llm_origin(config.user_pretrain_dir or "") if config.model == "HLLM" else None
 
 
-def _baseline(work: Run, data: Data, final: Evaluator) -> Evaluation:
+def _baseline(run: RunContext, data: Data, final: Evaluator) -> Evaluation:
     """Evaluate the untrained UserLLM, once in all sessions of the run."""
-    config, fabric, store = work.config, work.fabric, work.checkpoints
+    config, fabric, store = run.config, run.fabric, run.checkpoints
     saved = None
-    if work.place.resume and is_rank_zero():
+    if run.resume and is_rank_zero():
         saved = store.load_extra(UNTRAINED)
     saved = broadcast(saved)
     if saved and saved["fingerprint"] == data.fingerprint and len(saved["rng"]) == world_size():
         log.info("the untrained UserLLM was evaluated before the interruption.")
         # Building and evaluating it drew from the generators.
         restore_rng(saved["rng"][global_rank()], fabric.device)
-        work.session.continue_from(saved["record"])
+        run.session.continue_from(saved["record"])
         return unpack_evaluation(saved["evaluation"])
     model = build_user_llm(config, data, fabric, train=False)
     found = evaluate(config, _for_evaluation(model, fabric), final, fabric)
     del model
     _free_memory(fabric)
-    work.session.lap("baseline")
+    run.session.lap("baseline")
     generators = all_gather(rng_state(fabric.device))
     if is_rank_zero():
         content = {
             "fingerprint": data.fingerprint,
             "rng": generators,
-            "record": work.session.record(),
+            "record": run.session.record(),
             "evaluation": pack_evaluation(found),
         }
         store.save_extra(UNTRAINED, content)
@@ -253,9 +238,9 @@ def _baseline(work: Run, data: Data, final: Evaluator) -> Evaluation:
 
 
 def _train_and_evaluate(
-    work: Run, data: Data, final: Evaluator
+    run: RunContext, data: Data, final: Evaluator
 ) -> tuple[dict[str, Evaluation], dict[str, Any]]:
-    config, fabric = work.config, work.fabric
+    config, fabric = run.config, run.fabric
     if config.model == "sasrec":
         name = "sasrec"
         model = build_sasrec(config, data.interactions.num_items)
@@ -264,11 +249,11 @@ def _train_and_evaluate(
         name = TUNED
         warn_of_plain_items(config, data.cache)
         model = build_user_llm(config, data, fabric, train=True)
-    work.session.lap("model")
-    state, training = _train(work, data, model)
-    work.session.lap("training")
+    run.session.lap("model")
+    state, training = _train(run, data, model)
+    run.session.lap("training")
     found = evaluate(config, model, final, fabric)
-    work.session.lap("evaluation")
+    run.session.lap("evaluation")
     return {name: found}, {**training, **state.summary()}
 
 
@@ -300,8 +285,8 @@ def evaluate(
             ) from error
 
 
-def _train(work: Run, data: Data, model: Recommender) -> tuple[TrainState, dict[str, Any]]:
-    config, fabric = work.config, work.fabric
+def _train(run: RunContext, data: Data, model: Recommender) -> tuple[TrainState, dict[str, Any]]:
+    config, fabric = run.config, run.fabric
     if config.strategy == "deepspeed" and config.auto_resume:
         raise InputError(
             "auto_resume is not supported under strategy: deepspeed, which spreads the state over "
@@ -310,11 +295,8 @@ def _train(work: Run, data: Data, model: Recommender) -> tuple[TrainState, dict[
     dataset = CachedEmbeddingTrainDataset(data.split, config.MAX_ITEM_LIST_LENGTH)
     check_training(config, data.split, dataset)
     loader = make_train_loader(config, dataset, data, fabric, pack=_packs(config, model, fabric))
-    optimizer = build_optimizer(model, config, fabric.device)
-    total = config.epochs * steps_per_epoch(len(loader), config.gradient_accumulation_steps)
-    schedule = build_schedule(optimizer, config, total)
     # Before ZeRO stage 3 takes the parameters apart.
-    trainable = count_trainable(model)
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     log.info(
         "training %s of %s weights on %d sequences with %d transitions.",
         f"{trainable:,}",
@@ -322,28 +304,15 @@ def _train(work: Run, data: Data, model: Recommender) -> tuple[TrainState, dict[
         len(dataset),
         dataset.num_transitions,
     )
-    wrapped, wrapped_optimizer = fabric.setup(model, optimizer)
-    graphs = accelerate(config, model, wrapped, loader, total, fabric)
+    steps = config.epochs * steps_per_epoch(len(loader), config.gradient_accumulation_steps)
+    learner = make_learner(config, fabric, model, steps)
+    graphs = accelerate(config, model, learner.wrapped, loader, steps, fabric)
     valid = make_evaluator(config, data.split, "valid", fabric)
-    trainer = Trainer(
-        fabric=fabric,
-        config=config,
-        model=model,
-        wrapped=wrapped,
-        optimizer=wrapped_optimizer,
-        schedule=schedule,
-        loader=loader,
-        validate=lambda: evaluate(config, model, valid, fabric, "validation"),
-        run_dir=work.folder,
-        checkpoints=work.checkpoints,
-        stop=work.stop,
-        fingerprint=data.fingerprint,
-        wandb=work.wandb,
-        record=(partial(work.session.record, "training"), work.session.continue_from),
-        keep_going=work.keep_going,
-        graphs=graphs,
-    )
-    state = trainer.fit(resume=work.place.resume)
+
+    def validate() -> Evaluation:
+        return evaluate(config, model, valid, fabric, "validation")
+
+    state = train(run, replace(learner, graphs=graphs), loader, validate, data.fingerprint)
     return state, {
         "trainable_weights": trainable,
         "sequences": len(dataset),
@@ -441,8 +410,8 @@ def make_train_loader(
         length, single_row = packed_row_length(config, kernel), kernel == VARLEN
     collate = TrainCollate(
         dataset,
-        sampler=NegativeSampler(data.interactions, held_out=2) if drawn else None,
-        num_negatives=-(-(config.num_negatives or 0) // rows),
+        sampler=negative_sampler(config, data.interactions) if drawn else None,
+        num_negatives=config.negatives_per_sequence(rows),
         random_split=config.train_positions == "random_split",
         seed=config.seed,
         row_length=length,
@@ -472,14 +441,14 @@ def _free_memory(fabric: Fabric) -> None:
 
 
 def _finish(
-    work: Run,
+    run: RunContext,
     data: Data,
     final: Evaluator,
     rows: dict[str, Evaluation],
     training: dict[str, Any] | None,
 ) -> None:
-    config, fabric, folder = work.config, work.fabric, work.folder
-    record = work.session.record()
+    config, fabric, folder = run.config, run.fabric, run.folder
+    record = run.session.record()
     protocol = eval_protocol(config)
     users = len(final.dataset)
     result = {
@@ -500,7 +469,7 @@ def _finish(
         "fingerprint": evaluation_fingerprint(final.dataset, protocol),
         "cache": data.cache.metadata if data.cache else None,
         "user_llm": _origin(config),
-        "user_llm_fingerprint": work.user_llm_fingerprint,
+        "user_llm_fingerprint": run.user_llm_fingerprint,
         "training": training,
         **record,
         "environment": {
@@ -511,9 +480,9 @@ def _finish(
     }
     write_result(folder, plain(result), rows)
     *_, last = rows.values()
-    work.wandb.summarise({f"{config.eval_phase}/{k}": v for k, v in last.metrics.items()})
+    run.wandb.summarise({f"{config.eval_phase}/{k}": v for k, v in last.metrics.items()})
     # With its result written the run is finished; only now is there nothing to come back to.
-    work.checkpoints.remove()
+    run.checkpoints.remove()
     sys.stdout.write(
         f"\n{config.dataset}, {config.eval_phase}, {users} users, {protocol.describe()}\n\n"
         + gain_table([(name, found.metrics) for name, found in rows.items()])

@@ -28,6 +28,7 @@ from hsft.utils.errors import InputError
 from hsft.utils.files import atomic_path, clear_leftovers, discard, sha256, write_json
 
 CHECKPOINTS_DIR = "checkpoints"
+BEST_DIR = "best"
 WEIGHTS_FILE = "weights.safetensors"
 TENSORS_FILE = "state.safetensors"
 STATE_FILE = "state.json"

@@ -3,28 +3,18 @@
 from __future__ import annotations
 
 import inspect
-import itertools
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
 from lightning.fabric import Fabric
 from lightning.fabric.strategies import DDPStrategy
-from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from hsft.config import Config
-from hsft.data.dataset import TrainBatch
 from hsft.model.backbone import choose_attention
-from hsft.trainer.zero import (
-    deepspeed_strategy,
-    engine_of,
-    require_deepspeed,
-    uses_deepspeed,
-)
-from hsft.utils.distributed import TIMEOUT, all_reduce, world_size
+from hsft.trainer.zero import deepspeed_strategy, require_deepspeed
+from hsft.utils.distributed import TIMEOUT, world_size
 from hsft.utils.errors import InputError
 
 Precision = Literal["bf16-mixed", "bf16-true", "16-mixed", "32-true"]
@@ -147,59 +137,3 @@ def make_fabric(config: Config) -> Fabric:
     )
     fabric.launch()
     return fabric
-
-
-def step_groups(
-    fabric: Fabric, batches: Iterator[TrainBatch], accumulation: int
-) -> Iterator[tuple[list[TrainBatch], list[int]]]:
-    """Yield the batches of each optimizer step with the positions that they count.
-
-    A step's loss is the mean over all its positions, in whatever batches and processes they are:
-    a batch weighs as much as it has positions, not one share in `accumulation` as if all were of
-    the same size.
-
-    Args:
-        fabric: the processes.
-        batches: batches of this process; all processes have the same number.
-        accumulation: batches per optimizer step; the last step may have fewer.
-
-    Yields:
-        The batches, and the positions of each in all processes.
-    """
-    while group := list(itertools.islice(batches, accumulation)):
-        counts = torch.stack([batch.loss_mask.sum() for batch in group])
-        if world_size() > 1:
-            counts = all_reduce(counts.to(fabric.device))
-        yield group, counts.tolist()
-
-
-@contextmanager
-def gradient_sync(fabric: Fabric, wrapped: Any, last: bool) -> Iterator[None]:
-    """Exchange gradients in the backward pass of an optimizer step's last batch only.
-
-    Args:
-        fabric: the processes.
-        wrapped: the model as `fabric.setup` returned it.
-        last: whether this is the step's last batch.
-    """
-    if uses_deepspeed(fabric):
-        # DeepSpeed would count batches itself, and wrongly where an epoch's last step has fewer.
-        engine_of(fabric).set_gradient_accumulation_boundary(last)
-        yield
-    else:
-        with fabric.no_backward_sync(wrapped, enabled=not last):
-            yield
-
-
-def clip_gradients(fabric: Fabric, wrapped: Any, optimizer: Any, max_norm: float) -> Tensor | None:
-    """Scale gradients down to a norm of `max_norm`; 0 leaves them. DeepSpeed does so itself.
-
-    Returns:
-        The norm before clipping, where it was taken.
-    """
-    if not max_norm or uses_deepspeed(fabric):
-        return None
-    norm: Tensor | None = fabric.clip_gradients(
-        wrapped, optimizer, max_norm=max_norm, error_if_nonfinite=False
-    )
-    return norm

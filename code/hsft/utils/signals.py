@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any
 
+from hsft.utils.distributed import all_gather
 from hsft.utils.errors import EXIT_SIGINT, EXIT_SIGTERM, Interrupted
 
 _EXIT_CODES = {signal.SIGINT: EXIT_SIGINT, signal.SIGTERM: EXIT_SIGTERM}
@@ -89,6 +90,16 @@ class StopSignals:
         """
         name = signal.Signals(number or self.received)
         return Interrupted(f"stopped by {name.name}{done}", _EXIT_CODES[name])
+
+    def raise_if_received(self, done: str = "") -> None:
+        """End every process of the run if one of them has received a signal. Collective.
+
+        Raises:
+            Interrupted: `done` is what to say after "stopped by SIGTERM".
+        """
+        received = max(all_gather(self.received))
+        if received:
+            raise self.interruption(received, done)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._pid:

@@ -66,6 +66,10 @@ def _places(source: Source, first: str, wanted: Mapping[str, Sequence[str]]) -> 
         if len(found) > 1:
             raise InputError(f"{source.shown} names the column {column} twice; remove one of them.")
         if not found and column not in TEXTS:
+            if ":token" in first:
+                raise InputError(
+                    f"{source.shown} is an atomic file of RecBole; use prepare_data.py recbole."
+                )
             for name in names:
                 refuse_other_separator(source.shown, first, name, _DELIMITERS)
             raise InputError(

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 
 import numpy as np
 
 from hsft.data.prepare.table import Table
 from hsft.data.split import NEEDED, count_too_short
+from hsft.data.time_checks import UNITS, date_of
 
 # Unix time in seconds: 1973 and the year 2100. Smaller numbers are counters rather than times.
 _LEAST, _MOST = 100_000_000, 4_102_444_800
@@ -109,11 +109,7 @@ def dropped_rows(dropped: Mapping[str, int]) -> list[tuple[str, str]]:
 
 def _time(stamp: int, last: int) -> str:
     """Write a timestamp as a date; its unit is told from the last one, which lies in 1973 to 2099."""
-    for scale in (1, 10**3, 10**6, 10**9):
+    for scale in UNITS.values():
         if _LEAST <= last // scale < _MOST:
-            try:
-                date = datetime.fromtimestamp(stamp // scale, UTC)
-            except (OverflowError, ValueError, OSError):
-                break
-            return f"{date:%Y-%m-%d} UTC"
+            return date_of(stamp, scale)
     return str(stamp)

@@ -15,8 +15,8 @@ import pandas as pd
 
 from hsft.data.column_checks import check_ids, sentences
 from hsft.data.csv_rows import RowProblems, all_ids_sound, id_problem
-from hsft.data.interactions import timestamp_problem
 from hsft.data.prepare.rows import Event
+from hsft.data.prepare.times import TimeColumn
 from hsft.data.time_checks import check_times
 from hsft.utils.errors import InputError, one_line, refuse
 
@@ -24,7 +24,6 @@ log = logging.getLogger(__name__)
 
 # Events that are text in memory at a time.
 BATCH = 1 << 14
-_NUMBER_DIGITS = 18
 
 
 @dataclass(frozen=True)
@@ -116,7 +115,7 @@ def read_events(
         InputError: there are bad rows, no rows, or timestamps of several units; `InputErrors` for
             several kinds of bad rows.
     """
-    items, users = _Ids("item id", found), _Ids("user id", found)
+    items, users, times = _Ids("item id", found), _Ids("user id", found), TimeColumn(found)
     columns = array("i"), array("i"), array("q")
     low = 0
     stream = iter(events)
@@ -130,7 +129,7 @@ def read_events(
         parts = (
             items.codes(np.array(item, dtype=object)[keep], kept),
             users.codes(np.array(user, dtype=object)[keep], kept),
-            _timestamps(rows, time, found)[keep],
+            times.read(rows, time)[keep],
         )
         for column, part in zip(columns, parts, strict=True):
             column.frombytes(part.tobytes())
@@ -138,19 +137,21 @@ def read_events(
     if not columns[0]:
         rating_words = f" with a rating of at least {min_rating:g}" if low else ""
         raise InputError(f"{found.path} has no interactions{rating_words}; check the file.")
+    timestamps, note, findings = times.finish(np.frombuffer(columns[2], dtype=np.int64))
+    sentences(found.path, findings)
+    if note:
+        log.info("%s: %s", found.path, note)
     table = Table(
         list(items.numbers),
         list(users.numbers),
         np.frombuffer(columns[0], dtype=np.int32),
         np.frombuffer(columns[1], dtype=np.int32),
-        np.frombuffer(columns[2], dtype=np.int64),
+        timestamps,
     )
-    for warning in _check_columns(table, found.path):
-        log.warning("%s", warning)
     return table, low
 
 
-def _check_columns(table: Table, path: Path) -> list[str]:
+def check_columns(table: Table, path: Path) -> list[str]:
     """Look at each column as a whole and return warnings.
 
     Raises:
@@ -195,21 +196,6 @@ def core_rows(table: Table, user_min: int, item_min: int) -> np.ndarray:
                 keep &= np.bincount(codes[keep], minlength=int(codes.max()) + 1)[codes] >= least
         if int(keep.sum()) == before or not keep.any():
             return keep
-
-
-def _timestamps(rows: Sequence[int], texts: Sequence[str], found: RowProblems) -> np.ndarray:
-    """Return int64 [n]; 0 where the row is booked as bad."""
-    if all(map(str.isdecimal, texts)) and max(map(len, texts)) <= _NUMBER_DIGITS:
-        return np.array(list(map(int, texts)), dtype=np.int64)
-    values = []
-    for row, text in zip(rows, texts, strict=True):
-        problem = timestamp_problem(text)
-        if problem is not None:
-            found.add("timestamp", row, f"timestamp {problem}")
-            values.append(0)
-        else:
-            values.append(int(text) if text.strip().lstrip("+-").isdecimal() else int(float(text)))
-    return np.array(values, dtype=np.int64)
 
 
 def _ratings(rows: Sequence[int], texts: Sequence[str], found: RowProblems) -> np.ndarray:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import csv
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
+from hsft.data.column_checks import number_of
 from hsft.data.interactions import COLUMNS
 from hsft.data.prepare.rows import Item
 from hsft.data.prepare.table import Table
@@ -109,6 +110,7 @@ class Described:
         without_row: items without a row; they are written with empty texts.
         unused: rows of items without interactions, left out.
         repeated: rows of items described before, left out.
+        twins: items without a row, and the spelling of their number that an unused row has.
     """
 
     described: int = 0
@@ -116,33 +118,42 @@ class Described:
     without_row: int = 0
     unused: int = 0
     repeated: int = 0
+    twins: list[tuple[str, str]] = field(default_factory=list)
 
 
-def write_items(path: Path, items: Iterator[Item], wanted: set[str]) -> Described:
-    """Write the wanted items' rows in their order; those without a row come last, without text.
+def write_items(path: Path, items: Iterator[Item], lacking: set[str]) -> Described:
+    """Write the items' rows in their order; those without a row come last, without text.
 
     Args:
         path: file to write.
         items: described items, read as a stream; the first row of an item counts.
-        wanted: ids of the items to write; emptied.
+        lacking: ids of the items to write; those described are taken out.
     """
     result = Described()
-    done: set[str] = set()
+    written: set[str] = set()
+    numbers = {number: item for item in lacking if (number := number_of(item)) is not None}
+    other_spelling: dict[str, str] = {}
     with path.open("w", encoding="utf-8", newline="") as stream:
         writer = csv.writer(stream, lineterminator="\n")
         writer.writerow(TEXT_COLUMNS)
         for _, item, *texts in items:
             item = item.strip()
-            if item in wanted:
-                wanted.remove(item)
-                done.add(item)
+            if item in lacking:
+                lacking.remove(item)
+                written.add(item)
                 result.described += 1
                 result.with_text += any(texts)
                 writer.writerow((item, *texts))
-            elif item in done:
+            elif item in written:
                 result.repeated += 1
             else:
                 result.unused += 1
-        result.without_row = len(wanted)
-        writer.writerows((item, "", "", "") for item in sorted(wanted))
+                same = numbers.get(number_of(item) or "")
+                if same is not None:
+                    other_spelling[same] = item
+        result.without_row = len(lacking)
+        result.twins = [
+            (item, other_spelling[item]) for item in sorted(lacking) if item in other_spelling
+        ]
+        writer.writerows((item, "", "", "") for item in sorted(lacking))
     return result

@@ -1,15 +1,21 @@
-"""An optimizer step's numbers on their way from the device, so that nothing waits for them."""
+"""What an optimizer step came to: copied from the device without waiting, and what is wrong with it."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from hsft.config import Config
+from hsft.data.dataset import CachedEmbeddingTrainDataset
+from hsft.trainer.fabric import choose_precision
+from hsft.trainer.sampler import SequenceBatches
 from hsft.utils.distributed import all_reduce, world_size
+from hsft.utils.errors import InputError
 
 
 class HostCopy:
@@ -45,32 +51,27 @@ class StepReport:
         step: its number, from 1.
         rate: its learning rate.
         first_batch: number of its first batch in the epoch, from 0.
-        losses: mean loss of each of its batches.
-        positions: positions in each of these means.
-        norm: gradient norm before clipping; 0 where it was not taken.
+        positions: positions in each of its batches.
         stop: largest signal number that a process had received, 0 for none.
         due: a process found that time for a checkpoint had come.
+        losses: mean loss of each batch over its positions.
+        norm: gradient norm before clipping; 0 where it was not taken.
     """
 
     step: int
     rate: float
     first_batch: int
-    losses: list[float]
     positions: list[int]
-    norm: float
-    stop: int
-    due: bool
+    stop: int = 0
+    due: bool = False
+    losses: list[float] = field(default_factory=list)
+    norm: float = 0.0
 
     @property
     def loss(self) -> float:
         """Mean loss over the step's positions."""
         total = sum(loss * n for loss, n in zip(self.losses, self.positions, strict=True))
         return total / max(sum(self.positions), 1)
-
-    @property
-    def has_bad_loss(self) -> bool:
-        """Whether the loss itself is NaN or infinite."""
-        return not all(map(math.isfinite, self.losses))
 
     @property
     def bad_batches(self) -> list[int]:
@@ -80,51 +81,66 @@ class StepReport:
             bad = list(range(len(self.losses)))
         return [self.first_batch + n for n in bad]
 
+    def check_finite(
+        self,
+        config: Config,
+        batches: SequenceBatches,
+        dataset: CachedEmbeddingTrainDataset,
+        last_good: Callable[[], str],
+    ) -> None:
+        """Refuse a loss or gradient that is NaN or infinite.
+
+        Args:
+            config: for the precision.
+            batches: set to the step's epoch, to name the users in the bad batches.
+            dataset: what `batches` indexes.
+            last_good: names the last checkpoint in half a sentence.
+
+        Raises:
+            InputError: it names the step, the batch, its users and the last checkpoint.
+        """
+        bad = self.bad_batches
+        if not bad:
+            return
+        samples = [sample for number in bad for sample in batches.samples(number)]
+        users = list(dict.fromkeys(dataset.users_of(samples)))
+        more = f" and {len(users) - 5} more" if len(users) > 5 else ""
+        what = "gradient" if all(map(math.isfinite, self.losses)) else "loss"
+        wider = "" if choose_precision(config) == "32-true" else " or use --precision 32-true"
+        raise InputError(
+            f"the {what} became NaN or infinite in optimizer step {self.step} (epoch "
+            f"{batches.epoch + 1}, batch {bad[0] + 1}, users {', '.join(users[:5])}{more}), so "
+            f"training was stopped; lower --optim_args.learning_rate{wider}; {last_good()}."
+        )
+
 
 class PendingStep:
     """An optimizer step that is queued on the device.
 
     Args:
+        report: what is known of it; with several processes, the largest `stop` and `due` of all of
+            them are read.
         losses: scalars on the device, one a batch.
         norm: scalar on the device, or None.
-        step, rate, first_batch, positions, stop, due: see `StepReport`; of `stop` and `due` the
-            largest of all processes is read.
     """
 
-    def __init__(
-        self,
-        *,
-        step: int,
-        rate: float,
-        first_batch: int,
-        losses: list[Tensor],
-        positions: list[int],
-        norm: Tensor | None,
-        stop: int,
-        due: bool,
-    ) -> None:
-        self._known = {"step": step, "rate": rate, "first_batch": first_batch}
-        self._positions = positions
-        self._flags: list[float] = [float(stop), float(due)]
+    def __init__(self, report: StepReport, losses: list[Tensor], norm: Tensor | None) -> None:
+        self._report = report
         parts = [*losses, losses[0].new_zeros(()) if norm is None else norm.to(losses[0].dtype)]
         values = torch.stack(parts)
         if world_size() > 1:
-            flags = torch.tensor(self._flags, device=values.device)
-            agreed = all_reduce(flags, "max")
-            values = torch.cat([values, agreed.to(values.dtype)])
+            flags = torch.tensor([float(report.stop), float(report.due)], device=values.device)
+            values = torch.cat([values, all_reduce(flags, "max").to(values.dtype)])
         self._copy = HostCopy(values)
 
     def read(self) -> StepReport:
         """Wait for the step and return its numbers."""
         values = self._copy.read()
-        count = len(self._positions)
-        stop, due = values[count + 1 :] or self._flags
-        return StepReport(
-            step=int(self._known["step"]),
-            rate=self._known["rate"],
-            first_batch=int(self._known["first_batch"]),
+        count = len(self._report.positions)
+        stop, due = values[count + 1 :] or (self._report.stop, self._report.due)
+        return replace(
+            self._report,
             losses=values[:count],
-            positions=self._positions,
             norm=values[count],
             stop=int(stop),
             due=bool(due),

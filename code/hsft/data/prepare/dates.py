@@ -1,0 +1,19 @@
+"""Dates in ISO 8601, read without the libraries that work on tables."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+
+
+def parse_date(text: str) -> datetime:
+    """Read a date in ISO 8601; a trailing ` UTC`, as databases write it, is a time zone too.
+
+    Returns:
+        The date; without a time zone where the text names none.
+
+    Raises:
+        ValueError: it is no date.
+    """
+    if text.endswith(" UTC"):
+        return datetime.fromisoformat(text.removesuffix(" UTC")).replace(tzinfo=UTC)
+    return datetime.fromisoformat(text)

@@ -1,0 +1,47 @@
+"""What one run of `main.py` consists of besides data and model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from lightning.fabric import Fabric
+
+from hsft.config import Config
+from hsft.trainer.checkpoint import Checkpoints
+from hsft.trainer.session import Session
+from hsft.trainer.wandb_log import WandbLog
+from hsft.utils.signals import StopSignals
+
+# Called after each validation with the epoch's number, from 1, and the metrics; False ends training.
+KeepGoing = Callable[[int, Mapping[str, float]], bool]
+
+
+@dataclass(frozen=True)
+class RunContext:
+    """What the parts of one run share.
+
+    Attributes:
+        config: the configuration.
+        fabric: Lightning Fabric, launched.
+        folder: the run's folder.
+        resume: an earlier session in this folder is continued.
+        checkpoints: the run's resumable checkpoints.
+        stop: notices SIGINT and SIGTERM.
+        session: time and memory.
+        wandb: the run at Weights & Biases, in process 0 and where `log_wandb` asks for it.
+        keep_going: called after each validation; None trains to the end.
+        user_llm_fingerprint: of `user_pretrain_dir` when the run began; None for other models.
+    """
+
+    config: Config
+    fabric: Fabric
+    folder: Path
+    resume: bool
+    checkpoints: Checkpoints
+    stop: StopSignals
+    session: Session
+    wandb: WandbLog
+    keep_going: KeepGoing | None = None
+    user_llm_fingerprint: str | None = None
