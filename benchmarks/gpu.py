@@ -819,6 +819,7 @@ def demo(bench: Bench) -> None:
             continue
         values = {
             **keys,
+            "use_qlora": True,
             "user_pretrain_dir": str(folder / "model"),
             "item_cache_path": str(folder / "cache.safetensors"),
             "show_progress": False,

@@ -124,7 +124,7 @@ def as_on_a_gpu() -> Iterator[None]:
         return result
 
     kept = attention.varlen_attn, norms.RMSNorm.forward
-    attention.varlen_attn, norms.RMSNorm.forward = attend, norm  # type: ignore[method-assign]
+    attention.varlen_attn, norms.RMSNorm.forward = attend, norm  # type: ignore
     try:
         yield
     finally:

@@ -452,6 +452,12 @@ class Config(_Section):
     valid_metric: Text = _key(
         "NDCG@10", "evaluation", "validation metric that picks the best epoch and stops early"
     )
+    valid_users: PositiveInt | None = _key(
+        None,
+        "evaluation",
+        "users of each validation, a sample drawn once by seed; default: all. The final evaluation is "
+        "always of all users",
+    )
     eval_step: PositiveInt = _key(1, "evaluation", "epochs between validations")
     stopping_step: PositiveInt = _key(
         5, "evaluation", "validations without improvement before training stops"

@@ -157,7 +157,8 @@ def dequantize_in_training(model: nn.Module) -> None:
         if bnb is not None and type(module) is bnb.nn.Linear4bit:
             # The weights stay as they are; only the product differs.
             module.__class__ = Linear4bit
-            _flatten_constants(module.weight.quant_state)
+            weight: Any = module.weight
+            _flatten_constants(weight.quant_state)
 
 
 def _flatten_constants(state: Any) -> None:
