@@ -84,7 +84,7 @@ def encoding_config(config: Config, cache: ItemCache) -> Config:
         return Config.model_validate({**config.model_dump(), **given})
     except (ValueError, RecursionError, ValidationError) as error:
         raise InputError(
-            f"the item cache {_name(cache)} has unreadable metadata; make it anew with "
+            f"the item cache {_name(cache)} has unreadable metadata; make it again with "
             f"item_caching.py."
         ) from error
 

@@ -92,11 +92,11 @@ def _optuna() -> Any:
 def _first_params(plan: SweepPlan) -> dict[str, Any]:
     # The values of `base`, which make a configuration.
     values = plan.base.model_dump()
-    found = {}
+    params = {}
     for key in plan.search:
         section, _, inner = key.rpartition(".")
-        found[key] = values[section][inner] if section else values[key]
-    return found
+        params[key] = values[section][inner] if section else values[key]
+    return params
 
 
 def _open_study(plan: SweepPlan, library: Any) -> optuna.Study:
@@ -299,8 +299,8 @@ class _Sweep:
         return float(row["metrics"][self.plan.metric]), ended
 
     def _distributions(self) -> dict[str, Any]:
-        found = self.library.distributions
-        return {key: self._distribution(found, axis) for key, axis in self.plan.search.items()}
+        kinds = self.library.distributions
+        return {key: self._distribution(kinds, axis) for key, axis in self.plan.search.items()}
 
     def _distribution(self, kinds: Any, axis: Choice | Range) -> Any:
         points = axis.points() if self.plan.sampler == "grid" else None
@@ -319,7 +319,7 @@ class _Sweep:
         for key, axis in self.plan.search.items():
             value = drawn[key]
             if isinstance(axis, Choice):
-                value = next(own for own in axis.values if _label(own) == value)
+                value = next(choice for choice in axis.values if _label(choice) == value)
             params[key] = value
         return params
 
@@ -341,14 +341,14 @@ class _Sweep:
     def _trials(self) -> list[Trial]:
         states = self.library.trial.TrialState
         names = {states.COMPLETE: "complete", states.PRUNED: "pruned", states.FAIL: "failed"}
-        found: dict[str, Trial] = {}
+        by_name: dict[str, Trial] = {}
         for trial in self._ended():
             name = trial.user_attrs["run"]
             value = trial.value if trial.state == states.COMPLETE else trial.user_attrs.get("value")
             problem = trial.user_attrs.get("problem")
             kind: Any = names[trial.state]
-            found.setdefault(name, Trial(name, kind, self._params(trial.params), value, problem))
-        return list(found.values())
+            by_name.setdefault(name, Trial(name, kind, self._params(trial.params), value, problem))
+        return list(by_name.values())
 
     @staticmethod
     def _best(trials: list[Trial]) -> Trial | None:

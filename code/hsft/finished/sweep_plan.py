@@ -46,7 +46,7 @@ class _File(BaseModel):
     fixed: dict[str, Any] = Field({}, description="main.py's keys that all trials share")
     search: Annotated[dict[str, Any], Field(min_length=1)] = Field(
         description="main.py's keys that are searched: a list of values, or {low: A, high: B} "
-        "with log: True or step: C where wanted"
+        "and log: True or step: C as needed"
     )
     metric: Text = Field("NDCG@10", description="validation metric; the highest is best")
     trials: PositiveInt = Field(20, description="trials in all; raise it and start again for more")
@@ -317,9 +317,7 @@ def _range(where: str, info: Any, spec: Mapping[str, Any]) -> Range:
         raise InputError(f"{where} takes no numbers; write a list of values.")
     odd = sorted(spec.keys() - {"low", "high", "log", "step"})
     if odd or not {"low", "high"} <= spec.keys():
-        raise InputError(
-            f"{where}: write {{low: A, high: B}}, with log: True or step: C if wanted."
-        )
+        raise InputError(f"{where}: write {{low: A, high: B}}, and log: True or step: C as needed.")
     log, step = spec.get("log", False), spec.get("step")
     low, high = (_value(where, info, spec[name]) for name in ("low", "high"))
     if not isinstance(log, bool):

@@ -99,15 +99,18 @@ def write_report(
             config_section(results),
             environment_section(results),
         ]
-        page = Page(
-            f"HSFT report: {results[0][2]['dataset']}",
-            headline(comparison),
-            metric_charts(comparison),
-            facts(comparison, results),
-            [section for section in sections if section is not None],
-        )
-        write_text(target, render(page))
+        write_text(target, render(_page(comparison, results, sections)))
     return target
+
+
+def _page(comparison: Comparison, results: Results, sections: Sequence[Section | None]) -> Page:
+    return Page(
+        f"HSFT report: {results[0][2]['dataset']}",
+        headline(comparison),
+        metric_charts(comparison),
+        facts(comparison, results),
+        [section for section in sections if section is not None],
+    )
 
 
 def _named_results(run_dirs: Sequence[str | Path]) -> Results:
@@ -182,7 +185,7 @@ def _examples(
     except InputError as error:
         return Section(EXAMPLES, [_why("the example users", error)])
     first = models[0][0]
-    # A user that is not there is the caller's to mend, so it does not end in a line on the page.
+    # An unknown user is an error of the command line, so it does not become a line on the page.
     chosen, rule = choose_users(opened[first], datasets[first], count, users, seed)
     scored, reasons = [], []
     for folder, model in models:
