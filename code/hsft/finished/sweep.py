@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from hsft.finished.sweep_plan import Choice, Range, SweepPlan
+from hsft.finished.sweep_plan import SweepPlan
+from hsft.finished.sweep_search import Choice, Range
 from hsft.report.result import RESULT_FILE, read_result
 from hsft.report.sweep_table import Trial, in_one_line, ranked, save_sweep
 from hsft.report.terminal import write_blocks
