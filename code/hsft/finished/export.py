@@ -20,7 +20,7 @@ from hsft.config.help import dump_config
 from hsft.config.options import PLACES
 from hsft.data.cache import DTYPES
 from hsft.evaluator.evaluator import Evaluation
-from hsft.finished.open_run import open_run, refuse_other_user_llm, run_config
+from hsft.finished.open_run import open_run, refuse_changed_data, refuse_other_user_llm, run_config
 from hsft.hub.manifest import EXPORT_FILE, origin
 from hsft.model.backbone import add_lora, load_decoder, load_model_config, read_extra
 from hsft.model.folder import EMBEDDING_KEYS, EXTRA_FILE, ID_FILE, check_files
@@ -354,7 +354,7 @@ def _write_adapter(run: _TrainedRun, folder: Path) -> str:
     settings["base_model_name_or_path"] = _base_repo(run) or run.base.name
     _write_json(folder / _ADAPTER_FILES[0], settings)
     if run.id_items is not None:
-        # By item id: in trained.safetensors they stand by the run's item numbers.
+        # By item id: in trained.safetensors they are ordered by the run's item numbers.
         items = ItemTable(torch.zeros(1, run.hidden_size), id_items=run.id_items)
         vectors = read_rest(run.best)[ID_VECTORS]
         items.load_state_dict({"id_vectors": vectors})
@@ -368,6 +368,7 @@ def _score(run: _TrainedRun, folder: Path) -> Evaluation:
     changes = {**_merged_changes(run), "user_pretrain_dir": str(folder)}
     config = opened.config.model_copy(update=changes)
     evaluator = make_evaluator(config, opened.data.split, config.eval_phase, opened.fabric)
+    refuse_changed_data(run.folder, evaluator.dataset, evaluator.protocol)
     model = build_user_llm(config, opened.data, opened.fabric, train=False)
     evaluation = evaluate(config, model.eval(), evaluator, opened.fabric)
     users, _ = read_ranks(run.folder, TUNED)

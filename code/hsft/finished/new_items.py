@@ -1,4 +1,4 @@
-"""Add items that a finished run has never met, by encoding their text as its item cache was made."""
+"""Add items that a finished run's data does not have: their texts are encoded as its item cache was."""
 
 from __future__ import annotations
 

@@ -15,8 +15,10 @@ from lightning.fabric import Fabric
 from hsft.config import Config, load_config
 from hsft.config.schema import READS_EMBEDDINGS
 from hsft.data.cache import ItemCache
+from hsft.data.dataset import CachedEmbeddingEvalDataset
 from hsft.data.item_text import information_file, read_item_titles
-from hsft.evaluator.evaluator import Scorer
+from hsft.evaluator.evaluator import EvalProtocol, Scorer
+from hsft.evaluator.fingerprint import differing_parts, evaluation_fingerprint
 from hsft.evaluator.recommend import Recommendations, recommend
 from hsft.model.folder import fingerprint
 from hsft.model.reference import build_reference
@@ -300,6 +302,30 @@ def refuse_other_user_llm(folder: Path, config: Config) -> None:
             f"the UserLLM in {base} is not the one that {folder} was made with: its config.json or "
             f"weights have changed since; put the old ones back, or say where they are with "
             f"--user_pretrain_dir."
+        )
+
+
+def refuse_changed_data(
+    folder: str | Path, dataset: CachedEmbeddingEvalDataset, protocol: EvalProtocol
+) -> None:
+    """Refuse data in which other items are held out, or that differ otherwise from a run's.
+
+    A run of an earlier version has not recorded what it was scored on.
+
+    Args:
+        folder: the folder of a finished run.
+        dataset: the users that would be scored now.
+        protocol: how.
+
+    Raises:
+        InputError: the fingerprint is not the one in the run's result.
+    """
+    recorded = read_result(folder).get("fingerprint", {})
+    unlike = differing_parts(recorded, evaluation_fingerprint(dataset, protocol))
+    if unlike:
+        raise InputError(
+            f"the data of {folder} have changed since the run (other {', '.join(unlike)}); name the "
+            f"old ones with --data_path."
         )
 
 

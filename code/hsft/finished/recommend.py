@@ -204,7 +204,7 @@ def _about_new(entries: Sequence[dict[str, Any]], candidates: int) -> str:
 def _columns(rows: Sequence[Sequence[str]]) -> list[str]:
     used = [column for column in zip(*rows, strict=True) if any(column)]
     widths = [max(map(cell_len, column)) for column in used]
-    # Ranks and scores stand right, text stands left; the last column needs no padding.
+    # Numbers are right-aligned, text left-aligned; the last column needs no padding.
     right = [column[0] in ("rank", "score") for column in used]
     return [
         "  ".join(

@@ -68,7 +68,7 @@ def sweep(plan: SweepPlan) -> Path:
             study = _open_study(plan, library)
             # Memory is collected after each trial, which need not look at all that was imported.
             gc.freeze()
-            _Sweep(plan, library, study).run()
+            _Sweep(plan, library, study).run_trials()
     except Interrupted as ending:
         what = str(ending).partition(";")[0]
         raise Interrupted(
@@ -178,8 +178,8 @@ class _Sweep:
     def runs(self) -> Path:
         return self.plan.folder / RUNS_DIR
 
-    def run(self) -> None:
-        """Do the trials that are left and write the tables.
+    def run_trials(self) -> None:
+        """Run the trials that are left and write the tables.
 
         Raises:
             InputError: no trial succeeded.
@@ -192,7 +192,7 @@ class _Sweep:
         if done:
             log.info("%d of %d trials were done before.", done, total)
         while done < total:
-            self._one(done, None if grid is None else grid[done])
+            self._run_next(done, None if grid is None else grid[done])
             done += 1
             self._report(done, total)
         trials = self._trials()
@@ -223,19 +223,24 @@ class _Sweep:
                 )
             self.study.tell(trial.number, state=states.FAIL)
 
-    def _one(self, number: int, point: Mapping[str, Any] | None) -> None:
-        """Do one trial and tell the study how it ended."""
-        plan, states = self.plan, self.library.trial.TrialState
-        samplers = self.library.samplers
+    def _ask(self, number: int, point: Mapping[str, Any] | None) -> Any:
+        """Return the next trial, its values drawn, or those of a point of the grid."""
+        plan, samplers = self.plan, self.library.samplers
         # A seed for each trial: draws do not depend on how often the sweep was interrupted.
         kind = samplers.TPESampler if plan.sampler == "tpe" else samplers.RandomSampler
         self.study.sampler = kind(seed=plan.seed + number)
-        queued = self.study.get_trials(deepcopy=False, states=(states.WAITING,))
+        states = (self.library.trial.TrialState.WAITING,)
+        queued = self.study.get_trials(deepcopy=False, states=states)
         if point is not None and not queued:
             self.study.enqueue_trial({key: _label(value) for key, value in point.items()})
         trial = self.study.ask(fixed_distributions=self._distributions())
         if "run" not in trial.user_attrs:
             trial.set_user_attr("run", f"trial-{number:04d}")
+        return trial
+
+    def _run_next(self, number: int, point: Mapping[str, Any] | None) -> None:
+        """Run one trial and tell the study how it ended."""
+        trial = self._ask(number, point)
         name = trial.user_attrs["run"]
         twin = self._twin(trial.params)
         if twin is not None:
@@ -263,19 +268,19 @@ class _Sweep:
         if problem is not None:
             remove(self.runs / name / CHECKPOINTS_DIR)
             trial.set_user_attr("problem", problem)
-            self.study.tell(trial, state=states.FAIL)
+            self.study.tell(trial, state=self.library.trial.TrialState.FAIL)
             log.warning("%s failed: %s", name, problem)
             self._end_if_all_fail()
             return
         trial.set_user_attr("value", value)
         if ended:
-            self.study.tell(trial, state=states.PRUNED)
+            self.study.tell(trial, state=self.library.trial.TrialState.PRUNED)
         else:
             self.study.tell(trial, value)
         self._drop_models()
 
     def _train(self, trial: Any, name: str, params: Mapping[str, Any]) -> tuple[float, bool]:
-        """Do a trial's run; return its metric and whether it was ended early."""
+        """Run a trial; return its metric and whether it was ended early."""
         reported = {int(step) for step in trial.user_attrs.get("reported", {})}
         for step, value in trial.user_attrs.get("reported", {}).items():
             trial.report(value, int(step))

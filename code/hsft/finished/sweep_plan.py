@@ -228,7 +228,7 @@ def _refuse_keys(path: Path, fixed: Mapping[str, Any], search: Mapping[str, Any]
         if key in MANAGED
     ]
     problems += [
-        f"{path}: {key} stands under fixed and under search; keep one."
+        f"{path}: {key} is under fixed and under search; keep one."
         for key in search
         if key in fixed
     ]

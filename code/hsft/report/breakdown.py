@@ -158,9 +158,9 @@ def _span(low: int, high: int) -> str:
 
 
 def _about(counts: np.ndarray) -> list[str]:
-    """Say how many items a group has and how often they were met."""
+    """Say how many items a group has and how often they occur in training."""
     notes = [counted(len(counts), "item")]
     if len(counts) and counts.max() > 0:
         span = _span(int(counts.min()), int(counts.max()))
-        notes.append("met once" if span == "1" else f"met {span} times")
+        notes.append(f"{span} {'interaction' if span == '1' else 'interactions'} each")
     return notes
