@@ -30,6 +30,7 @@ from download_itemllm import main as item_main
 from download_userllm import main as user_main
 from hsft.config.program import program_config
 from hsft.data.interactions import read_interactions
+from hsft.encoding.item_llm import load_item_encoder
 from hsft.inputs import import_hllm
 from hsft.model.backbone import load_decoder, read_extra
 from hsft.report.result import read_ranks
@@ -512,6 +513,7 @@ GOOD: dict[str, Callable[[TinyHllm], Any]] = {
     "no user embedding": edited(
         lambda s: {k: v for k, v in s.items() if k != "user_llm.model.embed_tokens.weight"}
     ),
+    "mean pooling": edited(lambda s: {k: v for k, v in s.items() if k != "item_emb_tokens"}),
     "rotary buffers": edited(
         lambda s: s | {"user_llm.model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}
     ),
@@ -531,6 +533,35 @@ def test_variants_of_the_layout_are_read(hllm: TinyHllm, tmp_path: Path, case: s
     assert all(torch.equal(value, found[name]) for name, value in wanted.items())
 
 
+def test_a_checkpoint_trained_with_mean_pooling_is_mean_pooled(
+    hllm: TinyHllm, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    state = {key: value for key, value in hllm.state.items() if key != "item_emb_tokens"}
+    torch.save(state, tmp_path / "mean.bin")
+    for side in ("user", "item"):
+        capsys.readouterr()
+        more = ("--from_file", str(tmp_path / "mean.bin"), "--dtype", "float32")
+        assert local(side, hllm, tmp_path / side, *more) == 0
+        assert ("has no item_emb_tokens" in capsys.readouterr().err) == (side == "item")
+        extra = load_file(tmp_path / side / "hllm_extra.safetensors")
+        assert extra.keys() == {"logit_scale"}
+    encoder = load_item_encoder(
+        tmp_path / "item",
+        item_emb_token_n=1,
+        max_text_length=8,
+        device=torch.device("cpu"),
+        dtype=torch.float32,
+        attention="eager",
+    )
+    assert encoder.pooling == "mean"
+    # HLLM: the sum of the last hidden states over the number of tokens.
+    tokens = torch.tensor([[3, 5, 7]])
+    with torch.no_grad():
+        wanted = hllm.item.model(tokens).last_hidden_state.sum(dim=1) / 3
+    found = encoder.encode([tokens[0].numpy()])
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+
+
 # --- what is refused -----------------------------------------------------------------------------
 
 
@@ -544,9 +575,9 @@ class Malicious:
 NORM = "item_llm.model.norm.weight"
 BAD: dict[str, tuple[Callable[[TinyHllm], Any], list[str]]] = {
     "missing key": (edited(lambda s: {k: v for k, v in s.items() if k != NORM}), ["lacks", NORM]),
-    "missing emb token": (
-        edited(lambda s: {k: v for k, v in s.items() if k != "item_emb_tokens"}),
-        ["lacks", "item_emb_tokens"],
+    "missing scale": (
+        edited(lambda s: {k: v for k, v in s.items() if k != "logit_scale"}),
+        ["lacks", "logit_scale"],
     ),
     "missing layer": (
         edited(lambda s: {k: v for k, v in s.items() if "layers.1." not in k}),

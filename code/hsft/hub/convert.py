@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,10 +13,12 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from hsft.hub.layout import EXTRAS, Layout, check_tensors, open_side
+from hsft.hub.layout import EMB_TOKEN, EXTRAS, Layout, check_tensors, open_side
 from hsft.model.folder import EXTRA_FILE
 from hsft.utils.errors import InputError, brief
 from hsft.utils.progress import Meter
+
+log = logging.getLogger(__name__)
 
 INDEX_FILE = "model.safetensors.index.json"
 
@@ -27,7 +30,8 @@ def write_weights(
 
     Args:
         folder: where to; `model*.safetensors`, an index when there are several, and
-            `hllm_extra.safetensors` (float32 `item_emb_tokens` [1, 1, D] and `logit_scale` []).
+            `hllm_extra.safetensors` (float32 `logit_scale` [] and, where the checkpoint has it,
+            `item_emb_tokens` [1, 1, D]).
         checkpoint: an HLLM checkpoint.
         layout: what it must hold.
         dtype: number type of the weights written.
@@ -36,15 +40,22 @@ def write_weights(
     Raises:
         InputError: the checkpoint does not fit, holds NaN or infinity, or the disk is full.
     """
-    found = open_side(checkpoint, layout.side)
-    check_tensors(found, layout, checkpoint)
-    extras = {
-        name: _cast(found[name], torch.float32, f"{checkpoint}: '{name}'").reshape(
-            layout.wanted[name]
+    stored = open_side(checkpoint, layout.side)
+    check_tensors(stored, layout, checkpoint)
+    if layout.side == "item" and EMB_TOKEN not in stored:
+        log.warning(
+            "%s has no %s, as an HLLM trained with mean pooling (item_emb_token_n: 0): its items "
+            "will be mean-pooled.",
+            checkpoint,
+            EMB_TOKEN,
         )
+    shapes = layout.stored_shapes
+    extras = {
+        name: _cast(stored[name], torch.float32, f"{checkpoint}: '{name}'").reshape(shapes[name])
         for name in EXTRAS
+        if name in stored
     }
-    del found
+    del stored
     _save(extras, folder / EXTRA_FILE)
     plan = split_torch_state_dict_into_shards(
         {
@@ -70,14 +81,14 @@ def _write_shard(
     dtype: torch.dtype,
     shown: Meter,
 ) -> None:
-    # Mapped anew for each shard: pages already read count as this process's memory until the
+    # Mapped again for each shard: pages already read count as this process's memory until the
     # mapping is closed, and would add up to the whole side.
-    found = open_side(checkpoint, layout.side)
+    stored = open_side(checkpoint, layout.side)
     tensors: dict[str, Tensor] = {}
     for name in names:
-        if name in found:
+        if name in stored:
             where = f"{checkpoint}: '{layout.key(name)}'"
-            tensors[name] = _cast(found.pop(name), dtype, where)
+            tensors[name] = _cast(stored.pop(name), dtype, where)
         else:
             tensors[name] = torch.zeros(layout.shapes[name], dtype=dtype)
         shown.advance()
@@ -90,7 +101,7 @@ def _cast(value: Tensor, dtype: torch.dtype, where: str) -> Tensor:
     Raises:
         InputError: it holds NaN or infinity, before or after.
     """
-    # Copied even when the type stays, so that nothing written depends on the mapped file.
+    # Copied even when the type stays, so that what is written does not depend on the mapped file.
     result = value.to(dtype, copy=True, memory_format=torch.contiguous_format)
     if _is_finite(result):
         return result

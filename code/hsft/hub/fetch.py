@@ -1,8 +1,13 @@
 """Fetch single files of a Hugging Face repository into its cache, resumably and checksum-verified.
 
-Nothing is ever removed from that cache but a download of ours that proved damaged. `HF_ENDPOINT`,
-`HF_HOME`, `HF_HUB_CACHE`, `HF_HUB_OFFLINE` and `HF_TOKEN` work as everywhere: huggingface_hub reads
-them when it is imported.
+`hf_hub_download` does not resume: since version 2 (2.4.0 was read) it downloads to a temporary file
+of a random name and deletes that file when the download fails or the process is interrupted, so an
+interrupted 8.8 GB file starts from its first byte. This module downloads large files itself, with
+huggingface_hub's `http_get` and under the same lock, to `<etag>.incomplete`, and hands the finished
+file to the cache.
+
+Only a download of this module that turns out damaged is removed from the cache. huggingface_hub
+reads `HF_ENDPOINT`, `HF_HOME`, `HF_HUB_CACHE`, `HF_HUB_OFFLINE` and `HF_TOKEN` when it is imported.
 """
 
 from __future__ import annotations
@@ -14,7 +19,6 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import huggingface_hub
@@ -29,7 +33,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from huggingface_hub.file_download import http_get, repo_folder_name
-from huggingface_hub.utils import WeakFileLock, build_hf_headers
+from huggingface_hub.utils import WeakFileLock, build_hf_headers, tqdm
 
 from hsft.utils.errors import InputError, brief
 from hsft.utils.files import sha256
@@ -119,7 +123,7 @@ def look_up(repo: str, name: str, revision: str, cache: Path) -> HubFile:
     """
     try:
         url = huggingface_hub.hf_hub_url(repo, name, revision=revision)
-        found = huggingface_hub.get_hf_file_metadata(url)
+        metadata = huggingface_hub.get_hf_file_metadata(url)
     except (
         RepositoryNotFoundError,
         RevisionNotFoundError,
@@ -133,25 +137,22 @@ def look_up(repo: str, name: str, revision: str, cache: Path) -> HubFile:
             raise _refusal(repo, name, revision, error) from error
         log.info("%s cannot be asked; taking %s of %s from the cache.", _endpoint(), name, repo)
         return cached
-    if found.commit_hash is None or found.etag is None or not _SAFE_ETAG.fullmatch(found.etag):
+    commit, etag = metadata.commit_hash, metadata.etag
+    if commit is None or etag is None or not _SAFE_ETAG.fullmatch(etag):
         raise InputError(
             f"cannot fetch {name} of {repo}: {_endpoint()} does not answer like a Hugging Face hub "
             f"(no X-Repo-Commit or no usable ETag); check HF_ENDPOINT and the proxy."
         )
-    blob = _blob(cache, repo, found.etag)
-    pointer = _pointer(repo, name, found.commit_hash, cache)
-    have = pointer or (blob if blob.is_file() else None)
-    return HubFile(
-        repo, name, revision, found.commit_hash, found.etag, found.size, cache, cached=have
-    )
+    blob = _blob(cache, repo, etag)
+    content = _snapshot_path(repo, name, commit, cache) or (blob if blob.is_file() else None)
+    return HubFile(repo, name, revision, commit, etag, metadata.size, cache, content)
 
 
 def fetch(file: HubFile) -> tuple[Path, str]:
     """Return a file's path in the cache and its SHA-256, downloading what is not there yet.
 
-    Large files come over plain HTTP in one stream that is kept when it breaks off and continued
-    the next time: `hf_hub_download` since version 2 starts an interrupted file anew. The result
-    lies where `hf_hub_download` would have put it.
+    An interrupted download is kept and continued the next time. The result lies where
+    `hf_hub_download` would have put it.
 
     Raises:
         InputError: the download failed, or the content has another checksum than the hub states.
@@ -160,7 +161,7 @@ def fetch(file: HubFile) -> tuple[Path, str]:
     path = file.cached
     if path is None or file.reachable:
         try:
-            # Finds the content in place; what is left are the snapshot's link and the ref.
+            # The content is there already; this adds the snapshot's link and the ref.
             path = Path(
                 huggingface_hub.hf_hub_download(
                     file.repo, file.name, revision=file.revision, cache_dir=file.cache
@@ -295,29 +296,18 @@ def _byte_meter(task: str, total: int, done: int = 0) -> Any:
 def _bar(count: Callable[[int], None]) -> Any:
     """Return what `http_get` takes for a tqdm class, showing our own progress instead."""
 
-    class Bar:
-        def __init__(self, **_settings: Any) -> None:
-            pass
+    class Bar(tqdm):
+        def __init__(self, **settings: Any) -> None:
+            super().__init__(**{**settings, "disable": True})
 
-        def update(self, n: int) -> None:
-            count(n)
-
-        def __enter__(self) -> Bar:
-            return self
-
-        def __exit__(
-            self,
-            _kind: type[BaseException] | None,
-            _error: BaseException | None,
-            _traceback: TracebackType | None,
-        ) -> None:
-            pass
+        def update(self, n: float | None = 1) -> None:
+            count(int(n or 0))
 
     return Bar
 
 
 def _in_cache(repo: str, name: str, revision: str, cache: Path) -> HubFile | None:
-    path = _pointer(repo, name, revision, cache)
+    path = _snapshot_path(repo, name, revision, cache)
     if path is None:
         return None
     commit = path.relative_to(cache / _repo_folder(repo) / "snapshots").parts[0]
@@ -326,9 +316,9 @@ def _in_cache(repo: str, name: str, revision: str, cache: Path) -> HubFile | Non
     return HubFile(repo, name, revision, commit, etag, path.stat().st_size, cache, path, False)
 
 
-def _pointer(repo: str, name: str, revision: str, cache: Path) -> Path | None:
-    found = huggingface_hub.try_to_load_from_cache(repo, name, cache_dir=cache, revision=revision)
-    return Path(found) if isinstance(found, str) else None
+def _snapshot_path(repo: str, name: str, revision: str, cache: Path) -> Path | None:
+    path = huggingface_hub.try_to_load_from_cache(repo, name, cache_dir=cache, revision=revision)
+    return Path(path) if isinstance(path, str) else None
 
 
 def _blob(cache: Path, repo: str, etag: str) -> Path:

@@ -1,8 +1,9 @@
 """The keys of an HLLM checkpoint: which belong to a side, and which shapes they must have.
 
 An HLLM checkpoint is one torch state dict that holds both LLMs: `item_llm.model.*`,
-`user_llm.model.*`, their unused `lm_head.weight`, `item_emb_tokens` [1, 1, D] and `logit_scale` [].
-It has neither configuration nor tokenizer; those come from the base model that HLLM started from.
+`user_llm.model.*`, their unused `lm_head.weight`, `logit_scale` [] and, unless HLLM was trained with
+mean pooling (`item_emb_token_n: 0`), `item_emb_tokens` [1, 1, D]. It has neither configuration nor
+tokenizer; those come from the base model that HLLM started from.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ Shape = tuple[int, ...]
 
 CONFIG_FILE = "config.json"
 EMBEDDING = "embed_tokens.weight"
-EXTRAS = ("item_emb_tokens", "logit_scale")
+EMB_TOKEN = "item_emb_tokens"
+EXTRAS = (EMB_TOKEN, "logit_scale")
 
 # What trainers wrap a state dict in: DeepSpeed's "module", Lightning's "state_dict", Fabric's "model".
 _WRAPPERS = ("state_dict", "module", "model")
@@ -55,18 +57,18 @@ class Layout:
     dim: int
 
     @property
-    def wanted(self) -> dict[str, Shape]:
-        """Name -> shape of what the checkpoint must have, the two extras included.
+    def stored_shapes(self) -> dict[str, Shape]:
+        """Name -> shape of what a checkpoint has, the two extras included.
 
-        The user side's token embedding is not among them: nothing reads it, and some checkpoints
+        The user side's token embedding is not among them: it is not used, and some checkpoints
         have none.
         """
-        own = {
+        side = {
             name: shape
             for name, shape in self.shapes.items()
             if self.side == "item" or name != EMBEDDING
         }
-        return own | {"item_emb_tokens": (1, 1, self.dim), "logit_scale": ()}
+        return side | {EMB_TOKEN: (1, 1, self.dim), "logit_scale": ()}
 
     def key(self, name: str) -> str:
         """Return a weight's key in the checkpoint."""
@@ -112,7 +114,7 @@ def read_layout(base: Path, side: Side) -> Layout:
 
 
 def refuse_no_checkpoint(path: Path) -> None:
-    """Refuse at a glance what is no file of torch's zip format; nothing of it is loaded.
+    """Refuse a file that is not in torch's zip format, from its table of contents alone.
 
     Raises:
         InputError: the file is missing, or of another format.
@@ -121,10 +123,10 @@ def refuse_no_checkpoint(path: Path) -> None:
         raise InputError(f"--from_file {path} is not a file.")
     try:
         with zipfile.ZipFile(path) as archive:
-            found = any(name.endswith("data.pkl") for name in archive.namelist())
+            has_pickle = any(name.endswith("data.pkl") for name in archive.namelist())
     except (zipfile.BadZipFile, OSError):
-        found = False
-    if not found:
+        has_pickle = False
+    if not has_pickle:
         raise _other_format(path)
 
 
@@ -143,60 +145,61 @@ def open_side(path: Path, side: Side) -> dict[str, Tensor]:
 
 def select_side(state: Mapping[Any, Any], side: Side, path: Path) -> dict[str, Tensor]:
     """Pick one side of a state dict; see `open_side`."""
-    own, other = f"{side}_llm.", "user_llm." if side == "item" else "item_llm."
+    prefix, other = f"{side}_llm.", "user_llm." if side == "item" else "item_llm."
     keys = [key for key in state if isinstance(key, str)]
-    if not any(key.startswith(own) for key in keys):
+    if not any(key.startswith(prefix) for key in keys):
         example = f" (its first key is '{keys[0]}')" if keys else ""
-        raise InputError(f"{path} has no weights {own}*{example}; name an HLLM checkpoint.")
-    unexpected = [str(key) for key in state if not _known(key, own, other)]
+        raise InputError(f"{path} has no weights {prefix}*{example}; name an HLLM checkpoint.")
+    unexpected = [str(key) for key in state if not _known(key, prefix, other)]
     if unexpected:
         raise InputError(
             f"{path} has unexpected keys: {_first(unexpected)}; name an HLLM checkpoint, which has "
             f"item_llm.model.*, user_llm.model.*, item_emb_tokens and logit_scale."
         )
     return {
-        key.removeprefix(f"{own}model."): state[key]
+        key.removeprefix(f"{prefix}model."): state[key]
         for key in keys
-        if not (key.startswith(other) or key.endswith(_DERIVED) or key == f"{own}lm_head.weight")
-        and not (side == "user" and key == f"{own}model.{EMBEDDING}")
+        if not (key.startswith(other) or key.endswith(_DERIVED) or key == f"{prefix}lm_head.weight")
+        and not (side == "user" and key == f"{prefix}model.{EMBEDDING}")
     }
 
 
-def check_tensors(found: Mapping[str, Any], layout: Layout, path: Path) -> None:
+def check_tensors(stored: Mapping[str, Any], layout: Layout, path: Path) -> None:
     """Compare names, shapes and kinds of tensors with what the configuration implies.
 
     Args:
-        found: what `open_side` returned.
+        stored: what `open_side` returned.
         layout: what it must be.
         path: the checkpoint, for messages.
 
     Raises:
-        InputError: a key is missing or unexpected, or a tensor has another shape or no floats.
+        InputError: a key other than `item_emb_tokens` is missing, one is unexpected, or a tensor
+            has another shape or no floats.
     """
-    wanted = layout.wanted
-    missing = [layout.key(name) for name in wanted if name not in found]
+    shapes = layout.stored_shapes
+    missing = [layout.key(name) for name in shapes if name not in stored and name != EMB_TOKEN]
     if missing:
         raise InputError(
             f"{path} lacks keys that the base model's config.json implies: {_first(missing)}; "
             f"check the checkpoint and the base model."
         )
-    unexpected = [layout.key(name) for name in found if name not in wanted]
+    unexpected = [layout.key(name) for name in stored if name not in shapes]
     if unexpected:
         raise InputError(
             f"{path} has unexpected keys, which the base model's config.json does not imply: "
             f"{_first(unexpected)}; check the base model."
         )
-    for name, value in found.items():
+    for name, value in stored.items():
         where = f"{path}: '{layout.key(name)}'"
         if not isinstance(value, Tensor) or not _is_plain(value):
             kind = str(value.dtype) if isinstance(value, Tensor) else type(value).__name__
             raise InputError(f"{where} is no dense tensor of floats ({kind}); check the file.")
         # Some trainers save a scalar as one element.
         shape = () if name == "logit_scale" and value.numel() == 1 else tuple(value.shape)
-        if shape != wanted[name]:
+        if shape != shapes[name]:
             raise InputError(
                 f"{where} has shape {list(shape)}, the base model's config.json implies "
-                f"{list(wanted[name])}; check the checkpoint and the base model."
+                f"{list(shapes[name])}; check the checkpoint and the base model."
             )
 
 
@@ -241,13 +244,13 @@ def _unwrap(state: Any) -> Mapping[Any, Any]:
     return state
 
 
-def _known(key: Any, own: str, other: str) -> bool:
+def _known(key: Any, prefix: str, other: str) -> bool:
     if not isinstance(key, str):
         return False
     return (
         key in EXTRAS
-        or key.startswith((other, f"{own}model."))
-        or key == f"{own}lm_head.weight"
+        or key.startswith((other, f"{prefix}model."))
+        or key == f"{prefix}lm_head.weight"
         or key.endswith(_DERIVED)
     )
 

@@ -41,8 +41,8 @@ def exported_from(folder: str | Path) -> str | None:
         InputError: its `export.json` is damaged.
     """
     path = Path(folder) / EXPORT_FILE
-    found = read_json(path) if path.is_file() else None
-    run = found.get("run") if isinstance(found, dict) else None
+    manifest = read_json(path) if path.is_file() else None
+    run = manifest.get("run") if isinstance(manifest, dict) else None
     return run if isinstance(run, str) else None
 
 

@@ -103,6 +103,12 @@ def _parser(side: Side) -> argparse.ArgumentParser:
         help="largest weights file, for example 500MB or 2GB (default: %(default)s); memory use "
         "grows with it: three times this when float32 becomes bfloat16",
     )
+    _add_checkpoint_options(parser)
+    _add_base_options(parser, side)
+    return parser
+
+
+def _add_checkpoint_options(parser: argparse.ArgumentParser) -> None:
     source = parser.add_argument_group("where the checkpoint comes from")
     source.add_argument(
         "--from_file",
@@ -130,6 +136,9 @@ def _parser(side: Side) -> argparse.ArgumentParser:
         "~/.cache/huggingface/hub); the download stays there for the other LLM's import, and "
         "`hf cache rm` frees the space",
     )
+
+
+def _add_base_options(parser: argparse.ArgumentParser, side: Side) -> None:
     base = parser.add_argument_group("where config.json and the tokenizer come from")
     base.add_argument(
         "--base_dir",
@@ -148,12 +157,11 @@ def _parser(side: Side) -> argparse.ArgumentParser:
         default="main",
         help="branch, tag or commit of the base model (default: %(default)s)",
     )
-    return parser
 
 
 def _size(text: str) -> int:
-    found = _SIZE.fullmatch(text.strip())
-    value = int(float(found[1]) * _UNITS[found[2].upper()]) if found else 0
+    match = _SIZE.fullmatch(text.strip())
+    value = int(float(match[1]) * _UNITS[match[2].upper()]) if match else 0
     if value < 1:
         raise argparse.ArgumentTypeError(f"'{text}' is no size; write for example 500MB or 2GB")
     return value
