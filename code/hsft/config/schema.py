@@ -153,7 +153,7 @@ class Config(_Section):
     dry_run: Bool = _key(
         False,
         "run",
-        "print the estimated GPU memory and the largest train_batch_size for cards of 8 to 24 GB, "
+        "print the estimated GPU memory and the largest train_batch_size for cards of 6 to 24 GiB, "
         "then stop; loads no weights, and says what it assumes where the model folder, item cache "
         "or interactions are not there yet",
     )
@@ -348,7 +348,10 @@ class Config(_Section):
         "auto", "UserLLM", "number type of the quantised layers' products; auto follows precision"
     )
     qlora_double_quant: Bool = _key(
-        True, "UserLLM", "quantise the quantisation constants too (nf4 and fp4)"
+        True,
+        "UserLLM",
+        "quantise the quantisation constants too (nf4 and fp4); training holds them in float32, as "
+        "rounded",
     )
 
     # --- training
@@ -465,6 +468,12 @@ class Config(_Section):
     ] = _key(["Recall", "NDCG"], "evaluation", "metrics reported at every K")
     valid_metric: Text = _key(
         "NDCG@10", "evaluation", "validation metric that picks the best epoch and stops early"
+    )
+    valid_users: PositiveInt | None = _key(
+        None,
+        "evaluation",
+        "users of each validation, a sample drawn once by seed; default: all. The final evaluation is "
+        "always of all users",
     )
     eval_step: PositiveInt = _key(1, "evaluation", "epochs between validations")
     stopping_step: PositiveInt = _key(
