@@ -24,7 +24,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -389,7 +389,12 @@ def train_ours(bench: Bench, config: Config, variant: Variant) -> dict[str, Any]
     device = trained.fabric.device
     found = measure(trained.step, trained.batches(), device, bench.args.steps, warm_up)
     # Without the driver's own memory, which the measured peak leaves out too.
-    shape = training_shape(config)
+    lengths = trained.loader.dataset.lengths
+    shape = replace(
+        training_shape(config),
+        mean_length=float(lengths.mean()),
+        length_deviation=float(lengths.std()),
+    )
     guess = estimate(shape, config.train_batch_size).total - CUDA_CONTEXT
     peak = peak_tflops(bench.result["device"], bench.args.peak_tflops)
     used = flops_per_token(config) * found["overlapped_tokens_per_s"]
@@ -814,6 +819,7 @@ def demo(bench: Bench) -> None:
             continue
         values = {
             **keys,
+            "use_qlora": True,
             "user_pretrain_dir": str(folder / "model"),
             "item_cache_path": str(folder / "cache.safetensors"),
             "show_progress": False,

@@ -56,6 +56,7 @@ from hsft.run.setup import (
     make_evaluator,
     negative_sampler,
     packed_row_length,
+    report_costly_catalogue,
     user_attention,
     warn,
     warn_of_plain_items,
@@ -306,9 +307,11 @@ def _train(run: RunContext, data: Data, model: Recommender) -> tuple[TrainState,
         dataset.num_transitions,
     )
     steps = config.epochs * steps_per_epoch(len(loader), config.gradient_accumulation_steps)
+    if config.model == "HLLM":
+        report_costly_catalogue(config, model, dataset.lengths)
     learner = make_learner(config, fabric, model, steps)
     graphs = accelerate(config, model, learner.wrapped, loader, steps, fabric)
-    valid = make_evaluator(config, data.split, "valid", fabric)
+    valid = make_evaluator(config, data.split, "valid", fabric, config.valid_users)
 
     def validate() -> Evaluation:
         return evaluate(config, model, valid, fabric, "validation")
