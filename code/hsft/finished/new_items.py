@@ -81,6 +81,8 @@ def encoding_config(config: Config, cache: ItemCache) -> Config:
             given["MAX_TEXT_LENGTH"] = int(stated["max_text_length"])
         if "pooling" in stated:
             given["item_emb_token_n"] = int(stated["pooling"] == "emb_token")
+        if config.encoder is not None:
+            given |= {"item_pretrain_dir": config.encoder, "encoder": None}
         return Config.model_validate({**config.model_dump(), **given})
     except (ValueError, RecursionError, ValidationError) as error:
         raise InputError(
