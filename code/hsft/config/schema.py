@@ -243,17 +243,23 @@ class Config(_Section):
         "cache file; default: <data_path>/<dataset in lower case>_item_embeddings.safetensors",
     )
     item_pretrain_dir: Text | None = _key(None, "item cache", "model folder of the ItemLLM")
+    encoder: Text | None = _key(
+        None,
+        "item cache",
+        "folder of a sentence encoder, in sentence-transformers' layout or of BERT's kind, in place "
+        "of item_pretrain_dir: texts are sentences, with the folder's own prompt, pooling and length",
+    )
     item_prompt: Text = _key(
         "Compress the following sentence into embedding: ",
         "item cache",
         "text put before every item's text",
     )
-    text_format: Literal["plain", "hllm"] = _key(
+    text_format: Literal["plain", "hllm", "sentences"] = _key(
         "plain",
         "item cache",
         "plain: cells of the item information as they are; hllm: as pandas reads them in HLLM's code "
         "(NA, None and null are blank, 1990 may be 1990.0, 0 is left out, an item without values has "
-        "the prompt alone)",
+        "the prompt alone); sentences: the values alone, joined by '. '",
     )
     item_emb_token_n: Int = _key(
         1,
@@ -536,6 +542,8 @@ class Config(_Section):
             raise ValueError("negatives: sampled needs num_negatives, for example 512")
         if self.loss == "bce" and (self.fix_temp or self.temperature is not None):
             raise ValueError("fix_temp and temperature belong to loss: nce; drop them or the loss")
+        if self.encoder is not None and self.item_pretrain_dir is not None:
+            raise ValueError("encoder stands in place of item_pretrain_dir; drop one of them")
         if self.item_id_dropout and not self.item_id_embedding:
             raise ValueError("item_id_dropout needs item_id_embedding: True; set it or drop one")
         if self.model == "sasrec" and self.val_only:
