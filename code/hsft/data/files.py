@@ -9,8 +9,13 @@ from hsft.utils.errors import InputError
 from hsft.utils.files import is_file, is_folder, require_file
 
 
-def dataset_file(data_path: str, dataset: str | None) -> Path:
+def dataset_file(data_path: str, dataset: str | None, key: str = "dataset") -> Path:
     """Return the path of a dataset's interaction file.
+
+    Args:
+        data_path: its folder.
+        dataset: its name.
+        key: the configuration key that names it, for the error.
 
     Raises:
         InputError: no dataset is named or there is no such file; existing ones are listed.
@@ -28,8 +33,8 @@ def dataset_file(data_path: str, dataset: str | None) -> Path:
     if known:
         hint = f"datasets found there: {', '.join(known[:8])}"
     raise InputError(
-        f"unknown dataset '{dataset}': {path} does not exist ({hint}); "
-        f"put the interactions there or change --dataset or --data_path."
+        f"unknown {key} '{dataset}': {path} does not exist ({hint}); "
+        f"put the interactions there or change --{key} or --data_path."
     )
 
 

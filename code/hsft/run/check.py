@@ -30,12 +30,13 @@ from hsft.data.files import (
     item_llm_folder,
     user_llm_folder,
 )
-from hsft.data.interactions import Interactions, read_interactions
+from hsft.data.interactions import Interactions, load_interactions
 from hsft.data.item_text import ItemTexts, read_item_texts, unfit_texts
 from hsft.data.split import Phase, Split, leave_one_out
 from hsft.encoding.item_llm import emb_token, load_tokenizer, no_emb_token
+from hsft.encoding.sentence_encoder import read_sentence_folder
 from hsft.evaluator.evaluator import Evaluator
-from hsft.inputs.cache_items import cache_warnings
+from hsft.inputs.cache_items import cache_warnings, with_encoder
 from hsft.model.backbone import (
     check_lora_targets,
     check_quantization,
@@ -192,6 +193,9 @@ def _quick_run(config: Config, found: Findings) -> None:
         check_device(config)
     with found.collect():
         dataset_file(config.data_path, config.dataset)
+    if config.item_data is not None:
+        with found.collect():
+            dataset_file(config.data_path, config.item_data, "item_data")
     with found.collect():
         _writable(choose_run_dir(config).path, "run folder", "--checkpoint_dir")
     if config.trains and config.log_wandb:
@@ -200,6 +204,9 @@ def _quick_run(config: Config, found: Findings) -> None:
     if config.trains and config.use_qlora:
         with found.collect():
             check_quantization(config.qlora_quant_type)
+    if config.model == "tfidf":
+        with found.collect():
+            information_file(config.text_path, config.dataset)
     hidden = None
     if config.model == "HLLM":
         hidden = _user_model(config, found)
@@ -290,6 +297,13 @@ def _one_layer(config: Config, folder: Path, model: Any) -> None:
 
 
 def _item_model(config: Config, found: Findings) -> None:
+    if config.encoder is not None:
+        with found.collect():
+            transformer = read_sentence_folder(config.encoder).transformer
+            load_model_config(transformer, config.trust_remote_code)
+            check_files(transformer)
+            load_tokenizer(transformer, config.trust_remote_code)
+        return
     folder = None
     with found.collect():
         folder = item_llm_folder(config)
@@ -327,7 +341,7 @@ def _interactions(config: Config, found: Findings) -> Interactions | None:
     interactions = None
     with found.collect():
         path = dataset_file(config.data_path, config.dataset)
-        interactions = read_interactions(path, config.tie_order, config.seed)
+        interactions = load_interactions(config)
         found.notes.append(
             f"{path}: {interactions.num_users} users, {interactions.num_items} items, "
             f"{len(interactions)} interactions"
@@ -343,6 +357,7 @@ def _item_texts(config: Config, found: Findings) -> ItemTexts | None:
     texts = None
     with found.collect():
         path = information_file(config.text_path, config.dataset)
+        config = with_encoder(config)
         texts = read_item_texts(path, config.text_keys, config.item_prompt, config.text_format)
         bare = texts.has_text().count(False)
         found.notes.append(f"{path}: {len(texts)} items, {bare} of them without text")
@@ -390,6 +405,8 @@ def _training_space(config: Config, weights: Weights) -> None:
 def _caching_space(config: Config, items: int, found: Findings) -> None:
     with found.collect():
         folder = Path(config.item_pretrain_dir or "")
+        if config.encoder is not None:
+            folder = read_sentence_folder(config.encoder).transformer
         dim = int(load_model_config(folder, config.trust_remote_code).hidden_size)
         # The finished parts stay until the cache itself is written.
         needed = 2 * items * dim * DTYPES[config.item_cache_dtype].itemsize

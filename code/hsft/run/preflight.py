@@ -25,6 +25,8 @@ from hsft.utils.errors import InputError
 def missing_for_run(config: Config) -> list[str]:
     """Return a sentence for each file or folder that a run reads and that is missing."""
     finds: list[Callable[[], Path]] = [lambda: dataset_file(config.data_path, config.dataset)]
+    if config.item_data is not None:
+        finds.append(lambda: dataset_file(config.data_path, config.item_data, "item_data"))
     if config.model == "HLLM":
         finds.append(lambda: user_llm_folder(config))
     if config.reads_embeddings and not config.use_item_cache:
