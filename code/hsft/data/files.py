@@ -121,11 +121,16 @@ def user_llm_folder(config: Config) -> Path:
 
 
 def item_llm_folder(config: Config) -> Path:
-    """Return the ItemLLM's folder.
+    """Return the folder of what encodes items: `encoder`, else `item_pretrain_dir`.
 
     Raises:
         InputError: none is named, or it is no model folder.
     """
+    if config.encoder is not None:
+        # Its parts may lie in folders inside; `sentence_encoder.py` reads them.
+        if not is_folder(config.encoder):
+            require_model_folder(Path(config.encoder))
+        return Path(config.encoder)
     if not config.item_pretrain_dir:
         raise InputError(
             "no ItemLLM is named; give --item_pretrain_dir FOLDER (download_itemllm.py makes one)."
