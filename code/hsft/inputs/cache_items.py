@@ -13,7 +13,7 @@ import torch
 from hsft.config import Config
 from hsft.data.cache import ItemCache, default_cache_path, open_cache
 from hsft.data.column_checks import find_spellings
-from hsft.data.interactions import read_interactions
+from hsft.data.interactions import load_interactions
 from hsft.data.item_text import (
     ItemTexts,
     information_file,
@@ -264,7 +264,7 @@ def _catalogue(config: Config) -> ItemTexts:
     warnings = list(items.warnings)
     item_ids = np.empty(0, dtype=object)
     if config.dataset and source.is_file():
-        interactions = read_interactions(source, config.tie_order, config.seed)
+        interactions = load_interactions(config)
         warnings += interactions.warnings
         item_ids = interactions.item_ids[1:]
     refuse(unfit_texts(items, path, config.text_keys, item_ids, source))
