@@ -16,7 +16,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
-from hsft.data.cache import open_cache
+from hsft.data.cache import open_cache, save_cache
 from hsft.encoding.sentence_encoder import load_sentence_encoder, read_sentence_folder
 from hsft.finished.new_items import add_items
 from hsft.finished.open_run import open_run
@@ -226,3 +226,15 @@ def test_a_run_on_a_sentence_encoders_cache(project: Project) -> None:
     code, _, err = project.call(caching_main, [*caching, "--item_pretrain_dir", str(project.llama)])
     assert code == 2
     assert "encoder stands in place of item_pretrain_dir" in err
+
+
+def test_a_run_reads_a_sentence_cache_that_states_little(project: Project) -> None:
+    save_cache(
+        project.root / "dataset" / "tiny_item_embeddings.safetensors",
+        [f"i{number}" for number in range(20)],
+        torch.randn(20, 24, generator=torch.Generator().manual_seed(0)),
+        {"pooling": "sentence", "model": "made elsewhere"},
+    )
+    code, _, err = project.run("--item_adapter", "linear", "--val_only", "True")
+    assert code == 0, err
+    assert "was not made with" not in err
