@@ -67,7 +67,7 @@ from hsft.trainer.fabric import (
 )
 from hsft.trainer.loop import train
 from hsft.trainer.optim import steps_per_epoch
-from hsft.trainer.resume import TrainState
+from hsft.trainer.resume import TrainState, refuse_other_user_llm
 from hsft.trainer.sampler import SequenceBatches
 from hsft.trainer.session import Session
 from hsft.trainer.step import make_learner
@@ -214,6 +214,9 @@ def _baseline(run: RunContext, data: Data, final: Evaluator) -> Evaluation:
     if run.resume and is_rank_zero():
         saved = store.load_extra(UNTRAINED)
     saved = broadcast(saved)
+    if saved:
+        recorded = saved.get("user_llm_fingerprint")
+        refuse_other_user_llm(run, recorded, store.folder / UNTRAINED)
     if saved and saved["fingerprint"] == data.fingerprint and len(saved["rng"]) == world_size():
         log.info("the untrained UserLLM was evaluated before the interruption.")
         # Building and evaluating it drew from the generators.
@@ -229,6 +232,7 @@ def _baseline(run: RunContext, data: Data, final: Evaluator) -> Evaluation:
     if is_rank_zero():
         content = {
             "fingerprint": data.fingerprint,
+            "user_llm_fingerprint": run.user_llm_fingerprint,
             "rng": generators,
             "record": run.session.record(),
             "evaluation": pack_evaluation(found),
