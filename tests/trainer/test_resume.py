@@ -30,6 +30,7 @@ from hsft.run import train_and_rank
 from hsft.trainer import loop
 from hsft.trainer.checkpoint import (
     Checkpoints,
+    DamagedError,
     read_state,
     restore_rng,
     rng_state,
@@ -42,7 +43,7 @@ from hsft.trainer.scalars import open_scalars
 from hsft.trainer.step import Learner
 from hsft.trainer.wandb_log import WandbLog
 from hsft.utils.errors import InputError
-from hsft.utils.lock import LOCK_FILE, locked
+from hsft.utils.lock import LOCK_FILE
 from tests.conftest import Project, last_wins
 from tests.helpers import ROOT
 from tests.model.test_user_llm import build
@@ -239,37 +240,6 @@ def test_a_finished_run_is_not_continued_nor_offered_for_replacement(project: Pr
     assert (project.root / "saved" / "done" / "result.json").read_bytes() == kept
 
 
-def test_stale_locks_are_taken_over_and_others_respected(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    lock = tmp_path / LOCK_FILE
-    with locked(tmp_path):
-        own = json.loads(lock.read_text())
-        with pytest.raises(InputError, match=f"process {os.getpid()}"), locked(tmp_path):
-            pass
-    assert not lock.exists()
-    gone = subprocess.Popen(["true"])
-    gone.wait()
-    stale: list[dict[str, Any]] = [
-        {**own, "pid": gone.pid},
-        {**own, "started": own["started"] - 1},
-        {**own, "boot": "another boot"},
-    ]
-    for owner in stale:
-        lock.write_text(json.dumps(owner))
-        caplog.clear()
-        with locked(tmp_path):
-            assert json.loads(lock.read_text()) == own
-        assert "took over the lock" in caplog.text
-    lock.write_text('{"pid": 12')  # its writer was killed
-    with locked(tmp_path):
-        pass
-    lock.write_text(json.dumps({**own, "host": "elsewhere"}))
-    with pytest.raises(InputError, match=r"on elsewhere.*delete"), locked(tmp_path):
-        pass
-    assert json.loads(lock.read_text())["host"] == "elsewhere"
-
-
 def spoil(path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
@@ -286,11 +256,11 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(
     assert steps_saved(project) == [4, 5, 6]
     saved = Checkpoints(folder(project) / "checkpoints", 3).list()
     spoil(saved[2] / "weights.safetensors")
-    (saved[1] / "state.safetensors").unlink()
+    (saved[1] / "state.pt").unlink()
     code, _, err = project.run(*RUN, *RESUME, "--show_progress", "True", "--num_workers", "1")
     assert code == 0, err
     assert f"{saved[2].relative_to(project.root)} is damaged (weights.safetensors" in err
-    assert f"{saved[1].relative_to(project.root)} is damaged (state.safetensors" in err
+    assert f"{saved[1].relative_to(project.root)} is damaged (state.pt" in err
     assert result(project)["training"]["resumed_from"] == [4]
     assert outcome(project) == undisturbed
 
@@ -320,7 +290,7 @@ def test_what_cannot_be_continued_is_refused(
     assert steps_saved(project) == [1]
     table.write_text(rows)
     (path,) = Checkpoints(folder(project) / "checkpoints", 2).list()
-    spoil(path / "state.json")
+    spoil(path / "state.pt")
     code, _, err = project.run(*RUN, *RESUME)
     assert code == 2
     assert "no checkpoint in" in err.splitlines()[-1]
@@ -339,7 +309,7 @@ def test_tensorboard_has_every_step_once(project: Project, monkeypatch: pytest.M
             project.run(*RUN, "--checkpoint_every", "3")
     # The crashed session wrote up to step 4, its last checkpoint; go back to step 3.
     saved = Checkpoints(folder(project) / "checkpoints", 2).list()
-    spoil(saved[-1] / "state.json")
+    spoil(saved[-1] / "state.pt")
     assert project.run(*RUN, *RESUME)[0] == 0
     events = EventAccumulator(str(folder(project) / "tensorboard")).Reload()
     assert [event.step for event in events.Scalars("train/loss")] == list(range(1, STEPS + 1))
@@ -582,8 +552,19 @@ def test_state_comes_back_with_its_types(tmp_path: Path) -> None:
     numbers, betas = found["nested"][7]
     assert torch.equal(numbers, torch.arange(3))
     assert betas == (0.9, 0.999)
-    with pytest.raises(TypeError):
-        write_state(tmp_path, {"model": object()})
+    write_state(tmp_path, {"model": Path("anything but plain data")})
+    with pytest.raises(DamagedError, match="state is unreadable"):
+        read_state(tmp_path)
+
+
+def test_a_checkpoint_of_another_version_is_refused_in_one_line(tmp_path: Path) -> None:
+    store = Checkpoints(tmp_path, 2)
+    path = store.save(1, {"w": torch.ones(1)}, {"best": None})
+    manifest = json.loads((path / "manifest.json").read_text())
+    (path / "manifest.json").write_text(json.dumps({**manifest, "format": 1}))
+    with pytest.raises(InputError, match=r"another version of HSFT \(format 1, this one reads 2\)"):
+        store.newest()
+    assert path.is_dir()
 
 
 def test_every_generator_comes_back(tmp_path: Path) -> None:

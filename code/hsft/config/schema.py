@@ -26,6 +26,8 @@ METRIC_NAMES = get_args(MetricName)
 METRIC_PATTERN = re.compile(rf"^({'|'.join(METRIC_NAMES)})@([1-9][0-9]*)$")
 # Models that know items by their embeddings, so that an item they never met can be scored.
 READS_EMBEDDINGS = ("HLLM", "item_knn")
+# Models without training.
+REFERENCES = ("pop", "random", "item_knn", "tfidf")
 
 
 def _number(value: Any) -> Any:
@@ -104,6 +106,10 @@ class SasrecArgs(_Section):
     layers: PositiveInt = Field(2, le=1000, description="number of self-attention layers")
     heads: PositiveInt = Field(2, description="attention heads; must divide hidden_size")
     dropout: Number = Field(0.5, ge=0, lt=1, description="dropout probability")
+    block: Literal["transformer", "ligr"] = Field(
+        "transformer",
+        description="kind of layers: pre-norm transformer, or LiGR's gated ones as in eSASRec",
+    )
 
     @model_validator(mode="after")
     def _heads_divide(self) -> SasrecArgs:
@@ -132,7 +138,7 @@ class Config(_Section):
     """
 
     # --- run
-    model: Literal["HLLM", "pop", "random", "item_knn", "sasrec"] = _key(
+    model: Literal["HLLM", "pop", "random", "item_knn", "tfidf", "sasrec"] = _key(
         "HLLM",
         "run",
         "what ranks the items: HLLM's UserLLM, or a reference model on the same split",
@@ -385,6 +391,17 @@ class Config(_Section):
         gt=0,
         le=1.01,
     )
+    temperature: Number | None = _key(
+        None,
+        "training",
+        "what nce's cosines are divided by, at the start; default: the model folder's own, else "
+        "HLLM's 0.07",
+        ge=0.01,
+        le=1,
+    )
+    fix_temp: Bool = _key(
+        False, "training", "keep the temperature as it starts; else nce trains it"
+    )
     train_positions: Literal["all", "random_split"] = _key(
         "all",
         "training",
@@ -477,7 +494,14 @@ class Config(_Section):
     knn_history: Literal["last", "mean"] = _key(
         "last",
         "reference models",
-        "model: item_knn ranks by cosine to the last item or to the mean of the history",
+        "model: item_knn and tfidf rank by cosine to the last item or to the mean of the history",
+    )
+    knn_decay: Number = _key(
+        1.0,
+        "reference models",
+        "weight of an item in that mean relative to the next newer one; 1: all count the same",
+        gt=0,
+        le=1,
     )
 
     @model_validator(mode="after")
@@ -501,6 +525,8 @@ class Config(_Section):
             )
         if self.negatives == "sampled" and self.num_negatives is None:
             raise ValueError("negatives: sampled needs num_negatives, for example 512")
+        if self.loss == "bce" and (self.fix_temp or self.temperature is not None):
+            raise ValueError("fix_temp and temperature belong to loss: nce; drop them or the loss")
         if self.item_id_dropout and not self.item_id_embedding:
             raise ValueError("item_id_dropout needs item_id_embedding: True; set it or drop one")
         if self.model == "sasrec" and self.val_only:

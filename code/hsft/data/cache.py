@@ -202,26 +202,10 @@ def write_cache(
     """
     ids = encode_ids(item_ids).numpy().tobytes()
     matrix_bytes = len(item_ids) * dim * dtype.itemsize
-    full = {**metadata, "format": FORMAT, "dtype": _DTYPE_NAMES[dtype]}
-    header: dict[str, Any] = {
-        "__metadata__": dict(sorted(full.items())),
-        "embeddings": {
-            "dtype": _SAFETENSORS_NAMES[dtype],
-            "shape": [len(item_ids), dim],
-            "data_offsets": [0, matrix_bytes],
-        },
-        "item_ids": {
-            "dtype": "U8",
-            "shape": [len(ids)],
-            "data_offsets": [matrix_bytes, matrix_bytes + len(ids)],
-        },
-    }
-    encoded = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
-    # The format wants the data to begin at a multiple of 8 bytes.
-    encoded += b" " * (-len(encoded) % 8)
-    start = 8 + len(encoded)
+    header = _file_header(len(item_ids), dim, dtype, len(ids), metadata)
+    start = len(header)
     with path.open("w+b") as file:
-        file.write(struct.pack("<Q", len(encoded)) + encoded)
+        file.write(header)
         file.flush()
         _allocate(file.fileno(), start + matrix_bytes)
         if matrix_bytes:
@@ -230,6 +214,31 @@ def write_cache(
         file.write(ids)
         file.flush()
         os.fsync(file.fileno())
+
+
+def _file_header(
+    items: int, dim: int, dtype: torch.dtype, id_bytes: int, metadata: Mapping[str, str]
+) -> bytes:
+    """Return a safetensors file's bytes before its data: a length, and JSON of that length."""
+    matrix_bytes = items * dim * dtype.itemsize
+    full = {**metadata, "format": FORMAT, "dtype": _DTYPE_NAMES[dtype]}
+    header: dict[str, Any] = {
+        "__metadata__": dict(sorted(full.items())),
+        "embeddings": {
+            "dtype": _SAFETENSORS_NAMES[dtype],
+            "shape": [items, dim],
+            "data_offsets": [0, matrix_bytes],
+        },
+        "item_ids": {
+            "dtype": "U8",
+            "shape": [id_bytes],
+            "data_offsets": [matrix_bytes, matrix_bytes + id_bytes],
+        },
+    }
+    encoded = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
+    # The format wants the data to begin at a multiple of 8 bytes.
+    encoded += b" " * (-len(encoded) % 8)
+    return struct.pack("<Q", len(encoded)) + encoded
 
 
 def _allocate(file: int, size: int) -> None:
@@ -285,7 +294,7 @@ def _open_native(path: Path) -> ItemCache:
             encoded = file.get_tensor("item_ids")
     except (SafetensorError, OSError, RuntimeError, TypeError) as error:
         raise InputError(
-            f"item cache {path} is damaged ({one_line(error, 120)}); make it anew with "
+            f"item cache {path} is damaged ({one_line(error, 120)}); make it again with "
             f"item_caching.py."
         ) from error
     item_ids = _decode_ids(encoded, path)
@@ -304,7 +313,7 @@ def _decode_ids(encoded: torch.Tensor, path: Path) -> list[str]:
         "".join(item_ids).encode("utf-8")
     except (ValueError, RecursionError) as error:
         raise InputError(
-            f"item cache {path} has an unreadable id list ({one_line(error, 120)}); make it anew "
+            f"item cache {path} has an unreadable id list ({one_line(error, 120)}); make it again "
             f"with item_caching.py."
         ) from error
     return item_ids
@@ -326,23 +335,23 @@ def _open_pt(path: Path) -> ItemCache:
         if isinstance(error, pickle.UnpicklingError) and "global" in reason.lower():
             raise InputError(
                 f"item cache {path} holds more than tensors and was not opened, since such a file "
-                f"can run code; make it anew with item_caching.py."
+                f"can run code; make it again with item_caching.py."
             ) from error
         raise InputError(
             f"item cache {path} is damaged or no cache at all ({one_line(reason, 120)}); make it "
-            f"anew with item_caching.py."
+            f"again with item_caching.py."
         ) from error
     if not isinstance(content, Mapping) or not content:
         raise InputError(
             f"item cache {path} must hold a dictionary of item id -> tensor, not "
             f"{'nothing' if content is None or content == {} else type(content).__name__}; make it "
-            f"anew with item_caching.py."
+            f"again with item_caching.py."
         )
     item_ids = []
     for key in content:
         if isinstance(key, bool) or not isinstance(key, str | int):
             raise InputError(
-                f"item cache {path}: the key {one_line(repr(key), 40)} is no item id; make it anew "
+                f"item cache {path}: the key {one_line(repr(key), 40)} is no item id; make it again "
                 f"with item_caching.py."
             )
         item_ids.append(str(key))
@@ -362,24 +371,24 @@ def _refuse_odd_vectors(path: Path, item_ids: list[str], vectors: list[Any]) -> 
     for item, vector in zip(item_ids, vectors, strict=True):
         where = f"item cache {path}: item '{one_line(item, 40)}'"
         if not isinstance(vector, torch.Tensor) or not vector.is_floating_point():
-            raise InputError(f"{where} is not a tensor of numbers; make it anew.")
+            raise InputError(f"{where} is not a tensor of numbers; make it again.")
         if vector.layout != torch.strided or vector.device.type != "cpu":
-            raise InputError(f"{where} is not a dense tensor of numbers; make it anew.")
+            raise InputError(f"{where} is not a dense tensor of numbers; make it again.")
         if vector.numel() != first.numel():
             raise InputError(
                 f"{where} has {vector.numel()} dimensions, others have {first.numel()}; make it "
-                f"anew with item_caching.py."
+                f"again with item_caching.py."
             )
         if vector.dtype != first.dtype:
             raise InputError(
-                f"{where} is {vector.dtype}, others are {first.dtype}; make it anew with "
+                f"{where} is {vector.dtype}, others are {first.dtype}; make it again with "
                 f"item_caching.py."
             )
         total += vector.numel() * vector.element_size()
     # A few bytes can describe a tensor of any size by repeating one number: stride 0.
     if total > path.stat().st_size:
         raise InputError(
-            f"item cache {path} claims more numbers than it holds; make it anew with item_caching.py."
+            f"item cache {path} claims more numbers than it holds; make it again with item_caching.py."
         )
 
 
@@ -391,7 +400,7 @@ def _refuse_compressed(path: Path) -> None:
         if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
             raise InputError(
                 f"item cache {path} is a compressed archive, which torch.save does not write; make "
-                f"it anew with item_caching.py."
+                f"it again with item_caching.py."
             )
 
 
@@ -403,14 +412,14 @@ def _check_shape(path: Path, item_ids: list[str], embeddings: torch.Tensor) -> N
     if embeddings.ndim != 2 or embeddings.shape[0] != len(item_ids) or not embeddings.shape[1]:
         raise InputError(
             f"item cache {path} has {len(item_ids)} ids for a matrix of shape "
-            f"{tuple(embeddings.shape)}; make it anew with item_caching.py."
+            f"{tuple(embeddings.shape)}; make it again with item_caching.py."
         )
     if not item_ids:
-        raise InputError(f"item cache {path} holds no items; make it anew with item_caching.py.")
+        raise InputError(f"item cache {path} holds no items; make it again with item_caching.py.")
     if len(set(item_ids)) != len(item_ids):
         twice = next(item for item, count in Counter(item_ids).items() if count > 1)
         raise InputError(
-            f"item cache {path} names the item '{one_line(twice, 40)}' twice; make it anew with "
+            f"item cache {path} names the item '{one_line(twice, 40)}' twice; make it again with "
             f"item_caching.py."
         )
 
@@ -426,5 +435,5 @@ def _refuse_bad_values(cache: ItemCache, path: Path, rows_at_a_time: int = 4096)
             item = one_line(cache.item_ids[start + int((~good).nonzero()[0])], 40)
             raise InputError(
                 f"item cache {path}: the embedding of item '{item}' holds NaN or infinity; make it "
-                f"anew with item_caching.py, with --item_cache_dtype float32 if it overflowed."
+                f"again with item_caching.py, with --item_cache_dtype float32 if it overflowed."
             )

@@ -129,16 +129,9 @@ def read_interactions(
     """
     path = Path(path)
     columns, row_of = _read_columns(path)
+    warnings = _check_columns(path, columns, row_of)
     (item_codes, user_codes), (item_ids, user_ids) = columns.codes, columns.ids
-    if not (all_ids_sound(item_ids) and all_ids_sound(user_ids)):
-        explain(path, _CHECKS, "an id is not usable")
     timestamps = columns.numbers
-    findings = [
-        *check_ids("item_id", item_ids, item_codes),
-        *check_ids("user_id", user_ids, user_codes),
-        *check_times(timestamps),
-    ]
-    warnings = sentences(path, findings, row_of)
     rng = np.random.default_rng(seed) if tie_order == "shuffle" else None
     order = _by_user_and_time(user_codes, timestamps, rng)
     items = (item_codes[order] + 1).astype(np.int32)
@@ -226,6 +219,23 @@ def _by_user_and_time(
     # One integer a row, and torch's radix sort: six times as fast as lexsort.
     keys = users * span + (timestamps - first)
     return torch.sort(torch.from_numpy(keys), stable=True).indices.numpy()
+
+
+def _check_columns(path: Path, columns: PlainColumns, row_of: Callable[[int], int]) -> list[str]:
+    """Return warnings of what the columns hold.
+
+    Raises:
+        InputError: an id is not usable, or a column as a whole cannot be right.
+    """
+    (item_codes, user_codes), (item_ids, user_ids) = columns.codes, columns.ids
+    if not (all_ids_sound(item_ids) and all_ids_sound(user_ids)):
+        explain(path, _CHECKS, "an id is not usable")
+    findings = [
+        *check_ids("item_id", item_ids, item_codes),
+        *check_ids("user_id", user_ids, user_codes),
+        *check_times(columns.numbers),
+    ]
+    return sentences(path, findings, row_of)
 
 
 def _read_columns(path: Path) -> tuple[PlainColumns, Callable[[int], int]]:

@@ -107,10 +107,7 @@ def read_item_texts(
         texts = [item_prompt + body for body in _hllm_bodies(path, text_keys, len(ids))]
     else:
         rows = zip(*(table[key] for key in text_keys), strict=True)
-        # An empty cell that went through pandas is written as `nan`.
-        bodies = (
-            _body(text_keys, row, lambda cell: cell.lower() not in ("", "nan")) for row in rows
-        )
+        bodies = (_body(text_keys, row, _has_value) for row in rows)
         texts = [item_prompt + body if body else "" for body in bodies]
     findings = check_ids("item_id", np.array(ids, dtype=object))
     warnings = sentences(path, findings, partial(line_of_row, path))
@@ -187,6 +184,25 @@ def unfit_texts(
     ]
 
 
+def read_plain_texts(path: str | Path, text_keys: Sequence[str]) -> dict[str, str]:
+    """Read the values of some columns as sentences: item id -> values, joined by ". ".
+
+    Empty fields are left out; an item without any value has an empty text.
+
+    Raises:
+        InputError: as `read_item_texts`.
+    """
+    table = _read(Path(path), list(dict.fromkeys(["item_id", *text_keys])))
+    cells = zip(*(table[key] for key in text_keys), strict=True)
+    texts = (". ".join(value for value in row if _has_value(value)) for row in cells)
+    return dict(zip(table["item_id"], texts, strict=True))
+
+
+def _has_value(cell: str) -> bool:
+    # An empty cell that went through pandas is written as `nan`.
+    return bool(cell) and cell.lower() != "nan"
+
+
 def with_items(items: ItemTexts, item_ids: Sequence[str] | np.ndarray) -> ItemTexts:
     """Return the items with those of `item_ids` added, without text, that are not among them."""
     known = set(items.item_ids)
@@ -203,23 +219,23 @@ def _read(
     """Read some columns of an information file: column name -> its cells, in file order."""
     check_bytes(path, remedies[0])
     header = read_header(path, columns, remedies[1])
-    wanted = {name: header.index(name) for name in columns}
+    positions = {name: header.index(name) for name in columns}
     table: dict[str, list[str]] = {name: [] for name in columns}
     ids = table["item_id"]
-    checks = {wanted["item_id"]: id_problem}
-    found = RowProblems(path)
+    checks = {positions["item_id"]: id_problem}
+    problems = RowProblems(path)
     seen: set[str] = set()
     broken: list[str] = []
     rows = csv_rows(path)
     next(rows)
     try:
         for row, cells in rows:
-            if not check_row(found, row, cells, header, checks):
+            if not check_row(problems, row, cells, header, checks):
                 continue
-            for name, position in wanted.items():
+            for name, position in positions.items():
                 table[name].append(cells[position])
             if ids[-1] in seen:
-                found.add(
+                problems.add(
                     "twice",
                     row,
                     f"item '{one_line(ids[-1], 40)}' is described a second time; keep one row an item",
@@ -227,7 +243,7 @@ def _read(
             seen.add(ids[-1])
     except InputError as error:
         broken.append(str(error))
-    refuse([*found.sentences(), *broken])
+    refuse([*problems.sentences(), *broken])
     if not ids:
         raise InputError(f"{path} has no items below its header line.")
     return table

@@ -42,6 +42,7 @@ from hsft.report.result import TUNED, read_ranks, read_result
 from hsft.run.run_dir import CONFIG_FILE
 from hsft.run.setup import (
     build_user_llm,
+    initial_logit_scale,
     load_data,
     lora_settings,
     loss_settings,
@@ -287,9 +288,11 @@ def _load_unquantised(run: _TrainedRun, *, keep_token_embedding: bool) -> Recomm
         id_items=run.id_items,
     )
     load_adapter(items, extra, trained=config.item_adapter != "none")
-    scale = extra.get("logit_scale")
     model = Recommender(
-        UserLLM(decoder, items), loss_settings(config), None if scale is None else float(scale)
+        UserLLM(decoder, items),
+        loss_settings(config),
+        initial_logit_scale(config, extra),
+        config.fix_temp,
     )
     load_trained(model, run.best)
     return model.eval()

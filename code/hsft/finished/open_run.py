@@ -13,7 +13,7 @@ import torch
 from lightning.fabric import Fabric
 
 from hsft.config import Config, load_config
-from hsft.config.schema import READS_EMBEDDINGS
+from hsft.config.schema import READS_EMBEDDINGS, REFERENCES
 from hsft.data.cache import ItemCache
 from hsft.data.item_text import information_file, read_item_titles
 from hsft.evaluator.evaluator import Scorer
@@ -145,7 +145,7 @@ class OpenRun:
                 f"{self.folder} has no model '{name}'; it has {', '.join(self.models)}."
             )
         config, data, device = self.config, self.data, self.fabric.device
-        if config.model in ("pop", "random", "item_knn"):
+        if config.model in REFERENCES:
             return build_reference(config, data.split, data.cache, device, data.own_items)
         if config.model == "sasrec":
             model = build_sasrec(config, data.interactions.num_items)
@@ -222,7 +222,7 @@ def items_read(config: Config, length: int) -> int:
     """Return how many of a history's last items decide what a run's model recommends."""
     if config.model in ("pop", "random"):
         return 0
-    if config.model == "item_knn" and config.knn_history == "last":
+    if config.model in ("item_knn", "tfidf") and config.knn_history == "last":
         return min(length, 1)
     return min(length, config.MAX_ITEM_LIST_LENGTH)
 

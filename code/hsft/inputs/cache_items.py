@@ -21,7 +21,7 @@ from hsft.data.item_text import (
     unfit_texts,
     with_items,
 )
-from hsft.encoding.build_cache import CacheBuild, EncodingJob, encode_items
+from hsft.encoding.build_cache import CacheBuilder, EncodingJob, encode_items
 from hsft.encoding.item_llm import ItemEncoder, load_item_encoder, model_fingerprint
 from hsft.hub.manifest import origin
 from hsft.model.backbone import load_model_config
@@ -64,35 +64,35 @@ def write_item_cache(config: Config) -> Path:
     target = cache_path(config).with_suffix(".safetensors")
     with StopSignals() as stop:
         init_process_group(_PATIENCE)
-        build = CacheBuild(
+        builder = CacheBuilder(
             target,
             target.with_name(f"{target.name}.parts"),
             config.show_progress,
             stop.held_back,
         )
         try:
-            _write_item_cache(config, build)
+            _write_item_cache(config, builder)
         except Interrupted as stopped:
             if not stop.received:
                 raise
-            kept = "" if build.kept is None else f" ({build.kept:,} of {build.items:,} items)"
+            kept = "" if builder.kept is None else f" ({builder.kept:,} of {builder.items:,} items)"
             done = f"; what is encoded is kept{kept}, and the same command goes on from there"
             raise stop.interruption(done=done) from stopped
     return target
 
 
-def _write_item_cache(config: Config, build: CacheBuild) -> None:
-    target = build.target
+def _write_item_cache(config: Config, builder: CacheBuilder) -> None:
+    target = builder.target
     # In process 0 alone: ids, texts and fingerprint.
-    found: list[ItemTexts] = []
+    catalogue: list[ItemTexts] = []
 
     def read() -> tuple[str, int, str]:
-        found.append(_catalogue(config))
+        catalogue.append(_catalogue(config))
         source = information_file(config.text_path, config.dataset)
-        return found[0].fingerprint, len(found[0]), str(source)
+        return catalogue[0].fingerprint, len(catalogue[0]), str(source)
 
     fingerprint, count, source = run_on_rank_zero(read)
-    item_ids = found[0].item_ids if found else []
+    item_ids = catalogue[0].item_ids if catalogue else []
     encoder, job = _encoder(config, fingerprint, count, source)
     if run_on_rank_zero(lambda: _is_current(target, job, item_ids)):
         log.info(
@@ -101,12 +101,12 @@ def _write_item_cache(config: Config, build: CacheBuild) -> None:
             target,
         )
     else:
-        build.run(encoder, job, item_ids, lambda: found.pop().texts)
+        builder.build(encoder, job, item_ids, lambda: catalogue.pop().texts)
         log.info(
             "wrote %s: %d items of %d dimensions in %s.", target, count, encoder.dim, job.dtype
         )
     if is_rank_zero():
-        remove(build.parts_dir)
+        remove(builder.parts_dir)
 
 
 def _is_current(target: Path, job: EncodingJob, item_ids: list[str]) -> bool:
@@ -116,10 +116,10 @@ def _is_current(target: Path, job: EncodingJob, item_ids: list[str]) -> bool:
         cache = open_cache(target)
     except InputError:
         return False
-    wanted = {**job.metadata(), "dtype": job.dtype}
+    expected = {**job.metadata(), "dtype": job.dtype}
     # Caches of before there were text formats have plain texts.
     stated = {"text_format": "plain", **cache.metadata}
-    return cache.item_ids == item_ids and wanted.items() <= stated.items()
+    return cache.item_ids == item_ids and expected.items() <= stated.items()
 
 
 def encode_in_memory(config: Config) -> ItemCache:
@@ -196,7 +196,7 @@ def _other_cache(config: Config, cache: ItemCache, item_ids: np.ndarray) -> str 
     made = f" it was made from {one_line(source, 200)};" if source else ""
     return (
         f"the item cache {cache.path} was not made with this configuration's {' and '.join(other)};"
-        f"{made} make it anew with item_caching.py if that is not intended."
+        f"{made} make it again with item_caching.py if that is not intended."
     )
 
 
@@ -226,20 +226,21 @@ def _catalogue(config: Config) -> ItemTexts:
     items = read_item_texts(path, config.text_keys, config.item_prompt, config.text_format)
     source = Path(config.data_path) / f"{config.dataset}.csv"
     warnings = list(items.warnings)
-    wanted = np.empty(0, dtype=object)
+    item_ids = np.empty(0, dtype=object)
     if config.dataset and source.is_file():
         interactions = read_interactions(source, config.tie_order, config.seed)
         warnings += interactions.warnings
-        wanted = interactions.item_ids[1:]
-    refuse(unfit_texts(items, path, config.text_keys, wanted, source))
+        item_ids = interactions.item_ids[1:]
+    refuse(unfit_texts(items, path, config.text_keys, item_ids, source))
     for warning in warnings:
         log.warning("%s", warning)
-    return with_items(items, wanted)
+    return with_items(items, item_ids)
 
 
 def _encoder(
     config: Config, fingerprint: str, count: int, information: str = ""
 ) -> tuple[ItemEncoder, EncodingJob]:
+    """Load the configuration's ItemLLM, and describe the encoding of `count` items with it."""
     if not config.item_pretrain_dir:
         raise InputError(
             "no ItemLLM is named; give --item_pretrain_dir FOLDER (download_itemllm.py makes one)."
@@ -247,23 +248,7 @@ def _encoder(
     device = torch.device(choose_device(config))
     if device.type == "cuda":
         device = torch.device("cuda", local_rank() % torch.cuda.device_count())
-    dtype = compute_dtype(config)
-    # Texts come in rows of alike length, and share what they begin with: no row holds several.
-    varlen = config.attn_implementation == "varlen"
-    kernels = config.model_copy(update={"attn_implementation": "sdpa"}) if varlen else config
-    model = load_model_config(config.item_pretrain_dir, config.trust_remote_code)
-    encoder = load_item_encoder(
-        config.item_pretrain_dir,
-        item_emb_token_n=config.item_emb_token_n,
-        max_text_length=config.MAX_TEXT_LENGTH,
-        device=device,
-        dtype=dtype,
-        attention=attention_kernel(kernels, device, model, rows=False),
-        trust_remote_code=config.trust_remote_code,
-        tokenizer_as_saved=config.text_format == "hllm",
-    )
-    if config.item_compile:
-        encoder.compile()
+    encoder = _load_encoder(config, config.item_pretrain_dir, device)
     imported = origin(config.item_pretrain_dir)
     job = EncodingJob(
         model=Path(config.item_pretrain_dir).name,
@@ -278,7 +263,7 @@ def _encoder(
         information=information,
         model_fingerprint=model_fingerprint(config.item_pretrain_dir),
         batch_tokens=config.item_batch_tokens or BATCH_TOKENS[device.type],
-        compute_dtype=str(dtype).removeprefix("torch."),
+        compute_dtype=str(compute_dtype(config)).removeprefix("torch."),
         source=imported["source"]["sha256"] if imported else "",
     )
     log.info(
@@ -290,3 +275,23 @@ def _encoder(
         job.pooling,
     )
     return encoder, job
+
+
+def _load_encoder(config: Config, folder: str, device: torch.device) -> ItemEncoder:
+    # Texts come in rows of alike length, and share what they begin with: no row holds several.
+    varlen = config.attn_implementation == "varlen"
+    kernels = config.model_copy(update={"attn_implementation": "sdpa"}) if varlen else config
+    model = load_model_config(folder, config.trust_remote_code)
+    encoder = load_item_encoder(
+        folder,
+        item_emb_token_n=config.item_emb_token_n,
+        max_text_length=config.MAX_TEXT_LENGTH,
+        device=device,
+        dtype=compute_dtype(config),
+        attention=attention_kernel(kernels, device, model, rows=False),
+        trust_remote_code=config.trust_remote_code,
+        tokenizer_as_saved=config.text_format == "hllm",
+    )
+    if config.item_compile:
+        encoder.compile()
+    return encoder

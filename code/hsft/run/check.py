@@ -199,6 +199,9 @@ def _quick_run(config: Config, found: Findings) -> None:
     if config.trains and config.use_qlora:
         with found.collect():
             check_quantization(config.qlora_quant_type)
+    if config.model == "tfidf":
+        with found.collect():
+            information_file(config.text_path, config.dataset)
     hidden = None
     if config.model == "HLLM":
         hidden = _user_model(config, found)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -442,7 +444,6 @@ def build_user_llm(config: Config, data: Data, fabric: Fabric, *, train: bool) -
     load_adapter(table, extra, trained=train and config.item_adapter != "none")
     if stored is not None:
         load_id_vectors(table, stored, item_ids, trained=train and config.item_id_embedding)
-    scale = extra.get("logit_scale")
     settings = loss_settings(config, scored_by="cosine" if not train else None)
     model = Recommender(
         UserLLM(
@@ -453,9 +454,25 @@ def build_user_llm(config: Config, data: Data, fabric: Fabric, *, train: bool) -
             item_dropout=config.item_dropout,
         ),
         settings,
-        logit_scale=None if scale is None else float(scale),
+        logit_scale=initial_logit_scale(config, extra),
+        fix_scale=config.fix_temp,
     )
     return model.to(device)
+
+
+def initial_logit_scale(config: Config, extra: Mapping[str, torch.Tensor]) -> float | None:
+    """Return the log factor on cosines to start from: the configuration's, else the model folder's.
+
+    Args:
+        config: the configuration.
+        extra: as `read_extra` returns for the UserLLM's folder.
+
+    Returns:
+        -log(temperature); None: neither says one.
+    """
+    if config.temperature is not None:
+        return -math.log(config.temperature)
+    return float(extra["logit_scale"]) if "logit_scale" in extra else None
 
 
 def loss_settings(config: Config, scored_by: Similarity | None = None) -> LossSettings:

@@ -16,6 +16,7 @@ from lightning.fabric import Fabric
 from torch.utils.data import DataLoader
 
 from hsft.config import Config
+from hsft.config.schema import REFERENCES
 from hsft.data.dataset import CachedEmbeddingTrainDataset, TrainCollate
 from hsft.data.dataset.packing import Buckets
 from hsft.evaluator.evaluator import Evaluation, Evaluator, Scorer
@@ -178,7 +179,7 @@ def _rows(
 ) -> tuple[dict[str, Evaluation], dict[str, Any] | None]:
     """Evaluate, train where asked, and return the table's rows and what is known of the training."""
     config, fabric, session = run.config, run.fabric, run.session
-    if config.model in ("pop", "random", "item_knn"):
+    if config.model in REFERENCES:
         scorer = build_reference(config, data.split, data.cache, fabric.device)
         evaluation = evaluate(config, scorer, final, fabric)
         session.lap("evaluation")

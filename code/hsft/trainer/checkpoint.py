@@ -1,8 +1,8 @@
 """Resumable checkpoints: written whole or not at all, verified on load, the last few kept.
 
 A checkpoint is a folder `<number>-step-<optimizer steps>` of `weights.safetensors` (the trainable
-weights by name), `state.safetensors` and `state.json` (everything else: tensors, and plain data
-around them), and `manifest.json` with the SHA-256 of each file. Nothing in it is pickled.
+weights by name), `state.pt` (everything else: plain data and tensors, read by torch with
+`weights_only=True`, which runs no code), and `manifest.json` with the SHA-256 of each file.
 """
 
 from __future__ import annotations
@@ -16,24 +16,25 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import numpy as np
 import torch
+from lightning.fabric.utilities import move_data_to_device
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from hsft.utils.errors import InputError
+from hsft.utils.errors import InputError, brief
 from hsft.utils.files import atomic_path, clear_leftovers, discard, sha256, write_json
 
 CHECKPOINTS_DIR = "checkpoints"
 BEST_DIR = "best"
 WEIGHTS_FILE = "weights.safetensors"
-TENSORS_FILE = "state.safetensors"
-STATE_FILE = "state.json"
+STATE_FILE = "state.pt"
 MANIFEST_FILE = "manifest.json"
-FORMAT = 1
+FORMAT = 2
 
 _NAME = re.compile(r"^(\d{6,})-step-\d+$")
 _BEST_NAME = re.compile(r"^best-step-\d+$")
@@ -99,15 +100,14 @@ class Checkpoints:
         return target
 
     def newest(self) -> Path | None:
-        """Return the newest checkpoint that is whole; damaged ones after it are removed, and said.
+        """Return the newest checkpoint that is whole; remove damaged ones after it, with a warning.
 
         Raises:
-            InputError: there are checkpoints and none of them is whole.
+            InputError: there are checkpoints and none of them is whole, or they are of another version.
         """
         clear_leftovers(self.folder)
-        found = self.list()
-        damaged = []
-        for path in reversed(found):
+        damaged: list[Path] = []
+        for path in reversed(self.list()):
             try:
                 best = verify(path).get("best")
                 if best is not None:
@@ -124,7 +124,7 @@ class Checkpoints:
         if damaged:
             raise InputError(
                 f"no checkpoint in {self.folder} is whole ({len(damaged)} damaged); start the run "
-                f"anew with --overwrite True or another --run_name."
+                f"again with --overwrite True or another --run_name."
             )
         return None
 
@@ -146,8 +146,8 @@ class Checkpoints:
         """Return the checkpoints' folders, oldest first, unverified."""
         if not self.folder.is_dir():
             return []
-        found = [path for path in self.folder.iterdir() if _NAME.match(path.name)]
-        return sorted(found, key=_number)
+        folders = [path for path in self.folder.iterdir() if _NAME.match(path.name)]
+        return sorted(folders, key=_number)
 
     def save_best(self, step: int, write: Callable[[Path], None]) -> str:
         """Write the best model so far and return its name.
@@ -232,14 +232,19 @@ def verify(folder: Path) -> dict[str, Any]:
 
     Raises:
         DamagedError: a file is missing or has another checksum, or the manifest is unreadable.
+        InputError: another version of this program wrote it.
     """
     try:
         manifest = json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8"))
         hashes = dict(manifest["sha256"])
         if manifest["format"] != FORMAT:
-            raise DamagedError(f"it has format {manifest['format']}, this program writes {FORMAT}")
-        for name, wanted in hashes.items():
-            if sha256(folder / name) != wanted:
+            raise InputError(
+                f"{folder} was written by another version of HSFT (format {manifest['format']}, this "
+                f"one reads {FORMAT}); finish the run with that version, or start it again with "
+                f"--overwrite True."
+            )
+        for name, checksum in hashes.items():
+            if sha256(folder / name) != checksum:
                 raise DamagedError(f"{name} does not have its checksum")
     except OSError as error:
         raise DamagedError(
@@ -251,61 +256,29 @@ def verify(folder: Path) -> dict[str, Any]:
 
 
 def write_state(folder: Path, state: dict[str, Any]) -> None:
-    """Write nested plain data with tensors in it as `state.safetensors` and `state.json`."""
-    tensors: dict[str, Tensor] = {}
-    plain = _pack(state, tensors)
-    save_file(tensors, folder / TENSORS_FILE)
-    text = json.dumps(plain)
-    (folder / STATE_FILE).write_text(text, encoding="utf-8")
+    """Write nested plain data with tensors in it as `state.pt`.
+
+    Raises:
+        OSError: the disk is full.
+    """
+    # Given a path instead of a file, torch's error of a full disk does not say so.
+    with (folder / STATE_FILE).open("wb") as file:
+        torch.save(move_data_to_device(state, "cpu"), file)
 
 
 def read_state(folder: Path) -> dict[str, Any]:
     """Read what `write_state` wrote, types and float values exactly; tensors on the CPU.
 
     Raises:
-        DamagedError: a file is missing or not what `write_state` writes.
+        DamagedError: the file is missing, or holds anything but plain data and tensors.
     """
     try:
-        tensors = load_file(folder / TENSORS_FILE)
-        state = _unpack(json.loads((folder / STATE_FILE).read_text(encoding="utf-8")), tensors)
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise DamagedError(f"its state is unreadable: {error}") from error
+        state = torch.load(folder / STATE_FILE, map_location="cpu", weights_only=True)
+    except (OSError, EOFError, RuntimeError, ValueError, KeyError, UnpicklingError) as error:
+        raise DamagedError(f"its state is unreadable: {brief(error)}") from error
     if not isinstance(state, dict):
-        raise DamagedError("its state is no mapping")
+        raise DamagedError("its state is not a dict")
     return state
-
-
-def _pack(value: Any, tensors: dict[str, Tensor]) -> Any:
-    """Turn a value into JSON, its tensors moved to `tensors`; JSON alone knows no int keys."""
-    if isinstance(value, Tensor):
-        name = str(len(tensors))
-        # A copy: optimizers share one tensor between parameters, which safetensors refuses.
-        tensors[name] = value.detach().cpu().contiguous().clone()
-        return {"tensor": name}
-    if isinstance(value, dict):
-        return {"dict": [[_pack(k, tensors), _pack(v, tensors)] for k, v in value.items()]}
-    if isinstance(value, tuple):
-        return {"tuple": [_pack(entry, tensors) for entry in value]}
-    if isinstance(value, list):
-        return [_pack(entry, tensors) for entry in value]
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
-    raise TypeError(f"a checkpoint cannot hold a {type(value).__name__}")
-
-
-def _unpack(value: Any, tensors: dict[str, Tensor]) -> Any:
-    if isinstance(value, list):
-        return [_unpack(entry, tensors) for entry in value]
-    if not isinstance(value, dict):
-        return value
-    ((kind, content),) = value.items()
-    if kind == "tensor":
-        return tensors[content]
-    if kind == "dict":
-        return {_unpack(k, tensors): _unpack(v, tensors) for k, v in content}
-    if kind == "tuple":
-        return tuple(_unpack(entry, tensors) for entry in content)
-    raise ValueError(f"unknown kind '{kind}'")
 
 
 def rng_state(device: torch.device) -> dict[str, Any]:
