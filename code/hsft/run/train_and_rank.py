@@ -29,6 +29,7 @@ from hsft.model.recommender import Recommender
 from hsft.model.reference import build_reference
 from hsft.model.sasrec import build_sasrec
 from hsft.model.user_llm import UserLLM
+from hsft.model.weights import describe_trainable
 from hsft.report.result import (
     RESULT_FORMAT,
     TUNED,
@@ -147,6 +148,11 @@ def _run(run: RunContext) -> None:
     if fabric.device.type == "cpu" and config.device == "auto":
         log.info(
             "no CUDA device found: running on the CPU with %d threads.", torch.get_num_threads()
+        )
+    if fabric.device.type == "cuda":
+        log.info(
+            "precision %s; float32 products, as of losses and scores, are not rounded to TF32.",
+            choose_precision(config),
         )
     data = load_data(config, need_cache=config.reads_embeddings)
     if config.model == "HLLM" and config.user_pretrain_dir:
@@ -303,9 +309,8 @@ def _train(run: RunContext, data: Data, model: Recommender) -> tuple[TrainState,
     # Before ZeRO stage 3 takes the parameters apart.
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     log.info(
-        "training %s of %s weights on %d sequences with %d transitions.",
-        f"{trainable:,}",
-        f"{sum(p.numel() for p in model.parameters()):,}",
+        "training %s on %d sequences with %d transitions.",
+        describe_trainable(model),
         len(dataset),
         dataset.num_transitions,
     )
