@@ -162,7 +162,7 @@ class Config(_Section):
     dry_run: Bool = _key(
         False,
         "run",
-        "print the estimated GPU memory and the largest train_batch_size for cards of 8 to 24 GB, "
+        "print the estimated GPU memory and the largest train_batch_size for cards of 6 to 24 GiB, "
         "then stop; loads no weights, and says what it assumes where the model folder, item cache "
         "or interactions are not there yet",
     )
@@ -252,17 +252,23 @@ class Config(_Section):
         "cache file; default: <data_path>/<dataset in lower case>_item_embeddings.safetensors",
     )
     item_pretrain_dir: Text | None = _key(None, "item cache", "model folder of the ItemLLM")
+    encoder: Text | None = _key(
+        None,
+        "item cache",
+        "folder of a sentence encoder, in sentence-transformers' layout or of BERT's kind, in place "
+        "of item_pretrain_dir: texts are sentences, with the folder's own prompt, pooling and length",
+    )
     item_prompt: Text = _key(
         "Compress the following sentence into embedding: ",
         "item cache",
         "text put before every item's text",
     )
-    text_format: Literal["plain", "hllm"] = _key(
+    text_format: Literal["plain", "hllm", "sentences"] = _key(
         "plain",
         "item cache",
         "plain: cells of the item information as they are; hllm: as pandas reads them in HLLM's code "
         "(NA, None and null are blank, 1990 may be 1990.0, 0 is left out, an item without values has "
-        "the prompt alone)",
+        "the prompt alone); sentences: the values alone, joined by '. '",
     )
     item_emb_token_n: Int = _key(
         1,
@@ -357,7 +363,10 @@ class Config(_Section):
         "auto", "UserLLM", "number type of the quantised layers' products; auto follows precision"
     )
     qlora_double_quant: Bool = _key(
-        True, "UserLLM", "quantise the quantisation constants too (nf4 and fp4)"
+        True,
+        "UserLLM",
+        "quantise the quantisation constants too (nf4 and fp4); training holds them in float32, as "
+        "rounded",
     )
 
     # --- training
@@ -475,6 +484,12 @@ class Config(_Section):
     valid_metric: Text = _key(
         "NDCG@10", "evaluation", "validation metric that picks the best epoch and stops early"
     )
+    valid_users: PositiveInt | None = _key(
+        None,
+        "evaluation",
+        "users of each validation, a sample drawn once by seed; default: all. The final evaluation is "
+        "always of all users",
+    )
     eval_step: PositiveInt = _key(1, "evaluation", "epochs between validations")
     stopping_step: PositiveInt = _key(
         5, "evaluation", "validations without improvement before training stops"
@@ -536,6 +551,8 @@ class Config(_Section):
             raise ValueError("negatives: sampled needs num_negatives, for example 512")
         if self.loss == "bce" and (self.fix_temp or self.temperature is not None):
             raise ValueError("fix_temp and temperature belong to loss: nce; drop them or the loss")
+        if self.encoder is not None and self.item_pretrain_dir is not None:
+            raise ValueError("encoder stands in place of item_pretrain_dir; drop one of them")
         if self.item_id_dropout and not self.item_id_embedding:
             raise ValueError("item_id_dropout needs item_id_embedding: True; set it or drop one")
         if self.model == "sasrec" and self.val_only:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -25,7 +25,7 @@ from hsft.data.csv_rows import (
 from hsft.utils.errors import InputError, one_line, refuse
 from hsft.utils.files import is_file
 
-TextFormat = Literal["plain", "hllm"]
+TextFormat = Literal["plain", "hllm", "sentences"]
 
 _REMEDIES = ("check --text_path", "change the file or --text_keys")
 
@@ -92,7 +92,8 @@ def read_item_texts(
             text, without the prompt. `hllm`: as HLLM's public code, which reads the file with
             pandas' defaults: cells such as `NA`, `None` and `null` are left out, numbers are
             written as pandas has them (`1990.0` where a cell of the column is blank), the number 0
-            is left out, and an item without any value has the prompt alone.
+            is left out, and an item without any value has the prompt alone. `sentences`: as
+            `plain`, but the values alone, joined by ". ", without the names of their columns.
         remedies: what to do about a file that is missing, and about one that lacks columns.
 
     Raises:
@@ -105,6 +106,8 @@ def read_item_texts(
     ids = table["item_id"]
     if text_format == "hllm":
         texts = [item_prompt + body for body in _hllm_bodies(path, text_keys, len(ids))]
+    elif text_format == "sentences":
+        texts = [item_prompt + body if body else "" for body in _sentences(table, text_keys)]
     else:
         rows = zip(*(table[key] for key in text_keys), strict=True)
         bodies = (_body(text_keys, row, _has_value) for row in rows)
@@ -193,9 +196,13 @@ def read_plain_texts(path: str | Path, text_keys: Sequence[str]) -> dict[str, st
         InputError: as `read_item_texts`.
     """
     table = _read(Path(path), list(dict.fromkeys(["item_id", *text_keys])))
-    cells = zip(*(table[key] for key in text_keys), strict=True)
-    texts = (". ".join(value for value in row if _has_value(value)) for row in cells)
-    return dict(zip(table["item_id"], texts, strict=True))
+    return dict(zip(table["item_id"], _sentences(table, text_keys), strict=True))
+
+
+def _sentences(table: dict[str, list[str]], keys: Sequence[str]) -> Iterator[str]:
+    """Yield each row's values, joined by ". ", empty ones left out."""
+    for row in zip(*(table[key] for key in keys), strict=True):
+        yield ". ".join(value for value in row if _has_value(value))
 
 
 def _has_value(cell: str) -> bool:

@@ -48,7 +48,7 @@ class EncodingJob:
         model: the ItemLLM's folder.
         text_keys, prompt, text_format, max_text_length, dtype, batch_tokens: configuration keys.
         compute_dtype: number type that the ItemLLM computes in.
-        pooling: `emb_token` or `mean`.
+        pooling: `emb_token`, `mean`, or `sentence` for a sentence encoder's own.
         fingerprint: of the ids and texts.
         source: SHA-256 of the HLLM checkpoint that the ItemLLM was imported from, else empty.
         model_fingerprint: of the ItemLLM's files.

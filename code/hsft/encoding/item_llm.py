@@ -25,7 +25,7 @@ _MODEL_FILES = (".safetensors", ".bin", ".json", ".model", ".txt")
 _READ_WHOLE = 1 << 20
 _PAGE = 4096
 
-Pooling = Literal["emb_token", "mean"]
+Pooling = Literal["emb_token", "mean", "sentence"]
 
 
 class ItemEncoder:

@@ -23,12 +23,17 @@ from hsft.data.item_text import (
 )
 from hsft.encoding.build_cache import CacheBuilder, EncodingJob, encode_items
 from hsft.encoding.item_llm import ItemEncoder, load_item_encoder, model_fingerprint
+from hsft.encoding.sentence_encoder import (
+    is_sentence_encoder,
+    load_sentence_encoder,
+    read_sentence_folder,
+)
 from hsft.hub.manifest import origin
 from hsft.model.backbone import load_model_config
 from hsft.trainer.fabric import attention_kernel, choose_device, compute_dtype
 from hsft.utils.distributed import init_process_group, is_rank_zero, local_rank, run_on_rank_zero
 from hsft.utils.errors import InputError, Interrupted, one_line, refuse
-from hsft.utils.files import remove
+from hsft.utils.files import is_folder, remove
 from hsft.utils.signals import StopSignals
 
 log = logging.getLogger(__name__)
@@ -48,6 +53,27 @@ def cache_path(config: Config) -> Path:
     return default_cache_path(config.data_path, config.dataset)
 
 
+def with_encoder(config: Config) -> Config:
+    """Return a configuration with `encoder` in the place of `item_pretrain_dir`, where it is set.
+
+    Its texts are sentences with the folder's own prompt.
+
+    Raises:
+        InputError: the folder is missing or damaged.
+    """
+    if config.encoder is None:
+        return config
+    load_model_config(read_sentence_folder(config.encoder).transformer, config.trust_remote_code)
+    changes = {
+        "item_pretrain_dir": config.encoder,
+        "encoder": None,
+        "item_prompt": read_sentence_folder(config.encoder).prompt,
+        "text_format": "sentences",
+        "item_emb_token_n": 0,
+    }
+    return config.model_copy(update=changes)
+
+
 def write_item_cache(config: Config) -> Path:
     """Encode every item and write the cache file; an interrupted run is continued.
 
@@ -61,6 +87,7 @@ def write_item_cache(config: Config) -> Path:
         InputError: a file or model folder is missing or unusable.
         Interrupted: SIGINT or SIGTERM came; what is encoded is kept.
     """
+    config = with_encoder(config)
     target = cache_path(config).with_suffix(".safetensors")
     with StopSignals() as stop:
         init_process_group(_PATIENCE)
@@ -124,6 +151,7 @@ def _is_current(target: Path, job: EncodingJob, item_ids: list[str]) -> bool:
 
 def encode_in_memory(config: Config) -> ItemCache:
     """Encode every item now, through the code that writes cache files (`use_item_cache: False`)."""
+    config = with_encoder(config)
     return encode_texts(config, _catalogue(config))
 
 
@@ -171,6 +199,11 @@ def _other_cache(config: Config, cache: ItemCache, item_ids: np.ndarray) -> str 
         item_ids: str, ids of the interactions.
     """
     stated = dict(cache.metadata)
+    if stated.get("pooling") == "sentence" and not config.encoder:
+        # A sentence encoder decides these by itself.
+        for name in ("prompt", "text_format", "pooling"):
+            del stated[name]
+    config = with_encoder(config) if config.encoder and is_folder(config.encoder) else config
     if "prompt" in stated:
         # Caches of before there were text formats have plain texts.
         stated.setdefault("text_format", "plain")
@@ -180,7 +213,7 @@ def _other_cache(config: Config, cache: ItemCache, item_ids: np.ndarray) -> str 
         "text_format": ("text_format", config.text_format),
         "max_text_length": ("MAX_TEXT_LENGTH", str(config.MAX_TEXT_LENGTH)),
     }
-    if config.item_emb_token_n == 0:
+    if config.item_emb_token_n == 0 and stated.get("pooling") != "sentence":
         expected["pooling"] = ("item_emb_token_n", "mean")
     if config.item_pretrain_dir and Path(config.item_pretrain_dir).is_dir():
         mark = model_fingerprint(config.item_pretrain_dir)
@@ -205,7 +238,10 @@ def _texts_differ(config: Config, cache: ItemCache, item_ids: np.ndarray) -> boo
         path = information_file(config.text_path, config.dataset)
         if path.stat().st_size > _QUICKLY_READ:
             return False
-        items = read_item_texts(path, config.text_keys, config.item_prompt, config.text_format)
+        prompt, text_format = config.item_prompt, config.text_format
+        if cache.metadata.get("pooling") == "sentence":
+            prompt, text_format = cache.metadata.get("prompt", ""), "sentences"
+        items = read_item_texts(path, config.text_keys, prompt, text_format)
     except InputError:
         # The run does not need the file.
         return False
@@ -278,6 +314,17 @@ def _encoder(
 
 
 def _load_encoder(config: Config, folder: str, device: torch.device) -> ItemEncoder:
+    if is_sentence_encoder(folder, config.trust_remote_code):
+        sentences = load_sentence_encoder(
+            folder,
+            max_text_length=config.MAX_TEXT_LENGTH,
+            device=device,
+            dtype=compute_dtype(config),
+            trust_remote_code=config.trust_remote_code,
+        )
+        if config.item_compile:
+            sentences.compile()
+        return sentences
     # Texts come in rows of alike length, and share what they begin with: no row holds several.
     varlen = config.attn_implementation == "varlen"
     kernels = config.model_copy(update={"attn_implementation": "sdpa"}) if varlen else config

@@ -33,8 +33,9 @@ from hsft.data.item_text import (
 )
 from hsft.data.split import Phase, Split, leave_one_out
 from hsft.encoding.item_llm import emb_token, load_tokenizer, no_emb_token
+from hsft.encoding.sentence_encoder import read_sentence_folder
 from hsft.evaluator.evaluator import Evaluator
-from hsft.inputs.cache_items import cache_path, cache_warnings
+from hsft.inputs.cache_items import cache_path, cache_warnings, with_encoder
 from hsft.model.backbone import (
     check_lora_targets,
     check_quantization,
@@ -303,6 +304,13 @@ def _one_layer(config: Config, folder: Path, model: Any) -> None:
 
 
 def _item_model(config: Config, found: Findings) -> None:
+    if config.encoder is not None:
+        with found.collect():
+            folder = read_sentence_folder(config.encoder).transformer
+            load_model_config(folder, config.trust_remote_code)
+            check_files(folder)
+            load_tokenizer(folder, config.trust_remote_code)
+        return
     if not config.item_pretrain_dir:
         found.problems.append(
             "no ItemLLM is named; give --item_pretrain_dir FOLDER (download_itemllm.py makes one)."
@@ -357,6 +365,7 @@ def _item_texts(config: Config, found: Findings) -> ItemTexts | None:
     texts = None
     with found.collect():
         path = information_file(config.text_path, config.dataset)
+        config = with_encoder(config)
         texts = read_item_texts(path, config.text_keys, config.item_prompt, config.text_format)
         bare = texts.has_text().count(False)
         found.notes.append(f"{path}: {len(texts)} items, {bare} of them without text")
@@ -404,6 +413,8 @@ def _training_space(config: Config, weights: Weights) -> None:
 def _caching_space(config: Config, items: int, found: Findings) -> None:
     with found.collect():
         folder = Path(config.item_pretrain_dir or "")
+        if config.encoder is not None:
+            folder = read_sentence_folder(config.encoder).transformer
         dim = int(load_model_config(folder, config.trust_remote_code).hidden_size)
         # The finished parts stay until the cache itself is written.
         needed = 2 * items * dim * DTYPES[config.item_cache_dtype].itemsize

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from lightning.fabric import Fabric
+from torch import nn
 
 from hsft.config import Config
 from hsft.data.cache import ItemCache, open_cache
@@ -34,6 +35,7 @@ from hsft.model.backbone import (
     add_lora,
     computes_in_bfloat16,
     enable_checkpointing,
+    linear_layers,
     load_decoder,
     load_model_config,
     read_extra,
@@ -297,6 +299,51 @@ def warn_of_plain_items(config: Config, cache: ItemCache | None) -> None:
     )
 
 
+def catalogue_cost(config: Config, model: Recommender, lengths: np.ndarray) -> tuple[float, float]:
+    """Count a training step's floating-point operations for the catalogue and for the UserLLM.
+
+    Products alone: 2 a weight and position forward, as many for the inputs' gradients, and as many
+    again for the gradients of weights that are trained.
+
+    Args:
+        config: the configuration.
+        model: the recommender.
+        lengths: int64 [S], positions of the training sequences.
+
+    Returns:
+        (catalogue's, UserLLM's); the catalogue's is 0 unless `negatives` is `catalogue`.
+    """
+    table = model.encoder.items
+    positions = float(lengths.mean()) * min(config.train_batch_size, len(lengths))
+    encoder: Any = model.encoder
+    weights = sum(
+        part.weight.numel()
+        if not hasattr(part.weight, "quant_state")
+        else part.in_features * part.out_features
+        for part in linear_layers(encoder.decoder).values()
+        if isinstance(part, nn.Linear)
+    )
+    passes = 4 if config.use_qlora else 6
+    if config.effective_negatives != "catalogue":
+        return 0.0, passes * weights * positions
+    adapter = sum(weight.numel() for weight in table.parameters() if weight.ndim == 2)
+    scores = 6 * positions * table.dim
+    return table.num_items * (scores + 6 * adapter), passes * weights * positions
+
+
+def report_costly_catalogue(config: Config, model: Recommender, lengths: np.ndarray) -> None:
+    """Say so where the catalogue, not the UserLLM, costs most of a training step."""
+    catalogue, llm = catalogue_cost(config, model, lengths)
+    if catalogue > llm:
+        log.info(
+            "the softmax over all %d items takes about %.0f%% of a training step's arithmetic; a "
+            "larger train_batch_size spreads the items' vectors over more positions, and "
+            "num_negatives replaces the softmax.",
+            model.encoder.items.num_items,
+            100 * catalogue / (catalogue + llm),
+        )
+
+
 def eval_protocol(config: Config) -> EvalProtocol:
     """Return how users are scored."""
     return EvalProtocol(
@@ -309,13 +356,26 @@ def eval_protocol(config: Config) -> EvalProtocol:
     )
 
 
-def make_evaluator(config: Config, split: Split, phase: Any, fabric: Fabric) -> Evaluator:
+def make_evaluator(
+    config: Config, split: Split, phase: Any, fabric: Fabric, sample: int | None = None
+) -> Evaluator:
     """Make the evaluator of one phase for this process.
+
+    Args:
+        config: the configuration.
+        split: the data.
+        phase: `valid` or `test`.
+        fabric: the processes.
+        sample: score so many users, drawn by the configuration's seed; None: all.
 
     Raises:
         InputError: there is nobody to score.
     """
     dataset = CachedEmbeddingEvalDataset(split, phase, config.MAX_ITEM_LIST_LENGTH)
+    if sample is not None and sample < len(dataset):
+        log.info("%s: a sample of %d of %d users is scored.", phase, sample, len(dataset))
+        rng = np.random.default_rng([config.seed, sample])
+        dataset = dataset.keep(np.sort(rng.permutation(len(dataset))[:sample]))
     again = dataset.count_seen_targets()
     if again and config.eval_protocol == "full":
         log.info(

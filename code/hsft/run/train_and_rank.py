@@ -57,6 +57,7 @@ from hsft.run.setup import (
     make_evaluator,
     negative_sampler,
     packed_row_length,
+    report_costly_catalogue,
     user_attention,
     warn,
     warn_of_plain_items,
@@ -315,11 +316,21 @@ def _train(run: RunContext, data: Data, model: Recommender) -> tuple[TrainState,
         dataset.num_transitions,
     )
     steps = config.epochs * steps_per_epoch(len(loader), config.gradient_accumulation_steps)
+    if config.model == "HLLM":
+        report_costly_catalogue(config, model, dataset.lengths)
     learner = make_learner(config, fabric, model, steps)
     graphs = accelerate(config, model, learner.wrapped, loader, steps, fabric)
-    valid = make_evaluator(config, data.split, "valid", fabric)
+    valid = make_evaluator(config, data.split, "valid", fabric, config.valid_users)
 
     def validate() -> Evaluation:
+        try:
+            return evaluate(config, model, valid, fabric, "validation")
+        except InputError as error:
+            if graphs is None or not isinstance(error.__cause__, torch.OutOfMemoryError):
+                raise
+        # Captured steps keep their activations' memory, which the validation may need.
+        log.warning("the validation does not fit beside the CUDA graphs, so these are given up.")
+        graphs.release()
         return evaluate(config, model, valid, fabric, "validation")
 
     state = train(run, replace(learner, graphs=graphs), loader, validate, data.fingerprint)
