@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from hsft.config import Config
+from hsft.config import Config, load_config
 from hsft.config.schema import OptimArgs, SchedulerArgs
 from hsft.trainer.optim import build_optimizer, build_schedule
+from tests.helpers import ROOT
 
 CPU = torch.device("cpu")
 
@@ -56,3 +57,16 @@ def test_what_decays(decayed: str, of_vectors: float) -> None:
     groups = build_optimizer(layer, Config(optim_args=settings), CPU).param_groups
     decay = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
     assert decay == {id(layer.weight): 0.3, id(layer.bias): of_vectors}
+
+
+def test_hllm_s_own_training_is_one_file_away() -> None:
+    files = ("overall/LLM_ddp", "HLLM/HLLM", "HLLM/hllm_original")
+    config, _ = load_config([ROOT / "code" / f"{name}.yaml" for name in files])
+    assert (config.optim_args.weight_decay_on, config.scheduler_args.warmup_from_zero) == (
+        "all",
+        True,
+    )
+    assert config.optim_args.weight_decay == 0.01
+    assert (config.clip_grad_norm, config.use_qlora, config.stopping_step) == (0, False, 6)
+    assert config.effective_negatives == "sampled"
+    assert config.negatives_per_sequence(8) == config.MAX_ITEM_LIST_LENGTH + 1 == 51
