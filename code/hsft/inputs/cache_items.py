@@ -190,7 +190,7 @@ def _other_cache(config: Config, cache: ItemCache, item_ids: np.ndarray) -> str 
     if stated.get("pooling") == "sentence" and not config.encoder:
         # A sentence encoder decides these by itself.
         for name in ("prompt", "text_format", "pooling"):
-            del stated[name]
+            stated.pop(name, None)
     config = with_encoder(config) if config.encoder and is_folder(config.encoder) else config
     if "prompt" in stated:
         # Caches of before there were text formats have plain texts.

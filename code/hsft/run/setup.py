@@ -42,6 +42,7 @@ from hsft.model.norms import fuse_norms
 from hsft.model.recommender import LossSettings, Recommender, Similarity
 from hsft.model.user_llm import UserLLM
 from hsft.trainer.fabric import attention_kernel, choose_precision, compute_dtype
+from hsft.trainer.masked_negatives import HIGH_MASKED_SHARE
 from hsft.utils.distributed import global_rank, is_rank_zero, world_size
 from hsft.utils.errors import InputError
 
@@ -50,8 +51,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# Share of masked negatives above which the log warns.
-HIGH_MASKED_SHARE = 0.2
 # Cosine above which float32 tells two items apart by its rounding alone.
 SAME_DIRECTION = 1 - 1e-6
 

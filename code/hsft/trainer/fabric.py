@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import os
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -115,6 +116,10 @@ def make_fabric(config: Config) -> Fabric:
     from lightning.fabric import Fabric
     from lightning.fabric.strategies import DDPStrategy
 
+    # Lightning's import sets its loggers to INFO: they would name the precision twice, and advise
+    # TF32.
+    for name in ("lightning.fabric", "lightning.pytorch"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     device = check_device(config)
     precision = choose_precision(config)
     world = world_size()
@@ -141,4 +146,7 @@ def make_fabric(config: Config) -> Fabric:
         precision=precision,
     )
     fabric.launch()
+    # Losses and scores are float32 products of cosines under a factor of up to 100, which TF32
+    # would round by up to 0.05.
+    torch.set_float32_matmul_precision("highest")
     return fabric
