@@ -314,6 +314,14 @@ def _train(run: RunContext, data: Data, model: Recommender) -> tuple[TrainState,
     valid = make_evaluator(config, data.split, "valid", fabric, config.valid_users)
 
     def validate() -> Evaluation:
+        try:
+            return evaluate(config, model, valid, fabric, "validation")
+        except InputError as error:
+            if graphs is None or not isinstance(error.__cause__, torch.OutOfMemoryError):
+                raise
+        # Captured steps keep their activations' memory, which the validation may need.
+        log.warning("the validation does not fit beside the CUDA graphs, so these are given up.")
+        graphs.release()
         return evaluate(config, model, valid, fabric, "validation")
 
     state = train(run, replace(learner, graphs=graphs), loader, validate, data.fingerprint)
