@@ -344,6 +344,20 @@ def test_the_held_out_item_is_marked_at_its_rank(project: Project) -> None:
     assert any(places.values())
 
 
+def test_a_held_out_item_of_the_history_has_no_rank(project: Project) -> None:
+    lines = [line.split(",") for line in Path("dataset/tiny.csv").read_text().split()]
+    of_user = [line for line in lines if line[1] == "u4"]
+    of_user[-1][0] = of_user[0][0]
+    Path("dataset/tiny.csv").write_text("\n".join(map(",".join, lines)) + "\n")
+    assert project.run("--model", "item_knn", "--run_name", "run")[0] == 0
+    code, _, err = project.call(main, ["saved/run", "--users", "u4", "--out", "page.html"])
+    assert code == 0, err
+    text = read_page(Path("page.html")).text
+    assert "The held-out item is in the history too, so it has no rank" in text
+    assert "All ranks computed now equal the recorded ones." in text
+    assert str(UNRANKED) not in text
+
+
 @pytest.mark.parametrize(
     ("more", "words"),
     [

@@ -207,6 +207,12 @@ class Config(_Section):
     dataset: Annotated[Text | None, AfterValidator(_plain_name)] = _key(
         None, "data", "name of the dataset, for example Pixel200K"
     )
+    item_data: Annotated[Text | None, AfterValidator(_plain_name)] = _key(
+        None,
+        "data",
+        "the catalogue that items are ranked in: the items of data_path/<item_data>.csv, which needs "
+        "an item_id column, and those of the interactions; default: the latter alone",
+    )
     text_path: Text = _key(
         "information",
         "data",
@@ -593,7 +599,6 @@ HLLM_KEYS_WITHOUT_EFFECT = frozenset(
         "metric_decimal_place",
         "use_modality",
         "data_split",
-        "item_data",
         "item_emb_pretrain",
         "load_pretrain",
     }

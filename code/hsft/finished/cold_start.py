@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hsft.data.cache import ItemCache
 from hsft.data.dataset import CachedEmbeddingEvalDataset
-from hsft.data.interactions import Interactions, dataset_file, read_interactions, renumber
+from hsft.data.interactions import Interactions, load_interactions, renumber
 from hsft.data.split import leave_one_out
 from hsft.evaluator.evaluator import EvalProtocol, Evaluator, Scorer
 from hsft.evaluator.intervals import interval
@@ -164,8 +164,7 @@ def _open(
     run.refuse_new_items()
     refuse_other_user_llm(run.folder, run.config)
     _refuse_same_data(run, full_dataset)
-    path = dataset_file(run.config.data_path, full_dataset)
-    full = read_interactions(path, run.config.tie_order, run.config.seed)
+    full = load_interactions(run.config.model_copy(update={"dataset": full_dataset}))
     _refuse_other_data(run, full, full_dataset)
     warm = set(run.data.interactions.item_ids[1:])
     cold = [str(item) for item in full.item_ids[1:] if item not in warm]

@@ -91,10 +91,8 @@ def write_report(
         run_dirs = list(dict.fromkeys(map(Path, run_dirs)))
         comparison = load_comparison(run_dirs)
         results = _named_results(run_dirs)
-        tested = _cold_start_run(results) if full_dataset is not None else None
-        if tested is not None and full_dataset is not None:
-            # Before the examples, which take long.
-            check_cold_start(tested[1], full_dataset, overrides)
+        # Before the examples, which take long.
+        cold_start_run = _cold_start_run(results, full_dataset, overrides)
         log.info("report on %s.", comparison.title)
         sections = [
             metric_section(comparison),
@@ -102,7 +100,7 @@ def write_report(
             recall_section(comparison),
             *_breakdowns(comparison, run_dirs[0], overrides),
             _examples(comparison, examples, users, seed, overrides),
-            _cold_start(tested, full_dataset, overrides),
+            _cold_start(cold_start_run, full_dataset, overrides),
             config_section(results),
             environment_section(results),
         ]
@@ -214,27 +212,36 @@ def _examples(
     )
 
 
-def _cold_start_run(results: Results) -> tuple[str, Path]:
+def _cold_start_run(
+    results: Results, full_dataset: str | None, overrides: Mapping[str, Any] | None
+) -> tuple[str, Path] | None:
     """Return name and folder of the last run that can rank items that it was not trained with.
 
+    Returns:
+        None where no `full_dataset` is named.
+
     Raises:
-        InputError: there is none.
+        InputError: there is none, or `cold_start` would refuse it.
     """
+    if full_dataset is None:
+        return None
     able = [run for run in results if run[2]["config"].get("model") in READS_EMBEDDINGS]
     if not able:
         raise InputError(
             "--cold_start: none of the runs reads item embeddings, so none can rank items that its "
             "data never had; name a fine-tuning run or a baseline."
         )
-    return able[-1][:2]
+    name, folder, _ = able[-1]
+    check_cold_start(folder, full_dataset, overrides)
+    return name, folder
 
 
 def _cold_start(
-    tested: tuple[str, Path] | None, full_dataset: str | None, overrides: Mapping[str, Any] | None
+    run: tuple[str, Path] | None, full_dataset: str | None, overrides: Mapping[str, Any] | None
 ) -> Section | None:
-    if tested is None or full_dataset is None:
+    if run is None or full_dataset is None:
         return None
-    name, folder = tested
+    name, folder = run
     rows = cold_start(folder, full_dataset, overrides, again=True)
     return cold_start_section(name, full_dataset, rows)
 

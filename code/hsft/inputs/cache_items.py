@@ -13,7 +13,7 @@ import torch
 from hsft.config import Config
 from hsft.data.cache import ItemCache, default_cache_path, open_cache
 from hsft.data.column_checks import find_spellings
-from hsft.data.interactions import read_interactions
+from hsft.data.interactions import load_interactions
 from hsft.data.item_text import (
     ItemTexts,
     information_file,
@@ -202,7 +202,7 @@ def _other_cache(config: Config, cache: ItemCache, item_ids: np.ndarray) -> str 
     if stated.get("pooling") == "sentence" and not config.encoder:
         # A sentence encoder decides these by itself.
         for name in ("prompt", "text_format", "pooling"):
-            del stated[name]
+            stated.pop(name, None)
     config = with_encoder(config) if config.encoder and is_folder(config.encoder) else config
     if "prompt" in stated:
         # Caches of before there were text formats have plain texts.
@@ -264,7 +264,7 @@ def _catalogue(config: Config) -> ItemTexts:
     warnings = list(items.warnings)
     item_ids = np.empty(0, dtype=object)
     if config.dataset and source.is_file():
-        interactions = read_interactions(source, config.tie_order, config.seed)
+        interactions = load_interactions(config)
         warnings += interactions.warnings
         item_ids = interactions.item_ids[1:]
     refuse(unfit_texts(items, path, config.text_keys, item_ids, source))

@@ -23,7 +23,7 @@ from hsft.data.dataset import CachedEmbeddingEvalDataset, CachedEmbeddingTrainDa
 from hsft.data.interactions import (
     Interactions,
     dataset_file,
-    read_interactions,
+    load_interactions,
 )
 from hsft.data.item_text import (
     ItemTexts,
@@ -192,6 +192,9 @@ def _quick_run(config: Config, found: Findings) -> None:
         check_device(config)
     with found.collect():
         dataset_file(config.data_path, config.dataset)
+    if config.item_data is not None:
+        with found.collect():
+            dataset_file(config.data_path, config.item_data, "item_data")
     with found.collect():
         _writable(choose_run_dir(config).path, "run folder", "--checkpoint_dir")
     if config.trains and config.log_wandb:
@@ -349,7 +352,7 @@ def _interactions(config: Config, found: Findings) -> Interactions | None:
     interactions = None
     with found.collect():
         path = dataset_file(config.data_path, config.dataset)
-        interactions = read_interactions(path, config.tie_order, config.seed)
+        interactions = load_interactions(config)
         found.notes.append(
             f"{path}: {interactions.num_users} users, {interactions.num_items} items, "
             f"{len(interactions)} interactions"

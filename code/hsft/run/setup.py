@@ -21,9 +21,8 @@ from hsft.data.column_checks import find_twins, spelling_problem
 from hsft.data.dataset import CachedEmbeddingEvalDataset, CachedEmbeddingTrainDataset
 from hsft.data.interactions import (
     Interactions,
-    dataset_file,
     drop_items,
-    read_interactions,
+    load_interactions,
 )
 from hsft.data.negatives import NegativeSampler
 from hsft.data.split import NEEDED, Split, leave_one_out
@@ -130,8 +129,7 @@ def load_data(config: Config, *, need_cache: bool, again: bool = False) -> Data:
     Raises:
         InputError: a file is missing or bad, or the cache is of another dataset.
     """
-    path = dataset_file(config.data_path, config.dataset)
-    interactions = read_interactions(path, config.tie_order, config.seed)
+    interactions = load_interactions(config)
     encodes = need_cache and not config.use_item_cache
     # Encoding reads the file too and says it then.
     if not (again or encodes):
