@@ -41,8 +41,8 @@ from hsft.utils.errors import InputError
 from item_caching import main as cache_main
 from tests.bad_input import expect_refusal
 from tests.conftest import Project
+from tests.decoders import real_model, real_weight_bytes, saved_by_autograd, shape
 from tests.helpers import WORDS, make_model
-from tests.report.test_memory import real_model, real_weight_bytes, saved_by_autograd, shape
 
 CPU = torch.device("cpu")
 
