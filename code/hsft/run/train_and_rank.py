@@ -9,10 +9,9 @@ from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning.fabric import Fabric
 from torch.utils.data import DataLoader
 
 from hsft.config import Config
@@ -89,6 +88,9 @@ from hsft.utils.errors import InputError, Interrupted, one_line
 from hsft.utils.lock import locked
 from hsft.utils.progress import Meter, format_seconds
 from hsft.utils.signals import StopSignals
+
+if TYPE_CHECKING:
+    from lightning.fabric import Fabric
 
 log = logging.getLogger(__name__)
 

@@ -5,11 +5,9 @@ from __future__ import annotations
 import inspect
 import logging
 import os
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from lightning.fabric import Fabric
-from lightning.fabric.strategies import DDPStrategy
 from torch.nn.parallel import DistributedDataParallel
 
 from hsft.config import Config
@@ -17,6 +15,9 @@ from hsft.model.backbone import choose_attention
 from hsft.trainer.zero import deepspeed_strategy, require_deepspeed
 from hsft.utils.distributed import TIMEOUT, world_size
 from hsft.utils.errors import InputError
+
+if TYPE_CHECKING:
+    from lightning.fabric import Fabric
 
 Precision = Literal["bf16-mixed", "bf16-true", "16-mixed", "32-true"]
 
@@ -111,6 +112,10 @@ def make_fabric(config: Config) -> Fabric:
     Raises:
         InputError: the precision or strategy cannot run on this device.
     """
+    # Imported here, since it takes seconds: what else this module says is needed before a run too.
+    from lightning.fabric import Fabric
+    from lightning.fabric.strategies import DDPStrategy
+
     # Lightning's import sets its loggers to INFO: they would name the precision twice, and advise
     # TF32.
     for name in ("lightning.fabric", "lightning.pytorch"):
