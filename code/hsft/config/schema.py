@@ -84,6 +84,10 @@ class OptimArgs(_Section):
 
     learning_rate: Number = Field(1e-4, gt=0, le=10, description="peak learning rate of AdamW")
     weight_decay: Number = Field(0.01, ge=0, le=10, description="decoupled weight decay of AdamW")
+    weight_decay_on: Literal["matrices", "all"] = Field(
+        "matrices",
+        description="weights that decay: matrices, or (as HLLM) norms, biases and logit_scale too",
+    )
 
 
 class SchedulerArgs(_Section):
@@ -94,6 +98,11 @@ class SchedulerArgs(_Section):
     )
     warmup: Number = Field(
         0.1, ge=0, le=1, description="share of all optimizer steps spent in linear warm-up"
+    )
+    warmup_from_zero: Bool = Field(
+        False,
+        description="begin the warm-up with a step of learning rate 0, as HLLM; False begins with "
+        "the first share of the peak",
     )
 
 
@@ -206,6 +215,12 @@ class Config(_Section):
     data_path: Text = _key("dataset", "data", "folder of the interaction files <dataset>.csv")
     dataset: Annotated[Text | None, AfterValidator(_plain_name)] = _key(
         None, "data", "name of the dataset, for example Pixel200K"
+    )
+    item_data: Annotated[Text | None, AfterValidator(_plain_name)] = _key(
+        None,
+        "data",
+        "the catalogue that items are ranked in: the items of data_path/<item_data>.csv, which needs "
+        "an item_id column, and those of the interactions; default: the latter alone",
     )
     text_path: Text = _key(
         "information",
@@ -593,7 +608,6 @@ HLLM_KEYS_WITHOUT_EFFECT = frozenset(
         "metric_decimal_place",
         "use_modality",
         "data_split",
-        "item_data",
         "item_emb_pretrain",
         "load_pretrain",
     }

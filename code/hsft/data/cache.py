@@ -2,7 +2,8 @@
 
 The native file is safetensors: tensor `embeddings` [n, D] (float16, bfloat16 or float32), tensor
 `item_ids` uint8 (the ids as a UTF-8 JSON list), and metadata saying how it was made. `.pt` files
-holding `{item_id: tensor}`, as the published HSFT writes them, are read too.
+holding `{item_id: tensor}`, as the published HSFT writes them, are read too, and so are a `.npy`
+matrix with its ids in a `.txt` or `.json` file beside it, and parquet with an id and a vector a row.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import struct
 import warnings
 import zipfile
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,8 +26,9 @@ import pandas as pd
 import torch
 from safetensors import SafetensorError, safe_open
 
+from hsft.data.files import find_cache
 from hsft.utils.errors import InputError, one_line
-from hsft.utils.files import atomic_path, is_file, require_file
+from hsft.utils.files import atomic_path, is_file
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -69,37 +71,6 @@ class ItemCache:
         )
 
 
-def default_cache_path(data_path: str, dataset: str | None) -> Path:
-    """Return `<data_path>/<dataset in lower case>_item_embeddings.safetensors`."""
-    if not dataset:
-        raise InputError("no dataset is named; give --dataset NAME, for example Pixel200K.")
-    return Path(data_path) / f"{dataset.lower()}_item_embeddings.safetensors"
-
-
-def find_cache(path: str | Path) -> Path:
-    """Return the cache file to read for `path`.
-
-    A `.pt` path that does not exist stands for the native file beside it, so that commands
-    written for the published HSFT's `.pt` caches find what item_caching.py wrote.
-
-    Raises:
-        InputError: neither is there.
-    """
-    path = Path(path)
-    if is_file(path):
-        return path
-    native = path.with_suffix(".safetensors") if path.name else path
-    if path.suffix == ".pt" and is_file(native):
-        return native
-    also = f" (nor {native})" if path.suffix == ".pt" else ""
-    return require_file(
-        path,
-        f"item cache {path}{also}",
-        "make it with python item_caching.py, the same --config_file and --dataset, and "
-        "--item_pretrain_dir FOLDER, or change --item_cache_path",
-    )
-
-
 def is_native(path: Path) -> bool:
     """Say whether a file's first bytes are those of a native cache; else it is taken for a `.pt`.
 
@@ -118,15 +89,25 @@ def is_native(path: Path) -> bool:
 
 
 def open_cache(path: str | Path) -> ItemCache:
-    """Open a cache file, native or `.pt`, told apart by content.
+    """Open a cache file: native, `.pt`, `.npy` or parquet, told apart by content.
 
     Raises:
         InputError: the file is missing, damaged, of another kind, or holds NaN or infinity.
     """
     path = find_cache(path)
-    cache = _open_native(path) if is_native(path) else _open_pt(path)
+    cache = _reader(path)(path)
     _refuse_bad_values(cache, path)
     return cache
+
+
+def _reader(path: Path) -> Callable[[Path], ItemCache]:
+    if is_native(path):
+        return _open_native
+    with path.open("rb") as stream:
+        head = stream.read(6)
+    if head == b"\x93NUMPY":
+        return _open_npy
+    return _open_parquet if head[:4] == b"PAR1" else _open_pt
 
 
 def read_header(path: str | Path) -> tuple[int, int, str]:
@@ -362,6 +343,106 @@ def _open_pt(path: Path) -> ItemCache:
         matrix = matrix.float()
     _check_shape(path, item_ids, matrix)
     return ItemCache(item_ids, matrix, {}, path)
+
+
+def _open_npy(path: Path) -> ItemCache:
+    """Open a matrix [n, D] of a `.npy` file whose n ids are in `NAME.txt` or `NAME.json` beside it."""
+    try:
+        # Copied on write, since a tensor over a read-only map would warn.
+        matrix = np.load(path, mmap_mode="c", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise InputError(
+            f"item cache {path} is no NumPy file of numbers ({one_line(error, 120)}); write it "
+            f"again with numpy.save."
+        ) from error
+    return ItemCache(*_checked(path, _ids_beside(path), _numbers(path, matrix)), {}, path)
+
+
+def _ids_beside(path: Path) -> list[str]:
+    listed, lines = path.with_suffix(".json"), path.with_suffix(".txt")
+    for file in (listed, lines):
+        if not is_file(file):
+            continue
+        try:
+            text = file.read_text(encoding="utf-8")
+            ids = json.loads(text) if file == listed else text.splitlines()
+        except (OSError, ValueError, RecursionError) as error:
+            raise InputError(
+                f"{file} is no list of item ids ({one_line(error, 120)}); write one id a line into "
+                f"{lines}, or a JSON list into {listed}."
+            ) from error
+        if not isinstance(ids, list) or not all(type(item) in (str, int) for item in ids):
+            raise InputError(f"{file} is no list of item ids; write a JSON list of texts.")
+        return [str(item) for item in ids]
+    raise InputError(
+        f"item cache {path} needs the ids of its rows beside it: one a line in {lines.name}, or a "
+        f"JSON list in {listed.name}."
+    )
+
+
+def _open_parquet(path: Path) -> ItemCache:
+    """Open a parquet file of two columns: the item id, and a list of numbers."""
+    try:
+        import pyarrow as pa
+        import pyarrow.compute as pc
+        import pyarrow.parquet as pq
+    except ImportError as error:
+        raise InputError(
+            f"item cache {path} is a parquet file, which needs the package pyarrow; install it with "
+            f"pip install pyarrow."
+        ) from error
+    try:
+        table = pq.read_table(path)
+    except (OSError, pa.ArrowException) as error:
+        raise InputError(
+            f"item cache {path} is damaged ({one_line(error, 120)}); write it again."
+        ) from error
+    vectors = [
+        field.name
+        for field in table.schema
+        if pa.types.is_list(field.type)
+        or pa.types.is_large_list(field.type)
+        or pa.types.is_fixed_size_list(field.type)
+    ]
+    others = [name for name in table.column_names if name not in vectors]
+    if len(vectors) != 1 or len(others) != 1:
+        raise InputError(
+            f"item cache {path} has the columns {', '.join(table.column_names[:8])}; it needs two, "
+            f"the item id and a list of numbers."
+        )
+    ids, column = table.column(others[0]), table.column(vectors[0])
+    if ids.null_count or column.null_count:
+        raise InputError(f"item cache {path} has rows without an id or a vector; leave them out.")
+    sizes = set(pc.list_value_length(column).to_pylist())
+    flat = pc.list_flatten(column)
+    if len(sizes) != 1 or flat.null_count:
+        raise InputError(
+            f"item cache {path} has vectors of different lengths, or with gaps; write lists of one "
+            f"length."
+        )
+    matrix = flat.to_numpy().reshape(len(ids), -1)
+    names = [str(item) for item in ids.to_pylist()]
+    return ItemCache(*_checked(path, names, _numbers(path, matrix)), {}, path)
+
+
+def _numbers(path: Path, matrix: np.ndarray) -> torch.Tensor:
+    """Return a matrix of floating-point numbers as a tensor, float64 as float32."""
+    if matrix.dtype.kind != "f" or matrix.dtype.itemsize > 8:
+        raise InputError(
+            f"item cache {path} holds {matrix.dtype}; it must be float16, float32 or float64."
+        )
+    if matrix.dtype not in (np.float16, np.float32):
+        matrix = matrix.astype(np.float32)
+    if not matrix.flags.writeable:
+        matrix = matrix.copy()
+    return torch.from_numpy(np.ascontiguousarray(matrix))
+
+
+def _checked(
+    path: Path, item_ids: list[str], embeddings: torch.Tensor
+) -> tuple[list[str], torch.Tensor]:
+    _check_shape(path, item_ids, embeddings)
+    return item_ids, embeddings
 
 
 def _refuse_odd_vectors(path: Path, item_ids: list[str], vectors: list[Any]) -> None:

@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from hsft.config import Config
 from hsft.data.column_checks import check_ids, sentences
 from hsft.data.csv_rows import (
     all_ids_sound,
@@ -23,10 +24,11 @@ from hsft.data.csv_rows import (
     line_of_row,
     read_header,
 )
+from hsft.data.files import dataset_file
 from hsft.data.plain_csv import PlainColumns, read_plain
 from hsft.data.time_checks import Ties, check_time_texts, check_times, count_ties
 from hsft.utils.errors import InputError, one_line
-from hsft.utils.files import is_file, is_folder, require_file
+from hsft.utils.files import require_file
 
 COLUMNS = ("item_id", "user_id", "timestamp")
 PAD = 0
@@ -81,30 +83,6 @@ class Interactions:
         return np.diff(self.offsets)
 
 
-def dataset_file(data_path: str, dataset: str | None) -> Path:
-    """Return the path of a dataset's interaction file.
-
-    Raises:
-        InputError: no dataset is named or there is no such file; existing ones are listed.
-    """
-    if not dataset:
-        raise InputError("no dataset is named; give --dataset NAME, for example Pixel200K.")
-    folder = Path(data_path)
-    path = folder / f"{dataset}.csv"
-    if is_file(path):
-        return path
-    known = sorted(file.stem for file in folder.glob("*.csv")) if is_folder(folder) else []
-    hint = f"there is no folder {folder.absolute()}"
-    if is_folder(folder):
-        hint = f"{folder.absolute()} holds no CSV file"
-    if known:
-        hint = f"datasets found there: {', '.join(known[:8])}"
-    raise InputError(
-        f"unknown dataset '{dataset}': {path} does not exist ({hint}); "
-        f"put the interactions there or change --dataset or --data_path."
-    )
-
-
 def read_interactions(
     path: str | Path, tie_order: Literal["file", "shuffle"] = "file", seed: int = 0
 ) -> Interactions:
@@ -151,6 +129,62 @@ def read_interactions(
         warnings=tuple(warnings),
         ties=ties,
     )
+
+
+def load_interactions(config: Config) -> Interactions:
+    """Read the interactions of a configuration, with the catalogue of its `item_data`.
+
+    Raises:
+        InputError: as `read_interactions`, or there is no such file.
+    """
+    path = dataset_file(config.data_path, config.dataset)
+    interactions = read_interactions(path, config.tie_order, config.seed)
+    if config.item_data is None:
+        return interactions
+    item_ids, warnings = read_item_ids(
+        dataset_file(config.data_path, config.item_data, "item_data")
+    )
+    interactions = replace(interactions, warnings=(*interactions.warnings, *warnings))
+    return with_catalogue(interactions, item_ids)
+
+
+def read_item_ids(path: Path) -> tuple[np.ndarray, list[str]]:
+    """Read the distinct items of a CSV with an `item_id` column, and warnings.
+
+    Returns:
+        str [n], by first appearance; and a sentence for each thing that may be wrong with them.
+
+    Raises:
+        InputError: the file is missing, no UTF-8 CSV, lacks the column or has an unusable id.
+    """
+    check_bytes(path, "change --item_data")
+    header = read_header(path, ["item_id"], "change the first line")
+    if set(COLUMNS) <= set(header):
+        columns, row_of = _read_columns(path)
+        codes, item_ids = columns.codes[0], columns.ids[0]
+    else:
+        row_of = partial(line_of_row, path)
+        try:
+            cells = _parse(path, header)
+        except (ValueError, *_PARSER_ERRORS) as error:
+            explain(path, {"item_id": id_problem}, str(error))
+        codes, item_ids = _factorize(cells["item_id"])
+    if not len(item_ids):
+        raise InputError(f"{path} has no items below its header line.")
+    if not all_ids_sound(item_ids):
+        explain(path, {"item_id": id_problem}, "an id is not usable")
+    return item_ids, sentences(path, check_ids("item_id", item_ids, codes), row_of)
+
+
+def with_catalogue(interactions: Interactions, item_ids: np.ndarray) -> Interactions:
+    """Return the interactions with a larger catalogue: these items, then others of their own.
+
+    Args:
+        interactions: what to renumber.
+        item_ids: str [n], none repeated.
+    """
+    more = pd.Index(interactions.item_ids[1:]).difference(pd.Index(item_ids), sort=False)
+    return renumber(interactions, np.concatenate([interactions.item_ids[:1], item_ids, more]))
 
 
 def drop_items(interactions: Interactions, keep: np.ndarray) -> Interactions:
@@ -275,7 +309,7 @@ def _parse(path: Path, header: list[str]) -> pd.DataFrame:
     texts = dict.fromkeys((name for name in header if name != "timestamp"), "object")
     with python_warnings.catch_warnings():
         python_warnings.simplefilter("error", pd.errors.ParserWarning)
-        frame = pd.read_csv(
+        return pd.read_csv(
             path,
             dtype=texts,
             encoding="utf-8-sig",
@@ -285,7 +319,6 @@ def _parse(path: Path, header: list[str]) -> pd.DataFrame:
             index_col=False,
             low_memory=False,
         )
-    return frame[list(COLUMNS)]
 
 
 def _whole_numbers(column: pd.Series, path: Path) -> np.ndarray:

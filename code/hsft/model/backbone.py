@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModel, BitsAndBytesConfig, PreTrainedMo
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
+from hsft.data.files import require_model_folder
 from hsft.model.attention import VARLEN, varlen_obstacle
 from hsft.model.folder import (
     EMBEDDING_KEYS,
@@ -29,7 +30,7 @@ from hsft.model.folder import (
     model_class,
 )
 from hsft.utils.errors import InputError, brief, one_line
-from hsft.utils.files import is_file, is_folder
+from hsft.utils.files import is_file
 
 log = logging.getLogger(__name__)
 
@@ -66,13 +67,7 @@ def load_model_config(folder: str | Path, trust_remote_code: bool = False) -> An
         InputError: the folder or its config.json is missing or is not a transformers config.
     """
     folder = Path(folder)
-    if not is_folder(folder):
-        raise InputError(
-            f"model folder {folder} does not exist; fetch it with download_itemllm.py or "
-            f"download_userllm.py, or name another folder."
-        )
-    if not is_file(folder / "config.json"):
-        raise InputError(f"model folder {folder} has no config.json; name a transformers folder.")
+    require_model_folder(folder)
     try:
         return AutoConfig.from_pretrained(
             folder, local_files_only=True, trust_remote_code=trust_remote_code
@@ -312,27 +307,27 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
     }
 
 
-def is_target(name: str, wanted: Sequence[str]) -> bool:
+def is_target(name: str, targets: Sequence[str]) -> bool:
     """Say whether LoRA goes to the linear layer of this name, as peft decides it."""
-    return list(wanted) == ["all-linear"] or any(
-        name == each or name.endswith(f".{each}") for each in wanted
+    return list(targets) == ["all-linear"] or any(
+        name == target or name.endswith(f".{target}") for target in targets
     )
 
 
-def check_lora_targets(model: nn.Module, wanted: Sequence[str]) -> None:
+def check_lora_targets(model: nn.Module, targets: Sequence[str]) -> None:
     """Refuse target names that no linear layer has.
 
     Raises:
         InputError: says which there are.
     """
-    if not any(is_target(name, wanted) for name in linear_layers(model)):
-        raise InputError(_target_problem(wanted, model))
+    if not any(is_target(name, targets) for name in linear_layers(model)):
+        raise InputError(_target_problem(targets, model))
 
 
-def _target_problem(wanted: Sequence[str], model: nn.Module) -> str:
+def _target_problem(targets: Sequence[str], model: nn.Module) -> str:
     names = sorted({name.rpartition(".")[2] for name in linear_layers(model)})
     return (
-        f"qlora_target_modules {list(wanted)} names no linear layer of the UserLLM; its linear "
+        f"qlora_target_modules {list(targets)} names no linear layer of the UserLLM; its linear "
         f"layers are {', '.join(names)}, or write [all-linear]."
     )
 

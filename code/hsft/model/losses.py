@@ -43,6 +43,7 @@ def info_nce(
     excluded: Tensor | None = None,
     budget_bytes: int = 1 << 28,
     weights: Tensor | None = None,
+    item_ids: tuple[Tensor, Tensor] | None = None,
     counts: Tensor | None = None,
 ) -> Tensor:
     """HLLM's InfoNCE (arXiv 2409.12740, eq. 2 and its public code).
@@ -61,7 +62,8 @@ def info_nce(
         budget_bytes: largest [block, P] float32 matrix held at once; larger ones are computed in
             blocks of positions and recomputed in the backward pass.
         weights: float32 [T], 1 for positions that count, 0 for others; None: all count.
-        counts: int64 [4], to which `count_negatives` of this call is added, or None.
+        item_ids: int64 [T] of the positives and int64 [P] of the pool, for `counts`.
+        counts: int64 [4], to which `count_negatives` of this call is added; None: not counted.
 
     Returns:
         Scalar float32; 0 when no position counts.
@@ -69,13 +71,21 @@ def info_nce(
     queries, positives, pool = normalize(queries), normalize(positives), normalize(pool)
 
     def block(
-        q: Tensor, p: Tensor, w: Tensor, pool: Tensor, scale: Tensor, out: Tensor | None
+        q: Tensor,
+        p: Tensor,
+        w: Tensor,
+        ids: Tensor,
+        pool: Tensor,
+        scale: Tensor,
+        out: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         with torch.no_grad():
             masked = p @ pool.T > nce_thres
             if out is not None:
                 masked |= out
-            negatives = count_negatives(masked, out, w)
+            negatives = w.new_zeros(4, dtype=torch.int64)
+            if counts is not None:
+                negatives = count_negatives(masked, out, ids.unsqueeze(1) == pool_ids, w)
         negative = ((q @ pool.T) * scale.exp()).masked_fill(masked, -torch.inf)
         positive = (q * p).sum(dim=-1, keepdim=True) * scale.exp()
         logits = torch.cat([positive, negative], dim=-1)
@@ -83,9 +93,11 @@ def info_nce(
         losses = F.cross_entropy(logits, labels, reduction="none")
         return (losses * w).sum(), negatives
 
+    weighted = _ones(queries) if weights is None else weights
+    ids, pool_ids = item_ids or (_ones(queries), -_ones(pool))
     total, negatives = _sum_in_blocks(
         block,
-        (queries, positives, _ones(queries) if weights is None else weights),
+        (queries, positives, weighted, ids),
         (pool, logit_scale),
         excluded,
         len(pool) * 3,
@@ -96,28 +108,26 @@ def info_nce(
     return total / _number_of_terms(queries, weights)
 
 
-def count_negatives(masked: Tensor, excluded: Tensor | None, weights: Tensor) -> Tensor:
+def count_negatives(
+    masked: Tensor, fillers: Tensor | None, same_item: Tensor, weights: Tensor
+) -> Tensor:
     """Count how many negatives a loss masks, without waiting for the device.
 
     Args:
-        masked: bool [T, P], (position, negative) pairs that do not count, `excluded` among them.
-        excluded: bool [T, P], the pairs that are no negatives in the first place, or None.
+        masked: bool [T, P], (position, negative) pairs that do not count, `fillers` among them.
+        fillers: bool [T, P], pairs that only fill up the matrix, or None.
+        same_item: bool [T, P], pairs whose negative is the position's own positive: it is no
+            negative, masked or not.
         weights: float32 [T], 1 for positions that count, 0 for others.
 
     Returns:
-        int64 [4]: masked pairs, all pairs, positions without a negative left, all positions.
+        int64 [4]: masked pairs and all pairs, both without `fillers` and `same_item`; positions
+        without a negative left, and all positions.
     """
+    other = ~same_item if fillers is None else ~(same_item | fillers)
+    per_position = ((masked & other).sum(dim=1), other.sum(dim=1), masked.all(dim=1))
     real = weights.long()
-    columns = masked.shape[1]
-    masked_count = masked.sum(dim=1)
-    excluded_count = torch.zeros_like(real) if excluded is None else excluded.sum(dim=1)
-    per_position = (
-        masked_count - excluded_count,
-        columns - excluded_count,
-        masked_count == columns,
-        torch.ones_like(real),
-    )
-    return torch.stack([(count * real).sum() for count in per_position])
+    return torch.stack([*((count * real).sum() for count in per_position), real.sum()])
 
 
 def _ones(queries: Tensor) -> Tensor:
@@ -208,18 +218,18 @@ def catalogue_softmax(
     total = queries.new_zeros(())
     for start in range(0, len(queries), rows):
         q, t = queries[start : start + rows], targets[start : start + rows]
-        found = [
+        chunks = [
             chunk(q, t, piece) if whole else _recompute(chunk, q, t - number * size, piece)
             for number, piece in enumerate(pieces)
         ]
-        normalizers, positives = zip(*found, strict=True)
+        normalizers, positives = zip(*chunks, strict=True)
         terms = torch.stack(normalizers).logsumexp(dim=0) - torch.stack(positives).sum(dim=0)
         total = total + (terms if weights is None else terms * weights[start : start + rows]).sum()
     return total / _number_of_terms(queries, weights)
 
 
 def _recompute(block: Callable[..., Any], *values: Any) -> Any:
-    """Compute a block, and once more in the backward pass in place of keeping what it needs."""
+    """Compute a block, and compute it again in the backward pass instead of keeping what it needs."""
     # Nothing in a block is random, and saving a GPU's generator would wait for the device.
     return checkpoint(block, *values, use_reentrant=False, preserve_rng_state=False)
 
@@ -243,7 +253,7 @@ def chunk_shape(positions: int, items: int, dim: int, budget_bytes: int) -> tupl
 class _ChunkScores(torch.autograd.Function):
     """Scores of positions against a chunk of items, reduced to what cross-entropy needs.
 
-    Inputs: q [m, D] scaled queries, v [n, D] item vectors, local int64 [m], the target's place in
+    Inputs: q [m, D] scaled queries, v [n, D] item vectors, local int64 [m], the target's index in
     the chunk (outside 0..n-1: the target is in another chunk).
     Outputs: log sum_j exp(q v_j) [m], and the target's score [m], 0 where it is elsewhere.
 
@@ -256,25 +266,25 @@ class _ChunkScores(torch.autograd.Function):
     def forward(ctx: Any, q: Tensor, v: Tensor, local: Tensor) -> tuple[Tensor, Tensor]:
         scores = q @ v.T
         inside = (local >= 0) & (local < len(v))
-        place = local.clamp(0, len(v) - 1)
-        positive = scores.gather(1, place.unsqueeze(1)).squeeze(1).masked_fill(~inside, 0.0)
+        index = local.clamp(0, len(v) - 1)
+        positive = scores.gather(1, index.unsqueeze(1)).squeeze(1).masked_fill(~inside, 0.0)
         largest = scores.amax(dim=1, keepdim=True)
         weights = scores.sub_(largest).exp_()
         summed = weights.sum(dim=1, keepdim=True)
-        ctx.save_for_backward(q, v, place, inside, weights.div_(summed))
+        ctx.save_for_backward(q, v, index, inside, weights.div_(summed))
         return (summed.log() + largest).squeeze(1), positive
 
     @staticmethod
     def backward(
         ctx: Any, g_total: Tensor, g_positive: Tensor
     ) -> tuple[Tensor | None, Tensor | None, None]:
-        q, v, place, inside, softmax = ctx.saved_tensors
+        q, v, index, inside, softmax = ctx.saved_tensors
         g_total, g_positive = g_total.unsqueeze(1), (g_positive * inside).unsqueeze(1)
         g_q = g_v = None
         if ctx.needs_input_grad[0]:
-            g_q = (softmax @ v).mul_(g_total).addcmul_(v[place], g_positive)
+            g_q = (softmax @ v).mul_(g_total).addcmul_(v[index], g_positive)
         if ctx.needs_input_grad[1]:
-            g_v = (softmax.T @ (q * g_total)).index_add_(0, place, q * g_positive)
+            g_v = (softmax.T @ (q * g_total)).index_add_(0, index, q * g_positive)
         return g_q, g_v, None
 
 

@@ -272,31 +272,11 @@ def estimate(
         per_token: as `saved_bytes_per_token` gives, counted when None.
     """
     model = meta_decoder(shape.model_config) if model is None else model
-    layer, rest = per_token if per_token is not None else saved_bytes_per_token(shape)
-    config = shape.model_config
-    tokens, dim, layers = shape.positions(batch_size), config.hidden_size, config.num_hidden_layers
+    per_token = per_token if per_token is not None else saved_bytes_per_token(shape)
+    tokens, dim = shape.positions(batch_size), shape.model_config.hidden_size
     sizes = trained_sizes(model, shape)
     trained = sum(sizes)
     width = 4 if shape.lora_rank is not None or shape.mixed else shape.dtype.itemsize
-    if shape.checkpointing:
-        activations = tokens * (layers * dim * shape.residual_dtype.itemsize + layer + rest)
-    else:
-        activations = tokens * (layers * layer + rest)
-    if shape.negatives == "catalogue":
-        count = _ANY_NUMBER if shape.items is None else shape.items
-        rows, size = chunk_shape(tokens, count, dim, shape.budget_bytes)
-        logits = 4 * (2 * rows * size + 8 * size * dim + 4 * tokens * dim)
-    else:
-        pool = tokens
-        if shape.negatives == "sampled":
-            pool = shape.num_negatives or batch_size * (shape.length + 1)
-        logits = min(shape.budget_bytes, 12 * tokens * pool) + 12 * (tokens + pool) * dim
-    linear = [_widths(module) for module in linear_layers(model).values()]
-    largest = max(read * given for read, given in linear)
-    middle = max(given for _, given in linear)
-    workspace = 3 * tokens * middle * shape.residual_dtype.itemsize
-    if shape.quantised:
-        workspace += largest * shape.dtype.itemsize
     return Memory(
         weights=weight_bytes(model, shape),
         # Where all weights are trained, `weights` has them.
@@ -304,10 +284,38 @@ def estimate(
         gradients=width * trained,
         optimizer=optimizer_bytes(sizes, shape.optimizer_8bit) * width // 4,
         item_table=0 if shape.items is None else _table_bytes(shape.items, dim, shape),
-        activations=int(activations),
-        logits=logits,
-        workspace=workspace,
+        activations=_activation_bytes(shape, tokens, *per_token),
+        logits=_logit_bytes(shape, batch_size),
+        workspace=_workspace_bytes(shape, tokens, model),
     )
+
+
+def _activation_bytes(shape: TrainingShape, tokens: int, layer: float, rest: float) -> int:
+    """Count what autograd keeps, given what it saves per position in a layer and beside them."""
+    layers = shape.model_config.num_hidden_layers
+    if not shape.checkpointing:
+        return int(tokens * (layers * layer + rest))
+    inputs = layers * shape.model_config.hidden_size * shape.residual_dtype.itemsize
+    return int(tokens * (inputs + layer + rest))
+
+
+def _logit_bytes(shape: TrainingShape, batch_size: int) -> int:
+    tokens, dim = shape.positions(batch_size), shape.model_config.hidden_size
+    if shape.negatives == "catalogue":
+        count = _ANY_NUMBER if shape.items is None else shape.items
+        rows, size = chunk_shape(tokens, count, dim, shape.budget_bytes)
+        return 4 * (2 * rows * size + 8 * size * dim + 4 * tokens * dim)
+    pool = tokens
+    if shape.negatives == "sampled":
+        pool = shape.num_negatives or batch_size * (shape.length + 1)
+    return min(shape.budget_bytes, 12 * tokens * pool) + 12 * (tokens + pool) * dim
+
+
+def _workspace_bytes(shape: TrainingShape, tokens: int, model: nn.Module) -> int:
+    widths = [_widths(module) for module in linear_layers(model).values()]
+    dequantised = max(read * given for read, given in widths) if shape.quantised else 0
+    gradients = 3 * tokens * max(given for _, given in widths) * shape.residual_dtype.itemsize
+    return gradients + dequantised * shape.dtype.itemsize
 
 
 def largest_batch(
@@ -426,12 +434,12 @@ def _saved(shape: TrainingShape, layers: int) -> int:
             "attention_mask": torch.zeros(_ROWS, 1, length, length, dtype=torch.bool),
             "position_ids": torch.arange(length).expand(_ROWS, length),
         }
-        own = {_storage(weight) for weight in [*model.parameters(), *model.buffers()]}
+        weights = {_storage(weight) for weight in [*model.parameters(), *model.buffers()]}
         saved: dict[int, int] = {}
 
         def note(tensor: Tensor) -> Tensor:
             key = _storage(tensor)
-            if key not in own and tensor.ndim > 1:
+            if key not in weights and tensor.ndim > 1:
                 saved[key] = max(saved.get(key, 0), tensor.untyped_storage().nbytes())
                 kept.append(tensor)
             return tensor

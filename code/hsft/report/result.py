@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from safetensors.numpy import load_file, save_file
 
-from hsft.evaluator.evaluator import Evaluation
 from hsft.evaluator.metrics import PER_USER, UNRANKED
 from hsft.utils.errors import InputError, one_line
 from hsft.utils.files import atomic_path, is_file, is_folder, read_json, require_file, write_json
 from hsft.utils.program import command
+
+# torch is imported where it is needed, since results are compared without it.
+if TYPE_CHECKING:
+    from hsft.evaluator.evaluator import Evaluation
 
 # Format 2 has `fingerprint`, and `UNRANKED` for targets that format 1 ranked last among all items.
 RESULT_FORMAT = 2
@@ -44,12 +46,12 @@ def write_result(run_dir: Path, result: dict[str, Any], evaluations: dict[str, E
     write_json(run_dir / RESULT_FILE, result)
 
 
-def no_run(folder: Path, wanted: str, lacking: str) -> InputError:
+def not_a_run(folder: Path, expected: str, lacking: str) -> InputError:
     """Return an error that says what a folder is that was taken for a run.
 
     Args:
         folder: what was named.
-        wanted: what it should be.
+        expected: what it should be, such as `finished run`.
         lacking: the file that it does not have.
     """
     if not is_folder(folder):
@@ -58,11 +60,11 @@ def no_run(folder: Path, wanted: str, lacking: str) -> InputError:
     if is_file(folder / CONFIG_FILE) and lacking == RESULT_FILE:
         return unfinished(folder)
     inside = sorted(path.parent for path in folder.glob(f"*/{CONFIG_FILE}"))
-    mend = "name a folder that main.py made"
+    remedy = "name a folder that main.py made"
     if inside:
         more = f" and {len(inside) - _LISTED} more" if len(inside) > _LISTED else ""
-        mend = f"the runs in it are {', '.join(map(str, inside[:_LISTED]))}{more}: name one"
-    return InputError(f"{folder} is no {wanted}: it has no {lacking}; {mend}.")
+        remedy = f"the runs in it are {', '.join(map(str, inside[:_LISTED]))}{more}: name one"
+    return InputError(f"{folder} is no {expected}: it has no {lacking}; {remedy}.")
 
 
 def unfinished(folder: Path) -> InputError:
@@ -82,7 +84,7 @@ def read_result(run_dir: str | Path) -> dict[str, Any]:
     """
     path = Path(run_dir) / RESULT_FILE
     if not is_file(path):
-        raise no_run(Path(run_dir), "finished run", RESULT_FILE)
+        raise not_a_run(Path(run_dir), "finished run", RESULT_FILE)
     result = read_json(path)
     wrong = _first_wrong(result)
     if wrong is not None:
@@ -190,19 +192,23 @@ def _unranked_in_format_1(result: dict[str, Any], ranks: np.ndarray) -> np.ndarr
     return np.where(ranks > items, UNRANKED, ranks)
 
 
-def pack_evaluation(found: Evaluation) -> dict[str, Any]:
+def pack_evaluation(evaluation: Evaluation) -> dict[str, Any]:
     """Turn an evaluation into what a checkpoint can hold."""
+    import torch
+
     return {
-        "phase": found.phase,
-        "users": torch.from_numpy(found.users.astype(np.int64)),
-        "ranks": torch.from_numpy(found.ranks.astype(np.int64)),
-        "metrics": {name: float(value) for name, value in found.metrics.items()},
-        "seconds": found.seconds,
+        "phase": evaluation.phase,
+        "users": torch.from_numpy(evaluation.users.astype(np.int64)),
+        "ranks": torch.from_numpy(evaluation.ranks.astype(np.int64)),
+        "metrics": {name: float(value) for name, value in evaluation.metrics.items()},
+        "seconds": evaluation.seconds,
     }
 
 
 def unpack_evaluation(packed: dict[str, Any]) -> Evaluation:
     """Return the evaluation that `pack_evaluation` was given."""
+    from hsft.evaluator.evaluator import Evaluation
+
     arrays = {name: packed[name].numpy() for name in ("users", "ranks")}
     return Evaluation(**{**packed, **arrays})
 
@@ -213,7 +219,7 @@ def plain(value: Any) -> Any:
         return {str(key): plain(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):
         return [plain(entry) for entry in value]
-    if isinstance(value, np.generic | torch.Tensor):
+    if callable(getattr(value, "item", None)):
         value = value.item()
     if isinstance(value, float) and not np.isfinite(value):
         return None

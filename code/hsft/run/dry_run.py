@@ -13,11 +13,11 @@ import torch
 from transformers import LlamaConfig
 
 from hsft.config import Config
-from hsft.data.cache import DTYPES, find_cache, is_native, open_cache, read_header
+from hsft.data.cache import DTYPES, is_native, open_cache, read_header
 from hsft.data.dataset import CachedEmbeddingTrainDataset
-from hsft.data.interactions import read_interactions
+from hsft.data.files import cache_path, find_cache
+from hsft.data.interactions import load_interactions
 from hsft.data.split import leave_one_out
-from hsft.inputs.cache_items import cache_path
 from hsft.model.attention import VARLEN
 from hsft.model.backbone import (
     check_lora_targets,
@@ -179,7 +179,7 @@ def _lengths(config: Config) -> np.ndarray | None:
     path = Path(config.data_path) / f"{config.dataset}.csv"
     if not config.dataset or not is_file(path):
         return None
-    split = leave_one_out(read_interactions(path))
+    split = leave_one_out(load_interactions(config))
     dataset = CachedEmbeddingTrainDataset(split, config.MAX_ITEM_LIST_LENGTH)
     return dataset.lengths if len(dataset) else None
 
@@ -205,7 +205,7 @@ def _items(config: Config, width: int, *, known_width: bool) -> _Items:
     )
     data = Path(config.data_path) / f"{config.dataset}.csv"
     if config.dataset and is_file(data):
-        count = read_interactions(data).num_items
+        count = load_interactions(config).num_items
         said = f"the number of items is that of {data}."
         return _Items(count, config.item_cache_dtype, (*assumed, said))
     missing = f"no interactions at {data}" if config.dataset else "no dataset is named"
