@@ -237,13 +237,23 @@ def _catalogue(config: Config) -> ItemTexts:
     return with_items(items, wanted)
 
 
-def _encoder(
-    config: Config, fingerprint: str, count: int, information: str = ""
-) -> tuple[ItemEncoder, EncodingJob]:
+def require_item_llm(config: Config) -> str:
+    """Return the ItemLLM's folder.
+
+    Raises:
+        InputError: none is named.
+    """
     if not config.item_pretrain_dir:
         raise InputError(
             "no ItemLLM is named; give --item_pretrain_dir FOLDER (download_itemllm.py makes one)."
         )
+    return config.item_pretrain_dir
+
+
+def _encoder(
+    config: Config, fingerprint: str, count: int, information: str = ""
+) -> tuple[ItemEncoder, EncodingJob]:
+    folder = require_item_llm(config)
     device = torch.device(choose_device(config))
     if device.type == "cuda":
         device = torch.device("cuda", local_rank() % torch.cuda.device_count())
@@ -251,9 +261,9 @@ def _encoder(
     # Texts come in rows of alike length, and share what they begin with: no row holds several.
     varlen = config.attn_implementation == "varlen"
     kernels = config.model_copy(update={"attn_implementation": "sdpa"}) if varlen else config
-    model = load_model_config(config.item_pretrain_dir, config.trust_remote_code)
+    model = load_model_config(folder, config.trust_remote_code)
     encoder = load_item_encoder(
-        config.item_pretrain_dir,
+        folder,
         item_emb_token_n=config.item_emb_token_n,
         max_text_length=config.MAX_TEXT_LENGTH,
         device=device,
@@ -264,9 +274,9 @@ def _encoder(
     )
     if config.item_compile:
         encoder.compile()
-    imported = origin(config.item_pretrain_dir)
+    imported = origin(folder)
     job = EncodingJob(
-        model=Path(config.item_pretrain_dir).name,
+        model=Path(folder).name,
         text_keys=tuple(config.text_keys),
         prompt=config.item_prompt,
         text_format=config.text_format,
@@ -274,9 +284,9 @@ def _encoder(
         dtype=config.item_cache_dtype,
         pooling=encoder.pooling,
         fingerprint=fingerprint,
-        model_folder=config.item_pretrain_dir,
+        model_folder=folder,
         information=information,
-        model_fingerprint=model_fingerprint(config.item_pretrain_dir),
+        model_fingerprint=model_fingerprint(folder),
         batch_tokens=config.item_batch_tokens or BATCH_TOKENS[device.type],
         compute_dtype=str(dtype).removeprefix("torch."),
         source=imported["source"]["sha256"] if imported else "",
@@ -284,7 +294,7 @@ def _encoder(
     log.info(
         "encoding %d items with %s on %s in %s, %s pooling.",
         count,
-        config.item_pretrain_dir,
+        folder,
         device,
         job.compute_dtype,
         job.pooling,

@@ -375,6 +375,19 @@ def user_attention(config: Config, device: torch.device) -> str:
     return attention_kernel(config, device, model)
 
 
+def require_user_llm(config: Config) -> str:
+    """Return the UserLLM's folder.
+
+    Raises:
+        InputError: none is named.
+    """
+    if not config.user_pretrain_dir:
+        raise InputError(
+            "no UserLLM is named; give --user_pretrain_dir FOLDER (download_userllm.py makes one)."
+        )
+    return config.user_pretrain_dir
+
+
 def build_user_llm(config: Config, data: Data, fabric: Fabric, *, train: bool) -> Recommender:
     """Load the UserLLM with the item table and its loss, on the device.
 
@@ -387,11 +400,7 @@ def build_user_llm(config: Config, data: Data, fabric: Fabric, *, train: bool) -
     Raises:
         InputError: the model folder is unusable or does not fit the cache.
     """
-    folder = config.user_pretrain_dir
-    if not folder:
-        raise InputError(
-            "no UserLLM is named; give --user_pretrain_dir FOLDER (download_userllm.py makes one)."
-        )
+    folder = require_user_llm(config)
     assert data.cache is not None
     hidden = int(load_model_config(folder, config.trust_remote_code).hidden_size)
     extra = read_extra(folder)

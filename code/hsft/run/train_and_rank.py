@@ -287,11 +287,6 @@ def evaluate(
 
 def _train(run: RunContext, data: Data, model: Recommender) -> tuple[TrainState, dict[str, Any]]:
     config, fabric = run.config, run.fabric
-    if config.strategy == "deepspeed" and config.auto_resume:
-        raise InputError(
-            "auto_resume is not supported under strategy: deepspeed, which spreads the state over "
-            "its processes; use strategy: ddp."
-        )
     dataset = CachedEmbeddingTrainDataset(data.split, config.MAX_ITEM_LIST_LENGTH)
     check_training(config, data.split, dataset)
     loader = make_train_loader(config, dataset, data, fabric, pack=_packs(config, model, fabric))

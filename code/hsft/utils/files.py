@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import stat
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -207,7 +208,12 @@ def _fsync(path: Path) -> None:
 
 
 def _fsync_entry(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
+    """Bring a file's content, or the names in a folder, to the disk."""
+    folder = path.is_dir()
+    if folder and sys.platform == "win32":
+        return  # Windows opens no folder, and writes names by itself
+    # Windows needs a file that is open for writing.
+    handle = os.open(path, os.O_RDONLY if folder else os.O_RDWR)
     try:
         os.fsync(handle)
     finally:

@@ -139,12 +139,9 @@ class Meter:
             return
         kind = "gpu_bytes" if self.device.type == "cuda" else "host_bytes"
         peak = peak_memory(self.device)[kind]
-        now = current_memory(self.device).get(kind)
-        if now is None:
-            yield f"peak memory {format_bytes(peak)}"
-        else:
-            # Linux brings the peak up to date less often.
-            yield f"memory {format_bytes(now)} (peak {format_bytes(max(now, peak))})"
+        now = current_memory(self.device)[kind]
+        # Linux brings the peak up to date less often.
+        yield f"memory {format_bytes(now)} (peak {format_bytes(max(now, peak))})"
 
 
 class _Display(Progress):
