@@ -21,13 +21,13 @@ QLORA = (
 def spy(monkeypatch: pytest.MonkeyPatch) -> list[Meter]:
     """Show a line at every step, and keep the meters."""
     found: list[Meter] = []
-    close = Meter.close
+    leave = Meter.__exit__
 
-    def closing(self: Meter) -> None:
+    def leaving(self: Meter, *error: Any) -> bool | None:
         found.append(self)
-        close(self)
+        return leave(self, *error)
 
-    monkeypatch.setattr(Meter, "close", closing)
+    monkeypatch.setattr(Meter, "__exit__", leaving)
     monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0.0)
     return found
 

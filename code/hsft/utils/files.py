@@ -60,7 +60,7 @@ def atomic_path(target: str | Path) -> Iterator[Path]:
 def cannot_write(target: Path, error: Exception) -> InputError:
     """Return the error that says why a file or folder could not be written."""
     return InputError(
-        f"cannot write {target}: {_reason(error)}; free some space or choose another place."
+        f"cannot write {target}: {_reason(error)}; free some space or choose another folder."
     )
 
 
@@ -122,7 +122,7 @@ def require_file(path: str | Path, name: str, remedy: str) -> Path:
     Args:
         path: the file.
         name: what to call it in an error, path included.
-        remedy: half a sentence on how to mend it.
+        remedy: half a sentence on how to fix it.
 
     Raises:
         InputError: it is missing, a folder, or no regular file.
