@@ -26,6 +26,7 @@ from hsft.data.plain_csv import read_plain
 from hsft.data.split import leave_one_out
 from hsft.evaluator import ranking
 from hsft.evaluator.evaluator import EvalProtocol, Evaluator
+from hsft.evaluator.metrics import UNRANKED
 from hsft.utils.errors import InputError
 
 quick = settings(
@@ -310,8 +311,8 @@ def test_ranks_are_those_of_a_loop_over_users_whatever_the_groups(
         scores = {item: float(scorer.table[item] @ user) for item in range(1, 31)}
         masked = {item: -np.inf if item in seen else score for item, score in scores.items()}
         rivals = [masked[item] >= masked[target] for item in masked if item != target]
-        # The padding item is masked as well: level with a target that the user has seen.
-        assert rank == 1 + sum(rivals) + (masked[target] == -np.inf)
+        # A target that the user has seen is masked, so it has no rank.
+        assert rank == (UNRANKED if masked[target] == -np.inf else 1 + sum(rivals))
         listed |= {item for item, score in masked.items() if score > -np.inf}
     assert found.metrics["Recall@5"] == pytest.approx(np.mean(found.ranks <= 5))
     assert found.metrics["Coverage@5"] <= len(listed) / 30

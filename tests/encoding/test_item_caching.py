@@ -210,7 +210,7 @@ def test_a_part_is_written_when_it_is_full_old_or_followed_by_a_gap(tmp_path: Pa
         writer.add(number, values[torch.from_numpy(batches.all[number])])
         return list(writer.written.values())
 
-    with writer:
+    with writer.writing_rest():
         assert add(0, 59) == []
         assert add(1, 1) == [range(2)]
         assert add(2, 59.9) == [range(2)]

@@ -13,7 +13,7 @@ from transformers import AutoModel, AutoTokenizer, MistralConfig, MistralModel
 
 from hsft.data.cache import open_cache
 from hsft.data.item_text import ItemTexts
-from hsft.encoding.build_cache import CacheBuild, EncodingJob, encode_items
+from hsft.encoding.build_cache import CacheBuilder, EncodingJob, encode_items
 from hsft.encoding.item_llm import ItemEncoder, length_batches, load_item_encoder
 from hsft.encoding.prefix import encode_prefix
 from tests.helpers import make_llama
@@ -174,8 +174,8 @@ def test_an_interrupted_encoding_is_continued(
 
     def build() -> None:
         target = tmp_path / "cache.safetensors"
-        made = CacheBuild(target, tmp_path / "parts", show_progress=False)
-        made.run(found, job, items.item_ids, lambda: items.texts)
+        made = CacheBuilder(target, tmp_path / "parts", show_progress=False)
+        made.build(found, job, items.item_ids, lambda: items.texts)
 
     monkeypatch.setattr(found, "encode", stops)
     with pytest.raises(KeyboardInterrupt):

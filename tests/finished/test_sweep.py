@@ -244,7 +244,7 @@ def test_values_that_come_again_are_not_run_again(project: Project) -> None:
         ({"eval_phase": ["test"]}, {}, "eval_phase is set by the sweep itself"),
         ({"qlora_r": [1]}, {"fixed": {"eval_phase": "test"}}, "eval_phase is set by the sweep"),
         ({"qlora_r": [1]}, {"fixed": {"epoch": 1}}, r"unknown key 'epoch' in sweep\.yaml"),
-        ({"epochs": [1]}, {}, "epochs stands under fixed and under search"),
+        ({"epochs": [1]}, {}, "epochs is under fixed and under search"),
         ({"qlora_r": [1]}, {"metric": "NDCG@7"}, "do not contain it"),
         ({"qlora_dropout": {"low": 0, "high": 0.5}}, {"sampler": "grid"}, "give a list or a step"),
         ({"qlora_r": [1]}, {"trial": 3}, "unknown key 'trial'; the keys of a sweep are"),

@@ -120,7 +120,7 @@ def test_a_failing_capture_costs_nothing_but_a_line(
     for _ in range(5):
         loss = graphs.step(given)
     wanted = model(given)
-    assert float(loss) == pytest.approx(float(wanted))
+    assert loss.item() == pytest.approx(wanted.item())
     gradients = torch.autograd.grad(wanted, [p for p in model.parameters() if p.requires_grad])
     own = [p.grad for p in model.parameters() if p.requires_grad]
     for found, one in zip(own, gradients, strict=True):
@@ -195,3 +195,23 @@ def test_a_whole_run_in_single_rows_is_that_of_masked_rows(
         ):
             assert own[name] == pytest.approx(other[name], rel=1e-4)
     assert [row["metrics"] for row in rows["rows"]] == [row["metrics"] for row in masked["rows"]]
+
+
+def test_validation_on_a_sample_and_a_costly_catalogue(project: Project) -> None:
+    common = ("--use_qlora", "True", "--epochs", "2", "--valid_users", "7")
+    few = ("--negatives", "catalogue", "--train_batch_size", "1")
+    code, _, err = project.run(*common, *few, "--run_name", "plain")
+    assert code == 0, err
+    assert "valid: a sample of 7 of 30 users is scored." in err
+    # By hand, a position: 6 x 20 x 64 against 4 x 2 x (64 x (64 + 32 + 32 + 64) + 3 x 64 x 128),
+    # which is 295,000.
+    assert "the softmax over all" not in err
+    result = json.loads((project.root / "saved/plain/result.json").read_text())
+    assert all(row["users"] == 30 for row in result["rows"])
+    hits = [record["valid"]["Recall@10"] * 7 for record in result["training"]["history"]]
+    assert hits == pytest.approx([round(count) for count in hits])
+    more = ("--item_adapter", "lowrank", "--item_adapter_rank", "512")
+    code, _, err = project.run(*common, *few, *more, "--run_name", "adapter")
+    assert code == 0, err
+    # 6 x 2 x 64 x 512 for each of 20 items, against 295,000 for each of 8 positions at most.
+    assert "the softmax over all 20 items takes about" in err

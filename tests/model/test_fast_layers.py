@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModel, Gemma2Config, LlamaConfig
 
+from benchmarks import launches
 from hsft.data.dataset import TrainBatch
 from hsft.model.backbone import LoraSettings, add_lora, computes_in_bfloat16, load_decoder
 from hsft.model.fast_layers import Linear4bit, LoraLinear, LoraLinear4bit, dequantized_linear
@@ -225,3 +226,11 @@ def test_the_loss_without_autocast_is_that_with_it_to_bfloat16s_rounding(llama: 
     flat = torch.cat([g.flatten() for g in gradients])
     mixed_flat = torch.cat([g.flatten() for g in mixed_gradients])
     assert torch.cosine_similarity(flat, mixed_flat, dim=0) > 0.99
+
+
+def test_hsft_launches_no_more_than_it_did() -> None:
+    by_way = {row["way"]: row["launches"] for row in launches.measure(layers=4)}
+    # Per layer and, the optimizer and the loss included, beside the layers; by count, not by time.
+    assert by_way["NF4: HSFT, one row"] <= 4 * 115 + 130
+    assert by_way["bfloat16: HSFT, one row"] <= 4 * 98 + 130
+    assert by_way["NF4: HSFT, one row"] < by_way["NF4: plain transformers + peft"]

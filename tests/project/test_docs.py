@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import ast
+import importlib
 import re
 import runpy
 import shlex
@@ -13,9 +15,13 @@ from typing import Any
 
 import pytest
 
+import hsft
+from hsft.api import Run
+from hsft.cli import run_command
 from hsft.config import program
 from hsft.config.loader import flat_fields, load_config, parse_command_line
 from hsft.utils.errors import InputError
+from hsft.utils.program import PROGRAMS
 from tests.helpers import ROOT
 from tests.pages import PAGES, TRANSLATED, anchors, read_page
 
@@ -27,6 +33,9 @@ OTHER_FLAGS = {
     *("key", "section.key", "help", "config_file", "print_config", "version"),
     *("nproc_per_node", "nnodes", "node_rank", "install", "dest", "no-build-isolation"),
 }
+
+
+PACKAGES = [path.name for path in (ROOT / "code" / "hsft").iterdir() if path.is_dir()]
 
 
 class Parsed(Exception):
@@ -76,7 +85,10 @@ def parse(words: list[str]) -> None:
     if tool.startswith("--"):
         check_settings([tool, *words])
         return
-    if tool == "make":
+    if tool == "hsft":
+        with pytest.raises(Parsed):
+            run_command(words)
+    elif tool == "make":
         assert f"\n{words[0]}:" in (ROOT / "Makefile").read_text(encoding="utf-8")
     elif tool == "pip":
         for flag, value in pairwise(words):
@@ -177,9 +189,31 @@ def test_links_resolve(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", PAGES, ids=name)
-def test_python_on_pages_compiles(path: Path) -> None:
+def test_python_on_pages_names_what_there_is(path: Path) -> None:
     for block in read_page(path).python:
-        compile(block, name(path), "exec")
+        for node in ast.walk(ast.parse(block)):
+            if isinstance(node, ast.ImportFrom) and str(node.module).startswith("hsft"):
+                module = importlib.import_module(str(node.module))
+                assert all(hasattr(module, alias.name) for alias in node.names), block
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+                owners = {"hsft": hsft.__all__, "run": [*dir(Run), *Run.__annotations__]}
+                assert node.attr in owners.get(node.value.id, [node.attr]), node.attr
+
+
+def test_names_of_hsft_in_the_text_exist() -> None:
+    named = {
+        match[1]
+        for path in PAGES
+        for code in read_page(path).inline_code
+        if (match := re.fullmatch(r"hsft\.(\w+)(?:\(.*\))?", code))
+    }
+    assert {"train", "UserLLM"} <= named <= {*hsft.__all__, *map(str, PACKAGES)}
+
+
+@pytest.mark.parametrize("page", ["docs/programs.md", "docs/zh/programs.md"])
+def test_the_page_of_programs_has_every_command(page: str) -> None:
+    codes = read_page(ROOT / page).inline_code
+    assert {code[5:] for code in codes if re.fullmatch(r"hsft [a-z][a-z-]+", code)} == {*PROGRAMS}
 
 
 @pytest.mark.parametrize("english", TRANSLATED, ids=name)

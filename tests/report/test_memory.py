@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from transformers import LlamaConfig
 
 from hsft.model.backbone import LoraSettings, add_lora, decoder_config, load_decoder
 from hsft.model.item_table import ItemTable
+from hsft.model.norms import fuse_norms
 from hsft.model.recommender import LossSettings, Recommender
 from hsft.model.user_llm import UserLLM
 from hsft.report import memory
@@ -35,7 +37,6 @@ def shape(folder: Path, **more: Any) -> TrainingShape:
     base = TrainingShape(
         model_config=decoder_config(folder),
         quant_type="nf4",
-        double_quant=True,
         lora_rank=RANK,
         lora_targets=("q_proj", "v_proj"),
         mixed=False,
@@ -55,11 +56,10 @@ def shape(folder: Path, **more: Any) -> TrainingShape:
     return replace(base, **more)
 
 
-def real_model(folder: Path, wanted: TrainingShape) -> nn.Module:
-    lora = LoraSettings(
-        RANK, 8, 0.05, wanted.lora_targets, wanted.quant_type, wanted.dtype, wanted.double_quant
-    )
+def real_model(folder: Path, wanted: TrainingShape, double: bool = True) -> nn.Module:
+    lora = LoraSettings(RANK, 8, 0.05, wanted.lora_targets, wanted.quant_type, wanted.dtype, double)
     decoder = load_decoder(folder, dtype=wanted.dtype, attention=wanted.attention, lora=lora)
+    fuse_norms(decoder)
     return add_lora(decoder, lora, wanted.checkpointing)
 
 
@@ -89,8 +89,8 @@ def state_tensors(weight: Any) -> list[torch.Tensor]:
 @pytest.mark.parametrize("double", [True, False])
 @pytest.mark.parametrize("kind", ["nf4", "fp4", "int8", "none"])
 def test_weight_bytes_are_exact(folder: Path, kind: Any, double: bool) -> None:
-    wanted = shape(folder, quant_type=kind, double_quant=double)
-    model = real_model(folder, wanted)
+    wanted = shape(folder, quant_type=kind)
+    model = real_model(folder, wanted, double)
     counted = memory.weight_bytes(memory.meta_decoder(wanted.model_config), wanted)
     assert counted == real_weight_bytes(model)
 
@@ -133,12 +133,32 @@ def saved_by_autograd(model: nn.Module, mixed: bool, packed: bool) -> int:
             saved[storage.data_ptr()] = tensor
         return tensor
 
-    vectors = torch.randn(batch, length, width, requires_grad=True)
-    autocast = torch.autocast("cpu", torch.bfloat16, enabled=mixed)
+    # As `UserLLM` runs a decoder of bfloat16: without autocast.
+    dtype = torch.bfloat16 if mixed else torch.float32
+    vectors = torch.randn(batch, length, width, dtype=dtype, requires_grad=True)
+    autocast = nullcontext()
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), autocast:
         given = {"position_ids": torch.arange(20).repeat(batch, 2)} if packed else {}
         model(inputs_embeds=vectors, use_cache=False, **given)
     return sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
+
+
+class NormOnGpu(torch.autograd.Function):
+    """Saves the input, the weight and a float32 per row, as torch's fused kernel does."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x, weight, x.float().pow(2).mean(dim=-1))
+        return torch.rms_norm(x, (x.shape[-1],), weight, 1e-6)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        raise NotImplementedError
+
+
+def saves_as_on_a_gpu(x: torch.Tensor, _: Any, weight: torch.Tensor, __: float) -> torch.Tensor:
+    found: torch.Tensor = NormOnGpu.apply(x, weight)
+    return found
 
 
 @pytest.mark.parametrize(
@@ -152,7 +172,12 @@ def saved_by_autograd(model: nn.Module, mixed: bool, packed: bool) -> int:
     ],
 )
 def test_activations_are_within_5_percent_of_what_autograd_saves(
-    folder: Path, kind: Any, mixed: bool, targets: tuple[str, ...], packed: bool
+    folder: Path,
+    kind: Any,
+    mixed: bool,
+    targets: tuple[str, ...],
+    packed: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     wanted = shape(
         folder,
@@ -162,6 +187,8 @@ def test_activations_are_within_5_percent_of_what_autograd_saves(
         lora_targets=targets,
         masked_row=40 if packed else None,
     )
+    # On the CPU torch's norm saves its steps one by one, on a GPU what is counted.
+    monkeypatch.setattr("hsft.model.norms.F.rms_norm", saves_as_on_a_gpu)
     real = saved_by_autograd(real_model(folder, wanted).train(), mixed, packed)
     layer, rest = memory.saved_bytes_per_token(wanted)
     assert 6 * 40 * (3 * layer + rest) == pytest.approx(real, rel=0.05)
@@ -202,7 +229,7 @@ def test_dry_run_reads_no_weights_and_writes_nothing(project: Project) -> None:
     )
     assert code == 0, err
     assert set(project.root.rglob("*")) == before
-    for word in ("weights", "optimizer", "activations", "logits", "item table", "24 GB"):
+    for word in ("weights", "optimizer", "activations", "logits", "item table", "24 GiB"):
         assert word in out
     config = json.loads((folder / "config.json").read_text())
     assert config["num_hidden_layers"] == 2
@@ -288,3 +315,17 @@ def test_tinyllamas_shape_is_tinyllamas() -> None:
     decoder = memory.meta_decoder(config)
     # TinyLlama-1.1B has 1,100,048,384 weights; 32,000 x 2,048 of them are the output head.
     assert sum(p.numel() for p in decoder.parameters()) == 1_100_048_384 - 32_000 * 2048
+
+
+def test_packed_batches_are_counted_by_their_lengths(project: Project) -> None:
+    # By hand: 30 users of 12, 11 and 10 items, two held out, cut to the last 8 transitions.
+    code, out, err = project.run(*DRY, "--train_batch_size", "4")
+    assert code == 0, err
+    rng_lengths = [min(8, 12 - user % 3 - 3) for user in range(30)]
+    mean = sum(rng_lengths) / 30
+    deviation = (sum((n - mean) ** 2 for n in rng_lengths) / 30) ** 0.5
+    assert f"({min(32, -(-(4 * mean + 6 * deviation) // 1)):,.0f} positions)" in out
+    code, out, err = project.run(*DRY, "--train_batch_size", "4", "--pack_sequences", "False")
+    assert "(32 positions)" in out
+    (project.root / "dataset/tiny.csv").unlink()
+    assert "(32 positions)" in project.run(*DRY, "--train_batch_size", "4")[1]

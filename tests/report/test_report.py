@@ -121,9 +121,9 @@ def test_popularity_groups_by_hand() -> None:
     counts = np.array([0, 10, 4, 4, 1, 1, 0])
     groups = popularity_groups(counts, np.array([1, 2, 3, 4, 6, 1]))
     assert [(group.name, group.size, list(group.notes)) for group in groups] == [
-        ("head", 2, ["1 item", "met 10 times"]),
+        ("head", 2, ["1 item", "10 interactions each"]),
         ("middle", 0, ["0 items"]),
-        ("tail", 3, ["4 items", "met 1 to 4 times"]),
+        ("tail", 3, ["4 items", "1 to 4 interactions each"]),
         ("never in training", 1, ["1 item"]),
     ]
     assert groups[2].members.tolist() == [False, True, True, True, False, False]
@@ -344,6 +344,20 @@ def test_the_held_out_item_is_marked_at_its_rank(project: Project) -> None:
     assert any(places.values())
 
 
+def test_a_held_out_item_of_the_history_has_no_rank(project: Project) -> None:
+    lines = [line.split(",") for line in Path("dataset/tiny.csv").read_text().split()]
+    of_user = [line for line in lines if line[1] == "u4"]
+    of_user[-1][0] = of_user[0][0]
+    Path("dataset/tiny.csv").write_text("\n".join(map(",".join, lines)) + "\n")
+    assert project.run("--model", "item_knn", "--run_name", "run")[0] == 0
+    code, _, err = project.call(main, ["saved/run", "--users", "u4", "--out", "page.html"])
+    assert code == 0, err
+    text = read_page(Path("page.html")).text
+    assert "The held-out item is in the history too, so it has no rank" in text
+    assert "All ranks computed now equal the recorded ones." in text
+    assert str(UNRANKED) not in text
+
+
 @pytest.mark.parametrize(
     ("more", "words"),
     [
@@ -400,6 +414,15 @@ def test_what_changed_since_the_run_is_said(project: Project) -> None:
     each = re.findall(r"recorded by the run, \d+ computed now", Path("page.html").read_text())
     assert len(each) == int(found.group(1)) > 0
     rows = Path("dataset/tiny.csv").read_text().splitlines()
+    # As many of everything, with one user's last two items exchanged.
+    (one, *end), (two, *last) = rows[-2].split(","), rows[-1].split(",")
+    Path("dataset/tiny.csv").write_text(
+        "\n".join([*rows[:-2], ",".join([two, *end]), ",".join([one, *last])]) + "\n"
+    )
+    code, _, err = project.call(main, ["saved/run", "--out", "page.html"])
+    assert code == 0, err
+    text = read_page(Path("page.html")).text
+    assert text.count("have changed since the run (other held-out items, histories)") == 3
     Path("dataset/tiny.csv").write_text("\n".join(rows[:-5]) + "\n")
     code, _, err = project.call(main, ["saved/run", "--out", "page.html"])
     assert code == 0, err

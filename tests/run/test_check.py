@@ -218,7 +218,7 @@ def test_what_the_run_would_warn_of_is_said(project: Project) -> None:
     assert code == 0, err
     warning = (
         f"warning: the item cache {CACHE} was not made with this configuration's item_prompt; it was "
-        f"made from other/tiny.csv; make it anew with item_caching.py if that is not intended."
+        f"made from other/tiny.csv; make it again with item_caching.py if that is not intended."
     )
     assert out.splitlines()[-2:] == [warning, "no problem found; 1 warning above"]
     code, out, _ = project.run(*CHECK, "--val_only", "True")

@@ -22,6 +22,7 @@ PLACES = {
     "text_path": "folder of the item information, or its file",
     "item_cache_path": "item cache",
     "item_pretrain_dir": "model folder of the ItemLLM",
+    "encoder": "folder of the sentence encoder",
     "user_pretrain_dir": "model folder of the UserLLM",
     "device": "auto, cpu or cuda",
     "num_threads": "CPU threads of torch",

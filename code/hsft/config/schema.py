@@ -26,6 +26,8 @@ METRIC_NAMES = get_args(MetricName)
 METRIC_PATTERN = re.compile(rf"^({'|'.join(METRIC_NAMES)})@([1-9][0-9]*)$")
 # Models that know items by their embeddings, so that an item they never met can be scored.
 READS_EMBEDDINGS = ("HLLM", "item_knn")
+# Models without training.
+REFERENCES = ("pop", "random", "item_knn", "tfidf")
 
 
 def _number(value: Any) -> Any:
@@ -104,6 +106,10 @@ class SasrecArgs(_Section):
     layers: PositiveInt = Field(2, le=1000, description="number of self-attention layers")
     heads: PositiveInt = Field(2, description="attention heads; must divide hidden_size")
     dropout: Number = Field(0.5, ge=0, lt=1, description="dropout probability")
+    block: Literal["transformer", "ligr"] = Field(
+        "transformer",
+        description="kind of layers: pre-norm transformer, or LiGR's gated ones as in eSASRec",
+    )
 
     @model_validator(mode="after")
     def _heads_divide(self) -> SasrecArgs:
@@ -132,7 +138,7 @@ class Config(_Section):
     """
 
     # --- run
-    model: Literal["HLLM", "pop", "random", "item_knn", "sasrec"] = _key(
+    model: Literal["HLLM", "pop", "random", "item_knn", "tfidf", "sasrec"] = _key(
         "HLLM",
         "run",
         "what ranks the items: HLLM's UserLLM, or a reference model on the same split",
@@ -147,7 +153,7 @@ class Config(_Section):
     dry_run: Bool = _key(
         False,
         "run",
-        "print the estimated GPU memory and the largest train_batch_size for cards of 8 to 24 GB, "
+        "print the estimated GPU memory and the largest train_batch_size for cards of 6 to 24 GiB, "
         "then stop; loads no weights, and says what it assumes where the model folder, item cache "
         "or interactions are not there yet",
     )
@@ -201,6 +207,12 @@ class Config(_Section):
     dataset: Annotated[Text | None, AfterValidator(_plain_name)] = _key(
         None, "data", "name of the dataset, for example Pixel200K"
     )
+    item_data: Annotated[Text | None, AfterValidator(_plain_name)] = _key(
+        None,
+        "data",
+        "the catalogue that items are ranked in: the items of data_path/<item_data>.csv, which needs "
+        "an item_id column, and those of the interactions; default: the latter alone",
+    )
     text_path: Text = _key(
         "information",
         "data",
@@ -237,17 +249,23 @@ class Config(_Section):
         "cache file; default: <data_path>/<dataset in lower case>_item_embeddings.safetensors",
     )
     item_pretrain_dir: Text | None = _key(None, "item cache", "model folder of the ItemLLM")
+    encoder: Text | None = _key(
+        None,
+        "item cache",
+        "folder of a sentence encoder, in sentence-transformers' layout or of BERT's kind, in place "
+        "of item_pretrain_dir: texts are sentences, with the folder's own prompt, pooling and length",
+    )
     item_prompt: Text = _key(
         "Compress the following sentence into embedding: ",
         "item cache",
         "text put before every item's text",
     )
-    text_format: Literal["plain", "hllm"] = _key(
+    text_format: Literal["plain", "hllm", "sentences"] = _key(
         "plain",
         "item cache",
         "plain: cells of the item information as they are; hllm: as pandas reads them in HLLM's code "
         "(NA, None and null are blank, 1990 may be 1990.0, 0 is left out, an item without values has "
-        "the prompt alone)",
+        "the prompt alone); sentences: the values alone, joined by '. '",
     )
     item_emb_token_n: Int = _key(
         1,
@@ -342,7 +360,10 @@ class Config(_Section):
         "auto", "UserLLM", "number type of the quantised layers' products; auto follows precision"
     )
     qlora_double_quant: Bool = _key(
-        True, "UserLLM", "quantise the quantisation constants too (nf4 and fp4)"
+        True,
+        "UserLLM",
+        "quantise the quantisation constants too (nf4 and fp4); training holds them in float32, as "
+        "rounded",
     )
 
     # --- training
@@ -384,6 +405,17 @@ class Config(_Section):
         "negatives with a cosine to the positive above this are masked",
         gt=0,
         le=1.01,
+    )
+    temperature: Number | None = _key(
+        None,
+        "training",
+        "what nce's cosines are divided by, at the start; default: the model folder's own, else "
+        "HLLM's 0.07",
+        ge=0.01,
+        le=1,
+    )
+    fix_temp: Bool = _key(
+        False, "training", "keep the temperature as it starts; else nce trains it"
     )
     train_positions: Literal["all", "random_split"] = _key(
         "all",
@@ -449,6 +481,12 @@ class Config(_Section):
     valid_metric: Text = _key(
         "NDCG@10", "evaluation", "validation metric that picks the best epoch and stops early"
     )
+    valid_users: PositiveInt | None = _key(
+        None,
+        "evaluation",
+        "users of each validation, a sample drawn once by seed; default: all. The final evaluation is "
+        "always of all users",
+    )
     eval_step: PositiveInt = _key(1, "evaluation", "epochs between validations")
     stopping_step: PositiveInt = _key(
         5, "evaluation", "validations without improvement before training stops"
@@ -477,7 +515,14 @@ class Config(_Section):
     knn_history: Literal["last", "mean"] = _key(
         "last",
         "reference models",
-        "model: item_knn ranks by cosine to the last item or to the mean of the history",
+        "model: item_knn and tfidf rank by cosine to the last item or to the mean of the history",
+    )
+    knn_decay: Number = _key(
+        1.0,
+        "reference models",
+        "weight of an item in that mean relative to the next newer one; 1: all count the same",
+        gt=0,
+        le=1,
     )
 
     @model_validator(mode="after")
@@ -501,6 +546,10 @@ class Config(_Section):
             )
         if self.negatives == "sampled" and self.num_negatives is None:
             raise ValueError("negatives: sampled needs num_negatives, for example 512")
+        if self.loss == "bce" and (self.fix_temp or self.temperature is not None):
+            raise ValueError("fix_temp and temperature belong to loss: nce; drop them or the loss")
+        if self.encoder is not None and self.item_pretrain_dir is not None:
+            raise ValueError("encoder stands in place of item_pretrain_dir; drop one of them")
         if self.item_id_dropout and not self.item_id_embedding:
             raise ValueError("item_id_dropout needs item_id_embedding: True; set it or drop one")
         if self.model == "sasrec" and self.val_only:
@@ -550,7 +599,6 @@ HLLM_KEYS_WITHOUT_EFFECT = frozenset(
         "metric_decimal_place",
         "use_modality",
         "data_split",
-        "item_data",
         "item_emb_pretrain",
         "load_pretrain",
     }

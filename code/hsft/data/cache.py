@@ -2,7 +2,8 @@
 
 The native file is safetensors: tensor `embeddings` [n, D] (float16, bfloat16 or float32), tensor
 `item_ids` uint8 (the ids as a UTF-8 JSON list), and metadata saying how it was made. `.pt` files
-holding `{item_id: tensor}`, as the published HSFT writes them, are read too.
+holding `{item_id: tensor}`, as the published HSFT writes them, are read too, and so are a `.npy`
+matrix with its ids in a `.txt` or `.json` file beside it, and parquet with an id and a vector a row.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import struct
 import warnings
 import zipfile
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -118,15 +119,25 @@ def is_native(path: Path) -> bool:
 
 
 def open_cache(path: str | Path) -> ItemCache:
-    """Open a cache file, native or `.pt`, told apart by content.
+    """Open a cache file: native, `.pt`, `.npy` or parquet, told apart by content.
 
     Raises:
         InputError: the file is missing, damaged, of another kind, or holds NaN or infinity.
     """
     path = find_cache(path)
-    cache = _open_native(path) if is_native(path) else _open_pt(path)
+    cache = _reader(path)(path)
     _refuse_bad_values(cache, path)
     return cache
+
+
+def _reader(path: Path) -> Callable[[Path], ItemCache]:
+    if is_native(path):
+        return _open_native
+    with path.open("rb") as stream:
+        head = stream.read(6)
+    if head == b"\x93NUMPY":
+        return _open_npy
+    return _open_parquet if head[:4] == b"PAR1" else _open_pt
 
 
 def read_header(path: str | Path) -> tuple[int, int, str]:
@@ -202,26 +213,10 @@ def write_cache(
     """
     ids = encode_ids(item_ids).numpy().tobytes()
     matrix_bytes = len(item_ids) * dim * dtype.itemsize
-    full = {**metadata, "format": FORMAT, "dtype": _DTYPE_NAMES[dtype]}
-    header: dict[str, Any] = {
-        "__metadata__": dict(sorted(full.items())),
-        "embeddings": {
-            "dtype": _SAFETENSORS_NAMES[dtype],
-            "shape": [len(item_ids), dim],
-            "data_offsets": [0, matrix_bytes],
-        },
-        "item_ids": {
-            "dtype": "U8",
-            "shape": [len(ids)],
-            "data_offsets": [matrix_bytes, matrix_bytes + len(ids)],
-        },
-    }
-    encoded = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
-    # The format wants the data to begin at a multiple of 8 bytes.
-    encoded += b" " * (-len(encoded) % 8)
-    start = 8 + len(encoded)
+    header = _file_header(len(item_ids), dim, dtype, len(ids), metadata)
+    start = len(header)
     with path.open("w+b") as file:
-        file.write(struct.pack("<Q", len(encoded)) + encoded)
+        file.write(header)
         file.flush()
         _allocate(file.fileno(), start + matrix_bytes)
         if matrix_bytes:
@@ -230,6 +225,31 @@ def write_cache(
         file.write(ids)
         file.flush()
         os.fsync(file.fileno())
+
+
+def _file_header(
+    items: int, dim: int, dtype: torch.dtype, id_bytes: int, metadata: Mapping[str, str]
+) -> bytes:
+    """Return a safetensors file's bytes before its data: a length, and JSON of that length."""
+    matrix_bytes = items * dim * dtype.itemsize
+    full = {**metadata, "format": FORMAT, "dtype": _DTYPE_NAMES[dtype]}
+    header: dict[str, Any] = {
+        "__metadata__": dict(sorted(full.items())),
+        "embeddings": {
+            "dtype": _SAFETENSORS_NAMES[dtype],
+            "shape": [items, dim],
+            "data_offsets": [0, matrix_bytes],
+        },
+        "item_ids": {
+            "dtype": "U8",
+            "shape": [id_bytes],
+            "data_offsets": [matrix_bytes, matrix_bytes + id_bytes],
+        },
+    }
+    encoded = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
+    # The format wants the data to begin at a multiple of 8 bytes.
+    encoded += b" " * (-len(encoded) % 8)
+    return struct.pack("<Q", len(encoded)) + encoded
 
 
 def _allocate(file: int, size: int) -> None:
@@ -285,7 +305,7 @@ def _open_native(path: Path) -> ItemCache:
             encoded = file.get_tensor("item_ids")
     except (SafetensorError, OSError, RuntimeError, TypeError) as error:
         raise InputError(
-            f"item cache {path} is damaged ({one_line(error, 120)}); make it anew with "
+            f"item cache {path} is damaged ({one_line(error, 120)}); make it again with "
             f"item_caching.py."
         ) from error
     item_ids = _decode_ids(encoded, path)
@@ -304,7 +324,7 @@ def _decode_ids(encoded: torch.Tensor, path: Path) -> list[str]:
         "".join(item_ids).encode("utf-8")
     except (ValueError, RecursionError) as error:
         raise InputError(
-            f"item cache {path} has an unreadable id list ({one_line(error, 120)}); make it anew "
+            f"item cache {path} has an unreadable id list ({one_line(error, 120)}); make it again "
             f"with item_caching.py."
         ) from error
     return item_ids
@@ -326,23 +346,23 @@ def _open_pt(path: Path) -> ItemCache:
         if isinstance(error, pickle.UnpicklingError) and "global" in reason.lower():
             raise InputError(
                 f"item cache {path} holds more than tensors and was not opened, since such a file "
-                f"can run code; make it anew with item_caching.py."
+                f"can run code; make it again with item_caching.py."
             ) from error
         raise InputError(
             f"item cache {path} is damaged or no cache at all ({one_line(reason, 120)}); make it "
-            f"anew with item_caching.py."
+            f"again with item_caching.py."
         ) from error
     if not isinstance(content, Mapping) or not content:
         raise InputError(
             f"item cache {path} must hold a dictionary of item id -> tensor, not "
             f"{'nothing' if content is None or content == {} else type(content).__name__}; make it "
-            f"anew with item_caching.py."
+            f"again with item_caching.py."
         )
     item_ids = []
     for key in content:
         if isinstance(key, bool) or not isinstance(key, str | int):
             raise InputError(
-                f"item cache {path}: the key {one_line(repr(key), 40)} is no item id; make it anew "
+                f"item cache {path}: the key {one_line(repr(key), 40)} is no item id; make it again "
                 f"with item_caching.py."
             )
         item_ids.append(str(key))
@@ -355,6 +375,106 @@ def _open_pt(path: Path) -> ItemCache:
     return ItemCache(item_ids, matrix, {}, path)
 
 
+def _open_npy(path: Path) -> ItemCache:
+    """Open a matrix [n, D] of a `.npy` file whose n ids are in `NAME.txt` or `NAME.json` beside it."""
+    try:
+        # Copied on write, since a tensor over a read-only map would warn.
+        matrix = np.load(path, mmap_mode="c", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise InputError(
+            f"item cache {path} is no NumPy file of numbers ({one_line(error, 120)}); write it "
+            f"again with numpy.save."
+        ) from error
+    return ItemCache(*_checked(path, _ids_beside(path), _numbers(path, matrix)), {}, path)
+
+
+def _ids_beside(path: Path) -> list[str]:
+    listed, lines = path.with_suffix(".json"), path.with_suffix(".txt")
+    for file in (listed, lines):
+        if not is_file(file):
+            continue
+        try:
+            text = file.read_text(encoding="utf-8")
+            ids = json.loads(text) if file == listed else text.splitlines()
+        except (OSError, ValueError, RecursionError) as error:
+            raise InputError(
+                f"{file} is no list of item ids ({one_line(error, 120)}); write one id a line into "
+                f"{lines}, or a JSON list into {listed}."
+            ) from error
+        if not isinstance(ids, list) or not all(type(item) in (str, int) for item in ids):
+            raise InputError(f"{file} is no list of item ids; write a JSON list of texts.")
+        return [str(item) for item in ids]
+    raise InputError(
+        f"item cache {path} needs the ids of its rows beside it: one a line in {lines.name}, or a "
+        f"JSON list in {listed.name}."
+    )
+
+
+def _open_parquet(path: Path) -> ItemCache:
+    """Open a parquet file of two columns: the item id, and a list of numbers."""
+    try:
+        import pyarrow as pa
+        import pyarrow.compute as pc
+        import pyarrow.parquet as pq
+    except ImportError as error:
+        raise InputError(
+            f"item cache {path} is a parquet file, which needs the package pyarrow; install it with "
+            f"pip install pyarrow."
+        ) from error
+    try:
+        table = pq.read_table(path)
+    except (OSError, pa.ArrowException) as error:
+        raise InputError(
+            f"item cache {path} is damaged ({one_line(error, 120)}); write it again."
+        ) from error
+    vectors = [
+        field.name
+        for field in table.schema
+        if pa.types.is_list(field.type)
+        or pa.types.is_large_list(field.type)
+        or pa.types.is_fixed_size_list(field.type)
+    ]
+    others = [name for name in table.column_names if name not in vectors]
+    if len(vectors) != 1 or len(others) != 1:
+        raise InputError(
+            f"item cache {path} has the columns {', '.join(table.column_names[:8])}; it needs two, "
+            f"the item id and a list of numbers."
+        )
+    ids, column = table.column(others[0]), table.column(vectors[0])
+    if ids.null_count or column.null_count:
+        raise InputError(f"item cache {path} has rows without an id or a vector; leave them out.")
+    sizes = set(pc.list_value_length(column).to_pylist())
+    flat = pc.list_flatten(column)
+    if len(sizes) != 1 or flat.null_count:
+        raise InputError(
+            f"item cache {path} has vectors of different lengths, or with gaps; write lists of one "
+            f"length."
+        )
+    matrix = flat.to_numpy().reshape(len(ids), -1)
+    names = [str(item) for item in ids.to_pylist()]
+    return ItemCache(*_checked(path, names, _numbers(path, matrix)), {}, path)
+
+
+def _numbers(path: Path, matrix: np.ndarray) -> torch.Tensor:
+    """Return a matrix of floating-point numbers as a tensor, float64 as float32."""
+    if matrix.dtype.kind != "f" or matrix.dtype.itemsize > 8:
+        raise InputError(
+            f"item cache {path} holds {matrix.dtype}; it must be float16, float32 or float64."
+        )
+    if matrix.dtype not in (np.float16, np.float32):
+        matrix = matrix.astype(np.float32)
+    if not matrix.flags.writeable:
+        matrix = matrix.copy()
+    return torch.from_numpy(np.ascontiguousarray(matrix))
+
+
+def _checked(
+    path: Path, item_ids: list[str], embeddings: torch.Tensor
+) -> tuple[list[str], torch.Tensor]:
+    _check_shape(path, item_ids, embeddings)
+    return item_ids, embeddings
+
+
 def _refuse_odd_vectors(path: Path, item_ids: list[str], vectors: list[Any]) -> None:
     """Refuse values that are not plain vectors of one length and number type, held in the file."""
     first = vectors[0]
@@ -362,24 +482,24 @@ def _refuse_odd_vectors(path: Path, item_ids: list[str], vectors: list[Any]) -> 
     for item, vector in zip(item_ids, vectors, strict=True):
         where = f"item cache {path}: item '{one_line(item, 40)}'"
         if not isinstance(vector, torch.Tensor) or not vector.is_floating_point():
-            raise InputError(f"{where} is not a tensor of numbers; make it anew.")
+            raise InputError(f"{where} is not a tensor of numbers; make it again.")
         if vector.layout != torch.strided or vector.device.type != "cpu":
-            raise InputError(f"{where} is not a dense tensor of numbers; make it anew.")
+            raise InputError(f"{where} is not a dense tensor of numbers; make it again.")
         if vector.numel() != first.numel():
             raise InputError(
                 f"{where} has {vector.numel()} dimensions, others have {first.numel()}; make it "
-                f"anew with item_caching.py."
+                f"again with item_caching.py."
             )
         if vector.dtype != first.dtype:
             raise InputError(
-                f"{where} is {vector.dtype}, others are {first.dtype}; make it anew with "
+                f"{where} is {vector.dtype}, others are {first.dtype}; make it again with "
                 f"item_caching.py."
             )
         total += vector.numel() * vector.element_size()
     # A few bytes can describe a tensor of any size by repeating one number: stride 0.
     if total > path.stat().st_size:
         raise InputError(
-            f"item cache {path} claims more numbers than it holds; make it anew with item_caching.py."
+            f"item cache {path} claims more numbers than it holds; make it again with item_caching.py."
         )
 
 
@@ -391,7 +511,7 @@ def _refuse_compressed(path: Path) -> None:
         if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
             raise InputError(
                 f"item cache {path} is a compressed archive, which torch.save does not write; make "
-                f"it anew with item_caching.py."
+                f"it again with item_caching.py."
             )
 
 
@@ -403,14 +523,14 @@ def _check_shape(path: Path, item_ids: list[str], embeddings: torch.Tensor) -> N
     if embeddings.ndim != 2 or embeddings.shape[0] != len(item_ids) or not embeddings.shape[1]:
         raise InputError(
             f"item cache {path} has {len(item_ids)} ids for a matrix of shape "
-            f"{tuple(embeddings.shape)}; make it anew with item_caching.py."
+            f"{tuple(embeddings.shape)}; make it again with item_caching.py."
         )
     if not item_ids:
-        raise InputError(f"item cache {path} holds no items; make it anew with item_caching.py.")
+        raise InputError(f"item cache {path} holds no items; make it again with item_caching.py.")
     if len(set(item_ids)) != len(item_ids):
         twice = next(item for item, count in Counter(item_ids).items() if count > 1)
         raise InputError(
-            f"item cache {path} names the item '{one_line(twice, 40)}' twice; make it anew with "
+            f"item cache {path} names the item '{one_line(twice, 40)}' twice; make it again with "
             f"item_caching.py."
         )
 
@@ -426,5 +546,5 @@ def _refuse_bad_values(cache: ItemCache, path: Path, rows_at_a_time: int = 4096)
             item = one_line(cache.item_ids[start + int((~good).nonzero()[0])], 40)
             raise InputError(
                 f"item cache {path}: the embedding of item '{item}' holds NaN or infinity; make it "
-                f"anew with item_caching.py, with --item_cache_dtype float32 if it overflowed."
+                f"again with item_caching.py, with --item_cache_dtype float32 if it overflowed."
             )

@@ -26,7 +26,7 @@ _SEPARATORS = {";": "';'", "\t": "a tab", "|": "'|'"}
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 _UTF16_32 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)
 
-# Says what is wrong with a cell and how to mend it, or None.
+# Says what is wrong with a cell and how to fix it, or None.
 CellCheck = Callable[[str], str | None]
 
 
@@ -44,12 +44,12 @@ def check_bytes(path: Path, remedy: str) -> None:
             if chunk.startswith(_UTF16_32):
                 raise InputError(f"{path} is UTF-16 or UTF-32 text; save it as UTF-8.")
             while chunk:
-                found = chunk.find(b"\0")
-                if found >= 0:
-                    line += chunk.count(b"\n", 0, found)
+                position = chunk.find(b"\0")
+                if position >= 0:
+                    line += chunk.count(b"\n", 0, position)
                     raise InputError(
                         f"{path}, row {line}: holds a NUL byte, so it is UTF-16 text or damaged; "
-                        f"save it as UTF-8 or make it again."
+                        f"save it as UTF-8 or export it again."
                     )
                 line += chunk.count(b"\n")
                 chunk = stream.read(1 << 20)
@@ -92,7 +92,7 @@ def refuse_other_separator(path: Path, first: str, column: str, usable: str = ",
     Args:
         path: the file, for the sentence.
         first: the line.
-        column: a name that was not found in it.
+        column: a name that it lacks.
         usable: separators that the file may have.
 
     Raises:
@@ -185,20 +185,20 @@ class RowProblems:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._found: dict[str, tuple[str, list[int], int]] = {}
+        self._kinds: dict[str, tuple[str, list[int], int]] = {}
 
     def add(self, kind: str, row: int, text: str) -> None:
         """Book one problem; `text` is kept for the first row of its kind."""
-        first, rows, count = self._found.get(kind, (text, [], 0))
+        first, rows, count = self._kinds.get(kind, (text, [], 0))
         if len(rows) < SHOWN_ROWS:
             rows.append(row)
-        self._found[kind] = (first, rows, count + 1)
+        self._kinds[kind] = (first, rows, count + 1)
 
     def sentences(self) -> list[str]:
         """Return one sentence a kind of problem."""
         return [
             f"{self.path}, row {rows[0]}: {text}{self._others(rows, count)}."
-            for text, rows, count in self._found.values()
+            for text, rows, count in self._kinds.values()
         ]
 
     def _others(self, rows: list[int], count: int) -> str:
@@ -209,7 +209,7 @@ class RowProblems:
 
 
 def check_row(
-    found: RowProblems,
+    problems: RowProblems,
     row: int,
     cells: Sequence[str],
     header: Sequence[str],
@@ -218,7 +218,7 @@ def check_row(
     """Check one row's cells.
 
     Args:
-        found: where problems go.
+        problems: where problems go.
         row: number of the line that the row begins on.
         cells: the row.
         header: the column names.
@@ -232,7 +232,7 @@ def check_row(
         kind, remedy = (
             ("more", "quote the field that holds a comma") if more else ("fewer", "complete it")
         )
-        found.add(
+        problems.add(
             kind,
             row,
             f"has {len(cells)} field{'s' * (len(cells) > 1)}, {kind} than the header's "
@@ -244,7 +244,7 @@ def check_row(
         problem = check(cells[position])
         if problem is not None:
             # The sentence of the first row shows its value; the kind is what follows the value.
-            found.add(
+            problems.add(
                 f"{position}{problem.rpartition(chr(39))[2]}", row, f"{header[position]} {problem}"
             )
             good = False
@@ -257,21 +257,21 @@ def explain(path: Path, columns: Mapping[str, CellCheck], reason: str) -> NoRetu
     Args:
         path: the file.
         columns: column name -> its check.
-        reason: the faster reader's own words, for a file in which nothing is found here.
+        reason: the faster reader's own words, for a file in which no row is wrong.
 
     Raises:
         InputError: always.
     """
     header = read_header(path, list(columns), "change the first line")
     checks = {header.index(name): check for name, check in columns.items()}
-    found = RowProblems(path)
+    problems = RowProblems(path)
     broken: list[str] = []
     rows = csv_rows(path)
     next(rows)
     try:
         for row, cells in rows:
-            check_row(found, row, cells, header, checks)
+            check_row(problems, row, cells, header, checks)
     except InputError as error:
         broken.append(str(error))
-    refuse([*found.sentences(), *broken])
-    raise InputError(f"{path} cannot be read as CSV: {one_line(reason, 160)}; mend the file.")
+    refuse([*problems.sentences(), *broken])
+    raise InputError(f"{path} cannot be read as CSV: {one_line(reason, 160)}; correct the file.")

@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from hsft.config import Config
 from hsft.data.column_checks import check_ids, sentences
 from hsft.data.csv_rows import (
     all_ids_sound,
@@ -81,8 +82,13 @@ class Interactions:
         return np.diff(self.offsets)
 
 
-def dataset_file(data_path: str, dataset: str | None) -> Path:
+def dataset_file(data_path: str, dataset: str | None, key: str = "dataset") -> Path:
     """Return the path of a dataset's interaction file.
+
+    Args:
+        data_path: its folder.
+        dataset: its name.
+        key: the configuration key that names it, for the error.
 
     Raises:
         InputError: no dataset is named or there is no such file; existing ones are listed.
@@ -100,8 +106,8 @@ def dataset_file(data_path: str, dataset: str | None) -> Path:
     if known:
         hint = f"datasets found there: {', '.join(known[:8])}"
     raise InputError(
-        f"unknown dataset '{dataset}': {path} does not exist ({hint}); "
-        f"put the interactions there or change --dataset or --data_path."
+        f"unknown {key} '{dataset}': {path} does not exist ({hint}); "
+        f"put the interactions there or change --{key} or --data_path."
     )
 
 
@@ -129,16 +135,9 @@ def read_interactions(
     """
     path = Path(path)
     columns, row_of = _read_columns(path)
+    warnings = _check_columns(path, columns, row_of)
     (item_codes, user_codes), (item_ids, user_ids) = columns.codes, columns.ids
-    if not (all_ids_sound(item_ids) and all_ids_sound(user_ids)):
-        explain(path, _CHECKS, "an id is not usable")
     timestamps = columns.numbers
-    findings = [
-        *check_ids("item_id", item_ids, item_codes),
-        *check_ids("user_id", user_ids, user_codes),
-        *check_times(timestamps),
-    ]
-    warnings = sentences(path, findings, row_of)
     rng = np.random.default_rng(seed) if tie_order == "shuffle" else None
     order = _by_user_and_time(user_codes, timestamps, rng)
     items = (item_codes[order] + 1).astype(np.int32)
@@ -158,6 +157,62 @@ def read_interactions(
         warnings=tuple(warnings),
         ties=ties,
     )
+
+
+def load_interactions(config: Config) -> Interactions:
+    """Read the interactions of a configuration, with the catalogue of its `item_data`.
+
+    Raises:
+        InputError: as `read_interactions`, or there is no such file.
+    """
+    path = dataset_file(config.data_path, config.dataset)
+    interactions = read_interactions(path, config.tie_order, config.seed)
+    if config.item_data is None:
+        return interactions
+    item_ids, warnings = read_item_ids(
+        dataset_file(config.data_path, config.item_data, "item_data")
+    )
+    interactions = replace(interactions, warnings=(*interactions.warnings, *warnings))
+    return with_catalogue(interactions, item_ids)
+
+
+def read_item_ids(path: Path) -> tuple[np.ndarray, list[str]]:
+    """Read the distinct items of a CSV with an `item_id` column, and warnings.
+
+    Returns:
+        str [n], by first appearance; and a sentence for each thing that may be wrong with them.
+
+    Raises:
+        InputError: the file is missing, no UTF-8 CSV, lacks the column or has an unusable id.
+    """
+    check_bytes(path, "change --item_data")
+    header = read_header(path, ["item_id"], "change the first line")
+    if set(COLUMNS) <= set(header):
+        columns, row_of = _read_columns(path)
+        codes, item_ids = columns.codes[0], columns.ids[0]
+    else:
+        row_of = partial(line_of_row, path)
+        try:
+            cells = _parse(path, header)
+        except (ValueError, *_PARSER_ERRORS) as error:
+            explain(path, {"item_id": id_problem}, str(error))
+        codes, item_ids = _factorize(cells["item_id"])
+    if not len(item_ids):
+        raise InputError(f"{path} has no items below its header line.")
+    if not all_ids_sound(item_ids):
+        explain(path, {"item_id": id_problem}, "an id is not usable")
+    return item_ids, sentences(path, check_ids("item_id", item_ids, codes), row_of)
+
+
+def with_catalogue(interactions: Interactions, item_ids: np.ndarray) -> Interactions:
+    """Return the interactions with a larger catalogue: these items, then others of their own.
+
+    Args:
+        interactions: what to renumber.
+        item_ids: str [n], none repeated.
+    """
+    more = pd.Index(interactions.item_ids[1:]).difference(pd.Index(item_ids), sort=False)
+    return renumber(interactions, np.concatenate([interactions.item_ids[:1], item_ids, more]))
 
 
 def drop_items(interactions: Interactions, keep: np.ndarray) -> Interactions:
@@ -228,6 +283,23 @@ def _by_user_and_time(
     return torch.sort(torch.from_numpy(keys), stable=True).indices.numpy()
 
 
+def _check_columns(path: Path, columns: PlainColumns, row_of: Callable[[int], int]) -> list[str]:
+    """Return warnings of what the columns hold.
+
+    Raises:
+        InputError: an id is not usable, or a column as a whole cannot be right.
+    """
+    (item_codes, user_codes), (item_ids, user_ids) = columns.codes, columns.ids
+    if not (all_ids_sound(item_ids) and all_ids_sound(user_ids)):
+        explain(path, _CHECKS, "an id is not usable")
+    findings = [
+        *check_ids("item_id", item_ids, item_codes),
+        *check_ids("user_id", user_ids, user_codes),
+        *check_times(columns.numbers),
+    ]
+    return sentences(path, findings, row_of)
+
+
 def _read_columns(path: Path) -> tuple[PlainColumns, Callable[[int], int]]:
     """Read the columns, and return them with what gives the line of a row by its position."""
     remedy = "change --dataset or --data_path"
@@ -265,7 +337,7 @@ def _parse(path: Path, header: list[str]) -> pd.DataFrame:
     texts = dict.fromkeys((name for name in header if name != "timestamp"), "object")
     with python_warnings.catch_warnings():
         python_warnings.simplefilter("error", pd.errors.ParserWarning)
-        frame = pd.read_csv(
+        return pd.read_csv(
             path,
             dtype=texts,
             encoding="utf-8-sig",
@@ -275,7 +347,6 @@ def _parse(path: Path, header: list[str]) -> pd.DataFrame:
             index_col=False,
             low_memory=False,
         )
-    return frame[list(COLUMNS)]
 
 
 def _whole_numbers(column: pd.Series, path: Path) -> np.ndarray:

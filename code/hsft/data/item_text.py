@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -25,7 +25,7 @@ from hsft.data.csv_rows import (
 from hsft.utils.errors import InputError, one_line, refuse
 from hsft.utils.files import is_file
 
-TextFormat = Literal["plain", "hllm"]
+TextFormat = Literal["plain", "hllm", "sentences"]
 
 _REMEDIES = ("check --text_path", "change the file or --text_keys")
 
@@ -92,7 +92,8 @@ def read_item_texts(
             text, without the prompt. `hllm`: as HLLM's public code, which reads the file with
             pandas' defaults: cells such as `NA`, `None` and `null` are left out, numbers are
             written as pandas has them (`1990.0` where a cell of the column is blank), the number 0
-            is left out, and an item without any value has the prompt alone.
+            is left out, and an item without any value has the prompt alone. `sentences`: as
+            `plain`, but the values alone, joined by ". ", without the names of their columns.
         remedies: what to do about a file that is missing, and about one that lacks columns.
 
     Raises:
@@ -105,12 +106,11 @@ def read_item_texts(
     ids = table["item_id"]
     if text_format == "hllm":
         texts = [item_prompt + body for body in _hllm_bodies(path, text_keys, len(ids))]
+    elif text_format == "sentences":
+        texts = [item_prompt + body if body else "" for body in _sentences(table, text_keys)]
     else:
         rows = zip(*(table[key] for key in text_keys), strict=True)
-        # An empty cell that went through pandas is written as `nan`.
-        bodies = (
-            _body(text_keys, row, lambda cell: cell.lower() not in ("", "nan")) for row in rows
-        )
+        bodies = (_body(text_keys, row, _has_value) for row in rows)
         texts = [item_prompt + body if body else "" for body in bodies]
     findings = check_ids("item_id", np.array(ids, dtype=object))
     warnings = sentences(path, findings, partial(line_of_row, path))
@@ -187,6 +187,29 @@ def unfit_texts(
     ]
 
 
+def read_plain_texts(path: str | Path, text_keys: Sequence[str]) -> dict[str, str]:
+    """Read the values of some columns as sentences: item id -> values, joined by ". ".
+
+    Empty fields are left out; an item without any value has an empty text.
+
+    Raises:
+        InputError: as `read_item_texts`.
+    """
+    table = _read(Path(path), list(dict.fromkeys(["item_id", *text_keys])))
+    return dict(zip(table["item_id"], _sentences(table, text_keys), strict=True))
+
+
+def _sentences(table: dict[str, list[str]], keys: Sequence[str]) -> Iterator[str]:
+    """Yield each row's values, joined by ". ", empty ones left out."""
+    for row in zip(*(table[key] for key in keys), strict=True):
+        yield ". ".join(value for value in row if _has_value(value))
+
+
+def _has_value(cell: str) -> bool:
+    # An empty cell that went through pandas is written as `nan`.
+    return bool(cell) and cell.lower() != "nan"
+
+
 def with_items(items: ItemTexts, item_ids: Sequence[str] | np.ndarray) -> ItemTexts:
     """Return the items with those of `item_ids` added, without text, that are not among them."""
     known = set(items.item_ids)
@@ -203,23 +226,23 @@ def _read(
     """Read some columns of an information file: column name -> its cells, in file order."""
     check_bytes(path, remedies[0])
     header = read_header(path, columns, remedies[1])
-    wanted = {name: header.index(name) for name in columns}
+    positions = {name: header.index(name) for name in columns}
     table: dict[str, list[str]] = {name: [] for name in columns}
     ids = table["item_id"]
-    checks = {wanted["item_id"]: id_problem}
-    found = RowProblems(path)
+    checks = {positions["item_id"]: id_problem}
+    problems = RowProblems(path)
     seen: set[str] = set()
     broken: list[str] = []
     rows = csv_rows(path)
     next(rows)
     try:
         for row, cells in rows:
-            if not check_row(found, row, cells, header, checks):
+            if not check_row(problems, row, cells, header, checks):
                 continue
-            for name, position in wanted.items():
+            for name, position in positions.items():
                 table[name].append(cells[position])
             if ids[-1] in seen:
-                found.add(
+                problems.add(
                     "twice",
                     row,
                     f"item '{one_line(ids[-1], 40)}' is described a second time; keep one row an item",
@@ -227,7 +250,7 @@ def _read(
             seen.add(ids[-1])
     except InputError as error:
         broken.append(str(error))
-    refuse([*found.sentences(), *broken])
+    refuse([*problems.sentences(), *broken])
     if not ids:
         raise InputError(f"{path} has no items below its header line.")
     return table

@@ -61,23 +61,23 @@ def read_plain(
     with path.open("rb") as stream:
         header = stream.readline(1 << 16).removeprefix(_BOM)
         names = header.rstrip(b"\n").split(b",")
-        wanted = [name.encode() for name in (*ids, number)]
-        if any(names.count(name) != 1 for name in wanted) or not header.endswith(b"\n"):
+        columns = [name.encode() for name in (*ids, number)]
+        if any(names.count(name) != 1 for name in columns) or not header.endswith(b"\n"):
             return None
-        places = [names.index(name) for name in wanted]
+        positions = [names.index(name) for name in columns]
         words: tuple[list[np.ndarray], list[np.ndarray]] = ([], [])
         numbers: list[np.ndarray] = []
         for lines in _whole_lines(stream, chunk_bytes):
-            if not _add_rows(lines, len(names), places, words, numbers):
+            if not _add_rows(lines, len(names), positions, words, numbers):
                 return None
     if not numbers:
         return None
-    columns = [_number_ids(parts) for parts in words]
+    numbered = [_number_ids(parts) for parts in words]
     # A blank id is an error that names its row: pandas finds that row.
-    if any("" in map(str.strip, texts) for _, texts in columns):
+    if any("" in map(str.strip, texts) for _, texts in numbered):
         return None
     return PlainColumns(
-        (columns[0][0], columns[1][0]), (columns[0][1], columns[1][1]), np.concatenate(numbers)
+        (numbered[0][0], numbered[1][0]), (numbered[0][1], numbered[1][1]), np.concatenate(numbers)
     )
 
 
@@ -98,7 +98,7 @@ def _whole_lines(stream: BinaryIO, chunk_bytes: int) -> Iterator[bytes]:
 def _add_rows(
     block: bytes,
     width: int,
-    places: list[int],
+    positions: list[int],
     words: tuple[list[np.ndarray], list[np.ndarray]],
     numbers: list[np.ndarray],
 ) -> bool:
@@ -119,12 +119,12 @@ def _add_rows(
     # All 8-byte words of the text, at every byte: a gather of them reads whole cells.
     at = np.ndarray((len(text) - 7,), dtype="<u8", buffer=text, strides=(1,))
 
-    def cells(place: int) -> tuple[np.ndarray, np.ndarray]:
-        before = ends[:, place - 1] if place else np.concatenate([[-1], ends[:-1, -1]])
-        return before + 1, ends[:, place] - before - 1
+    def cells(position: int) -> tuple[np.ndarray, np.ndarray]:
+        before = ends[:, position - 1] if position else np.concatenate([[-1], ends[:-1, -1]])
+        return before + 1, ends[:, position] - before - 1
 
-    for place, parts in zip(places, words, strict=False):
-        starts, lengths = cells(place)
+    for position, parts in zip(positions, words, strict=False):
+        starts, lengths = cells(position)
         longest = int(lengths.max())
         if not lengths.min() or longest > _LONGEST_ID:
             return False
@@ -133,11 +133,11 @@ def _add_rows(
             held = np.clip(lengths - begin, 0, 8)
             columns.append(at[np.minimum(starts + begin, len(at) - 1)] & _KEEP[held])
         parts.append(np.stack(columns, axis=1))
-    starts, lengths = cells(places[-1])
+    starts, lengths = cells(positions[-1])
     if not lengths.min() or lengths.max() > _LONGEST_NUMBER:
         return False
     low = np.minimum(lengths, 8)
-    tail, good = _parse_digits(at[ends[:, places[-1]] - low], low)
+    tail, good = _parse_digits(at[ends[:, positions[-1]] - low], low)
     if lengths.max() > 8:
         head, also = _parse_digits(at[starts], lengths - low)
         tail, good = head * 10**8 + tail, good & also
@@ -178,10 +178,10 @@ def _number_ids(parts: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     width = max(part.shape[1] for part in parts)
     codes: np.ndarray | None = None
     columns = []
-    for place in range(width):
+    for word in range(width):
         column = np.concatenate(
             [
-                part[:, place] if place < part.shape[1] else np.zeros(len(part), dtype=np.uint64)
+                part[:, word] if word < part.shape[1] else np.zeros(len(part), dtype=np.uint64)
                 for part in parts
             ]
         )

@@ -19,7 +19,7 @@ from torch import Tensor
 from hsft.data.cache import DTYPES, write_cache
 from hsft.data.item_text import ItemTexts
 from hsft.encoding.item_llm import ItemEncoder, length_batches
-from hsft.encoding.parts import Batches, Hold, Parts, PartWriter
+from hsft.encoding.parts import Batches, DeferSignals, Parts, PartWriter
 from hsft.encoding.tokens import Tokens, open_tokens, tokenize_in_memory, tokenize_to_folder
 from hsft.utils.distributed import (
     all_gather,
@@ -48,7 +48,7 @@ class EncodingJob:
         model: the ItemLLM's folder.
         text_keys, prompt, text_format, max_text_length, dtype, batch_tokens: configuration keys.
         compute_dtype: number type that the ItemLLM computes in.
-        pooling: `emb_token` or `mean`.
+        pooling: `emb_token`, `mean`, or `sentence` for a sentence encoder's own.
         fingerprint: of the ids and texts.
         source: SHA-256 of the HLLM checkpoint that the ItemLLM was imported from, else empty.
         model_fingerprint: of the ItemLLM's files.
@@ -88,8 +88,8 @@ class EncodingJob:
 
     def origin(self) -> dict[str, str]:
         """Return what they say of where it was done, as far as that is known."""
-        places = {"model_folder": self.model_folder, "information": self.information}
-        return {name: place for name, place in places.items() if place}
+        paths = {"model_folder": self.model_folder, "information": self.information}
+        return {name: path for name, path in paths.items() if path}
 
     def digest(self) -> str:
         """Return a SHA-256 that tells this job from any other."""
@@ -123,15 +123,10 @@ def encode_items(
     batches = plan_batches(tokens, job, encoder)
     groups = group_batches(batches, range(len(batches)))
     owners = share_out(_costs(batches, groups, tokens, encoder), world_size())
+    assigned = _assigned(groups, owners)
     result = torch.zeros((len(items), encoder.dim), dtype=DTYPES[job.dtype])
-    own = [
-        number
-        for group, owner in zip(groups, owners, strict=True)
-        if owner == global_rank()
-        for number in group
-    ]
-    with _meter(batches, own, tokens, encoder, show_progress) as bar:
-        for number in own:
+    with _meter(batches, assigned, tokens, encoder, show_progress) as bar:
+        for number in assigned:
             rows = batches.all[number]
             result[torch.from_numpy(rows)] = encode_batch(
                 encoder, tokens, rows, job, items.item_ids
@@ -139,20 +134,31 @@ def encode_items(
             bar.advance(len(rows), _tokens_of(rows, tokens, encoder))
     if world_size() > 1:
         for owner, group in zip(owners.tolist(), groups, strict=True):
-            place = torch.from_numpy(batches.rows(group))
-            own_block = result[place] if owner == global_rank() else None
-            block = broadcast(own_block, owner)
+            group_rows = torch.from_numpy(batches.rows(group))
+            block = broadcast(result[group_rows] if owner == global_rank() else None, owner)
             assert block is not None
-            result[place] = block
+            result[group_rows] = block
     return result
 
 
+@dataclass(frozen=True)
+class _Work:
+    """What one cache is built from, and where its parts go."""
+
+    encoder: ItemEncoder
+    job: EncodingJob
+    item_ids: Sequence[str]
+    tokens: Tokens
+    batches: Batches
+    parts: Parts
+
+
 @dataclass
-class CacheBuild:
-    """The building of one cache file by all processes of a run, resumable at any point.
+class CacheBuilder:
+    """Builds one cache file with all processes of a run, resumable at any point.
 
     Process 0 writes the tokens of all texts into the parts folder, every process encodes its share
-    of the batches that are not there yet and writes them as parts, and process 0 streams the parts
+    of the batches that no part has yet and writes them as parts, and process 0 streams the parts
     into the file. Batches do not depend on the number of processes, nor on where an earlier run was
     stopped, so neither does the file. No process holds more than one part of embeddings, and process
     0 alone ever holds the texts.
@@ -162,7 +168,8 @@ class CacheBuild:
         parts_dir: folder of the parts and of the unfinished file, on a disk that all processes
             share; removed at the end.
         show_progress: show a bar.
-        hold: makes a context in which signals wait: for a batch, and for the writing of a part.
+        defer_signals: makes a context in which signals wait: for a batch, and for the writing of a
+            part.
         items: number of items in all, once the texts have been read.
         kept: items in finished parts, those of an earlier run included, once that is known; with
             several processes it stays None, since each knows its own parts only.
@@ -171,16 +178,16 @@ class CacheBuild:
     target: Path
     parts_dir: Path
     show_progress: bool = True
-    hold: Hold = nullcontext
+    defer_signals: DeferSignals = nullcontext
     items: int = 0
     kept: int | None = None
 
-    def run(
+    def build(
         self,
         encoder: ItemEncoder,
         job: EncodingJob,
         item_ids: Sequence[str],
-        take_texts: Callable[[], list[str]],
+        pop_texts: Callable[[], list[str]],
     ) -> None:
         """Build the file. Collective.
 
@@ -188,84 +195,90 @@ class CacheBuild:
             encoder: the ItemLLM.
             job: settings; finished parts of the same job are used.
             item_ids: ids, needed in process 0 only.
-            take_texts: gives the texts, in process 0 only, and lets go of them.
+            pop_texts: returns the texts, in process 0 only, and keeps no reference to them.
 
         Raises:
             InputError: an embedding does not fit in the dtype, the disk is full, or the processes
                 do not share the folder.
         """
         parts = Parts(self.parts_dir, encoder.dim, DTYPES[job.dtype])
-        name = run_on_rank_zero(lambda: self._start(parts, encoder, job, take_texts()))
+        name = run_on_rank_zero(lambda: self._tokenize(parts, encoder, job, pop_texts()))
         tokens = run_on_all_ranks(lambda: open_tokens(self.parts_dir, name))
         self.items = len(tokens)
         encoder.share_prefix(tokens.common_prefix())
         batches = plan_batches(tokens, job, encoder)
-        found = run_on_rank_zero(lambda: parts.find(batches))
-        there = {number for numbers in found.values() for number in numbers}
-        missing = [number for number in range(len(batches)) if number not in there]
+        finished = run_on_rank_zero(lambda: parts.find(batches))
+        encoded = {number for numbers in finished.values() for number in numbers}
+        missing = [number for number in range(len(batches)) if number not in encoded]
         groups = group_batches(batches, missing)
         owners = share_out(_costs(batches, groups, tokens, encoder), world_size())
-        own = [
-            number
-            for group, owner in zip(groups, owners, strict=True)
-            if owner == global_rank()
-            for number in group
-        ]
-        written = self._encode(encoder, job, item_ids, tokens, batches, parts, own, there)
-        for other in all_gather(written):
-            found |= other
-        run_on_rank_zero(lambda: self._merge(parts, batches, found, job, item_ids))
+        work = _Work(encoder, job, item_ids, tokens, batches, parts)
+        written = self._encode(work, _assigned(groups, owners), encoded)
+        for of_process in all_gather(written):
+            finished |= of_process
+        run_on_rank_zero(lambda: self._merge(work, finished))
 
-    def _start(self, parts: Parts, encoder: ItemEncoder, job: EncodingJob, texts: list[str]) -> str:
+    def _tokenize(
+        self, parts: Parts, encoder: ItemEncoder, job: EncodingJob, texts: list[str]
+    ) -> str:
+        """Write the tokens of all texts into the parts folder and return their mark."""
         parts.claim(job.digest())
         _log_empty(texts, encoder)
         return tokenize_to_folder(encoder.tokenize, texts, self.parts_dir, self.show_progress)
 
     def _encode(
-        self,
-        encoder: ItemEncoder,
-        job: EncodingJob,
-        item_ids: Sequence[str],
-        tokens: Tokens,
-        batches: Batches,
-        parts: Parts,
-        own: Sequence[int],
-        there: Iterable[int],
+        self, work: _Work, assigned: Sequence[int], encoded: Iterable[int]
     ) -> dict[str, range]:
-        """Encode this process's batches into parts and return these."""
+        """Encode this process's batches into parts and return these.
+
+        Args:
+            work: what is encoded.
+            assigned: numbers of the batches to encode.
+            encoded: numbers of the batches that an earlier run has encoded.
+        """
         alone = world_size() == 1
-        before = sum(len(batches.all[number]) for number in there)
-        writer = PartWriter(
-            parts, batches, self.hold, items=ITEMS_PER_PART, seconds=SECONDS_PER_PART
-        )
+        before = sum(len(work.batches.all[number]) for number in encoded)
         share = "" if alone else f" (share of process {global_rank()})"
+        writer = PartWriter(
+            work.parts,
+            work.batches,
+            self.defer_signals,
+            items=ITEMS_PER_PART,
+            seconds=SECONDS_PER_PART,
+        )
         with _meter(
-            batches, own, tokens, encoder, self.show_progress, share, before * alone
+            work.batches,
+            assigned,
+            work.tokens,
+            work.encoder,
+            self.show_progress,
+            share,
+            before * alone,
         ) as bar:
             try:
-                with writer:
-                    for number in own:
-                        rows = batches.all[number]
+                with writer.writing_rest():
+                    for number in assigned:
+                        rows = work.batches.all[number]
                         # A signal waits for the batch: what is encoded is not thrown away.
-                        with self.hold():
-                            writer.add(number, encode_batch(encoder, tokens, rows, job, item_ids))
-                        bar.advance(len(rows), _tokens_of(rows, tokens, encoder))
+                        with self.defer_signals():
+                            writer.add(
+                                number,
+                                encode_batch(
+                                    work.encoder, work.tokens, rows, work.job, work.item_ids
+                                ),
+                            )
+                        bar.advance(len(rows), _tokens_of(rows, work.tokens, work.encoder))
             finally:
                 self.kept = before + writer.items if alone else None
         return writer.written
 
-    def _merge(
-        self,
-        parts: Parts,
-        batches: Batches,
-        found: Mapping[str, range],
-        job: EncodingJob,
-        item_ids: Sequence[str],
-    ) -> None:
+    def _merge(self, work: _Work, finished: Mapping[str, range]) -> None:
+        """Stream the finished parts into the cache file, in process 0."""
+
         def blocks() -> Iterator[tuple[np.ndarray, Tensor]]:
-            for name, numbers in found.items():
-                rows = batches.rows(numbers)
-                embeddings = parts.read(name, rows)
+            for name, numbers in finished.items():
+                rows = work.batches.rows(numbers)
+                embeddings = work.parts.read(name, rows)
                 if embeddings is None:
                     raise InputError(
                         f"{self.parts_dir / name} is missing or damaged; run the same command "
@@ -275,8 +288,10 @@ class CacheBuild:
 
         unfinished = self.parts_dir / "unfinished.safetensors"
         try:
-            stated = {**job.metadata(), **job.origin()}
-            write_cache(unfinished, item_ids, parts.dim, parts.dtype, stated, blocks())
+            metadata = {**work.job.metadata(), **work.job.origin()}
+            write_cache(
+                unfinished, work.item_ids, work.parts.dim, work.parts.dtype, metadata, blocks()
+            )
             os.replace(unfinished, self.target)
         except OSError as error:
             raise InputError(
@@ -359,6 +374,16 @@ def share_out(costs: Sequence[int], size: int) -> np.ndarray:
     return owners
 
 
+def _assigned(groups: Sequence[range], owners: np.ndarray) -> list[int]:
+    """Return the numbers of this process's batches."""
+    return [
+        number
+        for group, owner in zip(groups, owners.tolist(), strict=True)
+        if owner == global_rank()
+        for number in group
+    ]
+
+
 def _costs(
     batches: Batches, groups: Sequence[range], tokens: Tokens, encoder: ItemEncoder
 ) -> list[int]:
@@ -369,21 +394,21 @@ def _costs(
 
 def _meter(
     batches: Batches,
-    own: Sequence[int],
+    assigned: Sequence[int],
     tokens: Tokens,
     encoder: ItemEncoder,
     show_progress: bool,
     share: str = "",
     before: int = 0,
 ) -> Meter:
-    """Make the bar for the batches to encode; `before` items of the total are there already."""
+    """Make the bar for the batches to encode; `before` items of the total are encoded already."""
     bar = Meter(
         f"encoding items{share}",
-        before + sum(len(batches.all[number]) for number in own),
+        before + sum(len(batches.all[number]) for number in assigned),
         "items",
         show_progress,
         device=encoder.model.device,
-        tokens=sum(_tokens_of(batches.all[number], tokens, encoder) for number in own),
+        tokens=sum(_tokens_of(batches.all[number], tokens, encoder) for number in assigned),
     )
     bar.skip(before)
     return bar

@@ -25,7 +25,7 @@ _MODEL_FILES = (".safetensors", ".bin", ".json", ".model", ".txt")
 _READ_WHOLE = 1 << 20
 _PAGE = 4096
 
-Pooling = Literal["emb_token", "mean"]
+Pooling = Literal["emb_token", "mean", "sentence"]
 
 
 class ItemEncoder:
@@ -95,13 +95,13 @@ class ItemEncoder:
             return self._encode(tokens, None)
         size = len(prefix)
         shared = np.array([np.array_equal(ids[:size], prefix.tokens) for ids in tokens], dtype=bool)
-        found = torch.empty((len(tokens), self.dim))
+        embeddings = torch.empty((len(tokens), self.dim))
         for rows, part in ((np.flatnonzero(shared), prefix), (np.flatnonzero(~shared), None)):
             if len(rows):
                 cut = len(part) if part else 0
                 rest = [tokens[row][cut:] for row in rows.tolist()]
-                found[torch.from_numpy(rows)] = self._encode(rest, part)
-        return found
+                embeddings[torch.from_numpy(rows)] = self._encode(rest, part)
+        return embeddings
 
     def _encode(self, tokens: Sequence[np.ndarray], prefix: Prefix | None) -> Tensor:
         """Encode what comes after the prefix in each text."""

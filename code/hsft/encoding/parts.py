@@ -6,10 +6,9 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from types import TracebackType
 
 import numpy as np
 import torch
@@ -24,7 +23,7 @@ log = logging.getLogger(__name__)
 
 _STAMP = "job.json"
 
-Hold = Callable[[], AbstractContextManager[None]]
+DeferSignals = Callable[[], AbstractContextManager[None]]
 
 
 class Batches:
@@ -39,17 +38,17 @@ class Batches:
 
     def __init__(self, batches: Sequence[np.ndarray]) -> None:
         self.all = list(batches)
-        self._order = np.concatenate([np.empty(0, dtype=np.int64), *self.all])
+        self._items = np.concatenate([np.empty(0, dtype=np.int64), *self.all])
         self._ends = np.cumsum([0, *map(len, self.all)])
-        self._place = np.empty(len(self._order), dtype=np.int64)
-        self._place[self._order] = np.arange(len(self._order))
+        self._position_of = np.empty(len(self._items), dtype=np.int64)
+        self._position_of[self._items] = np.arange(len(self._items))
 
     def __len__(self) -> int:
         return len(self.all)
 
     def rows(self, numbers: range) -> np.ndarray:
         """Return the items of consecutive batches: int64 [n]."""
-        return self._order[self._ends[numbers.start] : self._ends[numbers.stop]]
+        return self._items[self._ends[numbers.start] : self._ends[numbers.stop]]
 
     def numbers(self, rows: np.ndarray) -> range | None:
         """Return which consecutive batches hold exactly these items, None when none do.
@@ -57,14 +56,14 @@ class Batches:
         Args:
             rows: int64 [n], in the order of the batches.
         """
-        if not len(rows) or not 0 <= rows[0] < len(self._order):
+        if not len(rows) or not 0 <= rows[0] < len(self._items):
             return None
-        start = int(self._place[rows[0]])
+        start = int(self._position_of[rows[0]])
         ends = np.searchsorted(self._ends, [start, start + len(rows)])
-        found = range(int(ends[0]), int(ends[1]))
-        if found.stop >= len(self._ends) or not np.array_equal(self.rows(found), rows):
+        numbers = range(int(ends[0]), int(ends[1]))
+        if numbers.stop >= len(self._ends) or not np.array_equal(self.rows(numbers), rows):
             return None
-        return found
+        return numbers
 
 
 class Parts:
@@ -82,7 +81,7 @@ class Parts:
         self.dim, self.dtype = dim, dtype
 
     def claim(self, digest: str) -> None:
-        """Keep the folder's files if they are of the job with this digest, else begin anew.
+        """Keep the folder's files if they are of the job with this digest, else remove them.
 
         Raises:
             InputError: the folder cannot be written.
@@ -107,17 +106,17 @@ class Parts:
         Args:
             batches: the job's.
         """
-        found = {}
+        finished = {}
         for path in sorted(self.folder.glob("part-*.safetensors")):
             read = self._read(path)
             numbers = None if read is None else batches.numbers(read[0])
             if numbers is not None:
-                found[path.name] = numbers
+                finished[path.name] = numbers
                 continue
             if read is not None:
                 log.warning("%s is of another job and is encoded again.", path)
             remove(path)
-        return found
+        return finished
 
     def read(self, name: str, rows: np.ndarray) -> Tensor | None:
         """Return a part's embeddings [n, D], or None when it is missing or damaged.
@@ -167,15 +166,15 @@ class Parts:
 
 
 class PartWriter:
-    """Collects encoded batches and writes them as parts; leaving its `with` block writes the rest.
+    """Collects encoded batches and writes them as parts.
 
-    So a run that is stopped anywhere loses the batch at hand only, and one that is killed loses at
-    most `seconds` of work.
+    Within `writing_rest` a run that is stopped anywhere loses the current batch only, and one that
+    is killed loses at most `seconds` of work.
 
     Args:
         parts: where they go.
         batches: the job's.
-        hold: makes the context in which a part is written, for signals to wait until that is done.
+        defer_signals: makes the context in which a part is written; signals wait for its end.
         items: number of items at which a part is closed.
         seconds: age at which it is closed with fewer.
         clock: gives the time in seconds.
@@ -189,7 +188,7 @@ class PartWriter:
         self,
         parts: Parts,
         batches: Batches,
-        hold: Hold = nullcontext,
+        defer_signals: DeferSignals = nullcontext,
         *,
         items: int,
         seconds: float,
@@ -197,7 +196,7 @@ class PartWriter:
     ) -> None:
         self.written: dict[str, range] = {}
         self.items = 0
-        self._parts, self._batches, self._hold = parts, batches, hold
+        self._parts, self._batches, self._defer_signals = parts, batches, defer_signals
         self._most, self._seconds, self._clock = items, seconds, clock
         self._open = range(0)
         self._encoded: list[Tensor] = []
@@ -222,23 +221,26 @@ class PartWriter:
         if full or self._clock() - self._began >= self._seconds:
             self._close()
 
-    def __enter__(self) -> PartWriter:
-        return self
+    @contextmanager
+    def writing_rest(self) -> Iterator[None]:
+        """Write what is not yet in a part when the block ends, in whatever way.
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        # What the user has to change makes the parts useless, or is that they cannot be written.
-        if not isinstance(error, InputError):
+        Not after an `InputError`: what the user has to change makes the parts useless, or is that
+        they cannot be written.
+        """
+        try:
+            yield
+        except InputError:
+            raise
+        except BaseException:
             self._close()
+            raise
+        self._close()
 
     def _close(self) -> None:
         if not self._encoded:
             return
-        with self._hold():
+        with self._defer_signals():
             rows = self._batches.rows(self._open)
             name = self._parts.write(self._open.start, rows, torch.cat(self._encoded))
             self.written[name] = self._open

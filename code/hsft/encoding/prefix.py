@@ -75,10 +75,10 @@ def encode_prefix(model: PreTrainedModel, tokens: np.ndarray) -> Prefix | None:
     """
     if len(tokens) < SHORTEST:
         return None
-    found = model(input_ids=torch.from_numpy(tokens)[None].to(model.device), use_cache=True)
+    output = model(input_ids=torch.from_numpy(tokens)[None].to(model.device), use_cache=True)
     # transformers renamed `past_key_values`; models take and return one of the two.
     name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
-    cache: Any = getattr(found, name, None)
+    cache: Any = getattr(output, name, None)
     layers = getattr(cache, "layers", [])
     plain = type(cache) is DynamicCache and all(type(layer) is DynamicLayer for layer in layers)
     if not plain or len(layers) != model.config.num_hidden_layers:
@@ -86,5 +86,5 @@ def encode_prefix(model: PreTrainedModel, tokens: np.ndarray) -> Prefix | None:
     return Prefix(
         tokens=tokens,
         given={name: Cache(layers=[_PrefixLayer(layer.keys, layer.values) for layer in layers])},
-        summed=found.last_hidden_state.float().sum(dim=1),
+        summed=output.last_hidden_state.float().sum(dim=1),
     )

@@ -45,8 +45,8 @@ class Tokens:
             return np.empty(0, dtype=np.int64)
         starts = self._ends[rows] - self.lengths[rows]
         shared: list[int] = []
-        for place in range(int(self.lengths[rows].min())):
-            tokens = self._flat[starts + place]
+        for position in range(int(self.lengths[rows].min())):
+            tokens = self._flat[starts + position]
             if (tokens != tokens[0]).any():
                 break
             shared.append(int(tokens[0]))

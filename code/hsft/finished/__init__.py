@@ -1,1 +1,1 @@
-"""What is done with finished runs: open, recommend, export, report, serve, sweep."""
+"""Work on finished runs: open, recommend, export, report, serve; and sweeps of runs."""

@@ -14,12 +14,12 @@ from torch import Tensor
 
 from hsft.data.cache import ItemCache
 from hsft.data.dataset import CachedEmbeddingEvalDataset
-from hsft.data.interactions import Interactions, dataset_file, read_interactions, renumber
+from hsft.data.interactions import Interactions, load_interactions, renumber
 from hsft.data.split import leave_one_out
 from hsft.evaluator.evaluator import EvalProtocol, Evaluator, Scorer
 from hsft.evaluator.intervals import interval
 from hsft.evaluator.metrics import per_user
-from hsft.finished.open_run import OpenRun, open_run
+from hsft.finished.open_run import OpenRun, open_run, refuse_other_user_llm
 from hsft.model.reference import build_reference
 from hsft.report.comparison_files import INTERVALS
 from hsft.report.terminal import Blocks, MetricCell, MetricTable
@@ -109,36 +109,37 @@ def cold_start(
     seen = dataset.count_seen_targets()
     if seen:
         log.info("%d of them are in their user's history already and count as misses.", seen)
-    own_items = run.own_items
-    cold_items = run.data.interactions.num_items - own_items
-    evaluator = Evaluator(
-        dataset,
-        EvalProtocol(
-            "full",
-            tuple(run.config.topk),
-            METRICS,
-            budget_bytes=run.config.logits_budget_mb << 20,
-        ),
-        batch_size=run.config.eval_batch_size,
-        num_workers=run.config.num_workers,
-    )
-    rows: list[dict[str, Any]] = []
-    for name, build in _models(run):
-        scorer = build()
-        rows += [
-            {
-                "model": name,
-                "candidates": candidates,
-                "items": items,
-                "users": len(dataset),
-                "metrics": _rank(run, evaluator, shown, f"{name}, {candidates}"),
-            }
-            for candidates, items, shown in (
-                (ALL_ITEMS, own_items + cold_items, scorer),
-                (COLD_ITEMS, cold_items, ColdOnly(scorer, own_items)),
-            )
-        ]
+    evaluator = _full_ranking(run, dataset)
+    rows = [row for name, build in _models(run) for row in _rows(run, evaluator, name, build())]
     return sorted(rows, key=lambda row: row["candidates"] != ALL_ITEMS)
+
+
+def _full_ranking(run: OpenRun, dataset: CachedEmbeddingEvalDataset) -> Evaluator:
+    config = run.config
+    protocol = EvalProtocol(
+        "full", tuple(config.topk), METRICS, budget_bytes=config.logits_budget_mb << 20
+    )
+    return Evaluator(
+        dataset, protocol, batch_size=config.eval_batch_size, num_workers=config.num_workers
+    )
+
+
+def _rows(run: OpenRun, evaluator: Evaluator, name: str, scorer: Scorer) -> list[dict[str, Any]]:
+    """Measure one model with either kind of candidates."""
+    all_items = run.data.interactions.num_items
+    return [
+        {
+            "model": name,
+            "candidates": candidates,
+            "items": items,
+            "users": len(evaluator.dataset),
+            "metrics": _rank(run, evaluator, ranked, f"{name}, {candidates}"),
+        }
+        for candidates, items, ranked in (
+            (ALL_ITEMS, all_items, scorer),
+            (COLD_ITEMS, all_items - run.own_items, ColdOnly(scorer, run.own_items)),
+        )
+    ]
 
 
 def check_cold_start(
@@ -161,12 +162,12 @@ def _open(
         given["use_item_cache"] = True
     run = open_run(run_dir, given, again=again)
     run.refuse_new_items()
+    refuse_other_user_llm(run.folder, run.config)
     _refuse_same_data(run, full_dataset)
-    path = dataset_file(run.config.data_path, full_dataset)
-    full = read_interactions(path, run.config.tie_order, run.config.seed)
+    full = load_interactions(run.config.model_copy(update={"dataset": full_dataset}))
     _refuse_other_data(run, full, full_dataset)
-    own = set(run.data.interactions.item_ids[1:])
-    cold = [str(item) for item in full.item_ids[1:] if item not in own]
+    warm = set(run.data.interactions.item_ids[1:])
+    cold = [str(item) for item in full.item_ids[1:] if item not in warm]
     extended = run.with_items(_embeddings(run, cold, full_dataset))
     return extended, _cold_targets(extended, full, full_dataset)
 
@@ -182,10 +183,10 @@ def _refuse_same_data(run: OpenRun, name: str) -> None:
 
 
 def _refuse_other_data(run: OpenRun, full: Interactions, name: str) -> None:
-    own = run.data.interactions
+    trained_on = run.data.interactions
     for kind, ids, known in (
-        ("item", own.item_ids[1:], full.item_ids[1:]),
-        ("user", own.user_ids, full.user_ids),
+        ("item", trained_on.item_ids[1:], full.item_ids[1:]),
+        ("user", trained_on.user_ids, full.user_ids),
     ):
         lacking = sorted(set(ids) - set(known))
         if lacking:
@@ -240,14 +241,14 @@ def _rank(
     run: OpenRun, evaluator: Evaluator, scorer: Scorer, task: str
 ) -> dict[str, dict[str, float]]:
     with Meter(f"ranking: {task}", evaluator.own_users, "users", run.config.show_progress) as bar:
-        found = evaluator.run(
+        evaluation = evaluator.run(
             scorer, run.fabric.device, on_batch=bar.advance, autocast=run.fabric.autocast
         )
     summary = {}
     for metric in METRICS:
         for k in run.config.topk:
-            low, high = interval(metric, found.ranks, k)
-            value = float(per_user(metric, found.ranks, k).mean())
+            low, high = interval(metric, evaluation.ranks, k)
+            value = float(per_user(metric, evaluation.ranks, k).mean())
             summary[f"{metric}@{k}"] = {"value": value, "low": low, "high": high}
     return summary
 

@@ -177,15 +177,15 @@ def example_cards(
         return Listed(titles.get(item_id) or "no title", item_id, target)
 
     cards = []
-    for place, row in enumerate(chosen):
+    for number, row in enumerate(chosen):
         items = dataset[int(row)]
         target = int(items[-1])
         user = dataset.segments.users[row]
         listings = [
             Listing(
                 one.name,
-                [listed(int(item), int(item) == target) for item in one.best.items[place] if item],
-                _rank_sentence(one, place, target),
+                [listed(int(item), int(item) == target) for item in one.best.items[number] if item],
+                _rank_sentence(one, number, target),
             )
             for one in scored
         ]

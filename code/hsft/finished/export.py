@@ -20,7 +20,7 @@ from hsft.config.help import dump_config
 from hsft.config.options import PLACES
 from hsft.data.cache import DTYPES
 from hsft.evaluator.evaluator import Evaluation
-from hsft.finished.open_run import open_run, refuse_other_user_llm, run_config
+from hsft.finished.open_run import open_run, refuse_changed_data, refuse_other_user_llm, run_config
 from hsft.hub.manifest import EXPORT_FILE, origin
 from hsft.model.backbone import add_lora, load_decoder, load_model_config, read_extra
 from hsft.model.folder import EMBEDDING_KEYS, EXTRA_FILE, ID_FILE, check_files
@@ -42,6 +42,7 @@ from hsft.report.result import TUNED, read_ranks, read_result
 from hsft.run.run_dir import CONFIG_FILE
 from hsft.run.setup import (
     build_user_llm,
+    initial_logit_scale,
     load_data,
     lora_settings,
     loss_settings,
@@ -125,10 +126,10 @@ def _export(options: ExportOptions) -> Path:
         folder.mkdir()
         if options.format == "merged":
             item_adapter = _write_merged(run, folder)
-            found = _score(run, folder) if options.evaluate else None
+            evaluation = _score(run, folder) if options.evaluate else None
         else:
-            item_adapter, found = _write_adapter(run, folder), None
-        _write_about(run, folder, item_adapter, found)
+            item_adapter, evaluation = _write_adapter(run, folder), None
+        _write_about(run, folder, item_adapter, evaluation)
     log.info("wrote %s.", options.out)
     return options.out
 
@@ -244,8 +245,8 @@ def _write_merged(run: _TrainedRun, folder: Path) -> str:
         log.info("merging the adapter.")
         decoder = decoder.merge_and_unload()
     # Turned off for training alone.
-    own = load_model_config(run.base, config.trust_remote_code)
-    decoder.config.use_cache = getattr(own, "use_cache", True)
+    base_config = load_model_config(run.base, config.trust_remote_code)
+    decoder.config.use_cache = getattr(base_config, "use_cache", True)
     log.info("writing %s in %s.", run.options.out, run.options.dtype)
     decoder.to(dtype)
     _refuse_overflow(decoder, run.options.dtype)
@@ -287,9 +288,11 @@ def _load_unquantised(run: _TrainedRun, *, keep_token_embedding: bool) -> Recomm
         id_items=run.id_items,
     )
     load_adapter(items, extra, trained=config.item_adapter != "none")
-    scale = extra.get("logit_scale")
     model = Recommender(
-        UserLLM(decoder, items), loss_settings(config), None if scale is None else float(scale)
+        UserLLM(decoder, items),
+        loss_settings(config),
+        initial_logit_scale(config, extra),
+        config.fix_temp,
     )
     load_trained(model, run.best)
     return model.eval()
@@ -354,7 +357,7 @@ def _write_adapter(run: _TrainedRun, folder: Path) -> str:
     settings["base_model_name_or_path"] = _base_repo(run) or run.base.name
     _write_json(folder / _ADAPTER_FILES[0], settings)
     if run.id_items is not None:
-        # By item id: in trained.safetensors they stand by the run's item numbers.
+        # By item id: in trained.safetensors they are ordered by the run's item numbers.
         items = ItemTable(torch.zeros(1, run.hidden_size), id_items=run.id_items)
         vectors = read_rest(run.best)[ID_VECTORS]
         items.load_state_dict({"id_vectors": vectors})
@@ -368,15 +371,16 @@ def _score(run: _TrainedRun, folder: Path) -> Evaluation:
     changes = {**_merged_changes(run), "user_pretrain_dir": str(folder)}
     config = opened.config.model_copy(update=changes)
     evaluator = make_evaluator(config, opened.data.split, config.eval_phase, opened.fabric)
+    refuse_changed_data(run.folder, evaluator.dataset, evaluator.protocol)
     model = build_user_llm(config, opened.data, opened.fabric, train=False)
-    found = evaluate(config, model.eval(), evaluator, opened.fabric)
+    evaluation = evaluate(config, model.eval(), evaluator, opened.fabric)
     users, _ = read_ranks(run.folder, TUNED)
-    if not np.array_equal(users, found.users):
+    if not np.array_equal(users, evaluation.users):
         raise InputError(
             f"the data are not those that {run.folder} was scored on: other users have a "
             f"{config.eval_phase} target; name the run's own with --data_path."
         )
-    return found
+    return evaluation
 
 
 def _merged_changes(run: _TrainedRun) -> dict[str, Any]:
@@ -394,11 +398,11 @@ def _merged_changes(run: _TrainedRun) -> dict[str, Any]:
 
 
 def _write_about(
-    run: _TrainedRun, folder: Path, item_adapter: str, found: Evaluation | None
+    run: _TrainedRun, folder: Path, item_adapter: str, evaluation: Evaluation | None
 ) -> None:
     options = run.options
     ranks = read_ranks(run.folder, TUNED)[1]
-    changed = None if found is None else int((found.ranks != ranks).sum())
+    changed = None if evaluation is None else int((evaluation.ranks != ranks).sum())
     dtype = options.dtype if options.format == "merged" else "float32"
     card = Exported(
         name=run.folder.resolve().name,
@@ -406,7 +410,7 @@ def _write_about(
         dtype=dtype,
         config=run.config,
         result=run.result,
-        table=_table(run, found),
+        table=_table(run, evaluation),
         tuned=TUNED,
         base=run.base.resolve().name,
         base_repo=_base_repo(run),
@@ -419,27 +423,29 @@ def _write_about(
     (folder / "README.md").write_text(model_card(card), encoding="utf-8")
     default = {name: Config.model_fields[name].get_default() for name in _LOCAL_KEYS}
     changes = _merged_changes(run) if options.format == "merged" else {}
-    own = run.config.model_copy(update={**default, **changes})
-    (folder / CONFIG_FILE).write_text(dump_config(own), encoding="utf-8")
+    portable = run.config.model_copy(update={**default, **changes})
+    (folder / CONFIG_FILE).write_text(dump_config(portable), encoding="utf-8")
     manifest = {
         "format": options.format,
         "run": card.name,
         "dtype": dtype,
         "quant_type": run.config.qlora_quant_type if run.config.use_qlora else None,
         "item_adapter": item_adapter,
-        "exported": None if found is None else {"metrics": found.metrics, "other_ranks": changed},
+        "exported": None
+        if evaluation is None
+        else {"metrics": evaluation.metrics, "other_ranks": changed},
         "versions": versions(),
     }
     _write_json(folder / EXPORT_FILE, manifest)
 
 
-def _table(run: _TrainedRun, found: Evaluation | None) -> Comparison:
+def _table(run: _TrainedRun, evaluation: Evaluation | None) -> Comparison:
     """Return the run's own comparison, with the exported model's row when it was scored."""
     whole = load_comparison([run.folder])
     names = [entry["name"] for entry in run.result["rows"]]
     rows = [replace(row, name=name) for row, name in zip(whole.rows, names, strict=True)]
-    if found is not None:
-        rows.append(Row(EXPORTED, found.users, found.ranks))
+    if evaluation is not None:
+        rows.append(Row(EXPORTED, evaluation.users, evaluation.ranks))
     return replace(whole, rows=rows)
 
 

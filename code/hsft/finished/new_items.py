@@ -1,4 +1,4 @@
-"""Add items that a finished run has never met, by encoding their text as its item cache was made."""
+"""Add items that a finished run's data does not have: their texts are encoded as its item cache was."""
 
 from __future__ import annotations
 
@@ -81,10 +81,12 @@ def encoding_config(config: Config, cache: ItemCache) -> Config:
             given["MAX_TEXT_LENGTH"] = int(stated["max_text_length"])
         if "pooling" in stated:
             given["item_emb_token_n"] = int(stated["pooling"] == "emb_token")
+        if config.encoder is not None:
+            given |= {"item_pretrain_dir": config.encoder, "encoder": None}
         return Config.model_validate({**config.model_dump(), **given})
     except (ValueError, RecursionError, ValidationError) as error:
         raise InputError(
-            f"the item cache {_name(cache)} has unreadable metadata; make it anew with "
+            f"the item cache {_name(cache)} has unreadable metadata; make it again with "
             f"item_caching.py."
         ) from error
 

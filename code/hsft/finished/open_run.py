@@ -13,16 +13,18 @@ import torch
 from lightning.fabric import Fabric
 
 from hsft.config import Config, load_config
-from hsft.config.schema import READS_EMBEDDINGS
+from hsft.config.schema import READS_EMBEDDINGS, REFERENCES
 from hsft.data.cache import ItemCache
+from hsft.data.dataset import CachedEmbeddingEvalDataset
 from hsft.data.item_text import information_file, read_item_titles
-from hsft.evaluator.evaluator import Scorer
+from hsft.evaluator.evaluator import EvalProtocol, Scorer
+from hsft.evaluator.fingerprint import differing_parts, evaluation_fingerprint
 from hsft.evaluator.recommend import Recommendations, recommend
 from hsft.model.folder import fingerprint
 from hsft.model.reference import build_reference
 from hsft.model.sasrec import build_sasrec
 from hsft.model.weights import load_trained
-from hsft.report.result import RESULT_FILE, TUNED, UNTRAINED, no_run, read_result, unfinished
+from hsft.report.result import RESULT_FILE, TUNED, UNTRAINED, not_a_run, read_result, unfinished
 from hsft.run.run_dir import CONFIG_FILE
 from hsft.run.setup import Data, build_user_llm, load_data
 from hsft.trainer.checkpoint import BEST_DIR
@@ -71,8 +73,8 @@ class OpenRun:
     @property
     def own_items(self) -> int:
         """Number of the run's own items; items with higher numbers were added to it."""
-        own = self.data.own_items
-        return self.data.interactions.num_items if own is None else own
+        count = self.data.own_items
+        return self.data.interactions.num_items if count is None else count
 
     def refuse_new_items(self) -> None:
         """Refuse a run whose model cannot score items that it was not trained with.
@@ -118,13 +120,13 @@ class OpenRun:
         cache = self.data.cache
         assert cache is not None
         whole = self.data.interactions
-        own = torch.from_numpy(cache.rows_of(whole.item_ids[1:]))
+        rows = torch.from_numpy(cache.rows_of(whole.item_ids[1:]))
         if new.dim != cache.dim:
             raise InputError(
                 f"the new items' embeddings have {new.dim} dimensions, the item cache "
                 f"{cache.path or 'made now'} has {cache.dim}; encode them with the same ItemLLM."
             )
-        embeddings = torch.cat([cache.embeddings[own], new.embeddings])
+        embeddings = torch.cat([cache.embeddings[rows], new.embeddings])
         item_ids = np.concatenate([whole.item_ids, np.array(new.item_ids, dtype=object)])
         data = Data(
             replace(self.data.split, interactions=replace(whole, item_ids=item_ids)),
@@ -145,7 +147,7 @@ class OpenRun:
                 f"{self.folder} has no model '{name}'; it has {', '.join(self.models)}."
             )
         config, data, device = self.config, self.data, self.fabric.device
-        if config.model in ("pop", "random", "item_knn"):
+        if config.model in REFERENCES:
             return build_reference(config, data.split, data.cache, device, data.own_items)
         if config.model == "sasrec":
             model = build_sasrec(config, data.interactions.num_items)
@@ -222,7 +224,7 @@ def items_read(config: Config, length: int) -> int:
     """Return how many of a history's last items decide what a run's model recommends."""
     if config.model in ("pop", "random"):
         return 0
-    if config.model == "item_knn" and config.knn_history == "last":
+    if config.model in ("item_knn", "tfidf") and config.knn_history == "last":
         return min(length, 1)
     return min(length, config.MAX_ITEM_LIST_LENGTH)
 
@@ -265,7 +267,7 @@ def refuse_elsewhere(
         overrides: keys that were given other values.
 
     Raises:
-        InputError: the data's path is relative, not given anew, and leads nowhere from here.
+        InputError: the data's path is relative, not overridden, and leads nowhere from here.
     """
     path = Path(config.data_path) / f"{config.dataset}.csv"
     if "data_path" in (overrides or {}) or path.is_absolute() or is_file(path):
@@ -303,6 +305,30 @@ def refuse_other_user_llm(folder: Path, config: Config) -> None:
         )
 
 
+def refuse_changed_data(
+    folder: str | Path, dataset: CachedEmbeddingEvalDataset, protocol: EvalProtocol
+) -> None:
+    """Refuse data in which other items are held out, or that differ otherwise from a run's.
+
+    A run of an earlier version has not recorded what it was scored on.
+
+    Args:
+        folder: the folder of a finished run.
+        dataset: the users that would be scored now.
+        protocol: how.
+
+    Raises:
+        InputError: the fingerprint is not the one in the run's result.
+    """
+    recorded = read_result(folder).get("fingerprint", {})
+    unlike = differing_parts(recorded, evaluation_fingerprint(dataset, protocol))
+    if unlike:
+        raise InputError(
+            f"the data of {folder} have changed since the run (other {', '.join(unlike)}); name the "
+            f"old ones with --data_path."
+        )
+
+
 def run_config(folder: Path, overrides: Mapping[str, Any] | None = None) -> Config:
     """Read a run's configuration, for use in one process.
 
@@ -314,7 +340,7 @@ def run_config(folder: Path, overrides: Mapping[str, Any] | None = None) -> Conf
         InputError: the folder is no run, or a value is none that its key takes.
     """
     if not is_file(folder / CONFIG_FILE):
-        raise no_run(folder, "run", CONFIG_FILE)
+        raise not_a_run(folder, "run", CONFIG_FILE)
     alone = {"strategy": "ddp", "show_progress": False, **(overrides or {})}
     config, _ = load_config([folder / CONFIG_FILE], alone)
     return config

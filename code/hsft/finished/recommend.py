@@ -29,7 +29,7 @@ def run_recommend(options: argparse.Namespace) -> None:
     """Do what the command line says and write the outcome to standard output.
 
     Raises:
-        InputError: something the user can mend.
+        InputError: a file, id or option has to be changed.
         Interrupted: a signal ended `--serve`.
     """
     _refuse_contradictions(options)
@@ -92,7 +92,7 @@ def split_ids(text: str) -> list[str]:
         raise InputError("--history is empty; name at least one item id.")
     if not all(ids):
         raise InputError(
-            f"--history '{one_line(text, 80)}' has an empty id at place {ids.index('') + 1}; "
+            f"--history '{one_line(text, 80)}' has an empty id at position {ids.index('') + 1}; "
             f"separate ids by one comma."
         )
     return ids
@@ -119,9 +119,9 @@ def recommendations(
     Returns:
         `rank` from 1, `item_id`, `title`, `score`, and `new`: True for an item added to the run.
     """
-    found = run.recommend(scorer, [history], topk, exclude_seen)
-    items = found.items[0][found.items[0] != PAD]
-    scores = found.scores[0][: len(items)]
+    best = run.recommend(scorer, [history], topk, exclude_seen)
+    items = best.items[0][best.items[0] != PAD]
+    scores = best.scores[0][: len(items)]
     return [
         {"rank": rank, **entry, "score": plain(score), "new": bool(number > run.own_items)}
         for rank, (entry, score, number) in enumerate(
@@ -143,10 +143,10 @@ def new_items(run: OpenRun, candidates: Sequence[dict[str, Any]]) -> list[dict[s
     """
     keys = ("item_id", "title", "rank", "score")
     ranked = [{key: entry[key] for key in keys} for entry in candidates if entry["new"]]
-    found = {entry["item_id"] for entry in ranked}
+    ranked_ids = {entry["item_id"] for entry in ranked}
     added = described(run, np.arange(run.own_items + 1, run.data.interactions.num_items + 1))
     left = [{**entry, "rank": None, "score": None} for entry in added]
-    return ranked + [entry for entry in left if entry["item_id"] not in found]
+    return ranked + [entry for entry in left if entry["item_id"] not in ranked_ids]
 
 
 def as_text(answer: dict[str, Any]) -> str:
@@ -204,7 +204,7 @@ def _about_new(entries: Sequence[dict[str, Any]], candidates: int) -> str:
 def _columns(rows: Sequence[Sequence[str]]) -> list[str]:
     used = [column for column in zip(*rows, strict=True) if any(column)]
     widths = [max(map(cell_len, column)) for column in used]
-    # Ranks and scores stand right, text stands left; the last column needs no padding.
+    # Numbers are right-aligned, text left-aligned; the last column needs no padding.
     right = [column[0] in ("rank", "score") for column in used]
     return [
         "  ".join(

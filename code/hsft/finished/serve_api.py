@@ -1,4 +1,4 @@
-"""What a served run answers: search, histories, recommendations; and the form of its answers."""
+"""Answers about one run: search, histories, recommendations; and their schema."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ class ScoredItem(Item):
 
 
 class Rank(BaseModel):
-    """Where an item stands among the candidates."""
+    """An item's rank among the candidates."""
 
     rank: int
     candidates: int
 
 
 class ModelItems(BaseModel):
-    """What one model recommends, best first, and where the item to find stands."""
+    """What one model recommends, best first, and the rank of the item asked for."""
 
     name: str
     items: list[ScoredItem]
@@ -170,7 +170,7 @@ class ServeApi:
         self._run, self._topk = run, topk
         self._ids = [str(item) for item in data.item_ids]
         self._titles = [run.titles.get(item, "") for item in self._ids]
-        # Shorter ids first, so that numbers stand in their order.
+        # Shorter ids first, which orders numbers by value.
         self._users = sorted(map(str, data.user_ids), key=lambda user: (len(user), user))
         counts = np.bincount(data.items, minlength=len(self._ids))
         self._new = counts == 0

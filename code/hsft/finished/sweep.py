@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from hsft.finished.sweep_plan import Choice, Range, SweepPlan
+from hsft.finished.sweep_plan import SweepPlan
+from hsft.finished.sweep_search import Choice, Range
 from hsft.report.result import RESULT_FILE, read_result
 from hsft.report.sweep_table import Trial, in_one_line, ranked, save_sweep
 from hsft.report.terminal import write_blocks
@@ -67,7 +68,7 @@ def sweep(plan: SweepPlan) -> Path:
             study = _open_study(plan, library)
             # Memory is collected after each trial, which need not look at all that was imported.
             gc.freeze()
-            _Sweep(plan, library, study).run()
+            _Sweep(plan, library, study).run_trials()
     except Interrupted as ending:
         what = str(ending).partition(";")[0]
         raise Interrupted(
@@ -92,11 +93,11 @@ def _optuna() -> Any:
 def _first_params(plan: SweepPlan) -> dict[str, Any]:
     # The values of `base`, which make a configuration.
     values = plan.base.model_dump()
-    found = {}
+    params = {}
     for key in plan.search:
         section, _, inner = key.rpartition(".")
-        found[key] = values[section][inner] if section else values[key]
-    return found
+        params[key] = values[section][inner] if section else values[key]
+    return params
 
 
 def _open_study(plan: SweepPlan, library: Any) -> optuna.Study:
@@ -177,8 +178,8 @@ class _Sweep:
     def runs(self) -> Path:
         return self.plan.folder / RUNS_DIR
 
-    def run(self) -> None:
-        """Do the trials that are left and write the tables.
+    def run_trials(self) -> None:
+        """Run the trials that are left and write the tables.
 
         Raises:
             InputError: no trial succeeded.
@@ -191,7 +192,7 @@ class _Sweep:
         if done:
             log.info("%d of %d trials were done before.", done, total)
         while done < total:
-            self._one(done, None if grid is None else grid[done])
+            self._run_next(done, None if grid is None else grid[done])
             done += 1
             self._report(done, total)
         trials = self._trials()
@@ -222,19 +223,24 @@ class _Sweep:
                 )
             self.study.tell(trial.number, state=states.FAIL)
 
-    def _one(self, number: int, point: Mapping[str, Any] | None) -> None:
-        """Do one trial and tell the study how it ended."""
-        plan, states = self.plan, self.library.trial.TrialState
-        samplers = self.library.samplers
+    def _ask(self, number: int, point: Mapping[str, Any] | None) -> Any:
+        """Return the next trial, its values drawn, or those of a point of the grid."""
+        plan, samplers = self.plan, self.library.samplers
         # A seed for each trial: draws do not depend on how often the sweep was interrupted.
         kind = samplers.TPESampler if plan.sampler == "tpe" else samplers.RandomSampler
         self.study.sampler = kind(seed=plan.seed + number)
-        queued = self.study.get_trials(deepcopy=False, states=(states.WAITING,))
+        states = (self.library.trial.TrialState.WAITING,)
+        queued = self.study.get_trials(deepcopy=False, states=states)
         if point is not None and not queued:
             self.study.enqueue_trial({key: _label(value) for key, value in point.items()})
         trial = self.study.ask(fixed_distributions=self._distributions())
         if "run" not in trial.user_attrs:
             trial.set_user_attr("run", f"trial-{number:04d}")
+        return trial
+
+    def _run_next(self, number: int, point: Mapping[str, Any] | None) -> None:
+        """Run one trial and tell the study how it ended."""
+        trial = self._ask(number, point)
         name = trial.user_attrs["run"]
         twin = self._twin(trial.params)
         if twin is not None:
@@ -262,19 +268,19 @@ class _Sweep:
         if problem is not None:
             remove(self.runs / name / CHECKPOINTS_DIR)
             trial.set_user_attr("problem", problem)
-            self.study.tell(trial, state=states.FAIL)
+            self.study.tell(trial, state=self.library.trial.TrialState.FAIL)
             log.warning("%s failed: %s", name, problem)
             self._end_if_all_fail()
             return
         trial.set_user_attr("value", value)
         if ended:
-            self.study.tell(trial, state=states.PRUNED)
+            self.study.tell(trial, state=self.library.trial.TrialState.PRUNED)
         else:
             self.study.tell(trial, value)
         self._drop_models()
 
     def _train(self, trial: Any, name: str, params: Mapping[str, Any]) -> tuple[float, bool]:
-        """Do a trial's run; return its metric and whether it was ended early."""
+        """Run a trial; return its metric and whether it was ended early."""
         reported = {int(step) for step in trial.user_attrs.get("reported", {})}
         for step, value in trial.user_attrs.get("reported", {}).items():
             trial.report(value, int(step))
@@ -299,8 +305,8 @@ class _Sweep:
         return float(row["metrics"][self.plan.metric]), ended
 
     def _distributions(self) -> dict[str, Any]:
-        found = self.library.distributions
-        return {key: self._distribution(found, axis) for key, axis in self.plan.search.items()}
+        kinds = self.library.distributions
+        return {key: self._distribution(kinds, axis) for key, axis in self.plan.search.items()}
 
     def _distribution(self, kinds: Any, axis: Choice | Range) -> Any:
         points = axis.points() if self.plan.sampler == "grid" else None
@@ -319,7 +325,7 @@ class _Sweep:
         for key, axis in self.plan.search.items():
             value = drawn[key]
             if isinstance(axis, Choice):
-                value = next(own for own in axis.values if _label(own) == value)
+                value = next(choice for choice in axis.values if _label(choice) == value)
             params[key] = value
         return params
 
@@ -341,14 +347,14 @@ class _Sweep:
     def _trials(self) -> list[Trial]:
         states = self.library.trial.TrialState
         names = {states.COMPLETE: "complete", states.PRUNED: "pruned", states.FAIL: "failed"}
-        found: dict[str, Trial] = {}
+        by_name: dict[str, Trial] = {}
         for trial in self._ended():
             name = trial.user_attrs["run"]
             value = trial.value if trial.state == states.COMPLETE else trial.user_attrs.get("value")
             problem = trial.user_attrs.get("problem")
             kind: Any = names[trial.state]
-            found.setdefault(name, Trial(name, kind, self._params(trial.params), value, problem))
-        return list(found.values())
+            by_name.setdefault(name, Trial(name, kind, self._params(trial.params), value, problem))
+        return list(by_name.values())
 
     @staticmethod
     def _best(trials: list[Trial]) -> Trial | None:

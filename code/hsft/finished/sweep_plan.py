@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from hsft.config import Config, load_config
-from hsft.config.help import describe_type
-from hsft.config.loader import flat_fields, read_yaml_file, suggest_key
+from hsft.config.loader import flat_fields, read_yaml_file
 from hsft.config.schema import Int, PositiveInt, Text
+from hsft.finished.sweep_search import MAX_POINTS, Choice, Range, read_axis
 from hsft.utils.errors import InputError, one_line, refuse
 
 # What a sweep decides itself: it validates only, each trial in a run folder of its own.
@@ -31,7 +31,6 @@ _NOT_COMPARABLE = (
     *("data_path", "dataset", "missing_items", "topk", "metrics", "eval_protocol"),
     "eval_neg_sample_num",
 )
-_MAX_POINTS = 100_000
 _MAX_CORNERS = 256
 
 
@@ -46,7 +45,7 @@ class _File(BaseModel):
     fixed: dict[str, Any] = Field({}, description="main.py's keys that all trials share")
     search: Annotated[dict[str, Any], Field(min_length=1)] = Field(
         description="main.py's keys that are searched: a list of values, or {low: A, high: B} "
-        "with log: True or step: C where wanted"
+        "and log: True or step: C as needed"
     )
     metric: Text = Field("NDCG@10", description="validation metric; the highest is best")
     trials: PositiveInt = Field(20, description="trials in all; raise it and start again for more")
@@ -75,65 +74,6 @@ def keys_help() -> str:
             text, 100, initial_indent=f"  {name:<13}", subsequent_indent=" " * 15
         )
     return "\n".join(lines)
-
-
-@dataclass(frozen=True)
-class Choice:
-    """One of several values.
-
-    Attributes:
-        values: what the key takes.
-    """
-
-    values: tuple[Any, ...]
-
-    def corners(self) -> tuple[Any, ...]:
-        """Return the values to try before a sweep starts."""
-        return self.values
-
-    def points(self) -> tuple[Any, ...] | None:
-        """Return every value."""
-        return self.values
-
-    def describe(self) -> Any:
-        """Return it as plain data."""
-        return list(self.values)
-
-
-@dataclass(frozen=True)
-class Range:
-    """A number between two bounds, both included.
-
-    Attributes:
-        low, high: the bounds.
-        whole: an integer.
-        log: drawn evenly on a logarithmic scale.
-        step: distance of the values from `low` on; None: 1 for integers, any value otherwise.
-    """
-
-    low: float
-    high: float
-    whole: bool
-    log: bool = False
-    step: float | None = None
-
-    def corners(self) -> tuple[Any, ...]:
-        """Return the values to try before a sweep starts."""
-        return (self.low, self.high)
-
-    def points(self) -> tuple[Any, ...] | None:
-        """Return every value, None where there is no end of them."""
-        step = self.step or (1 if self.whole else None)
-        if step is None:
-            return None
-        count = math.floor((self.high - self.low) / step + 1e-9) + 1
-        if count > _MAX_POINTS:
-            return None
-        return tuple(self.low + number * step for number in range(count))
-
-    def describe(self) -> Any:
-        """Return it as plain data."""
-        return {"low": self.low, "high": self.high, "log": self.log, "step": self.step}
 
 
 @dataclass(frozen=True)
@@ -185,7 +125,11 @@ class SweepPlan:
         return _load(self.path, self.files, {**self.fixed, **params, **managed})
 
     def grid(self) -> list[dict[str, Any]]:
-        """Return every combination, in an order drawn with `seed`."""
+        """Return every combination, in an order drawn with `seed`.
+
+        Optuna's GridSampler cannot go on after an interruption: a trial that is put back into the
+        queue has no number in its grid.
+        """
         axes = [axis.points() or () for axis in self.search.values()]
         points = [dict(zip(self.search, point, strict=True)) for point in itertools.product(*axes)]
         random.Random(self.seed).shuffle(points)
@@ -228,7 +172,7 @@ def read_plan(path: str | Path) -> SweepPlan:
         refuse([_sentence(path, item) for item in error.errors()])
         raise
     fixed = _flatten(file.fixed)
-    search = {key: _axis(path, key, spec) for key, spec in _flatten(file.search).items()}
+    search = {key: read_axis(path, key, spec) for key, spec in _flatten(file.search).items()}
     _refuse_keys(path, fixed, search)
     if file.sampler == "grid":
         _refuse_endless(path, search)
@@ -284,7 +228,7 @@ def _refuse_keys(path: Path, fixed: Mapping[str, Any], search: Mapping[str, Any]
         if key in MANAGED
     ]
     problems += [
-        f"{path}: {key} stands under fixed and under search; keep one."
+        f"{path}: {key} is under fixed and under search; keep one."
         for key in search
         if key in fixed
     ]
@@ -296,58 +240,6 @@ def _refuse_keys(path: Path, fixed: Mapping[str, Any], search: Mapping[str, Any]
     refuse(problems)
 
 
-def _axis(path: Path, key: str, spec: Any) -> Choice | Range:
-    where = f"{path}: search key '{one_line(key, 60)}'"
-    info = flat_fields().get(key)
-    if info is None:
-        end = suggest_key(key) or "; see python code/main.py --help for all keys."
-        raise InputError(f"{path}: unknown search key '{one_line(key, 60)}'{end}")
-    if isinstance(spec, list):
-        if len({json.dumps(value) for value in spec}) != len(spec) or not spec:
-            raise InputError(f"{where}: a list needs one value or more, each once.")
-        return Choice(tuple(_value(where, info, value) for value in spec))
-    if isinstance(spec, dict):
-        return _range(where, info, spec)
-    raise InputError(f"{where} is {spec!r}; write a list of values, or low and high.")
-
-
-def _range(where: str, info: Any, spec: Mapping[str, Any]) -> Range:
-    kind = describe_type(info.annotation).partition(" ")[0]
-    if kind not in ("integer", "number"):
-        raise InputError(f"{where} takes no numbers; write a list of values.")
-    odd = sorted(spec.keys() - {"low", "high", "log", "step"})
-    if odd or not {"low", "high"} <= spec.keys():
-        raise InputError(
-            f"{where}: write {{low: A, high: B}}, with log: True or step: C if wanted."
-        )
-    log, step = spec.get("log", False), spec.get("step")
-    low, high = (_value(where, info, spec[name]) for name in ("low", "high"))
-    if not isinstance(log, bool):
-        raise InputError(f"{where}: log must be True or False, not {log!r}.")
-    if low is None or high is None or not low < high:
-        raise InputError(f"{where}: low ({low}) must be less than high ({high}).")
-    numbers = (int,) if kind == "integer" else (int, float)
-    if step is not None and (
-        isinstance(step, bool) or not isinstance(step, numbers) or not 0 < step <= high - low
-    ):
-        raise InputError(f"{where}: step must be a {kind} above 0 and within the range.")
-    if log and (low <= 0 or step is not None):
-        raise InputError(f"{where}: log needs a low above 0 and no step.")
-    return Range(low, high, kind == "integer", log, step)
-
-
-def _value(where: str, info: Any, value: Any) -> Any:
-    """Check one value against its key and return it as the key's type."""
-    kind: Any = Annotated[(info.annotation, *info.metadata)] if info.metadata else info.annotation
-    try:
-        return TypeAdapter(kind).validate_python(value)
-    except ValidationError as error:
-        reason = error.errors()[0]["msg"].removeprefix("Value error, ")
-        raise InputError(
-            f"{where}: {one_line(repr(value), 60)}: {reason[:1].lower()}{reason[1:]}."
-        ) from error
-
-
 def _refuse_endless(path: Path, search: Mapping[str, Choice | Range]) -> None:
     points = {key: axis.points() for key, axis in search.items()}
     endless = [key for key, values in points.items() if values is None]
@@ -356,7 +248,7 @@ def _refuse_endless(path: Path, search: Mapping[str, Choice | Range]) -> None:
             f"{path}: sampler: grid cannot take every value of {endless[0]}; give a list or a step."
         )
     count = math.prod(len(values or ()) for values in points.values())
-    if count > _MAX_POINTS:
+    if count > MAX_POINTS:
         raise InputError(f"{path}: the grid has {count} points; search fewer keys or values.")
 
 

@@ -1,4 +1,4 @@
-"""Gather what finished runs left behind, and what their models recommend, into one HTML page."""
+"""Write the HTML report of finished runs: results, and what their models recommend to some users."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from hsft.config import Config
 from hsft.config.schema import READS_EMBEDDINGS
 from hsft.data.dataset import CachedEmbeddingEvalDataset
 from hsft.data.split import Phase, train_item_counts
@@ -18,7 +19,13 @@ from hsft.finished.example_users import (
     example_cards,
     score,
 )
-from hsft.finished.open_run import OpenRun, open_run, refuse_elsewhere, run_config
+from hsft.finished.open_run import (
+    OpenRun,
+    open_run,
+    refuse_changed_data,
+    refuse_elsewhere,
+    run_config,
+)
 from hsft.report.breakdown import history_groups, popularity_groups
 from hsft.report.compare import Comparison, load_comparison, run_names
 from hsft.report.page import Page, Section, render
@@ -34,7 +41,7 @@ from hsft.report.sections import (
     recall_section,
     training_section,
 )
-from hsft.run.setup import Data, load_data
+from hsft.run.setup import Data, eval_protocol, load_data
 from hsft.utils.errors import InputError, one_line
 from hsft.utils.files import write_text
 from hsft.utils.signals import StopSignals
@@ -80,14 +87,12 @@ def write_report(
     if target.suffix.lower() not in (".html", ".htm"):
         raise InputError(f"--out {target} does not end in .html; name an HTML file.")
     with StopSignals():
-        # A run named twice would only stand twice in the tables.
+        # A run that is named twice is shown once.
         run_dirs = list(dict.fromkeys(map(Path, run_dirs)))
         comparison = load_comparison(run_dirs)
         results = _named_results(run_dirs)
-        tested = _cold_start_run(results) if full_dataset is not None else None
-        if tested is not None and full_dataset is not None:
-            # Before the examples, which take long.
-            check_cold_start(tested[1], full_dataset, overrides)
+        # Before the examples, which take long.
+        cold_start_run = _cold_start_run(results, full_dataset, overrides)
         log.info("report on %s.", comparison.title)
         sections = [
             metric_section(comparison),
@@ -95,19 +100,22 @@ def write_report(
             recall_section(comparison),
             *_breakdowns(comparison, run_dirs[0], overrides),
             _examples(comparison, examples, users, seed, overrides),
-            _cold_start(tested, full_dataset, overrides),
+            _cold_start(cold_start_run, full_dataset, overrides),
             config_section(results),
             environment_section(results),
         ]
-        page = Page(
-            f"HSFT report: {results[0][2]['dataset']}",
-            headline(comparison),
-            metric_charts(comparison),
-            facts(comparison, results),
-            [section for section in sections if section is not None],
-        )
-        write_text(target, render(page))
+        write_text(target, render(_page(comparison, results, sections)))
     return target
+
+
+def _page(comparison: Comparison, results: Results, sections: Sequence[Section | None]) -> Page:
+    return Page(
+        f"HSFT report: {results[0][2]['dataset']}",
+        headline(comparison),
+        metric_charts(comparison),
+        facts(comparison, results),
+        [section for section in sections if section is not None],
+    )
 
 
 def _named_results(run_dirs: Sequence[str | Path]) -> Results:
@@ -127,7 +135,7 @@ def _breakdowns(
         # Only then does the item cache decide which interactions there are.
         dropping = config.missing_items == "drop" and config.reads_embeddings
         data = load_data(config, need_cache=dropping)
-        dataset = _evaluation_users(data, run_dir, config.MAX_ITEM_LIST_LENGTH)
+        dataset = _evaluation_users(data, run_dir, config)
     except InputError as error:
         reason = _why("the breakdown", error)
         return [Section(HISTORY, [reason]), Section(POPULARITY, [reason])]
@@ -147,10 +155,10 @@ def _breakdowns(
         group_section(
             POPULARITY,
             [
-                "Users grouped by how often their held-out item was met in the training items. "
+                "Users grouped by how often their held-out item occurs in the training items. "
                 "Head: the most popular items, which hold the first 20 % of the training "
                 "interactions; tail: the least popular ones, which hold the last 20 %; middle: "
-                "those between. Items met equally often stay together. Items never in training are "
+                "those between. Items that occur equally often stay together. Items never in training are "
                 "a group of their own."
             ],
             by_popularity,
@@ -177,12 +185,12 @@ def _examples(
             if folder not in opened:
                 opened[folder] = open_run(folder, overrides, again=True)
                 datasets[folder] = _evaluation_users(
-                    opened[folder].data, folder, opened[folder].config.MAX_ITEM_LIST_LENGTH
+                    opened[folder].data, folder, opened[folder].config
                 )
     except InputError as error:
         return Section(EXAMPLES, [_why("the example users", error)])
     first = models[0][0]
-    # A user that is not there is the caller's to mend, so it does not end in a line on the page.
+    # An unknown user is an error of the command line, so it does not become a line on the page.
     chosen, rule = choose_users(opened[first], datasets[first], count, users, seed)
     scored, reasons = [], []
     for folder, model in models:
@@ -204,27 +212,36 @@ def _examples(
     )
 
 
-def _cold_start_run(results: Results) -> tuple[str, Path]:
+def _cold_start_run(
+    results: Results, full_dataset: str | None, overrides: Mapping[str, Any] | None
+) -> tuple[str, Path] | None:
     """Return name and folder of the last run that can rank items that it was not trained with.
 
+    Returns:
+        None where no `full_dataset` is named.
+
     Raises:
-        InputError: there is none.
+        InputError: there is none, or `cold_start` would refuse it.
     """
+    if full_dataset is None:
+        return None
     able = [run for run in results if run[2]["config"].get("model") in READS_EMBEDDINGS]
     if not able:
         raise InputError(
             "--cold_start: none of the runs reads item embeddings, so none can rank items that its "
             "data never had; name a fine-tuning run or a baseline."
         )
-    return able[-1][:2]
+    name, folder, _ = able[-1]
+    check_cold_start(folder, full_dataset, overrides)
+    return name, folder
 
 
 def _cold_start(
-    tested: tuple[str, Path] | None, full_dataset: str | None, overrides: Mapping[str, Any] | None
+    run: tuple[str, Path] | None, full_dataset: str | None, overrides: Mapping[str, Any] | None
 ) -> Section | None:
-    if tested is None or full_dataset is None:
+    if run is None or full_dataset is None:
         return None
-    name, folder = tested
+    name, folder = run
     rows = cold_start(folder, full_dataset, overrides, again=True)
     return cold_start_section(name, full_dataset, rows)
 
@@ -247,7 +264,7 @@ def _agreement(scored: Sequence[Scored]) -> list[str]:
 
 
 def _evaluation_users(
-    data: Data, run_dir: str | Path, max_length: int
+    data: Data, run_dir: str | Path, config: Config
 ) -> CachedEmbeddingEvalDataset:
     """Return the users that a run scored.
 
@@ -256,7 +273,7 @@ def _evaluation_users(
     """
     result = read_result(run_dir)
     phase: Phase = "valid" if result["phase"] == "valid" else "test"
-    dataset = CachedEmbeddingEvalDataset(data.split, phase, max_length)
+    dataset = CachedEmbeddingEvalDataset(data.split, phase, config.MAX_ITEM_LIST_LENGTH)
     then, now = result.get("data", {}), data.summary()
     changed = [key for key in now if key in then and then[key] != now[key]]
     if changed:
@@ -271,6 +288,7 @@ def _evaluation_users(
             f"{result['rows'][0]['users']} then, {len(dataset)} now); name the old ones with "
             f"--data_path."
         )
+    refuse_changed_data(run_dir, dataset, eval_protocol(config))
     return dataset
 
 

@@ -13,7 +13,7 @@ import torch
 from hsft.config import Config
 from hsft.data.cache import ItemCache, default_cache_path, open_cache
 from hsft.data.column_checks import find_spellings
-from hsft.data.interactions import read_interactions
+from hsft.data.interactions import load_interactions
 from hsft.data.item_text import (
     ItemTexts,
     information_file,
@@ -21,14 +21,19 @@ from hsft.data.item_text import (
     unfit_texts,
     with_items,
 )
-from hsft.encoding.build_cache import CacheBuild, EncodingJob, encode_items
+from hsft.encoding.build_cache import CacheBuilder, EncodingJob, encode_items
 from hsft.encoding.item_llm import ItemEncoder, load_item_encoder, model_fingerprint
+from hsft.encoding.sentence_encoder import (
+    is_sentence_encoder,
+    load_sentence_encoder,
+    read_sentence_folder,
+)
 from hsft.hub.manifest import origin
 from hsft.model.backbone import load_model_config
 from hsft.trainer.fabric import attention_kernel, choose_device, compute_dtype
 from hsft.utils.distributed import init_process_group, is_rank_zero, local_rank, run_on_rank_zero
 from hsft.utils.errors import InputError, Interrupted, one_line, refuse
-from hsft.utils.files import remove
+from hsft.utils.files import is_folder, remove
 from hsft.utils.signals import StopSignals
 
 log = logging.getLogger(__name__)
@@ -48,6 +53,27 @@ def cache_path(config: Config) -> Path:
     return default_cache_path(config.data_path, config.dataset)
 
 
+def with_encoder(config: Config) -> Config:
+    """Return a configuration with `encoder` in the place of `item_pretrain_dir`, where it is set.
+
+    Its texts are sentences with the folder's own prompt.
+
+    Raises:
+        InputError: the folder is missing or damaged.
+    """
+    if config.encoder is None:
+        return config
+    load_model_config(read_sentence_folder(config.encoder).transformer, config.trust_remote_code)
+    changes = {
+        "item_pretrain_dir": config.encoder,
+        "encoder": None,
+        "item_prompt": read_sentence_folder(config.encoder).prompt,
+        "text_format": "sentences",
+        "item_emb_token_n": 0,
+    }
+    return config.model_copy(update=changes)
+
+
 def write_item_cache(config: Config) -> Path:
     """Encode every item and write the cache file; an interrupted run is continued.
 
@@ -61,38 +87,39 @@ def write_item_cache(config: Config) -> Path:
         InputError: a file or model folder is missing or unusable.
         Interrupted: SIGINT or SIGTERM came; what is encoded is kept.
     """
+    config = with_encoder(config)
     target = cache_path(config).with_suffix(".safetensors")
     with StopSignals() as stop:
         init_process_group(_PATIENCE)
-        build = CacheBuild(
+        builder = CacheBuilder(
             target,
             target.with_name(f"{target.name}.parts"),
             config.show_progress,
             stop.held_back,
         )
         try:
-            _write_item_cache(config, build)
+            _write_item_cache(config, builder)
         except Interrupted as stopped:
             if not stop.received:
                 raise
-            kept = "" if build.kept is None else f" ({build.kept:,} of {build.items:,} items)"
+            kept = "" if builder.kept is None else f" ({builder.kept:,} of {builder.items:,} items)"
             done = f"; what is encoded is kept{kept}, and the same command goes on from there"
             raise stop.interruption(done=done) from stopped
     return target
 
 
-def _write_item_cache(config: Config, build: CacheBuild) -> None:
-    target = build.target
+def _write_item_cache(config: Config, builder: CacheBuilder) -> None:
+    target = builder.target
     # In process 0 alone: ids, texts and fingerprint.
-    found: list[ItemTexts] = []
+    catalogue: list[ItemTexts] = []
 
     def read() -> tuple[str, int, str]:
-        found.append(_catalogue(config))
+        catalogue.append(_catalogue(config))
         source = information_file(config.text_path, config.dataset)
-        return found[0].fingerprint, len(found[0]), str(source)
+        return catalogue[0].fingerprint, len(catalogue[0]), str(source)
 
     fingerprint, count, source = run_on_rank_zero(read)
-    item_ids = found[0].item_ids if found else []
+    item_ids = catalogue[0].item_ids if catalogue else []
     encoder, job = _encoder(config, fingerprint, count, source)
     if run_on_rank_zero(lambda: _is_current(target, job, item_ids)):
         log.info(
@@ -101,12 +128,12 @@ def _write_item_cache(config: Config, build: CacheBuild) -> None:
             target,
         )
     else:
-        build.run(encoder, job, item_ids, lambda: found.pop().texts)
+        builder.build(encoder, job, item_ids, lambda: catalogue.pop().texts)
         log.info(
             "wrote %s: %d items of %d dimensions in %s.", target, count, encoder.dim, job.dtype
         )
     if is_rank_zero():
-        remove(build.parts_dir)
+        remove(builder.parts_dir)
 
 
 def _is_current(target: Path, job: EncodingJob, item_ids: list[str]) -> bool:
@@ -116,14 +143,15 @@ def _is_current(target: Path, job: EncodingJob, item_ids: list[str]) -> bool:
         cache = open_cache(target)
     except InputError:
         return False
-    wanted = {**job.metadata(), "dtype": job.dtype}
+    expected = {**job.metadata(), "dtype": job.dtype}
     # Caches of before there were text formats have plain texts.
     stated = {"text_format": "plain", **cache.metadata}
-    return cache.item_ids == item_ids and wanted.items() <= stated.items()
+    return cache.item_ids == item_ids and expected.items() <= stated.items()
 
 
 def encode_in_memory(config: Config) -> ItemCache:
     """Encode every item now, through the code that writes cache files (`use_item_cache: False`)."""
+    config = with_encoder(config)
     return encode_texts(config, _catalogue(config))
 
 
@@ -171,6 +199,11 @@ def _other_cache(config: Config, cache: ItemCache, item_ids: np.ndarray) -> str 
         item_ids: str, ids of the interactions.
     """
     stated = dict(cache.metadata)
+    if stated.get("pooling") == "sentence" and not config.encoder:
+        # A sentence encoder decides these by itself.
+        for name in ("prompt", "text_format", "pooling"):
+            del stated[name]
+    config = with_encoder(config) if config.encoder and is_folder(config.encoder) else config
     if "prompt" in stated:
         # Caches of before there were text formats have plain texts.
         stated.setdefault("text_format", "plain")
@@ -180,7 +213,7 @@ def _other_cache(config: Config, cache: ItemCache, item_ids: np.ndarray) -> str 
         "text_format": ("text_format", config.text_format),
         "max_text_length": ("MAX_TEXT_LENGTH", str(config.MAX_TEXT_LENGTH)),
     }
-    if config.item_emb_token_n == 0:
+    if config.item_emb_token_n == 0 and stated.get("pooling") != "sentence":
         expected["pooling"] = ("item_emb_token_n", "mean")
     if config.item_pretrain_dir and Path(config.item_pretrain_dir).is_dir():
         mark = model_fingerprint(config.item_pretrain_dir)
@@ -196,7 +229,7 @@ def _other_cache(config: Config, cache: ItemCache, item_ids: np.ndarray) -> str 
     made = f" it was made from {one_line(source, 200)};" if source else ""
     return (
         f"the item cache {cache.path} was not made with this configuration's {' and '.join(other)};"
-        f"{made} make it anew with item_caching.py if that is not intended."
+        f"{made} make it again with item_caching.py if that is not intended."
     )
 
 
@@ -205,7 +238,10 @@ def _texts_differ(config: Config, cache: ItemCache, item_ids: np.ndarray) -> boo
         path = information_file(config.text_path, config.dataset)
         if path.stat().st_size > _QUICKLY_READ:
             return False
-        items = read_item_texts(path, config.text_keys, config.item_prompt, config.text_format)
+        prompt, text_format = config.item_prompt, config.text_format
+        if cache.metadata.get("pooling") == "sentence":
+            prompt, text_format = cache.metadata.get("prompt", ""), "sentences"
+        items = read_item_texts(path, config.text_keys, prompt, text_format)
     except InputError:
         # The run does not need the file.
         return False
@@ -226,15 +262,15 @@ def _catalogue(config: Config) -> ItemTexts:
     items = read_item_texts(path, config.text_keys, config.item_prompt, config.text_format)
     source = Path(config.data_path) / f"{config.dataset}.csv"
     warnings = list(items.warnings)
-    wanted = np.empty(0, dtype=object)
+    item_ids = np.empty(0, dtype=object)
     if config.dataset and source.is_file():
-        interactions = read_interactions(source, config.tie_order, config.seed)
+        interactions = load_interactions(config)
         warnings += interactions.warnings
-        wanted = interactions.item_ids[1:]
-    refuse(unfit_texts(items, path, config.text_keys, wanted, source))
+        item_ids = interactions.item_ids[1:]
+    refuse(unfit_texts(items, path, config.text_keys, item_ids, source))
     for warning in warnings:
         log.warning("%s", warning)
-    return with_items(items, wanted)
+    return with_items(items, item_ids)
 
 
 def require_item_llm(config: Config) -> str:
@@ -253,27 +289,12 @@ def require_item_llm(config: Config) -> str:
 def _encoder(
     config: Config, fingerprint: str, count: int, information: str = ""
 ) -> tuple[ItemEncoder, EncodingJob]:
+    """Load the configuration's ItemLLM, and describe the encoding of `count` items with it."""
     folder = require_item_llm(config)
     device = torch.device(choose_device(config))
     if device.type == "cuda":
         device = torch.device("cuda", local_rank() % torch.cuda.device_count())
-    dtype = compute_dtype(config)
-    # Texts come in rows of alike length, and share what they begin with: no row holds several.
-    varlen = config.attn_implementation == "varlen"
-    kernels = config.model_copy(update={"attn_implementation": "sdpa"}) if varlen else config
-    model = load_model_config(folder, config.trust_remote_code)
-    encoder = load_item_encoder(
-        folder,
-        item_emb_token_n=config.item_emb_token_n,
-        max_text_length=config.MAX_TEXT_LENGTH,
-        device=device,
-        dtype=dtype,
-        attention=attention_kernel(kernels, device, model, rows=False),
-        trust_remote_code=config.trust_remote_code,
-        tokenizer_as_saved=config.text_format == "hllm",
-    )
-    if config.item_compile:
-        encoder.compile()
+    encoder = _load_encoder(config, folder, device)
     imported = origin(folder)
     job = EncodingJob(
         model=Path(folder).name,
@@ -288,7 +309,7 @@ def _encoder(
         information=information,
         model_fingerprint=model_fingerprint(folder),
         batch_tokens=config.item_batch_tokens or BATCH_TOKENS[device.type],
-        compute_dtype=str(dtype).removeprefix("torch."),
+        compute_dtype=str(compute_dtype(config)).removeprefix("torch."),
         source=imported["source"]["sha256"] if imported else "",
     )
     log.info(
@@ -300,3 +321,34 @@ def _encoder(
         job.pooling,
     )
     return encoder, job
+
+
+def _load_encoder(config: Config, folder: str, device: torch.device) -> ItemEncoder:
+    if is_sentence_encoder(folder, config.trust_remote_code):
+        sentences = load_sentence_encoder(
+            folder,
+            max_text_length=config.MAX_TEXT_LENGTH,
+            device=device,
+            dtype=compute_dtype(config),
+            trust_remote_code=config.trust_remote_code,
+        )
+        if config.item_compile:
+            sentences.compile()
+        return sentences
+    # Texts come in rows of alike length, and share what they begin with: no row holds several.
+    varlen = config.attn_implementation == "varlen"
+    kernels = config.model_copy(update={"attn_implementation": "sdpa"}) if varlen else config
+    model = load_model_config(folder, config.trust_remote_code)
+    encoder = load_item_encoder(
+        folder,
+        item_emb_token_n=config.item_emb_token_n,
+        max_text_length=config.MAX_TEXT_LENGTH,
+        device=device,
+        dtype=compute_dtype(config),
+        attention=attention_kernel(kernels, device, model, rows=False),
+        trust_remote_code=config.trust_remote_code,
+        tokenizer_as_saved=config.text_format == "hllm",
+    )
+    if config.item_compile:
+        encoder.compile()
+    return encoder

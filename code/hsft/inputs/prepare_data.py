@@ -91,11 +91,11 @@ def prepare(options: argparse.Namespace) -> Statistics:
         log.info("%s", download.note)
     with both_files(target) as files:
         table, dropped = _interactions(download, options)
-        found = RowProblems(download.items.shown)
+        problems = RowProblems(download.items.shown)
         described = write_items(
-            files.text, download.described(download.items, found), table.kept_items()
+            files.text, download.described(download.items, problems), table.kept_items()
         )
-        refuse(found.sentences())
+        refuse(problems.sentences())
         _refuse_undescribed(download, described)
         write_interactions(files.data, table)
     dropped |= _items_dropped(described)
@@ -113,8 +113,8 @@ def _interactions(download: Download, options: argparse.Namespace) -> tuple[Tabl
     """Read and filter; returns the interactions, and numbers left out by reason."""
     dropped: dict[str, int] = {}
     rating = options.min_rating if download.has_ratings else None
-    found = RowProblems(download.interactions.shown)
-    table, low = read_events(download.events(download.interactions, found), found, rating)
+    problems = RowProblems(download.interactions.shown)
+    table, low = read_events(download.events(download.interactions, problems), problems, rating)
     if low:
         dropped[f"interactions rated below {rating:g}"] = low
     warnings = check_columns(table, download.interactions.shown)

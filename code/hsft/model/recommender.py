@@ -68,6 +68,7 @@ class Recommender(nn.Module):
         encoder: the model.
         settings: the loss.
         logit_scale: initial log factor on cosines; HLLM's ln(1/0.07) when None.
+        fix_scale: keep that factor as it starts.
 
     Attributes:
         negative_counts: int64 [4], sums of `losses.count_negatives` over the forward passes since
@@ -81,6 +82,7 @@ class Recommender(nn.Module):
         encoder: SequenceEncoder,
         settings: LossSettings,
         logit_scale: float | None = None,
+        fix_scale: bool = False,
     ) -> None:
         super().__init__()
         self.encoder = encoder
@@ -89,7 +91,9 @@ class Recommender(nn.Module):
         self.logit_scale = nn.Parameter(
             # One element, not a scalar: DeepSpeed cannot broadcast parameters without dimensions.
             torch.tensor([initial], dtype=torch.float32),
-            requires_grad=settings.loss == "nce" and settings.similarity == "cosine",
+            requires_grad=(
+                settings.loss == "nce" and settings.similarity == "cosine" and not fix_scale
+            ),
         )
         counts = torch.zeros(4, dtype=torch.int64)
         self.register_buffer("negative_counts", counts, persistent=False)

@@ -1,4 +1,4 @@
-"""Reference models without training: random, popularity, and nearest items in ItemLLM space.
+"""Reference models without training: random, popularity, and nearest items by embedding or by words.
 
 Each is a pair of vectors whose dot product is the score, so that the evaluator ranks them exactly
 as it ranks the UserLLM.
@@ -11,10 +11,12 @@ from torch import Tensor
 
 from hsft.config import Config
 from hsft.data.cache import ItemCache
+from hsft.data.item_text import information_file, read_plain_texts
 from hsft.data.split import Split, train_item_counts
 from hsft.evaluator.evaluator import Scorer
 from hsft.model.item_table import table_from_cache
 from hsft.model.losses import normalize
+from hsft.model.tfidf import TfIdf, history_weights, tfidf_rows
 
 # Scores of independent Gaussian vectors order the items uniformly at random for each user.
 _RANDOM_DIMENSIONS = 32
@@ -88,11 +90,13 @@ class ItemKNN:
     Args:
         table: [I + 1, D] item embeddings, row 0 the padding item.
         history: `last` or `mean`.
+        decay: weight of an item relative to that of the next newer one, for `mean`.
     """
 
-    def __init__(self, table: Tensor, history: str) -> None:
+    def __init__(self, table: Tensor, history: str, decay: float = 1.0) -> None:
         self._table = normalize(table)
         self._history = history
+        self._decay = decay
 
     @property
     def num_items(self) -> int:
@@ -103,8 +107,8 @@ class ItemKNN:
         """Return the last item's vector or the mean: float32 [B, D] of unit length."""
         if self._history == "last":
             return self._table[history[torch.arange(len(history)), lengths - 1]]
-        summed = (self._table[history] * (history != 0).unsqueeze(-1)).sum(dim=1)
-        return normalize(summed)
+        weights = history_weights(history, lengths, self._history, self._decay)
+        return normalize((self._table[history] * weights.unsqueeze(-1)).sum(dim=1))
 
     def item_slice(self, start: int, end: int) -> Tensor:
         """Return unit vectors: float32 [end - start, D]."""
@@ -122,16 +126,25 @@ def build_reference(
     device: torch.device,
     own_items: int | None = None,
 ) -> Scorer:
-    """Make the reference model that the configuration's `model` names: pop, random or item_knn.
+    """Make the reference model that the configuration's `model` names.
 
     `own_items` is as in `table_from_cache`.
+
+    Raises:
+        InputError: the item texts of tfidf are missing or bad.
     """
     if config.model == "pop":
         return Popularity(torch.from_numpy(train_item_counts(split)).to(device))
     if config.model == "random":
         return RandomScores(split.interactions.num_items, config.seed, device)
+    if config.model == "tfidf":
+        path = information_file(config.text_path, config.dataset)
+        texts = read_plain_texts(path, config.text_keys)
+        # The padding item comes first, without text.
+        rows = tfidf_rows([texts.get(str(item), "") for item in split.interactions.item_ids])
+        return TfIdf(rows.to(device), config.knn_history, config.knn_decay)
     assert cache is not None
     table = table_from_cache(
         cache, split.interactions.item_ids, config.item_embedding_transform, own_items
     )
-    return ItemKNN(table.to(device), config.knn_history)
+    return ItemKNN(table.to(device), config.knn_history, config.knn_decay)

@@ -1,10 +1,12 @@
-"""SASRec (Kang and McAuley 2018, arXiv 1808.09781) on item ids, on PyTorch's own transformer layers."""
+"""SASRec (Kang and McAuley 2018, arXiv 1808.09781) on item ids, with PyTorch's or with LiGR's layers."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hsft.config import Config
@@ -51,6 +53,44 @@ class IdTable(ItemTable):
         return split_chunks(self.weight[1:], size)
 
 
+class LigrLayer(nn.Module):
+    """A layer whose residual branches are gated: LiGR's (arXiv 2502.03417), as eSASRec has it.
+
+    x + sigmoid(G x) * attention(LN(x)), then x + sigmoid(H x) * SwiGLU(LN(x)) (arXiv 2508.06450).
+
+    Args:
+        dim, heads, dropout: shape; the hidden layer is 4 D wide.
+    """
+
+    def __init__(self, dim: int, heads: int, dropout: float) -> None:
+        super().__init__()
+        self.heads, self.rate = heads, dropout
+        self.attention_norm, self.hidden_norm = nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.attention_gate, self.hidden_gate = nn.Linear(dim, dim), nn.Linear(dim, dim)
+        self.read, self.write = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+        # SwiGLU: both of its factors in one product.
+        self.widen, self.narrow = nn.Linear(dim, 8 * dim), nn.Linear(4 * dim, dim)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, states: Tensor) -> Tensor:
+        """Float [B, T, D] -> [B, T, D]; position t reads positions 0..t."""
+        attended = self.dropout(self.write(self._attend(self.attention_norm(states))))
+        states = states + self.attention_gate(states).sigmoid() * attended
+        factor, gate = self.widen(self.hidden_norm(states)).chunk(2, dim=-1)
+        hidden = self.dropout(self.narrow(self.dropout(factor * F.silu(gate))))
+        return states + self.hidden_gate(states).sigmoid() * hidden
+
+    def _attend(self, states: Tensor) -> Tensor:
+        batch, length, dim = states.shape
+        parts = self.read(states).view(batch, length, 3, self.heads, dim // self.heads)
+        queries, keys, values = parts.permute(2, 0, 3, 1, 4).unbind()
+        rate = self.rate if self.training else 0.0
+        mixed = F.scaled_dot_product_attention(
+            queries, keys, values, dropout_p=rate, is_causal=True
+        )
+        return mixed.transpose(1, 2).reshape(batch, length, dim)
+
+
 class SASRec(SequenceEncoder):
     """Causal self-attention over item and position embeddings.
 
@@ -61,15 +101,28 @@ class SASRec(SequenceEncoder):
         layers: self-attention layers.
         heads: attention heads; must divide `dim`.
         dropout: dropout probability.
+        block: kind of layers, `transformer` (pre-norm, GELU) or `ligr`.
     """
 
     def __init__(
-        self, num_items: int, max_length: int, *, dim: int, layers: int, heads: int, dropout: float
+        self,
+        num_items: int,
+        max_length: int,
+        *,
+        dim: int,
+        layers: int,
+        heads: int,
+        dropout: float,
+        block: str = "transformer",
     ) -> None:
         super().__init__()
         self.items = IdTable(num_items, dim)
         self.positions = nn.Parameter(torch.randn(max_length, dim) * _INITIAL_DEVIATION)
         self.dropout = nn.Dropout(dropout)
+        if block == "ligr":
+            gated = (LigrLayer(dim, heads, dropout) for _ in range(layers))
+            self.layers: nn.Module = nn.Sequential(*gated, nn.LayerNorm(dim))
+            return
         layer = nn.TransformerEncoderLayer(
             dim, heads, 4 * dim, dropout, activation="gelu", batch_first=True, norm_first=True
         )
@@ -77,19 +130,28 @@ class SASRec(SequenceEncoder):
             layer, layers, norm=nn.LayerNorm(dim), enable_nested_tensor=False
         )
 
-    def forward(self, history: Tensor, positions: Tensor | None = None) -> Tensor:
+    def forward(
+        self, history: Tensor, positions: Tensor | None = None, cu_lengths: Tensor | None = None
+    ) -> Tensor:
         """Encode every prefix of each history: int64 [B, T] -> [B, T, D]; rows are not packed."""
         assert positions is None
         length = history.shape[1]
         # Padding is on the right, where the causal mask hides it from every real position.
         states = self.items(history) * (history != PAD).unsqueeze(-1)
-        mask = nn.Transformer.generate_square_subsequent_mask(length, device=history.device)
         states = self.dropout(states + self.positions[:length])
-        return self.layers(states, mask=mask, is_causal=True)
+        if isinstance(self.layers, nn.Sequential):
+            gated: Tensor = self.layers(states)
+            return gated
+        mask = nn.Transformer.generate_square_subsequent_mask(length, device=history.device)
+        encoded: Tensor = self.layers(states, mask=mask, is_causal=True)
+        return encoded
 
 
 def build_sasrec(config: Config, num_items: int) -> Recommender:
-    """Make SASRec with a full softmax over dot products, its strongest published training."""
+    """Make SASRec with a full softmax, its strongest published training.
+
+    It is over dot products, or with `similarity: cosine` over cosines, as the UserLLM's is.
+    """
     shape = config.sasrec
     encoder = SASRec(
         num_items,
@@ -98,12 +160,14 @@ def build_sasrec(config: Config, num_items: int) -> Recommender:
         layers=shape.layers,
         heads=shape.heads,
         dropout=shape.dropout,
+        block=shape.block,
     )
     settings = LossSettings(
         loss="nce",
         negatives="catalogue",
         nce_thres=config.nce_thres,
         budget_bytes=config.logits_budget_mb << 20,
-        similarity="dot",
+        similarity="cosine" if config.similarity == "cosine" else "dot",
     )
-    return Recommender(encoder, settings)
+    scale = None if config.temperature is None else -math.log(config.temperature)
+    return Recommender(encoder, settings, scale, config.fix_temp)

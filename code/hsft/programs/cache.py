@@ -12,14 +12,15 @@ from hsft.utils.errors import EXIT_OK, refuse
 
 EXAMPLES = (
     "cache --dataset Pixel200K --item_pretrain_dir model_checkpoints/ItemLLM_complete",
+    "cache --dataset Pixel200K --encoder model_checkpoints/all-MiniLM-L6-v2",
     "cache --config_file my.yaml --item_cache_path dataset/my_items.safetensors",
 )
 # The keys that --help shows: those that item caching reads.
 KEYS = (
     *("check", "device", "num_threads", "show_progress", "trust_remote_code"),
-    *("data_path", "dataset", "text_path", "text_keys", "MAX_TEXT_LENGTH"),
-    *("item_cache_path", "item_pretrain_dir", "item_prompt", "item_emb_token_n"),
-    *("item_cache_dtype", "item_batch_tokens", "item_compile"),
+    *("data_path", "dataset", "item_data", "text_path", "text_keys", "MAX_TEXT_LENGTH"),
+    *("item_cache_path", "item_pretrain_dir", "encoder", "item_prompt", "text_format"),
+    *("item_emb_token_n", "item_cache_dtype", "item_batch_tokens", "item_compile"),
     *("attn_implementation", "use_ft_flash_attn", "precision"),
 )
 

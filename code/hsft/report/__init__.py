@@ -1,1 +1,1 @@
-"""What a run leaves behind: result.json, per-user ranks, and tables."""
+"""Results of runs: result.json, per-user ranks, tables, comparisons and the HTML report."""

@@ -76,7 +76,7 @@ def history_groups(lengths: np.ndarray, parts: int = 4) -> list[Group]:
 
     Args:
         lengths: int64 [E], items before the target, at least 1.
-        parts: groups wanted.
+        parts: number of groups.
     """
     shares = np.arange(1, parts) / parts
     cuts = np.unique(np.quantile(lengths, shares, method="inverted_cdf").astype(np.int64))
@@ -142,9 +142,9 @@ def recall_curve(
     low, high = np.quantile(np.cumsum(drawn, axis=1) / len(ranks), [0.025, 0.975], axis=0)
     hits = np.cumsum(counts[:-1])
     values = hits / len(ranks)
-    for place, (count, value) in enumerate(zip(hits, values, strict=True)):
+    for number, (count, value) in enumerate(zip(hits, values, strict=True)):
         if needs_wilson(int(count), len(ranks)):
-            low[place], high[place] = wilson_interval(float(value), len(ranks))
+            low[number], high[number] = wilson_interval(float(value), len(ranks))
     return RecallCurve(np.arange(1, deepest + 1), values, low, high)
 
 
@@ -158,9 +158,9 @@ def _span(low: int, high: int) -> str:
 
 
 def _about(counts: np.ndarray) -> list[str]:
-    """Say how many items a group has and how often they were met."""
+    """Say how many items a group has and how often they occur in training."""
     notes = [counted(len(counts), "item")]
     if len(counts) and counts.max() > 0:
         span = _span(int(counts.min()), int(counts.max()))
-        notes.append("met once" if span == "1" else f"met {span} times")
+        notes.append(f"{span} {'interaction' if span == '1' else 'interactions'} each")
     return notes

@@ -182,9 +182,9 @@ def group_chart(
                 capsize=2,
                 label=_legend_name(one.name),
             )
-            for place, group in enumerate(groups):
-                text = f"{one.name}, {group.splitlines()[0]}: {one.shown(place)}"
-                _add_hover(axes, at[place], one.values[place], hover.add(text))
+            for index, group in enumerate(groups):
+                text = f"{one.name}, {group.splitlines()[0]}: {one.shown(index)}"
+                _add_hover(axes, at[index], one.values[index], hover.add(text))
         axes.set_xticks(np.arange(len(groups)), [_wrapped(name) for name in groups])
         axes.set_xlim(-0.5, len(groups) - 0.5)
         axes.grid(visible=False, axis="x")
@@ -241,8 +241,8 @@ def _draw_bars(
             label=_legend_name(one.name),
         )
         if hover is not None:
-            for place, (cut, patch) in enumerate(zip(bars.cuts, drawn.patches, strict=True)):
-                patch.set_gid(hover.add(f"{one.name}, {bars.metric}@{cut}: {one.shown(place)}"))
+            for index, (cut, patch) in enumerate(zip(bars.cuts, drawn.patches, strict=True)):
+                patch.set_gid(hover.add(f"{one.name}, {bars.metric}@{cut}: {one.shown(index)}"))
     axes.set_xticks(np.arange(len(bars.cuts)), [f"@{cut}" for cut in bars.cuts])
     axes.grid(visible=False, axis="x")
     axes.set_axisbelow(True)

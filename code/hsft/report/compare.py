@@ -227,8 +227,8 @@ def refuse_unlike(
 
 
 def _fingerprint(result: Mapping[str, Any]) -> Mapping[str, str]:
-    found = result.get("fingerprint")
-    return found if isinstance(found, dict) else {}
+    recorded = result.get("fingerprint")
+    return recorded if isinstance(recorded, dict) else {}
 
 
 def _and(names: Sequence[str]) -> str:

@@ -29,10 +29,9 @@ GIB = 1 << 30
 MIB = 1 << 20
 # The driver's and cuBLAS's own memory, which no allocator statistic shows.
 CUDA_CONTEXT = 600 * MIB
-# bitsandbytes quantises blocks of 64 weights, and the blocks' constants in blocks of 256.
-_BLOCK, _NESTED_BLOCK = 64, 256
+# bitsandbytes quantises blocks of 64 weights.
+_BLOCK = 64
 _TABLES = 4 * 16
-_NESTED_TABLES = 4 * 256 + 4
 # bitsandbytes keeps 32-bit state for tensors smaller than this; larger ones have blocks of 256.
 _SMALLEST_8BIT, _STATE_BLOCK = 4096, 256
 # Rows of the fake batch: enough that what is saved once a layer hardly counts.
@@ -55,7 +54,6 @@ class TrainingShape:
     Attributes:
         model_config: transformers config, cut to the layers in use and without vocabulary.
         quant_type: of the frozen weights; `none` is plain LoRA.
-        double_quant: quantise the constants too (nf4, fp4).
         lora_rank: None trains all weights.
         lora_targets: module names, or `[all-linear]`.
         mixed: bf16 or fp16 autocast over float32 trained weights.
@@ -67,7 +65,9 @@ class TrainingShape:
         adapter_rank: of `lowrank`.
         item_width: dimensions of the item embeddings, None: the UserLLM's hidden size.
         id_vectors: whether every item has a trained id vector.
-        length: L, positions per sequence; every sequence is taken to be full.
+        length: L, most positions of a sequence.
+        mean_length, length_deviation: mean and standard deviation of the sequences' positions, where
+            they are known and batches are packed; else every sequence is taken to be full.
         attention: `sdpa` or `eager`.
         masked_row: positions of a packed row whose attention takes a mask; None: not packed, and
             sdpa takes no mask.
@@ -77,7 +77,6 @@ class TrainingShape:
 
     model_config: Any
     quant_type: QuantType
-    double_quant: bool
     lora_rank: int | None
     lora_targets: tuple[str, ...]
     mixed: bool
@@ -96,6 +95,22 @@ class TrainingShape:
     attention: Literal["sdpa", "eager"] = "sdpa"
     item_width: int | None = None
     id_vectors: bool = False
+    mean_length: float | None = None
+    length_deviation: float = 0.0
+
+    def positions(self, batch_size: int) -> int:
+        """Return the positions of a large batch: of a thousand, one or two have more."""
+        full = batch_size * self.length
+        if self.mean_length is None:
+            return full
+        mean = batch_size * self.mean_length
+        return min(full, math.ceil(mean + 3 * math.sqrt(batch_size) * self.length_deviation))
+
+    @property
+    def autocast(self) -> bool:
+        """Whether the decoder runs under autocast: not where it is bfloat16 throughout."""
+        pure = self.lora_rank is not None and self.quant_type != "int8"
+        return self.mixed and not (pure and self.dtype == torch.bfloat16)
 
     @property
     def quantised(self) -> bool:
@@ -109,8 +124,9 @@ class TrainingShape:
 
     @property
     def residual_dtype(self) -> torch.dtype:
-        """Number type of norms and residual stream: peft casts a quantised model's to float32."""
-        return torch.float32 if self.quantised else self.weight_dtype
+        """Number type of norms and residual stream: float32 where a quantised model has float16."""
+        widened = self.quantised and self.dtype == torch.float16
+        return torch.float32 if widened else self.weight_dtype
 
 
 @dataclass(frozen=True)
@@ -157,20 +173,17 @@ def meta_decoder(model_config: Any, trust_remote_code: bool = False) -> nn.Modul
     return model
 
 
-def quantised_bytes(weights: int, rows: int, quant_type: QuantType, double_quant: bool) -> int:
+def quantised_bytes(weights: int, rows: int, quant_type: QuantType) -> int:
     """Return the bytes of one linear layer's quantised weight.
 
     nf4 and fp4 (QLoRA, arXiv 2305.14314, sections 3): half a byte a weight, one float32 constant per
-    block of 64; with double quantisation one byte per block, a float32 per 256 blocks, an offset and
-    the 8-bit code's table. int8 (arXiv 2208.07339): a byte a weight, a float32 scale per row.
+    block of 64, also where constants were quantised: training holds them in float32.
+    int8 (arXiv 2208.07339): a byte a weight, a float32 scale per row.
     """
     if quant_type == "int8":
         return weights + 4 * rows
     blocks = math.ceil(weights / _BLOCK)
-    constants = 4 * blocks
-    if double_quant:
-        constants = blocks + 4 * math.ceil(blocks / _NESTED_BLOCK) + _NESTED_TABLES
-    return math.ceil(weights / 2) + _TABLES + constants
+    return math.ceil(weights / 2) + _TABLES + 4 * blocks
 
 
 def weight_bytes(model: nn.Module, shape: TrainingShape) -> int:
@@ -180,9 +193,7 @@ def weight_bytes(model: nn.Module, shape: TrainingShape) -> int:
     for weight in model.parameters():
         module = linear.get(id(weight))
         if module is not None and shape.quantised:
-            total += quantised_bytes(
-                weight.numel(), _widths(module)[1], shape.quant_type, shape.double_quant
-            )
+            total += quantised_bytes(weight.numel(), _widths(module)[1], shape.quant_type)
         else:
             kind = shape.weight_dtype if module is not None else shape.residual_dtype
             total += weight.numel() * kind.itemsize
@@ -256,36 +267,16 @@ def estimate(
 
     Args:
         shape: the run.
-        batch_size: sequences per forward pass, all of L positions.
+        batch_size: sequences per forward pass.
         model: as `meta_decoder` gives, built when None.
         per_token: as `saved_bytes_per_token` gives, counted when None.
     """
     model = meta_decoder(shape.model_config) if model is None else model
-    layer, rest = per_token if per_token is not None else saved_bytes_per_token(shape)
-    config = shape.model_config
-    tokens, dim, layers = batch_size * shape.length, config.hidden_size, config.num_hidden_layers
+    per_token = per_token if per_token is not None else saved_bytes_per_token(shape)
+    tokens, dim = shape.positions(batch_size), shape.model_config.hidden_size
     sizes = trained_sizes(model, shape)
     trained = sum(sizes)
     width = 4 if shape.lora_rank is not None or shape.mixed else shape.dtype.itemsize
-    if shape.checkpointing:
-        activations = tokens * (layers * dim * shape.residual_dtype.itemsize + layer + rest)
-    else:
-        activations = tokens * (layers * layer + rest)
-    if shape.negatives == "catalogue":
-        count = _ANY_NUMBER if shape.items is None else shape.items
-        rows, size = chunk_shape(tokens, count, dim, shape.budget_bytes)
-        logits = 4 * (2 * rows * size + 8 * size * dim + 4 * tokens * dim)
-    else:
-        pool = tokens
-        if shape.negatives == "sampled":
-            pool = shape.num_negatives or batch_size * (shape.length + 1)
-        logits = min(shape.budget_bytes, 12 * tokens * pool) + 12 * (tokens + pool) * dim
-    linear = [_widths(module) for module in linear_layers(model).values()]
-    largest = max(read * given for read, given in linear)
-    middle = max(given for _, given in linear)
-    workspace = 3 * tokens * middle * shape.residual_dtype.itemsize
-    if shape.quantised:
-        workspace += largest * shape.dtype.itemsize
     return Memory(
         weights=weight_bytes(model, shape),
         # Where all weights are trained, `weights` has them.
@@ -293,10 +284,38 @@ def estimate(
         gradients=width * trained,
         optimizer=optimizer_bytes(sizes, shape.optimizer_8bit) * width // 4,
         item_table=0 if shape.items is None else _table_bytes(shape.items, dim, shape),
-        activations=int(activations),
-        logits=logits,
-        workspace=workspace,
+        activations=_activation_bytes(shape, tokens, *per_token),
+        logits=_logit_bytes(shape, batch_size),
+        workspace=_workspace_bytes(shape, tokens, model),
     )
+
+
+def _activation_bytes(shape: TrainingShape, tokens: int, layer: float, rest: float) -> int:
+    """Count what autograd keeps, given what it saves per position in a layer and beside them."""
+    layers = shape.model_config.num_hidden_layers
+    if not shape.checkpointing:
+        return int(tokens * (layers * layer + rest))
+    inputs = layers * shape.model_config.hidden_size * shape.residual_dtype.itemsize
+    return int(tokens * (inputs + layer + rest))
+
+
+def _logit_bytes(shape: TrainingShape, batch_size: int) -> int:
+    tokens, dim = shape.positions(batch_size), shape.model_config.hidden_size
+    if shape.negatives == "catalogue":
+        count = _ANY_NUMBER if shape.items is None else shape.items
+        rows, size = chunk_shape(tokens, count, dim, shape.budget_bytes)
+        return 4 * (2 * rows * size + 8 * size * dim + 4 * tokens * dim)
+    pool = tokens
+    if shape.negatives == "sampled":
+        pool = shape.num_negatives or batch_size * (shape.length + 1)
+    return min(shape.budget_bytes, 12 * tokens * pool) + 12 * (tokens + pool) * dim
+
+
+def _workspace_bytes(shape: TrainingShape, tokens: int, model: nn.Module) -> int:
+    widths = [_widths(module) for module in linear_layers(model).values()]
+    dequantised = max(read * given for read, given in widths) if shape.quantised else 0
+    gradients = 3 * tokens * max(given for _, given in widths) * shape.residual_dtype.itemsize
+    return gradients + dequantised * shape.dtype.itemsize
 
 
 def largest_batch(
@@ -344,6 +363,40 @@ class _QuantisedConv1D(Conv1D):
         return F.linear(x.to(self.weight.dtype), self.weight.T, self.bias).to(x.dtype)
 
 
+class _NormSaves(torch.autograd.Function):
+    """Saves what torch's RMS norm saves on a GPU: its input, and a float32 per row."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight, x.new_empty(x.shape[:-1], dtype=torch.float32))
+        return torch.empty_like(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        raise NotImplementedError("only what is saved is counted")
+
+
+class _Norm(nn.Module):
+    def __init__(self, weight: nn.Parameter) -> None:
+        super().__init__()
+        self.weight = weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = _NormSaves.apply(x, self.weight)
+        return result
+
+
+def _with_fused_norms(model: nn.Module) -> nn.Module:
+    """Replace the norms of the kinds that `norms.fuse_norms` replaces in a model with weights."""
+    for parent in list(model.modules()):
+        for name, module in parent.named_children():
+            weight: Any = getattr(module, "weight", None)
+            plain = hasattr(module, "variance_epsilon") and "RMSNorm" in type(module).__name__
+            if plain and weight is not None:
+                setattr(parent, name, _Norm(weight))
+    return model
+
+
 def _widths(module: nn.Module) -> tuple[int, int]:
     """Return how many numbers a linear layer reads and gives."""
     if isinstance(module, Conv1D):
@@ -369,7 +422,7 @@ def _saved(shape: TrainingShape, layers: int) -> int:
             attn_implementation=shape.attention if masked or eager else _NO_MASK,
             dtype=shape.residual_dtype,
         )
-        model = _adapted(plain, shape).train()
+        model = _adapted(_with_fused_norms(plain), shape).train()
     with FakeTensorMode():
         _without_storage(model)
         length = shape.masked_row or shape.length
@@ -381,12 +434,12 @@ def _saved(shape: TrainingShape, layers: int) -> int:
             "attention_mask": torch.zeros(_ROWS, 1, length, length, dtype=torch.bool),
             "position_ids": torch.arange(length).expand(_ROWS, length),
         }
-        own = {_storage(weight) for weight in [*model.parameters(), *model.buffers()]}
+        weights = {_storage(weight) for weight in [*model.parameters(), *model.buffers()]}
         saved: dict[int, int] = {}
 
         def note(tensor: Tensor) -> Tensor:
             key = _storage(tensor)
-            if key not in own and tensor.ndim > 1:
+            if key not in weights and tensor.ndim > 1:
                 saved[key] = max(saved.get(key, 0), tensor.untyped_storage().nbytes())
                 kept.append(tensor)
             return tensor
@@ -394,7 +447,7 @@ def _saved(shape: TrainingShape, layers: int) -> int:
         kept: list[Tensor] = []
         # The autocast type of the GPU is what counts; fake tensors are on the CPU, which has no
         # float16 mode, and both types have two bytes.
-        mixed = torch.autocast("cpu", torch.bfloat16, enabled=shape.mixed)
+        mixed = torch.autocast("cpu", torch.bfloat16, enabled=shape.autocast)
         with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), mixed:
             model(inputs_embeds=vectors, use_cache=False, **(given if masked else {}))
     return sum(saved.values())
@@ -427,9 +480,13 @@ def _adapted(model: nn.Module, shape: TrainingShape) -> nn.Module:
         return model
     from peft import LoraConfig, get_peft_model
 
+    from hsft.model.fast_layers import use_fast_lora_layers
+
     names = list(shape.lora_targets)
     chosen: Any = "all-linear" if names == ["all-linear"] else names
     settings = LoraConfig(r=shape.lora_rank, lora_dropout=0.05, target_modules=chosen)
+    if shape.quant_type != "int8":
+        use_fast_lora_layers(settings)
     adapted: nn.Module = get_peft_model(model, settings)
     return adapted
 

@@ -70,8 +70,8 @@ class Exported:
     @property
     def own_row(self) -> Row | None:
         """The row that was measured on what the folder holds, None when nothing was."""
-        wanted = EXPORTED if self.format == "merged" else self.tuned
-        return next((row for row in self.table.rows if row.name == wanted), None)
+        name = EXPORTED if self.format == "merged" else self.tuned
+        return next((row for row in self.table.rows if row.name == name), None)
 
 
 def model_card(exported: Exported) -> str:
@@ -95,7 +95,7 @@ def _metadata(exported: Exported) -> ModelCardData:
         for record in records
         if row and record.run == row.name
     ]
-    found = [
+    eval_results = [
         EvalResult(
             task_type="sequential-recommendation",
             dataset_type=str(config.dataset),
@@ -114,8 +114,8 @@ def _metadata(exported: Exported) -> ModelCardData:
         datasets=[str(config.dataset)],
         metrics=[name for name in config.metrics if name in list(PER_USER)],
         # The hub asks for a name wherever there are results.
-        model_name=exported.name if found else None,
-        eval_results=found or None,
+        model_name=exported.name if eval_results else None,
+        eval_results=eval_results or None,
     )
 
 

@@ -44,12 +44,12 @@ def write_result(run_dir: Path, result: dict[str, Any], evaluations: dict[str, E
     write_json(run_dir / RESULT_FILE, result)
 
 
-def no_run(folder: Path, wanted: str, lacking: str) -> InputError:
+def not_a_run(folder: Path, expected: str, lacking: str) -> InputError:
     """Return an error that says what a folder is that was taken for a run.
 
     Args:
         folder: what was named.
-        wanted: what it should be.
+        expected: what it should be, such as `finished run`.
         lacking: the file that it does not have.
     """
     if not is_folder(folder):
@@ -58,11 +58,11 @@ def no_run(folder: Path, wanted: str, lacking: str) -> InputError:
     if is_file(folder / CONFIG_FILE) and lacking == RESULT_FILE:
         return unfinished(folder)
     inside = sorted(path.parent for path in folder.glob(f"*/{CONFIG_FILE}"))
-    mend = "name a folder that main.py made"
+    remedy = "name a folder that main.py made"
     if inside:
         more = f" and {len(inside) - _LISTED} more" if len(inside) > _LISTED else ""
-        mend = f"the runs in it are {', '.join(map(str, inside[:_LISTED]))}{more}: name one"
-    return InputError(f"{folder} is no {wanted}: it has no {lacking}; {mend}.")
+        remedy = f"the runs in it are {', '.join(map(str, inside[:_LISTED]))}{more}: name one"
+    return InputError(f"{folder} is no {expected}: it has no {lacking}; {remedy}.")
 
 
 def unfinished(folder: Path) -> InputError:
@@ -82,7 +82,7 @@ def read_result(run_dir: str | Path) -> dict[str, Any]:
     """
     path = Path(run_dir) / RESULT_FILE
     if not is_file(path):
-        raise no_run(Path(run_dir), "finished run", RESULT_FILE)
+        raise not_a_run(Path(run_dir), "finished run", RESULT_FILE)
     result = read_json(path)
     wrong = _first_wrong(result)
     if wrong is not None:
@@ -190,14 +190,14 @@ def _unranked_in_format_1(result: dict[str, Any], ranks: np.ndarray) -> np.ndarr
     return np.where(ranks > items, UNRANKED, ranks)
 
 
-def pack_evaluation(found: Evaluation) -> dict[str, Any]:
+def pack_evaluation(evaluation: Evaluation) -> dict[str, Any]:
     """Turn an evaluation into what a checkpoint can hold."""
     return {
-        "phase": found.phase,
-        "users": torch.from_numpy(found.users.astype(np.int64)),
-        "ranks": torch.from_numpy(found.ranks.astype(np.int64)),
-        "metrics": {name: float(value) for name, value in found.metrics.items()},
-        "seconds": found.seconds,
+        "phase": evaluation.phase,
+        "users": torch.from_numpy(evaluation.users.astype(np.int64)),
+        "ranks": torch.from_numpy(evaluation.ranks.astype(np.int64)),
+        "metrics": {name: float(value) for name, value in evaluation.metrics.items()},
+        "seconds": evaluation.seconds,
     }
 
 

@@ -45,8 +45,10 @@ def applies(key: str, config: Mapping[str, Any]) -> bool:
     model, name = config.get("model"), key.partition(".")[0]
     trains = model in ("HLLM", "sasrec") and not config.get("val_only")
     group = _GROUP_OF_KEY.get(name)
-    if name in ("sasrec", "knn_history"):
-        return model == {"sasrec": "sasrec", "knn_history": "item_knn"}[name]
+    if name == "sasrec":
+        return model == "sasrec"
+    if name in ("knn_history", "knn_decay"):
+        return model in ("item_knn", "tfidf")
     if name == "MAX_ITEM_LIST_LENGTH":
         return model not in ("pop", "random")
     if name == "eval_baseline":

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,7 @@ import numpy as np
 from hsft.evaluator.metrics import PER_USER
 from hsft.report.breakdown import Estimate, Group, counted, group_estimate, recall_curve
 from hsft.report.charts import Series, bar_chart, group_chart, line_chart
-from hsft.report.compare import TRAINED, Comparison, Record
+from hsft.report.compare import TRAINED, Comparison, Record, Row
 from hsft.report.comparison_files import INTERVALS, metric_bars
 from hsft.report.page import Cell, Chart, Section, Table
 from hsft.report.run_tables import NOT_RECORDED, Results, as_time
@@ -128,35 +128,17 @@ def metric_section(comparison: Comparison) -> Section:
 
 def training_section(comparison: Comparison, results: Results) -> Section | None:
     """Loss and validation metric by epoch of the runs that trained; None when none did."""
-    losses, valid, rows = [], [], []
-    metrics = []
-    for number, row in enumerate(comparison.rows):
-        training = _training(row.folder, row.model, results)
-        if training is None:
-            continue
-        history, best, metric = training
-        metrics.append(metric)
-        epochs = np.array([record["epoch"] for record in history], dtype=np.float64)
-        loss = _column(record.get("loss") for record in history)
-        values = _column((record.get("valid") or {}).get(metric) for record in history)
-        measured = ~np.isnan(values)
-        losses.append(Series(row.name, number, loss, epochs))
-        marked = np.flatnonzero(epochs[measured] == best).tolist()
-        valid.append(Series(row.name, number, values[measured], epochs[measured], marked=marked))
-        rows += [
-            [
-                row.name,
-                f"{epoch:.0f}",
-                _number(one),
-                _number(two),
-                "kept" if epoch == best else "",
-            ]
-            for epoch, one, two in zip(epochs, loss, values, strict=True)
-        ]
-    if not losses:
+    trained = [
+        (number, row.name, training)
+        for number, row in enumerate(comparison.rows)
+        if (training := _training_of(row, results)) is not None
+    ]
+    if not trained:
         return None
-    kinds = list(dict.fromkeys(metrics))
-    metric = " or ".join(kinds)
+    metric = " or ".join(dict.fromkeys(training.metric for _, _, training in trained))
+    losses = [
+        Series(name, number, training.loss, training.epochs) for number, name, training in trained
+    ]
     charts = [
         Chart(
             line_chart(
@@ -169,6 +151,7 @@ def training_section(comparison: Comparison, results: Results) -> Section | None
             "Training loss, mean over each epoch.",
         ),
     ]
+    valid = [training.validation_series(name, number) for number, name, training in trained]
     if any(len(series.values) for series in valid):
         charts.append(
             Chart(
@@ -184,9 +167,9 @@ def training_section(comparison: Comparison, results: Results) -> Section | None
         )
     text = ["Losses can be compared between runs with the same loss and negatives only."]
     header = ["model", "epoch", "loss", f"validation {metric}", "best"]
-    return Section(
-        "Training", text, charts, [Table("Loss and validation by epoch", header, rows, folded=True)]
-    )
+    rows = [row for _, name, training in trained for row in training.table_rows(name)]
+    table = Table("Loss and validation by epoch", header, rows, folded=True)
+    return Section("Training", text, charts, [table])
 
 
 def recall_section(comparison: Comparison) -> Section:
@@ -306,17 +289,60 @@ def cold_start_section(
     return Section("Cold start", text, tables=tables)
 
 
-def _training(
-    folder: Path, model: str, results: Results
-) -> tuple[list[dict[str, Any]], int, str] | None:
-    """Return a trained row's history, best epoch and validation metric."""
-    if model not in TRAINED:
+@dataclass(frozen=True)
+class _Training:
+    """How a row was trained.
+
+    Attributes:
+        epochs: float64 [n].
+        loss, valid: float64 [n], NaN where there is none.
+        best: the epoch that was kept.
+        metric: what was validated by.
+    """
+
+    epochs: np.ndarray
+    loss: np.ndarray
+    valid: np.ndarray
+    best: int
+    metric: str
+
+    def validation_series(self, name: str, style: int) -> Series:
+        """Return the epochs that were validated as a line."""
+        measured = ~np.isnan(self.valid)
+        epochs = self.epochs[measured]
+        marked = np.flatnonzero(epochs == self.best).tolist()
+        return Series(name, style, self.valid[measured], epochs, marked=marked)
+
+    def table_rows(self, name: str) -> list[list[str]]:
+        """Return a line an epoch."""
+        return [
+            [
+                name,
+                f"{epoch:.0f}",
+                _number(loss),
+                _number(value),
+                "kept" if epoch == self.best else "",
+            ]
+            for epoch, loss, value in zip(self.epochs, self.loss, self.valid, strict=True)
+        ]
+
+
+def _training_of(row: Row, results: Results) -> _Training | None:
+    """Return how a row was trained; None where it was not."""
+    if row.model not in TRAINED:
         return None
-    for _, other, result in results:
+    for _, folder, result in results:
         training = result.get("training")
-        if other == folder and isinstance(training, dict) and training.get("history"):
-            metric = str(result["config"].get("valid_metric"))
-            return training["history"], training.get("best_epoch", 0), metric
+        if folder != row.folder or not isinstance(training, dict) or not training.get("history"):
+            continue
+        history, metric = training["history"], str(result["config"].get("valid_metric"))
+        return _Training(
+            _column(record["epoch"] for record in history),
+            _column(record.get("loss") for record in history),
+            _column((record.get("valid") or {}).get(metric) for record in history),
+            training.get("best_epoch", 0),
+            metric,
+        )
     return None
 
 
@@ -348,7 +374,7 @@ def _columns(estimates: Sequence[Estimate]) -> Iterator[Any]:
     yield np.array([one.high for one in estimates])
 
 
-def _column(values: Any) -> np.ndarray:
+def _column(values: Iterable[Any]) -> np.ndarray:
     return np.array([np.nan if value is None else value for value in values], dtype=np.float64)
 
 

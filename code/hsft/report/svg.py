@@ -91,10 +91,10 @@ def _make_inline(
 def _name(root: ElementTree.Element, title: str, description: str) -> None:
     number = hashlib.sha256(f"{title}\0{description}".encode()).hexdigest()[:12]
     names = {"title": (f"title-{number}", title), "desc": (f"desc-{number}", description)}
-    for place, (tag, (name, text)) in enumerate(names.items()):
+    for index, (tag, (name, text)) in enumerate(names.items()):
         child = ElementTree.Element(tag, {"id": name})
         child.text = text
-        root.insert(place, child)
+        root.insert(index, child)
     root.attrib["role"] = "img"
     root.attrib["aria-labelledby"] = names["title"][0]
     root.attrib["aria-describedby"] = names["desc"][0]

@@ -24,7 +24,7 @@ from hsft.data.dataset import CachedEmbeddingEvalDataset, CachedEmbeddingTrainDa
 from hsft.data.interactions import (
     Interactions,
     dataset_file,
-    read_interactions,
+    load_interactions,
 )
 from hsft.data.item_text import (
     ItemTexts,
@@ -34,8 +34,14 @@ from hsft.data.item_text import (
 )
 from hsft.data.split import Phase, Split, leave_one_out
 from hsft.encoding.item_llm import emb_token, load_tokenizer, no_emb_token
+from hsft.encoding.sentence_encoder import read_sentence_folder
 from hsft.evaluator.evaluator import Evaluator
-from hsft.inputs.cache_items import cache_path, cache_warnings, require_item_llm
+from hsft.inputs.cache_items import (
+    cache_path,
+    cache_warnings,
+    require_item_llm,
+    with_encoder,
+)
 from hsft.model.backbone import (
     check_lora_targets,
     check_quantization,
@@ -199,6 +205,9 @@ def _quick_run(config: Config, findings: Findings) -> None:
         check_device(config)
     with findings.collect():
         dataset_file(config.data_path, config.dataset)
+    if config.item_data is not None:
+        with findings.collect():
+            dataset_file(config.data_path, config.item_data, "item_data")
     with findings.collect():
         _writable(choose_run_dir(config).path, "run folder", "--checkpoint_dir")
     if config.trains and config.log_wandb:
@@ -207,6 +216,9 @@ def _quick_run(config: Config, findings: Findings) -> None:
     if config.trains and config.use_qlora:
         with findings.collect():
             check_quantization(config.qlora_quant_type)
+    if config.model == "tfidf":
+        with findings.collect():
+            information_file(config.text_path, config.dataset)
     hidden = None
     if config.model == "HLLM":
         hidden = _user_model(config, findings)
@@ -308,6 +320,13 @@ def _one_layer(config: Config, folder: Path, model: Any) -> None:
 
 
 def _item_model(config: Config, findings: Findings) -> None:
+    if config.encoder is not None:
+        with findings.collect():
+            folder = read_sentence_folder(config.encoder).transformer
+            load_model_config(folder, config.trust_remote_code)
+            check_files(folder)
+            load_tokenizer(folder, config.trust_remote_code)
+        return
     with findings.collect():
         folder = Path(require_item_llm(config))
         model = load_model_config(folder, config.trust_remote_code)
@@ -341,7 +360,7 @@ def _interactions(config: Config, findings: Findings) -> Interactions | None:
     interactions = None
     with findings.collect():
         path = dataset_file(config.data_path, config.dataset)
-        interactions = read_interactions(path, config.tie_order, config.seed)
+        interactions = load_interactions(config)
         findings.notes.append(
             f"{path}: {interactions.num_users} users, {interactions.num_items} items, "
             f"{len(interactions)} interactions"
@@ -357,6 +376,7 @@ def _item_texts(config: Config, findings: Findings) -> ItemTexts | None:
     texts = None
     with findings.collect():
         path = information_file(config.text_path, config.dataset)
+        config = with_encoder(config)
         texts = read_item_texts(path, config.text_keys, config.item_prompt, config.text_format)
         bare = texts.has_text().count(False)
         findings.notes.append(f"{path}: {len(texts)} items, {bare} of them without text")
@@ -404,6 +424,8 @@ def _training_space(config: Config, weights: Weights) -> None:
 def _caching_space(config: Config, items: int, findings: Findings) -> None:
     with findings.collect():
         folder = Path(config.item_pretrain_dir or "")
+        if config.encoder is not None:
+            folder = read_sentence_folder(config.encoder).transformer
         dim = int(load_model_config(folder, config.trust_remote_code).hidden_size)
         # The finished parts stay until the cache itself is written.
         needed = 2 * items * dim * DTYPES[config.item_cache_dtype].itemsize

@@ -8,13 +8,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import LlamaConfig
 
 from hsft.config import Config
 from hsft.data.cache import DTYPES, find_cache, is_native, open_cache, read_header
-from hsft.data.interactions import read_interactions
+from hsft.data.dataset import CachedEmbeddingTrainDataset
+from hsft.data.interactions import load_interactions
+from hsft.data.split import leave_one_out
 from hsft.inputs.cache_items import cache_path
+from hsft.model.attention import VARLEN
 from hsft.model.backbone import (
     check_lora_targets,
     choose_attention,
@@ -48,7 +52,9 @@ TINYLLAMA = {
     "num_key_value_heads": 4,
     "max_position_embeddings": 2048,
 }
-CARDS_GB = (8, 10, 12, 16, 24)
+CARDS_GIB = (6, 8, 10, 12, 16, 24)
+# What a desktop takes of a card.
+_DISPLAY = 512 * MIB
 _DTYPES = {"16-mixed": torch.float16, "32-true": torch.float32}
 
 
@@ -91,8 +97,9 @@ def assumed_shape(config: Config) -> tuple[TrainingShape, list[str]]:
 
     Without a model folder the UserLLM is of TinyLlama-1.1B's shape. Without a cache the items are
     those of the interactions, as wide as the UserLLM; without these the item table is not counted.
-    Wherever this runs, `precision: auto` is taken as bf16-mixed, `optimizer: auto` as on CUDA and
-    attention as sdpa where the model has it, which needs more memory than flash-attn.
+    Wherever this runs, `precision: auto` is taken as bf16-mixed, and attention as on an NVIDIA GPU
+    of compute capability 8.0 or later. The positions of a packed batch follow from the interactions'
+    lengths; without these every sequence is taken to be full.
 
     Returns:
         The shape, and a sentence for everything that was assumed for want of a file.
@@ -112,15 +119,15 @@ def assumed_shape(config: Config) -> tuple[TrainingShape, list[str]]:
         "auto" if asked == "flash_attention_2" else asked,
         allow_flash=False,
         device=torch.device("cuda"),
-        half=True,
+        half=config.precision != "32-true",
         model_config=model_config,
     )
     transformed = config.item_embedding_transform != "none"
     precision = "bf16-mixed" if config.precision == "auto" else config.precision
+    lengths = _lengths(config) if packed_row_length(config, kernel) else None
     shape = TrainingShape(
         model_config=model_config,
         quant_type=config.qlora_quant_type,
-        double_quant=config.qlora_double_quant,
         lora_rank=config.qlora_r if config.use_qlora else None,
         lora_targets=tuple(config.qlora_target_modules),
         mixed=precision.endswith("mixed"),
@@ -134,7 +141,9 @@ def assumed_shape(config: Config) -> tuple[TrainingShape, list[str]]:
         item_width=items.width,
         id_vectors=config.item_id_embedding,
         length=config.MAX_ITEM_LIST_LENGTH,
-        masked_row=packed_row_length(config, "sdpa"),
+        masked_row=None if kernel == VARLEN else packed_row_length(config, kernel),
+        mean_length=None if lengths is None else float(lengths.mean()),
+        length_deviation=0.0 if lengths is None else float(lengths.std()),
         negatives=config.effective_negatives,
         num_negatives=config.num_negatives or 0,
         budget_bytes=config.logits_budget_mb * MIB,
@@ -165,6 +174,16 @@ def _user_model(config: Config, folder: Path | None) -> tuple[Any, list[str]]:
     return model_config, assumed
 
 
+def _lengths(config: Config) -> np.ndarray | None:
+    """Return the positions of every training sequence, None where the interactions are not there."""
+    path = Path(config.data_path) / f"{config.dataset}.csv"
+    if not config.dataset or not is_file(path):
+        return None
+    split = leave_one_out(load_interactions(config))
+    dataset = CachedEmbeddingTrainDataset(split, config.MAX_ITEM_LIST_LENGTH)
+    return dataset.lengths if len(dataset) else None
+
+
 def _items(config: Config, width: int, *, known_width: bool) -> _Items:
     """Count the items: of the cache that would be read, else of the interactions.
 
@@ -186,7 +205,7 @@ def _items(config: Config, width: int, *, known_width: bool) -> _Items:
     )
     data = Path(config.data_path) / f"{config.dataset}.csv"
     if config.dataset and is_file(data):
-        count = read_interactions(data).num_items
+        count = load_interactions(config).num_items
         source = f"the number of items is that of {data}."
         return _Items(count, config.item_cache_dtype, (*assumed, source))
     missing = f"no interactions at {data}" if config.dataset else "no dataset is named"
@@ -215,7 +234,8 @@ def _cached_items(config: Config, path: Path, width: int, *, known_width: bool) 
 def _trained_how(shape: TrainingShape) -> str:
     layers = f"The UserLLM's {shape.model_config.num_hidden_layers} layers"
     number = str(shape.dtype).removeprefix("torch.") + " products" * shape.mixed
-    kernel = f"{number}, {shape.attention} attention"
+    name = shape.attention if shape.masked_row or shape.attention == "eager" else "unmasked"
+    kernel = f"{number}, {name} attention"
     if shape.lora_rank is None:
         return f"{layers}: all weights trained, {kernel}."
     frozen = "frozen weights" if shape.quant_type == "none" else f"{shape.quant_type} weights"
@@ -238,17 +258,19 @@ def describe(config: Config, shape: TrainingShape, assumed: Sequence[str] = ()) 
     known = "an unknown number of" if shape.items is None else f"{shape.items:,}"
     lines = [
         f"Estimated GPU memory of a training step: batch {config.train_batch_size} x "
-        f"{shape.length} items, {known} items in the catalogue, {how}.",
+        f"{shape.length} items ({shape.positions(config.train_batch_size):,} positions), "
+        f"{known} items in the catalogue, {how}.",
         _trained_how(shape),
         *(f"Assumed: {sentence}" for sentence in assumed),
         "",
         *(f"{name:<14}{size / MIB:>10,.0f} MiB" for name, size in counted_rows),
         "",
-        "largest train_batch_size, without and with gradient_checkpointing:",
+        "largest train_batch_size, without and with gradient_checkpointing, "
+        f"{_DISPLAY // MIB} MiB left for a display:",
     ]
     both = [replace(shape, checkpointing=value) for value in (False, True)]
-    for card in CARDS_GB:
-        sizes = [largest_batch(each, card * GIB, model, counted) for each in both]
+    for card in CARDS_GIB:
+        sizes = [largest_batch(each, card * GIB - _DISPLAY, model, counted) for each in both]
         cells = [f"{size:,}" if size else "none fits" for size in sizes]
-        lines.append(f"{card:>5} GB {cells[0]:>12} {cells[1]:>12}")
+        lines.append(f"{card:>5} GiB {cells[0]:>12} {cells[1]:>12}")
     return "\n".join(lines) + "\n"

@@ -19,7 +19,7 @@ _USER_LLM = "model_checkpoints/UserLLM_complete/"
 # What a run has to be told as the caching was: which data, and what it compares with the cache.
 _KEYS = (
     *("dataset", "data_path", "text_path"),
-    *("text_keys", "item_prompt", "MAX_TEXT_LENGTH", "item_emb_token_n"),
+    *("text_keys", "encoder", "item_prompt", "MAX_TEXT_LENGTH", "item_emb_token_n"),
     *("device", "trust_remote_code", "user_pretrain_dir"),
 )
 

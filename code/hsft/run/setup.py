@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -11,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from lightning.fabric import Fabric
+from torch import nn
 
 from hsft.config import Config
 from hsft.data.cache import ItemCache, open_cache
@@ -18,9 +21,8 @@ from hsft.data.column_checks import find_twins, spelling_problem
 from hsft.data.dataset import CachedEmbeddingEvalDataset, CachedEmbeddingTrainDataset
 from hsft.data.interactions import (
     Interactions,
-    dataset_file,
     drop_items,
-    read_interactions,
+    load_interactions,
 )
 from hsft.data.negatives import NegativeSampler
 from hsft.data.split import NEEDED, Split, leave_one_out
@@ -32,6 +34,7 @@ from hsft.model.backbone import (
     add_lora,
     computes_in_bfloat16,
     enable_checkpointing,
+    linear_layers,
     load_decoder,
     load_model_config,
     read_extra,
@@ -126,8 +129,7 @@ def load_data(config: Config, *, need_cache: bool, again: bool = False) -> Data:
     Raises:
         InputError: a file is missing or bad, or the cache is of another dataset.
     """
-    path = dataset_file(config.data_path, config.dataset)
-    interactions = read_interactions(path, config.tie_order, config.seed)
+    interactions = load_interactions(config)
     encodes = need_cache and not config.use_item_cache
     # Encoding reads the file too and says it then.
     if not (again or encodes):
@@ -296,6 +298,51 @@ def warn_of_plain_items(config: Config, cache: ItemCache | None) -> None:
     )
 
 
+def catalogue_cost(config: Config, model: Recommender, lengths: np.ndarray) -> tuple[float, float]:
+    """Count a training step's floating-point operations for the catalogue and for the UserLLM.
+
+    Products alone: 2 a weight and position forward, as many for the inputs' gradients, and as many
+    again for the gradients of weights that are trained.
+
+    Args:
+        config: the configuration.
+        model: the recommender.
+        lengths: int64 [S], positions of the training sequences.
+
+    Returns:
+        (catalogue's, UserLLM's); the catalogue's is 0 unless `negatives` is `catalogue`.
+    """
+    table = model.encoder.items
+    positions = float(lengths.mean()) * min(config.train_batch_size, len(lengths))
+    encoder: Any = model.encoder
+    weights = sum(
+        part.weight.numel()
+        if not hasattr(part.weight, "quant_state")
+        else part.in_features * part.out_features
+        for part in linear_layers(encoder.decoder).values()
+        if isinstance(part, nn.Linear)
+    )
+    passes = 4 if config.use_qlora else 6
+    if config.effective_negatives != "catalogue":
+        return 0.0, passes * weights * positions
+    adapter = sum(weight.numel() for weight in table.parameters() if weight.ndim == 2)
+    scores = 6 * positions * table.dim
+    return table.num_items * (scores + 6 * adapter), passes * weights * positions
+
+
+def report_costly_catalogue(config: Config, model: Recommender, lengths: np.ndarray) -> None:
+    """Say so where the catalogue, not the UserLLM, costs most of a training step."""
+    catalogue, llm = catalogue_cost(config, model, lengths)
+    if catalogue > llm:
+        log.info(
+            "the softmax over all %d items takes about %.0f%% of a training step's arithmetic; a "
+            "larger train_batch_size spreads the items' vectors over more positions, and "
+            "num_negatives replaces the softmax.",
+            model.encoder.items.num_items,
+            100 * catalogue / (catalogue + llm),
+        )
+
+
 def eval_protocol(config: Config) -> EvalProtocol:
     """Return how users are scored."""
     return EvalProtocol(
@@ -308,13 +355,26 @@ def eval_protocol(config: Config) -> EvalProtocol:
     )
 
 
-def make_evaluator(config: Config, split: Split, phase: Any, fabric: Fabric) -> Evaluator:
+def make_evaluator(
+    config: Config, split: Split, phase: Any, fabric: Fabric, sample: int | None = None
+) -> Evaluator:
     """Make the evaluator of one phase for this process.
+
+    Args:
+        config: the configuration.
+        split: the data.
+        phase: `valid` or `test`.
+        fabric: the processes.
+        sample: score so many users, drawn by the configuration's seed; None: all.
 
     Raises:
         InputError: there is nobody to score.
     """
     dataset = CachedEmbeddingEvalDataset(split, phase, config.MAX_ITEM_LIST_LENGTH)
+    if sample is not None and sample < len(dataset):
+        log.info("%s: a sample of %d of %d users is scored.", phase, sample, len(dataset))
+        rng = np.random.default_rng([config.seed, sample])
+        dataset = dataset.keep(np.sort(rng.permutation(len(dataset))[:sample]))
     again = dataset.count_seen_targets()
     if again and config.eval_protocol == "full":
         log.info(
@@ -452,7 +512,6 @@ def build_user_llm(config: Config, data: Data, fabric: Fabric, *, train: bool) -
     load_adapter(table, extra, trained=train and config.item_adapter != "none")
     if stored is not None:
         load_id_vectors(table, stored, item_ids, trained=train and config.item_id_embedding)
-    scale = extra.get("logit_scale")
     settings = loss_settings(config, scored_by="cosine" if not train else None)
     model = Recommender(
         UserLLM(
@@ -463,9 +522,25 @@ def build_user_llm(config: Config, data: Data, fabric: Fabric, *, train: bool) -
             item_dropout=config.item_dropout,
         ),
         settings,
-        logit_scale=None if scale is None else float(scale),
+        logit_scale=initial_logit_scale(config, extra),
+        fix_scale=config.fix_temp,
     )
     return model.to(device)
+
+
+def initial_logit_scale(config: Config, extra: Mapping[str, torch.Tensor]) -> float | None:
+    """Return the log factor on cosines to start from: the configuration's, else the model folder's.
+
+    Args:
+        config: the configuration.
+        extra: as `read_extra` returns for the UserLLM's folder.
+
+    Returns:
+        -log(temperature); None: neither says one.
+    """
+    if config.temperature is not None:
+        return -math.log(config.temperature)
+    return float(extra["logit_scale"]) if "logit_scale" in extra else None
 
 
 def loss_settings(config: Config, scored_by: Similarity | None = None) -> LossSettings:

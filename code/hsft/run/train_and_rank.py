@@ -16,6 +16,7 @@ from lightning.fabric import Fabric
 from torch.utils.data import DataLoader
 
 from hsft.config import Config
+from hsft.config.schema import REFERENCES
 from hsft.data.dataset import CachedEmbeddingTrainDataset, TrainCollate
 from hsft.data.dataset.packing import Buckets
 from hsft.evaluator.evaluator import Evaluation, Evaluator, Scorer
@@ -55,6 +56,7 @@ from hsft.run.setup import (
     make_evaluator,
     negative_sampler,
     packed_row_length,
+    report_costly_catalogue,
     user_attention,
     warn,
     warn_of_plain_items,
@@ -182,7 +184,7 @@ def _evaluate_models(
         Name -> evaluation, the table's rows, and `result.json`'s part on the training.
     """
     config, fabric, session = run.config, run.fabric, run.session
-    if config.model in ("pop", "random", "item_knn"):
+    if config.model in REFERENCES:
         scorer = build_reference(config, data.split, data.cache, fabric.device)
         evaluation = evaluate(config, scorer, final, fabric)
         session.lap("evaluation")
@@ -304,11 +306,21 @@ def _train(run: RunContext, data: Data, model: Recommender) -> tuple[TrainState,
         dataset.num_transitions,
     )
     steps = config.epochs * steps_per_epoch(len(loader), config.gradient_accumulation_steps)
+    if config.model == "HLLM":
+        report_costly_catalogue(config, model, dataset.lengths)
     learner = make_learner(config, fabric, model, steps)
     graphs = accelerate(config, model, learner.wrapped, loader, steps, fabric)
-    valid = make_evaluator(config, data.split, "valid", fabric)
+    valid = make_evaluator(config, data.split, "valid", fabric, config.valid_users)
 
     def validate() -> Evaluation:
+        try:
+            return evaluate(config, model, valid, fabric, "validation")
+        except InputError as error:
+            if graphs is None or not isinstance(error.__cause__, torch.OutOfMemoryError):
+                raise
+        # Captured steps keep their activations' memory, which the validation may need.
+        log.warning("the validation does not fit beside the CUDA graphs, so these are given up.")
+        graphs.release()
         return evaluate(config, model, valid, fabric, "validation")
 
     state = train(run, replace(learner, graphs=graphs), loader, validate, data.fingerprint)

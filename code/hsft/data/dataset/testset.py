@@ -33,15 +33,15 @@ class CachedEmbeddingEvalDataset(Dataset[np.ndarray]):
         self.max_length = max_length
         self.phase = phase
 
-    def keep(self, wanted: np.ndarray) -> CachedEmbeddingEvalDataset:
+    def keep(self, samples: np.ndarray) -> CachedEmbeddingEvalDataset:
         """Return the dataset with some of its users only.
 
         Args:
-            wanted: bool [E], True for those that stay, or int64 [B], their sample numbers.
+            samples: bool [E], True for those that stay, or int64 [B], their sample numbers.
         """
         kept = copy(self)
         whole = self.segments
-        kept.segments = Segments(whole.users[wanted], whole.starts[wanted], whole.ends[wanted])
+        kept.segments = Segments(whole.users[samples], whole.starts[samples], whole.ends[samples])
         return kept
 
     def __len__(self) -> int:

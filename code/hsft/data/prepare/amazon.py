@@ -137,16 +137,16 @@ def _check_order(source: Source, item_first: bool) -> None:
         )
 
 
-def _rating_events(source: Source, found: RowProblems, item_first: bool) -> Iterator[Event]:
+def _rating_events(source: Source, problems: RowProblems, item_first: bool) -> Iterator[Event]:
     item, user = (0, 1) if item_first else (1, 0)
     for row, cells in source.csv_rows("reading interactions"):
         if len(cells) == 4:
             yield Event(row, cells[item], cells[user], cells[3], cells[2])
         else:
-            wrong_width(found, row, len(cells), 4)
+            wrong_width(problems, row, len(cells), 4)
 
 
-def _csv_events_2023(source: Source, found: RowProblems) -> Iterator[Event]:
+def _csv_events_2023(source: Source, problems: RowProblems) -> Iterator[Event]:
     rows = source.csv_rows("reading interactions")
     _, header = next(rows)
     user, item, rating, time = (header.index(name) for name in _COLUMNS_2023)
@@ -154,13 +154,13 @@ def _csv_events_2023(source: Source, found: RowProblems) -> Iterator[Event]:
         if len(cells) == len(header):
             yield Event(row, cells[item], cells[user], cells[time], cells[rating])
         else:
-            wrong_width(found, row, len(cells), len(header))
+            wrong_width(problems, row, len(cells), len(header))
 
 
 def _json_events(
-    source: Source, found: RowProblems, parse: Parse, fields: tuple[tuple[str, ...], ...]
+    source: Source, problems: RowProblems, parse: Parse, fields: tuple[tuple[str, ...], ...]
 ) -> Iterator[Event]:
-    for row, record in _records(source, "reading interactions", found, parse):
+    for row, record in _records(source, "reading interactions", problems, parse):
         values = [next((record[k] for k in names if k in record), None) for names in fields]
         lacking = next(
             (
@@ -174,13 +174,13 @@ def _json_events(
             item, user, time, rating = ("" if value is None else str(value) for value in values)
             yield Event(row, item, user, time, rating)
         else:
-            found.add(f"lacks {lacking}", row, f"lacks the field {lacking}")
+            problems.add(f"lacks {lacking}", row, f"lacks the field {lacking}")
 
 
-def _items(source: Source, found: RowProblems, parse: Parse, key: str) -> Iterator[Item]:
-    for row, record in _records(source, "reading items", found, parse):
+def _items(source: Source, problems: RowProblems, parse: Parse, key: str) -> Iterator[Item]:
+    for row, record in _records(source, "reading items", problems, parse):
         if not _scalar(record.get(key)):
-            found.add(f"lacks {key}", row, f"lacks the field {key}")
+            problems.add(f"lacks {key}", row, f"lacks the field {key}")
             continue
         # `category` and `feature` are the names in the edition of 2018.
         tags = _strings(record.get("categories") or record.get("category"))
@@ -202,7 +202,7 @@ def _scalar(value: object) -> bool:
 
 
 def _records(
-    source: Source, task: str, found: RowProblems, parse: Parse
+    source: Source, task: str, problems: RowProblems, parse: Parse
 ) -> Iterator[tuple[int, Mapping[str, Any]]]:
     """Yield a file's objects, one a line."""
     for row, line in source.text_lines(task):
@@ -216,7 +216,7 @@ def _records(
             yield row, record
         else:
             shown = one_line(line.strip(), 40)
-            found.add("record", row, f"'{shown}' is not a complete JSON object")
+            problems.add("record", row, f"'{shown}' is not a complete JSON object")
 
 
 def _json_or_literal(line: str) -> Any:

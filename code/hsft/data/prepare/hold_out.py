@@ -66,8 +66,8 @@ def without(interactions: Interactions, held: HeldOut) -> Table:
     )
 
 
-def copy_information(source: Path, path: Path, wanted: set[str]) -> int:
-    """Copy an information file's rows of the wanted items, with all its columns.
+def copy_information(source: Path, path: Path, item_ids: set[str]) -> int:
+    """Copy an information file's rows of the items, with all its columns.
 
     Returns:
         How many of them have a text in any column.
@@ -77,7 +77,7 @@ def copy_information(source: Path, path: Path, wanted: set[str]) -> int:
             none of the items.
     """
     header = read_header(source, ["item_id"], "change the file")
-    place = header.index("item_id")
+    position = header.index("item_id")
     with_text = copied = 0
     with path.open("w", encoding="utf-8", newline="") as stream:
         writer = csv.writer(stream, lineterminator="\n")
@@ -88,15 +88,15 @@ def copy_information(source: Path, path: Path, wanted: set[str]) -> int:
             if len(cells) != len(header):
                 raise InputError(
                     f"{source}, row {row}: has {len(cells)} fields where the header has "
-                    f"{len(header)}; mend the row."
+                    f"{len(header)}; correct the row."
                 )
-            if cells[place] in wanted:
+            if cells[position] in item_ids:
                 writer.writerow(cells)
                 copied += 1
                 with_text += sum(map(bool, cells)) > 1
     if not copied:
         raise InputError(
-            f"none of the {len(wanted)} items left is in {source}; check that it is the item "
+            f"none of the {len(item_ids)} items left is in {source}; check that it is the item "
             f"information of this data set."
         )
     return with_text

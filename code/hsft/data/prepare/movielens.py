@@ -80,28 +80,30 @@ def _find(folder: Path, *names: str) -> tuple[Source, ...] | None:
     return None
 
 
-def _split_events(source: Source, found: RowProblems, separator: str) -> Iterator[Event]:
+def _split_events(source: Source, problems: RowProblems, separator: str) -> Iterator[Event]:
     for row, cells in source.split_rows("reading interactions", separator):
         if len(cells) == 4:
             yield Event(row, cells[1], cells[0], cells[3], cells[2])
         else:
-            wrong_width(found, row, len(cells), 4)
+            wrong_width(problems, row, len(cells), 4)
 
 
-def _csv_events(source: Source, found: RowProblems) -> Iterator[Event]:
+def _csv_events(source: Source, problems: RowProblems) -> Iterator[Event]:
     for row, (user, movie, rating, time) in _with_header(
-        source, found, _RATINGS_HEADER, "reading interactions"
+        source, problems, _RATINGS_HEADER, "reading interactions"
     ):
         yield Event(row, movie, user, time, rating)
 
 
-def _csv_items(source: Source, found: RowProblems) -> Iterator[Item]:
-    for row, (movie, title, genres) in _with_header(source, found, _MOVIES_HEADER, "reading items"):
+def _csv_items(source: Source, problems: RowProblems) -> Iterator[Item]:
+    for row, (movie, title, genres) in _with_header(
+        source, problems, _MOVIES_HEADER, "reading items"
+    ):
         yield Item(row, movie, plain_text(title), _genres(genres), "")
 
 
 def _with_header(
-    source: Source, found: RowProblems, header: list[str], task: str
+    source: Source, problems: RowProblems, header: list[str], task: str
 ) -> Iterator[tuple[int, list[str]]]:
     line = source.first_line()
     rows = source.csv_rows(task)
@@ -116,19 +118,19 @@ def _with_header(
         if len(cells) == len(header):
             yield row, cells
         else:
-            wrong_width(found, row, len(cells), len(header))
+            wrong_width(problems, row, len(cells), len(header))
 
 
-def _dat_items(source: Source, found: RowProblems) -> Iterator[Item]:
+def _dat_items(source: Source, problems: RowProblems) -> Iterator[Item]:
     for row, line in _old_text(source):
         cells = line.split("::")
         if len(cells) == 3:
             yield Item(row, cells[0], plain_text(cells[1]), _genres(cells[2]), "")
         else:
-            wrong_width(found, row, len(cells), 3)
+            wrong_width(problems, row, len(cells), 3)
 
 
-def _items_100k(source: Source, found: RowProblems) -> Iterator[Item]:
+def _items_100k(source: Source, problems: RowProblems) -> Iterator[Item]:
     for row, line in _old_text(source):
         cells = line.split("|")
         if len(cells) == _FIELDS_100K:
@@ -136,7 +138,7 @@ def _items_100k(source: Source, found: RowProblems) -> Iterator[Item]:
             genres = joined([genre for genre, flag in flags if flag == "1"], ", ")
             yield Item(row, cells[0], plain_text(cells[1]), genres, "")
         else:
-            wrong_width(found, row, len(cells), _FIELDS_100K)
+            wrong_width(problems, row, len(cells), _FIELDS_100K)
 
 
 def _old_text(source: Source) -> Iterator[tuple[int, str]]:

@@ -31,8 +31,8 @@ def pixelrec(interactions: Path, items: Path) -> Download:
     first = events.first_line()
     lists = _is_lists(first)
     if not lists:
-        _places(events, first, _INTERACTIONS)
-    _item_places(described, described.first_line())
+        _positions(events, first, _INTERACTIONS)
+    _item_positions(described, described.first_line())
     return Download(
         name=interactions.name.partition(".")[0],
         interactions=events,
@@ -40,7 +40,9 @@ def pixelrec(interactions: Path, items: Path) -> Download:
         events=_list_events if lists else _events,
         described=_items,
         has_ratings=False,
-        note=f"{interactions} holds ordered lists: timestamps are places in them." if lists else "",
+        note=f"{interactions} holds ordered lists: timestamps are positions in them."
+        if lists
+        else "",
     )
 
 
@@ -57,15 +59,15 @@ def _cells(first: str) -> list[str]:
     return [cell.strip().strip('"').lower() for cell in first.split(_delimiter(first))]
 
 
-def _places(source: Source, first: str, wanted: Mapping[str, Sequence[str]]) -> list[int]:
-    """Return each wanted column's place in the first line, -1 where it is missing."""
+def _positions(source: Source, first: str, columns: Mapping[str, Sequence[str]]) -> list[int]:
+    """Return each columns column's position in the first line, -1 where it is missing."""
     header = _cells(first)
-    places = []
-    for column, names in wanted.items():
-        found = [place for place, cell in enumerate(header) if cell in names]
-        if len(found) > 1:
+    positions = []
+    for column, names in columns.items():
+        matching = [position for position, cell in enumerate(header) if cell in names]
+        if len(matching) > 1:
             raise InputError(f"{source.shown} names the column {column} twice; remove one of them.")
-        if not found and column not in TEXTS:
+        if not matching and column not in TEXTS:
             if ":token" in first:
                 raise InputError(
                     f"{source.shown} is an atomic file of RecBole; use prepare_data.py recbole."
@@ -74,26 +76,26 @@ def _places(source: Source, first: str, wanted: Mapping[str, Sequence[str]]) -> 
                 refuse_other_separator(source.shown, first, name, _DELIMITERS)
             raise InputError(
                 f"{source.shown} lacks the column {column}: its first line is "
-                f"'{one_line(first, 120)}', it must name {','.join(wanted)}; check that it is the "
+                f"'{one_line(first, 120)}', it must name {','.join(columns)}; check that it is the "
                 f"right file."
             )
-        places.extend(found or [-1])
-    return places
+        positions.extend(matching or [-1])
+    return positions
 
 
-def _item_places(source: Source, first: str) -> list[int]:
-    places = _places(source, first, {"item_id": ITEM, **TEXTS})
-    if places[1:] == [-1] * len(TEXTS):
+def _item_positions(source: Source, first: str) -> list[int]:
+    positions = _positions(source, first, {"item_id": ITEM, **TEXTS})
+    if positions[1:] == [-1] * len(TEXTS):
         raise InputError(
             f"{source.shown} has none of the columns {', '.join(TEXTS)}: its first line is "
             f"'{one_line(first, 120)}'; check that it is the item information."
         )
-    return places
+    return positions
 
 
-def _events(source: Source, found: RowProblems) -> Iterator[Event]:
+def _events(source: Source, problems: RowProblems) -> Iterator[Event]:
     first = source.first_line()
-    item, user, time = _places(source, first, _INTERACTIONS)
+    item, user, time = _positions(source, first, _INTERACTIONS)
     width = len(_cells(first))
     rows = source.csv_rows("reading interactions", _delimiter(first))
     next(rows)
@@ -101,27 +103,27 @@ def _events(source: Source, found: RowProblems) -> Iterator[Event]:
         if len(cells) == width:
             yield Event(row, cells[item], cells[user], cells[time], "")
         else:
-            wrong_width(found, row, len(cells), width)
+            wrong_width(problems, row, len(cells), width)
 
 
-def _list_events(source: Source, found: RowProblems) -> Iterator[Event]:
+def _list_events(source: Source, problems: RowProblems) -> Iterator[Event]:
     for row, cells in source.split_rows("reading interactions", "\t"):
         if len(cells) != 2:
-            wrong_width(found, row, len(cells), 2)
+            wrong_width(problems, row, len(cells), 2)
             continue
         for place, item in enumerate(cells[1].split(), start=1):
             yield Event(row, item, cells[0], str(place), "")
 
 
-def _items(source: Source, found: RowProblems) -> Iterator[Item]:
+def _items(source: Source, problems: RowProblems) -> Iterator[Item]:
     first = source.first_line()
-    item, *texts = _item_places(source, first)
+    item, *texts = _item_positions(source, first)
     width = len(_cells(first))
     rows = source.csv_rows("reading items", _delimiter(first))
     next(rows)
     for row, cells in rows:
         if len(cells) != width:
-            wrong_width(found, row, len(cells), width)
+            wrong_width(problems, row, len(cells), width)
             continue
         title, tag, description = (plain_text(cells[at]) if at >= 0 else "" for at in texts)
         yield Item(row, cells[item], title, tag, description)

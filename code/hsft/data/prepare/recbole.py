@@ -41,29 +41,29 @@ def recbole(interactions: Path, items: Path, texts: Mapping[str, str | None]) ->
     events, described = Source(interactions), Source(items)
     header = _names(events)
     columns = {"user_id": USER, "item_id": ITEM, "timestamp": TIME}
-    places = {name: _place(events, header, name, known) for name, known in columns.items()}
+    positions = {name: _position(events, header, name, known) for name, known in columns.items()}
     if "rating" in header:
-        places["rating"] = header.index("rating")
+        positions["rating"] = header.index("rating")
     item_header = _names(described)
-    item_place = _place(described, item_header, "item_id", ITEM)
+    item_position = _position(described, item_header, "item_id", ITEM)
     taken = _text_columns(described, item_header, texts)
     unused = [
         name
         for name in item_header
-        if name not in taken.values() and name != item_header[item_place]
+        if name not in taken.values() and name != item_header[item_position]
     ]
     note = ", ".join(f"{text} from {name}" for text, name in taken.items())
     return Download(
         name=interactions.name.partition(".")[0],
         interactions=events,
         items=described,
-        events=partial(_events, places=places),
+        events=partial(_events, positions=positions),
         described=partial(
             _items,
-            item=item_place,
+            item=item_position,
             texts={text: item_header.index(name) for text, name in taken.items()},
         ),
-        has_ratings="rating" in places,
+        has_ratings="rating" in positions,
         note=f"{items}: {note}; not used: {', '.join(unused) or 'none'}.",
     )
 
@@ -85,11 +85,11 @@ def _names(source: Source) -> list[str]:
     return names
 
 
-def _place(source: Source, header: Sequence[str], column: str, known: Sequence[str]) -> int:
-    places = [place for place, name in enumerate(header) if name in known]
-    if len(places) == 1:
-        return places[0]
-    wrong = f"names the column {column} twice" if places else f"lacks the column {column}"
+def _position(source: Source, header: Sequence[str], column: str, known: Sequence[str]) -> int:
+    positions = [position for position, name in enumerate(header) if name in known]
+    if len(positions) == 1:
+        return positions[0]
+    wrong = f"names the column {column} twice" if positions else f"lacks the column {column}"
     raise InputError(
         f"{source.shown} {wrong}: its first line names {', '.join(header)}; rename the column that "
         f"is meant to {column} and others away from {', '.join(known)}."
@@ -124,31 +124,31 @@ def _text_columns(
     return taken
 
 
-def _events(source: Source, found: RowProblems, places: Mapping[str, int]) -> Iterator[Event]:
+def _events(source: Source, problems: RowProblems, positions: Mapping[str, int]) -> Iterator[Event]:
     width = len(_names(source))
-    rating = places.get("rating")
+    rating = positions.get("rating")
     rows = source.split_rows("reading interactions", _TAB)
     next(rows)
     for row, cells in rows:
         if len(cells) == width:
-            item, user, time = (places[name] for name in ("item_id", "user_id", "timestamp"))
+            item, user, time = (positions[name] for name in ("item_id", "user_id", "timestamp"))
             given = "" if rating is None else cells[rating]
             yield Event(row, cells[item], cells[user], cells[time], given)
         else:
-            wrong_width(found, row, len(cells), width)
+            wrong_width(problems, row, len(cells), width)
 
 
 def _items(
-    source: Source, found: RowProblems, item: int, texts: Mapping[str, int]
+    source: Source, problems: RowProblems, item: int, texts: Mapping[str, int]
 ) -> Iterator[Item]:
     width = len(_names(source))
     rows = source.split_rows("reading items", _TAB)
     next(rows)
     for row, cells in rows:
         if len(cells) != width:
-            wrong_width(found, row, len(cells), width)
+            wrong_width(problems, row, len(cells), width)
             continue
-        written = {text: plain_text(_unquoted(cells[place])) for text, place in texts.items()}
+        written = {text: plain_text(_unquoted(cells[position])) for text, position in texts.items()}
         yield Item(row, cells[item], *(written.get(text, "") for text in TEXTS))
 
 

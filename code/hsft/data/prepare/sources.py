@@ -158,16 +158,16 @@ def _lines(stream: BinaryIO) -> Iterator[bytes]:
         yield line
 
 
-def wrong_width(found: RowProblems, row: int, cells: int, wanted: int) -> None:
+def wrong_width(problems: RowProblems, row: int, cells: int, expected: int) -> None:
     """Book a row with another number of fields than its file's rows have."""
     if cells == 1:
         kind, remedy = "one", "check the separator, or complete the row"
-    elif cells < wanted:
+    elif cells < expected:
         kind, remedy = "fewer", "complete the row or remove it"
     else:
         kind, remedy = "more", "look for a separator inside a field, or remove the row"
-    found.add(
+    problems.add(
         kind,
         row,
-        f"has {cells} field{'s' * (cells != 1)} where {wanted} are expected; {remedy}",
+        f"has {cells} field{'s' * (cells != 1)} where {expected} are expected; {remedy}",
     )

@@ -66,12 +66,12 @@ class _Ids:
 
     Args:
         name: what to call an id in messages.
-        found: where unusable ids are booked.
+        problems: where unusable ids are booked.
     """
 
-    def __init__(self, name: str, found: RowProblems) -> None:
+    def __init__(self, name: str, problems: RowProblems) -> None:
         self.numbers: dict[str, int] = {}
-        self._name, self._found = name, found
+        self._name, self._problems = name, problems
 
     def codes(self, column: np.ndarray, rows: Sequence[int]) -> np.ndarray:
         """Return the numbers of a column's ids: int32 [n].
@@ -93,19 +93,19 @@ class _Ids:
             problem = id_problem(text.strip())
             if problem is not None:
                 kind = f"{self._name}{problem.rpartition(chr(39))[2]}"
-                self._found.add(kind, row, f"{self._name} {problem}")
+                self._problems.add(kind, row, f"{self._name} {problem}")
                 # It is new again in the next batch, so that all its rows are counted.
                 self.numbers.pop(text.strip(), None)
 
 
 def read_events(
-    events: Iterable[Event], found: RowProblems, min_rating: float | None = None
+    events: Iterable[Event], problems: RowProblems, min_rating: float | None = None
 ) -> tuple[Table, int]:
     """Read a stream of events; memory holds ids, 16 bytes an event, and one batch of texts.
 
     Args:
         events: what a format's module yields.
-        found: where its bad rows, and those found here, are booked.
+        problems: where its bad rows, and those seen here, are added.
         min_rating: events with a lower rating are left out.
 
     Returns:
@@ -115,7 +115,7 @@ def read_events(
         InputError: there are bad rows, no rows, or timestamps of several units; `InputErrors` for
             several kinds of bad rows.
     """
-    items, users, times = _Ids("item id", found), _Ids("user id", found), TimeColumn(found)
+    items, users, times = _Ids("item id", problems), _Ids("user id", problems), TimeColumn(problems)
     columns = array("i"), array("i"), array("q")
     low = 0
     stream = iter(events)
@@ -123,7 +123,7 @@ def read_events(
         rows, item, user, time, rating = (list(map(itemgetter(at), batch)) for at in range(5))
         keep = np.ones(len(batch), dtype=bool)
         if min_rating is not None:
-            keep = _ratings(rows, rating, found) >= min_rating
+            keep = _ratings(rows, rating, problems) >= min_rating
             low += int((~keep).sum())
         kept = np.array(rows)[keep].tolist()
         parts = (
@@ -133,22 +133,27 @@ def read_events(
         )
         for column, part in zip(columns, parts, strict=True):
             column.frombytes(part.tobytes())
-    refuse(found.sentences())
+    refuse(problems.sentences())
     if not columns[0]:
         rating_words = f" with a rating of at least {min_rating:g}" if low else ""
-        raise InputError(f"{found.path} has no interactions{rating_words}; check the file.")
-    timestamps, note, findings = times.finish(np.frombuffer(columns[2], dtype=np.int64))
-    sentences(found.path, findings)
-    if note:
-        log.info("%s: %s", found.path, note)
+        raise InputError(f"{problems.path} has no interactions{rating_words}; check the file.")
     table = Table(
         list(items.numbers),
         list(users.numbers),
         np.frombuffer(columns[0], dtype=np.int32),
         np.frombuffer(columns[1], dtype=np.int32),
-        timestamps,
+        _one_unit(times, np.frombuffer(columns[2], dtype=np.int64), problems.path),
     )
     return table, low
+
+
+def _one_unit(times: TimeColumn, timestamps: np.ndarray, path: Path) -> np.ndarray:
+    """Return timestamps that were read a batch at a time in one unit, and log how dates were read."""
+    timestamps, note, findings = times.finish(timestamps)
+    sentences(path, findings)
+    if note:
+        log.info("%s: %s", path, note)
+    return timestamps
 
 
 def check_columns(table: Table, path: Path) -> list[str]:
@@ -198,10 +203,10 @@ def core_rows(table: Table, user_min: int, item_min: int) -> np.ndarray:
             return keep
 
 
-def _ratings(rows: Sequence[int], texts: Sequence[str], found: RowProblems) -> np.ndarray:
+def _ratings(rows: Sequence[int], texts: Sequence[str], problems: RowProblems) -> np.ndarray:
     """Return float64 [n]; NaN where the row is booked as bad."""
     values = pd.to_numeric(pd.Series(texts, dtype=object), errors="coerce").to_numpy(dtype=float)
-    for place in np.flatnonzero(np.isnan(values)).tolist():
-        shown = one_line(texts[place], 40)
-        found.add("rating", rows[place], f"rating '{shown}' is not a number")
+    for at in np.flatnonzero(np.isnan(values)).tolist():
+        shown = one_line(texts[at], 40)
+        problems.add("rating", rows[at], f"rating '{shown}' is not a number")
     return values

@@ -29,11 +29,11 @@ class TimeColumn:
     without a time zone is read as UTC.
 
     Args:
-        found: where bad rows are booked.
+        problems: where bad rows are booked.
     """
 
-    def __init__(self, found: RowProblems) -> None:
-        self._found = found
+    def __init__(self, problems: RowProblems) -> None:
+        self._problems = problems
         self._dates: bool | None = None
         self._without_zone = 0
         self._exponents: list[str] = []
@@ -85,7 +85,7 @@ class TimeColumn:
             self._dates = is_date
         elif self._dates != is_date and (is_date or timestamp_problem(text) is None):
             kinds = ("a date", "numbers") if is_date else ("a number", "dates")
-            self._found.add(
+            self._problems.add(
                 "kind of time",
                 row,
                 f"timestamp '{one_line(text, 40)}' is {kinds[0]} among {kinds[1]}; write all alike",
@@ -93,7 +93,7 @@ class TimeColumn:
             return 0
         problem = self._date_problem(text) if is_date else timestamp_problem(text)
         if problem is not None:
-            self._found.add("timestamp", row, f"timestamp {problem}")
+            self._problems.add("timestamp", row, f"timestamp {problem}")
             return 0
         if is_date:
             return self._microseconds(text)

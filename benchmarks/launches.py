@@ -1,0 +1,287 @@
+"""Operations that a training step dispatches, plain against HSFT by variant, counted on the CPU.
+
+    python benchmarks/launches.py              # TinyLlama's 22 layers, tiny widths
+
+On a GPU nearly every operation that is no view launches a kernel, and at about 14 us each thousands of
+them take longer than their work. How many there are does not depend on the widths, so a narrow model
+of as many layers is counted, in bfloat16 and with attention as on a GPU: torch's variable-length kernel
+is one operation, and so are its RMS norm and one quantised layer's 4-bit weight, dequantised.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "code"))
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import LlamaConfig, LlamaModel
+
+from benchmarks.plain_training import PlainModel, pad_to
+from hsft.data.dataset import CachedEmbeddingTrainDataset, TrainCollate
+from hsft.data.interactions import Interactions
+from hsft.data.split import leave_one_out
+from hsft.model import attention, norms
+from hsft.model.backbone import LoraSettings, add_lora, load_decoder
+from hsft.model.item_table import ItemTable
+from hsft.model.norms import fuse_norms
+from hsft.model.recommender import LossSettings, Recommender
+from hsft.model.user_llm import UserLLM
+from hsft.utils.files import write_json, write_text
+from hsft.utils.logs import set_up_logging
+
+ROOT = Path(__file__).resolve().parents[1]
+LAYERS, WIDTH, LENGTH, BATCH = 22, 64, 12, 8
+# Operations that change no number and launch nothing.
+VIEWS = frozenset(
+    (
+        *(
+            "view",
+            "_unsafe_view",
+            "reshape",
+            "_reshape_alias",
+            "t",
+            "transpose",
+            "permute",
+            "expand",
+        ),
+        *("slice", "select", "split", "squeeze", "unsqueeze", "as_strided", "alias", "detach"),
+        *("empty", "empty_like", "new_empty", "empty_strided", "lift_fresh"),
+    )
+)
+
+
+class Dispatched(TorchDispatchMode):
+    """Counts operations by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.counts[func._schema.name.removeprefix("aten::")] += 1
+        return func(*args, **(kwargs or {}))
+
+    @property
+    def launches(self) -> int:
+        """Operations that are no views."""
+        return sum(count for name, count in self.counts.items() if name not in VIEWS)
+
+
+@torch.library.custom_op("hsft_count::attention", mutates_args=())
+def _attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return q.clone()
+
+
+@torch.library.custom_op("hsft_count::attention_backward", mutates_args=())
+def _attention_backward(g: Tensor, q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
+    return [g.clone(), k.clone(), v.clone()]
+
+
+_attention.register_autograd(
+    lambda ctx, g: tuple(_attention_backward(g, *ctx.saved_tensors)),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
+)
+
+
+@torch.library.custom_op("hsft_count::rms_norm", mutates_args=())
+def _rms_norm(x: Tensor, weight: Tensor) -> Tensor:
+    return x.clone()
+
+
+@torch.library.custom_op("hsft_count::rms_norm_backward", mutates_args=())
+def _rms_norm_backward(g: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    return g.clone()
+
+
+_rms_norm.register_autograd(
+    lambda ctx, g: (_rms_norm_backward(g, *ctx.saved_tensors), None),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
+)
+
+
+@contextmanager
+def as_on_a_gpu() -> Iterator[None]:
+    """Make attention and norms one operation each way, as they are on a GPU; results are not real."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> Tensor:
+        result: Tensor = _attention(q, k, v)
+        return result
+
+    def norm(module: norms.RMSNorm, x: Tensor) -> Tensor:
+        result: Tensor = _rms_norm(x, module.weight)
+        return result
+
+    kept = attention.varlen_attn, norms.RMSNorm.forward
+    attention.varlen_attn, norms.RMSNorm.forward = attend, norm  # type: ignore
+    try:
+        yield
+    finally:
+        attention.varlen_attn, norms.RMSNorm.forward = kept  # type: ignore[method-assign]
+
+
+def make_data(folder: Path, layers: int) -> CachedEmbeddingTrainDataset:
+    """Save a random model and make sequences."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=1,
+        hidden_size=WIDTH,
+        intermediate_size=WIDTH,
+        num_hidden_layers=layers,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    LlamaModel(config).to(torch.bfloat16).save_pretrained(folder)
+    rng = np.random.default_rng(0)
+    sizes = rng.integers(5, LENGTH + 3, BATCH)
+    data = Interactions(
+        item_ids=np.arange(51).astype(str),
+        user_ids=np.arange(BATCH).astype(str),
+        items=rng.integers(1, 51, sizes.sum()).astype(np.int32),
+        timestamps=np.arange(sizes.sum()),
+        offsets=np.concatenate([[0], np.cumsum(sizes)]),
+    )
+    return CachedEmbeddingTrainDataset(leave_one_out(data), LENGTH)
+
+
+def ours(
+    folder: Path, dataset: CachedEmbeddingTrainDataset, kind: str, *, rows: bool
+) -> Callable[[], None]:
+    """Make a training step of HSFT, batches in one row or (rows: False) masked rows."""
+    lora = LoraSettings(8, 16, 0.05, ("q_proj", "v_proj"), kind)
+    kernel = "varlen" if rows else "sdpa"
+    decoder = load_decoder(folder, dtype=torch.bfloat16, attention=kernel, lora=lora)
+    fuse_norms(decoder)
+    loss = LossSettings("nce", "in_batch", 0.99, 1 << 28, "cosine")
+    encoder = UserLLM(add_lora(decoder, lora, False), _table(), max_length=LENGTH, autocast=False)
+    model = Recommender(encoder, loss).train()
+    batch = TrainCollate(dataset, row_length=4 * LENGTH, pack_below=1.1, single_row=rows)(
+        np.arange(BATCH)
+    )
+    return _step(model, lambda: model(batch))
+
+
+def plain(folder: Path, dataset: CachedEmbeddingTrainDataset, kind: str) -> Callable[[], None]:
+    """Make a training step of plain transformers and peft under autocast."""
+    lora = LoraSettings(8, 16, 0.05, ("q_proj", "v_proj"), kind)
+    decoder = load_decoder(folder, dtype=torch.bfloat16, attention="sdpa", lora=lora)
+    model = PlainModel(
+        decoder,
+        _table().embeddings,
+        rank=8,
+        targets=["q_proj", "v_proj"],
+        quantised=kind != "none",
+        checkpointing=False,
+        catalogue=False,
+        adapter=False,
+    )
+    batch = pad_to(LENGTH, TrainCollate(dataset)(np.arange(BATCH)))
+
+    def loss() -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            value: Tensor = model(*batch)
+        return value
+
+    return _step(model, loss)
+
+
+def _table() -> ItemTable:
+    return ItemTable(torch.randn(51, WIDTH, generator=torch.Generator().manual_seed(1)).half())
+
+
+def _step(model: nn.Module, loss: Callable[[], Tensor]) -> Callable[[], None]:
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    # `fused`, one kernel, as on CUDA.
+    optimizer = torch.optim.AdamW(parameters, fused=True)
+
+    def step() -> None:
+        loss().backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0, foreach=True)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def count(step: Callable[[], None]) -> Dispatched:
+    """Count what a step dispatches, after one that sets the optimizer up."""
+    step()
+    with Dispatched() as seen:
+        step()
+    return seen
+
+
+def measure(layers: int = LAYERS) -> list[dict[str, Any]]:
+    """Count every variant: way, launches, views, conversions between number types."""
+    found = []
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        dataset = make_data(folder, layers)
+        steps = {
+            "NF4: plain transformers + peft": plain(folder, dataset, "nf4"),
+            "NF4: HSFT, masked rows": ours(folder, dataset, "nf4", rows=False),
+            "NF4: HSFT, one row": ours(folder, dataset, "nf4", rows=True),
+            "bfloat16: plain transformers + peft": plain(folder, dataset, "none"),
+            "bfloat16: HSFT, one row": ours(folder, dataset, "none", rows=True),
+        }
+        for way, step in steps.items():
+            # Only now: norms are replaced in models where they compute the same.
+            with as_on_a_gpu():
+                seen = count(step)
+            found.append(
+                {
+                    "way": way,
+                    "launches": seen.launches,
+                    "views": sum(seen.counts.values()) - seen.launches,
+                    "conversions": seen.counts["_to_copy"],
+                    "most": seen.counts.most_common(12),
+                }
+            )
+    return found
+
+
+def markdown(rows: Sequence[dict[str, Any]], layers: int) -> str:
+    """Write the counts as a Markdown table."""
+    lines = [
+        f"Operations of one training step, {layers} layers, LoRA on q_proj and v_proj:",
+        "",
+        "| way | launches | views | conversions |",
+        "| --- | ---: | ---: | ---: |",
+    ]
+    lines += [
+        f"| {row['way']} | {row['launches']:,} | {row['views']:,} | {row['conversions']:,} |"
+        for row in rows
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the program with its arguments."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--layers", type=int, default=LAYERS)
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
+    args = parser.parse_args(argv)
+    set_up_logging(quiet=True)
+    rows = measure(args.layers)
+    page = markdown(rows, args.layers)
+    write_json(args.out / "launches.json", rows)
+    write_text(args.out / "launches.md", page)
+    sys.stdout.write(page)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

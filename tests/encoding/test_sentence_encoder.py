@@ -1,0 +1,223 @@
+"""Sentence encoders: their folders' settings, their vectors, and what the programs do with them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from tokenizers.processors import TemplateProcessing
+from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+
+from hsft.data.cache import open_cache
+from hsft.encoding.sentence_encoder import load_sentence_encoder, read_sentence_folder
+from hsft.finished.new_items import add_items
+from hsft.finished.open_run import open_run
+from hsft.utils.errors import InputError
+from item_caching import main as caching_main
+from tests.conftest import Project
+from tests.helpers import WORDS
+
+TEXTS = ["item 3. 2. 4", "item", "", "title 7 item 8 item 9 item 1 item 2", "item 3. 2"]
+ALL = {
+    "pooling_mode_cls_token": True,
+    "pooling_mode_max_tokens": True,
+    "pooling_mode_mean_tokens": True,
+    "pooling_mode_mean_sqrt_len_tokens": True,
+    "pooling_mode_weightedmean_tokens": True,
+    "pooling_mode_lasttoken": True,
+}
+
+
+def make_bert(folder: Path) -> Path:
+    """Save a random BERT of hidden size 24 with a word tokenizer that adds [CLS] and [SEP]."""
+    torch.manual_seed(3)
+    config = BertConfig(
+        vocab_size=len(WORDS) + 4,
+        hidden_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=48,
+        max_position_embeddings=64,
+    )
+    BertModel(config, add_pooling_layer=False).save_pretrained(folder)
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
+    words = {word: number for number, word in enumerate([*special, *WORDS])}
+    tokenizer = Tokenizer(WordLevel(words, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = Whitespace()
+    tokenizer.post_processor = TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        unk_token="[UNK]",
+        pad_token="[PAD]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        model_max_length=64,
+    ).save_pretrained(folder)
+    return folder
+
+
+def make_sentence_folder(
+    folder: Path, pooling: dict[str, Any], *, dense: bool = False, **settings: Any
+) -> Path:
+    """Save a sentence encoder in sentence-transformers' layout."""
+    make_bert(folder)
+    kinds = ["Transformer", "Pooling", *["Dense"] * dense, "Normalize"]
+    paths = ["", *(f"{place}_{kind}" for place, kind in enumerate(kinds) if place)]
+    modules = [
+        {"idx": place, "path": path, "type": f"sentence_transformers.models.{kind}"}
+        for place, (kind, path) in enumerate(zip(kinds, paths, strict=True))
+    ]
+    (folder / "modules.json").write_text(json.dumps(modules))
+    (folder / "1_Pooling").mkdir()
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps(pooling))
+    (folder / "sentence_bert_config.json").write_text(json.dumps({"max_seq_length": 7}))
+    if dense:
+        (folder / "2_Dense").mkdir()
+        stated = {"activation_function": "torch.nn.modules.activation.Tanh"}
+        (folder / "2_Dense" / "config.json").write_text(json.dumps(stated))
+        weight = torch.randn(5, 24 * sum(map(bool, pooling.values())))
+        save_file(
+            {"linear.weight": weight, "linear.bias": torch.randn(5)},
+            folder / "2_Dense" / "model.safetensors",
+        )
+    if settings:
+        (folder / "config_sentence_transformers.json").write_text(json.dumps(settings))
+    return folder
+
+
+def load(folder: Path, longest: int = 64) -> Any:
+    return load_sentence_encoder(
+        folder, max_text_length=longest, device=torch.device("cpu"), dtype=torch.float32
+    )
+
+
+@pytest.mark.parametrize("dense", [False, True])
+def test_vectors_equal_a_float64_reference_text_by_text(tmp_path: Path, dense: bool) -> None:
+    folder = make_sentence_folder(tmp_path / "encoder", ALL, dense=dense)
+    encoder = load(folder)
+    tokens = encoder.tokenize(TEXTS)
+    # [CLS] and [SEP] count; the longest text is cut to the folder's 7 tokens and keeps [SEP].
+    assert [len(ids) for ids in tokens] == [7, 3, 0, 7, 6]
+    assert tokens[3][-1] == 3
+    found = encoder.encode(tokens)
+    assert found.shape == (5, encoder.dim) == (5, 5 if dense else 6 * 24)
+    model = BertModel.from_pretrained(folder, add_pooling_layer=False).double().eval()
+    for ids, vector in zip(tokens, found, strict=True):
+        if not len(ids):
+            assert torch.equal(vector, torch.zeros(encoder.dim))
+            continue
+        with torch.no_grad():
+            states = model(torch.from_numpy(ids).unsqueeze(0)).last_hidden_state[0]
+        place = torch.arange(1, len(ids) + 1, dtype=torch.float64).unsqueeze(1)
+        pooled = torch.cat(
+            [
+                states[0],
+                states.max(dim=0).values,
+                states.mean(dim=0),
+                states.sum(dim=0) / len(ids) ** 0.5,
+                (states * place).sum(dim=0) / place.sum(),
+                states[-1],
+            ]
+        )
+        if dense:
+            layer = load_file(folder / "2_Dense" / "model.safetensors")
+            pooled = torch.tanh(
+                layer["linear.weight"].double() @ pooled + layer["linear.bias"].double()
+            )
+        expected = F.normalize(pooled, dim=0)
+        torch.testing.assert_close(vector.double(), expected, rtol=0, atol=1e-5)
+
+
+def test_settings_are_those_of_the_folder(tmp_path: Path) -> None:
+    folder = make_sentence_folder(
+        tmp_path / "encoder",
+        {"pooling_mode_mean_tokens": True, "pooling_mode_cls_token": False},
+        prompts={"query": "find: ", "document": "item: "},
+        default_prompt_name="query",
+    )
+    settings = read_sentence_folder(folder)
+    assert settings.poolings == ("mean",)
+    assert settings.normalize
+    assert settings.prompt == "item: "
+    assert load(folder, 5).max_text_length == 5
+    assert load(folder).max_text_length == 7
+    plain = read_sentence_folder(make_bert(tmp_path / "bert"))
+    assert (plain.poolings, plain.normalize, plain.prompt) == (("mean",), False, "")
+
+
+def test_what_is_not_supported_is_refused(tmp_path: Path) -> None:
+    folder = make_sentence_folder(tmp_path / "encoder", {"pooling_mode_mean_tokens": True})
+    modules = json.loads((folder / "modules.json").read_text())
+    for change, sentence in (
+        ({"type": "sentence_transformers.models.LSTM"}, "a step of the kind 'LSTM'"),
+        ({"path": "../outside"}, "names a path outside of it"),
+    ):
+        broken = [*modules[:1], {**modules[1], **change}, *modules[2:]]
+        (folder / "modules.json").write_text(json.dumps(broken))
+        with pytest.raises(InputError, match=sentence):
+            read_sentence_folder(folder)
+    (folder / "modules.json").write_text(json.dumps(modules))
+    for pooling, sentence in (
+        ({}, "names no pooling"),
+        ({"pooling_mode_mean_tokens": True, "include_prompt": False}, "include_prompt: false"),
+    ):
+        (folder / "1_Pooling" / "config.json").write_text(json.dumps(pooling))
+        with pytest.raises(InputError, match=sentence):
+            read_sentence_folder(folder)
+
+
+def test_a_run_on_a_sentence_encoders_cache(
+    project: Project, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = make_sentence_folder(
+        project.root / "encoder",
+        {"pooling_mode_mean_tokens": True},
+        prompts={"document": "item "},
+    )
+    where = ("--dataset", "tiny", "--show_progress", "False", "--precision", "32-true")
+    caching = [*where, "--encoder", str(folder)]
+    code, out, err = project.call(caching_main, [*caching, "--check", "True"])
+    assert code == 0, err
+    assert "20 items of 24 dimensions" in out
+    cache = project.root / "dataset" / "tiny_item_embeddings.safetensors"
+    cache.unlink()
+    code, out, err = project.call(caching_main, caching)
+    assert code == 0, err
+    assert f"--encoder {folder}" in out
+    made = open_cache(cache)
+    assert made.metadata["prompt"] == "item "
+    assert made.metadata["text_format"] == "sentences"
+    encoder = load(folder)
+    expected = encoder.encode(encoder.tokenize(["item item 5. 1. 5"]))[0]
+    row = int(made.rows_of(["i5"])[0])
+    torch.testing.assert_close(made.embeddings[row].float(), expected, rtol=0, atol=1e-3)
+
+    # No other_cache warning, whether or not the run names the encoder.
+    for more in ((), ("--encoder", str(folder))):
+        code, _, err = project.run("--item_adapter", "linear", "--val_only", "True", *more)
+        assert code == 0, err
+        assert "was not made with" not in err
+    code, _, err = project.run(
+        *("--item_adapter", "linear", "--use_qlora", "True", "--qlora_quant_type", "none"),
+        *("--epochs", "1", "--eval_baseline", "False", "--run_name", "run"),
+    )
+    assert code == 0, err
+    new = project.root / "new.csv"
+    new.write_text("item_id,title,tag,description\nnew,item 5,1,5\n")
+    run = add_items(open_run("saved/run"), new)
+    added = run.data.cache
+    assert added is not None
+    torch.testing.assert_close(added.embeddings[-1].float(), expected, rtol=0, atol=1e-3)
+    code, _, err = project.call(caching_main, [*caching, "--item_pretrain_dir", str(project.llama)])
+    assert code == 2
+    assert "encoder stands in place of item_pretrain_dir" in err

@@ -1,0 +1,80 @@
+"""What makes two evaluations comparable."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from hsft.data.dataset import CachedEmbeddingEvalDataset
+from hsft.data.interactions import Interactions
+from hsft.data.split import leave_one_out
+from hsft.evaluator.evaluator import EvalProtocol
+from hsft.evaluator.fingerprint import differing_parts, evaluation_fingerprint
+
+HISTORIES = {"u1": ["a", "b", "c"], "u2": ["b", "d"], "u10": ["c", "a", "d", "b"]}
+FULL = EvalProtocol("full", (5,), ("Recall",))
+SAMPLED = replace(FULL, kind="sampled", candidates=2)
+
+
+def fingerprint(
+    histories: dict[str, list[str]], protocol: EvalProtocol = FULL, length: int = 8
+) -> dict[str, str]:
+    items = list(dict.fromkeys(item for history in histories.values() for item in history))
+    numbers = [1 + items.index(item) for history in histories.values() for item in history]
+    data = Interactions(
+        items=np.array(numbers, dtype=np.int32),
+        timestamps=np.arange(len(numbers)),
+        offsets=np.cumsum([0, *map(len, histories.values())]),
+        user_ids=np.array(list(histories), dtype=object),
+        item_ids=np.array(["[PAD]", *items], dtype=object),
+    )
+    dataset = CachedEmbeddingEvalDataset(leave_one_out(data), "test", length)
+    return evaluation_fingerprint(dataset, protocol)
+
+
+CASES = {
+    "the same": (HISTORIES, FULL, []),
+    "other cut-offs": (HISTORIES, replace(FULL, topk=(1, 20), budget_bytes=1), []),
+    "sampled": (HISTORIES, SAMPLED, ["protocol"]),
+    "another order of users": (
+        dict(reversed(HISTORIES.items())),
+        FULL,
+        ["order of users"],
+    ),
+    "another target": (
+        HISTORIES | {"u2": ["b", "c"]},
+        FULL,
+        ["held-out items"],
+    ),
+    "another history": (HISTORIES | {"u2": ["a", "d"]}, FULL, ["histories"]),
+    "another user": (
+        {"u1": HISTORIES["u1"], "u3": HISTORIES["u2"], "u10": HISTORIES["u10"]},
+        FULL,
+        ["users"],
+    ),
+    "one more item, of a user without a history": (
+        HISTORIES | {"u4": ["e"]},
+        FULL,
+        ["catalogue"],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_what_differs_is_named(case: str) -> None:
+    histories, protocol, parts = CASES[case]
+    assert differing_parts(fingerprint(HISTORIES), fingerprint(histories, protocol)) == parts
+
+
+def test_the_length_that_a_model_reads_does_not_count() -> None:
+    assert fingerprint(HISTORIES, length=2) == fingerprint(HISTORIES)
+
+
+def test_candidate_lists_depend_on_the_seed() -> None:
+    assert differing_parts(
+        fingerprint(HISTORIES, SAMPLED), fingerprint(HISTORIES, replace(SAMPLED, seed=1))
+    ) == ["protocol"]
+    # Full ranking draws nothing.
+    assert fingerprint(HISTORIES, replace(FULL, seed=1)) == fingerprint(HISTORIES)

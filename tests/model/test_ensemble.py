@@ -1,0 +1,78 @@
+"""Ensembles of two models: the sum of standardised scores, and the weight that is chosen."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from hsft.model.ensemble import Ensemble, Member, choose_weight, last_items
+
+
+class Table:
+    """Scores by the dot product of a user's mean item vector: float32 [I + 1, D]."""
+
+    def __init__(self, items: int, dim: int, seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        self.table = torch.randn(items + 1, dim, generator=generator) * (1 + seed) + 0.5
+        self.table[0] = 0
+        self.num_items = items
+
+    def user_vectors(self, history: Tensor, lengths: Tensor) -> Tensor:
+        return self.table[history].sum(dim=1) / lengths.unsqueeze(1)
+
+    def item_slice(self, start: int, end: int) -> Tensor:
+        return self.table[start:end]
+
+    def item_vectors(self, items: Tensor) -> Tensor:
+        return self.table[items]
+
+
+def test_scores_are_the_weighted_sum_of_z_scores() -> None:
+    first, second = Table(40, 5, 1), Table(40, 3, 2)
+    history, lengths = torch.tensor([[3, 9, 4, 7], [12, 5, 0, 0]]), torch.tensor([4, 2])
+    ensemble = Ensemble([Member(first, 10), Member(second, 2)], [0.3, 0.7])
+    expected = np.zeros((2, 40))
+    # The second model reads the last two items.
+    shorter = torch.tensor([[4, 7], [12, 5]])
+    for model, read, weight in ((first, history, 0.3), (second, shorter, 0.7)):
+        users = model.user_vectors(read, (read > 0).sum(dim=1)).double()
+        scores = (users @ model.table[1:].double().T).numpy()
+        z = (scores - scores.mean(axis=1, keepdims=True)) / scores.std(axis=1, keepdims=True)
+        expected += weight * z
+    users = ensemble.user_vectors(history, lengths)
+    found = (users @ ensemble.item_slice(1, 41).T).double().numpy()
+    # A constant a user is left out: it changes no ranking.
+    np.testing.assert_allclose(
+        found - found.mean(axis=1, keepdims=True), expected, rtol=0, atol=1e-5
+    )
+    items = torch.tensor([[4, 0], [40, 1]])
+    assert torch.equal(ensemble.item_vectors(items), ensemble.item_slice(0, 41)[items])
+    with pytest.raises(ValueError, match="need the same items"):
+        Ensemble([Member(first, 10), Member(Table(41, 3, 2), 10)], [0.5, 0.5])
+
+
+def test_histories_are_cut_to_their_last_items() -> None:
+    history = torch.tensor([[1, 2, 3, 4, 5], [6, 7, 0, 0, 0], [8, 9, 1, 2, 0]])
+    cut, lengths = last_items(history, torch.tensor([5, 2, 4]), 3)
+    assert cut.tolist() == [[3, 4, 5], [6, 7, 0], [9, 1, 2]]
+    assert lengths.tolist() == [3, 2, 3]
+    same, _ = last_items(history, torch.tensor([5, 2, 4]), 5)
+    assert same is history
+
+
+@pytest.mark.parametrize("best", [0.0, 0.35, 0.5, 1.0])
+def test_the_weight_of_the_highest_value_is_found(best: float) -> None:
+    ensemble = Ensemble([Member(Table(4, 2, 1), 3), Member(Table(4, 2, 2), 3)], [0.5, 0.5])
+    tried: list[float] = []
+
+    def value() -> float:
+        tried.append(ensemble.weights[1])
+        assert sum(ensemble.weights) == pytest.approx(1)
+        return -abs(ensemble.weights[1] - best)
+
+    assert choose_weight(ensemble, value) == pytest.approx(best)
+    assert ensemble.weights == pytest.approx([1 - best, best])
+    assert len(tried) == len(set(tried)) <= 13
+    assert choose_weight(ensemble, lambda: 1.0) == 0.0

@@ -1,0 +1,78 @@
+"""SASRec's gated layers, and what its keys do."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import torch
+import torch.nn.functional as F
+
+from hsft.config import Config
+from hsft.finished.open_run import open_run
+from hsft.model.sasrec import LigrLayer, SASRec, build_sasrec
+from tests.conftest import Project
+
+
+def test_a_gated_layer_equals_its_formula_in_float64() -> None:
+    torch.manual_seed(0)
+    layer = LigrLayer(8, 2, 0.5).double().eval()
+    x = torch.randn(3, 5, 8, dtype=torch.float64)
+    with torch.no_grad():
+        for weight in layer.parameters():
+            weight.normal_(std=0.4)
+        normed = F.layer_norm(x, (8,), layer.attention_norm.weight, layer.attention_norm.bias)
+        q, k, v = (normed @ layer.read.weight.T + layer.read.bias).split(8, dim=-1)
+        heads = []
+        for part in (slice(0, 4), slice(4, 8)):
+            scores = q[..., part] @ k[..., part].transpose(1, 2) / math.sqrt(4)
+            scores += torch.full((5, 5), -torch.inf, dtype=torch.float64).triu(1)
+            heads.append(scores.softmax(dim=-1) @ v[..., part])
+        attended = torch.cat(heads, dim=-1) @ layer.write.weight.T + layer.write.bias
+        gate = torch.sigmoid(x @ layer.attention_gate.weight.T + layer.attention_gate.bias)
+        y = x + gate * attended
+        normed = F.layer_norm(y, (8,), layer.hidden_norm.weight, layer.hidden_norm.bias)
+        wide = normed @ layer.widen.weight.T + layer.widen.bias
+        hidden = wide[..., :32] * (wide[..., 32:] * torch.sigmoid(wide[..., 32:]))
+        hidden = hidden @ layer.narrow.weight.T + layer.narrow.bias
+        gate = torch.sigmoid(y @ layer.hidden_gate.weight.T + layer.hidden_gate.bias)
+        torch.testing.assert_close(layer(x), y + gate * hidden)
+
+
+def test_neither_padding_nor_later_items_change_a_state() -> None:
+    for block in ("transformer", "ligr"):
+        torch.manual_seed(0)
+        model = SASRec(9, 6, dim=8, layers=2, heads=2, dropout=0.5, block=block).eval()
+        with torch.no_grad():
+            short, long = model(torch.tensor([[4, 2, 7]])), model(torch.tensor([[4, 2, 7, 1, 0]]))
+        torch.testing.assert_close(short[0], long[0, :3])
+        assert not torch.allclose(short[0, 0], short[0, 1])
+
+
+def test_scores_are_dot_products_or_cosines_with_a_fixed_temperature() -> None:
+    model = build_sasrec(Config(), 9)
+    assert model.settings.similarity == "dot"
+    assert float(model.scale()) == 0
+    fixed = build_sasrec(Config(similarity="cosine", temperature=0.05, fix_temp=True), 9)
+    assert float(fixed.scale()) == torch.tensor(math.log(20)).item()
+    assert not fixed.logit_scale.requires_grad
+    with torch.no_grad():
+        torch.testing.assert_close(fixed.item_slice(1, 10).norm(dim=1), torch.ones(9))
+    assert build_sasrec(Config(similarity="cosine"), 9).logit_scale.requires_grad
+
+
+def test_gated_layers_and_temperature_come_back_from_a_run(project: Project) -> None:
+    more = ("--sasrec.block", "ligr", "--similarity", "cosine", "--temperature", "0.1")
+    code, _, err = project.run(
+        *("--model", "sasrec", *more, "--fix_temp", "True", "--epochs", "4", "--run_name", "run"),
+        *("--optim_args.learning_rate", "1e-2"),
+    )
+    assert code == 0, err
+    run = open_run("saved/run")
+    assert float(run.build("sasrec").scale()) == torch.tensor(math.log(10)).item()  # type: ignore[attr-defined]
+    found = json.loads((project.root / "saved/run/result.json").read_text())
+    history = found["training"]["history"]
+    assert history[-1]["loss"] < history[0]["loss"]
+    code, _, err = project.run("--temperature", "0.1", "--loss", "bce")
+    assert code == 2
+    assert "fix_temp and temperature belong to loss: nce" in err
