@@ -16,14 +16,14 @@ from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
-from hsft.data.cache import open_cache
+from hsft.data.cache import open_cache, save_cache
 from hsft.encoding.sentence_encoder import load_sentence_encoder, read_sentence_folder
 from hsft.finished.new_items import add_items
 from hsft.finished.open_run import open_run
 from hsft.utils.errors import InputError
 from item_caching import main as caching_main
 from tests.conftest import Project
-from tests.helpers import WORDS
+from tests.helpers import WORDS, make_cache
 
 TEXTS = ["item 3. 2. 4", "item", "", "title 7 item 8 item 9 item 1 item 2", "item 3. 2"]
 ALL = {
@@ -176,9 +176,14 @@ def test_what_is_not_supported_is_refused(tmp_path: Path) -> None:
             read_sentence_folder(folder)
 
 
-def test_a_run_on_a_sentence_encoders_cache(
-    project: Project, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_cache_may_say_its_pooling_alone(project: Project) -> None:
+    make_cache(project.root / "dataset" / "tiny_item_embeddings.safetensors", pooling="sentence")
+    code, _, err = project.run("--val_only", "True")
+    assert code == 0, err
+    assert "was not made with" not in err
+
+
+def test_a_run_on_a_sentence_encoders_cache(project: Project) -> None:
     folder = make_sentence_folder(
         project.root / "encoder",
         {"pooling_mode_mean_tokens": True},
@@ -221,3 +226,15 @@ def test_a_run_on_a_sentence_encoders_cache(
     code, _, err = project.call(caching_main, [*caching, "--item_pretrain_dir", str(project.llama)])
     assert code == 2
     assert "encoder stands in place of item_pretrain_dir" in err
+
+
+def test_a_run_reads_a_sentence_cache_that_states_little(project: Project) -> None:
+    save_cache(
+        project.root / "dataset" / "tiny_item_embeddings.safetensors",
+        [f"i{number}" for number in range(20)],
+        torch.randn(20, 24, generator=torch.Generator().manual_seed(0)),
+        {"pooling": "sentence", "model": "made elsewhere"},
+    )
+    code, _, err = project.run("--item_adapter", "linear", "--val_only", "True")
+    assert code == 0, err
+    assert "was not made with" not in err

@@ -11,16 +11,11 @@ import numpy as np
 import torch
 
 from hsft.config import Config
-from hsft.data.cache import ItemCache, default_cache_path, open_cache
+from hsft.data.cache import ItemCache, open_cache
 from hsft.data.column_checks import find_spellings
+from hsft.data.files import cache_path, information_file, item_llm_folder
 from hsft.data.interactions import load_interactions
-from hsft.data.item_text import (
-    ItemTexts,
-    information_file,
-    read_item_texts,
-    unfit_texts,
-    with_items,
-)
+from hsft.data.item_text import ItemTexts, read_item_texts, unfit_texts, with_items
 from hsft.encoding.build_cache import CacheBuilder, EncodingJob, encode_items
 from hsft.encoding.item_llm import ItemEncoder, load_item_encoder, model_fingerprint
 from hsft.encoding.sentence_encoder import (
@@ -44,13 +39,6 @@ _PATIENCE = timedelta(days=7)
 BATCH_TOKENS = {"cuda": 8192, "cpu": 2048}
 # Bytes of item information that are read in about a second.
 _QUICKLY_READ = 64 << 20
-
-
-def cache_path(config: Config) -> Path:
-    """Return where the item cache is: `item_cache_path`, or the dataset's default file."""
-    if config.item_cache_path:
-        return Path(config.item_cache_path)
-    return default_cache_path(config.data_path, config.dataset)
 
 
 def with_encoder(config: Config) -> Config:
@@ -202,7 +190,7 @@ def _other_cache(config: Config, cache: ItemCache, item_ids: np.ndarray) -> str 
     if stated.get("pooling") == "sentence" and not config.encoder:
         # A sentence encoder decides these by itself.
         for name in ("prompt", "text_format", "pooling"):
-            del stated[name]
+            stated.pop(name, None)
     config = with_encoder(config) if config.encoder and is_folder(config.encoder) else config
     if "prompt" in stated:
         # Caches of before there were text formats have plain texts.
@@ -273,24 +261,11 @@ def _catalogue(config: Config) -> ItemTexts:
     return with_items(items, item_ids)
 
 
-def require_item_llm(config: Config) -> str:
-    """Return the ItemLLM's folder.
-
-    Raises:
-        InputError: none is named.
-    """
-    if not config.item_pretrain_dir:
-        raise InputError(
-            "no ItemLLM is named; give --item_pretrain_dir FOLDER (download_itemllm.py makes one)."
-        )
-    return config.item_pretrain_dir
-
-
 def _encoder(
     config: Config, fingerprint: str, count: int, information: str = ""
 ) -> tuple[ItemEncoder, EncodingJob]:
     """Load the configuration's ItemLLM, and describe the encoding of `count` items with it."""
-    folder = require_item_llm(config)
+    folder = str(item_llm_folder(config))
     device = torch.device(choose_device(config))
     if device.type == "cuda":
         device = torch.device("cuda", local_rank() % torch.cuda.device_count())
