@@ -15,7 +15,7 @@ from hsft.model.item_table import ItemTable, fit_standardize, fit_whiten
 from hsft.model.recommender import LossSettings
 from hsft.model.weights import load_trained, save_trained
 from hsft.utils.errors import InputError
-from tests.user_llm import LORA, NCE, build
+from tests.decoders import LORA, NCE, build
 
 
 def batch() -> TrainBatch:

@@ -15,13 +15,13 @@ from hsft.evaluator.evaluator import Evaluator
 from hsft.model.recommender import LossSettings, Recommender
 from hsft.trainer.micro_batch import split_batch
 from tests.conftest import Project
+from tests.decoders import build
 from tests.training_runs import (
     RUN,
     folder,
     outcome,
     result,
 )
-from tests.user_llm import build
 
 
 def out_of_memory_above(rows: int) -> Callable[[Recommender, TrainBatch], torch.Tensor]:
