@@ -366,6 +366,7 @@ class Runner:
         if any(
             (done["data"], done["family"], done["settings"]) == (trial.data, trial.family, settings)
             for done in self.outcomes
+            if done["valid"] is not None
         ):
             return None
         name = f"{trial.data}-{trial.family}-{number}"

@@ -24,7 +24,8 @@ import torch.nn.functional as F  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from hsft.data.cache import ItemCache, open_cache, save_cache  # noqa: E402
-from hsft.data.item_text import information_file, read_plain_texts  # noqa: E402
+from hsft.data.files import information_file  # noqa: E402
+from hsft.data.item_text import read_plain_texts  # noqa: E402
 from hsft.model.tfidf import tfidf_rows  # noqa: E402
 from hsft.utils.errors import EXIT_OK, InputError  # noqa: E402
 from hsft.utils.program import run_program  # noqa: E402

@@ -100,6 +100,69 @@ def test_a_run_by_the_command(project: Project) -> None:
     assert "saved: saved/a/comparison.md" in done.stdout
 
 
+WITHOUT_TORCH = """
+import runpy, sys
+sys.path.insert(0, {code!r})
+sys.modules["torch"] = None  # any import of it now fails
+sys.argv = ["hsft", *sys.argv[1:]]
+runpy.run_module("hsft", run_name="__main__")
+"""
+
+
+def without_torch(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    program = WITHOUT_TORCH.format(code=str(ROOT / "code"))
+    return subprocess.run(
+        [sys.executable, "-c", program, *words],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "messages"),
+    [
+        (["train"], ["no dataset is named", "no UserLLM is named"]),
+        (["train", "--dataset", "x"], ["unknown dataset 'x'", "no UserLLM is named"]),
+        (
+            ["train", "--dataset", "tiny", "--user_pretrain_dir", "x"],
+            ["model folder x does not exist", "item cache dataset/tiny_item"],
+        ),
+        (["train", "--dataset", "x", "--model", "pop"], ["unknown dataset 'x'"]),
+        (["train", "--dataset", "tiny", "--model", "item_knn"], ["item cache dataset/tiny_item"]),
+        (
+            ["train", "--dataset", "tiny", "--model", "item_knn", "--use_item_cache", "False"],
+            ["no ItemLLM is named"],
+        ),
+        (["evaluate", "--config_file", "x.yaml"], ["x.yaml does not exist"]),
+        (["cache", "--dataset", "x"], ["information/x.csv does not exist", "no ItemLLM is named"]),
+        (["compare", "saved/x"], ["saved/x does not exist"]),
+    ],
+    ids=lambda value: " ".join(value)[:60],
+)
+def test_what_is_missing_is_said_without_torch(
+    project: Project, words: list[str], messages: list[str]
+) -> None:
+    (project.root / "dataset/tiny_item_embeddings.safetensors").unlink()
+    done = without_torch(*words, cwd=project.root)
+    assert (done.returncode, done.stdout) == (2, ""), done.stderr
+    lines = done.stderr.splitlines()
+    assert len(lines) == len(messages)
+    for line, message in zip(lines, messages, strict=True):
+        assert line.startswith("error: ")
+        assert message in line
+
+
+def test_compare_works_without_torch(project: Project) -> None:
+    for name in ("pop", "random"):
+        assert project.run("--model", name)[0] == 0
+    done = without_torch("compare", "saved/tiny-pop", "saved/tiny-random", cwd=project.root)
+    assert done.returncode == 0, done.stderr
+    assert "Recall@10" in done.stdout
+    assert (project.root / "saved/tiny-random/comparison.png").is_file()
+
+
 def test_evaluate_trains_nothing(project: Project) -> None:
     code, out, err = project.call(program("evaluate"), [*project.arguments, "--use_qlora", "True"])
     assert code == 0, err

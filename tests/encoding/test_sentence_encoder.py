@@ -23,7 +23,7 @@ from hsft.finished.open_run import open_run
 from hsft.utils.errors import InputError
 from item_caching import main as caching_main
 from tests.conftest import Project
-from tests.helpers import WORDS
+from tests.helpers import WORDS, make_cache
 
 TEXTS = ["item 3. 2. 4", "item", "", "title 7 item 8 item 9 item 1 item 2", "item 3. 2"]
 ALL = {
@@ -176,9 +176,14 @@ def test_what_is_not_supported_is_refused(tmp_path: Path) -> None:
             read_sentence_folder(folder)
 
 
-def test_a_run_on_a_sentence_encoders_cache(
-    project: Project, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_cache_may_say_its_pooling_alone(project: Project) -> None:
+    make_cache(project.root / "dataset" / "tiny_item_embeddings.safetensors", pooling="sentence")
+    code, _, err = project.run("--val_only", "True")
+    assert code == 0, err
+    assert "was not made with" not in err
+
+
+def test_a_run_on_a_sentence_encoders_cache(project: Project) -> None:
     folder = make_sentence_folder(
         project.root / "encoder",
         {"pooling_mode_mean_tokens": True},

@@ -106,18 +106,17 @@ def reference(
 def reference_counts(
     pairs: list[tuple[list[int], int]], table: np.ndarray, pool: list[int], kind: LossSettings
 ) -> list[int]:
-    """Masked pairs, pairs, positions without a negative, positions."""
+    """Masked pairs and pairs of other items, positions without a negative, positions."""
     if kind.negatives == "catalogue":
         return [0, 0, 0, 0]
-    masked = [
-        sum(
-            item == target if kind.loss == "bce" else cosine(table[target], table[item]) > THRESHOLD
-            for item in pool
-        )
-        for _, target in pairs
-    ]
-    empty = sum(count == len(pool) for count in masked)
-    return [sum(masked), len(pairs) * len(pool), empty, len(pairs)]
+    counts = np.zeros(4, dtype=int)
+    for _, target in pairs:
+        others = [item for item in pool if item != target]
+        masked = 0
+        if kind.loss == "nce":
+            masked = sum(cosine(table[target], table[item]) > THRESHOLD for item in others)
+        counts += [masked, len(others), masked == len(others), 1]
+    return counts.tolist()
 
 
 KINDS = [

@@ -209,23 +209,30 @@ def test_nce_masks_the_positive_among_the_negatives_by_threshold() -> None:
 
 @pytest.mark.parametrize("budget", [1 << 28, 1])
 def test_masked_negatives_are_counted_once(budget: int) -> None:
-    # Cosines with the positives: 1 and 0; 0 and 0; 1 and 1. The third pair is filled up.
+    # Cosines with the positives: 1 and 0; 0 and 0; 1 and 0. The last column fills up, as does the
+    # last row; the first pair is of one item.
     positives = torch.tensor([[1.0, 0.0, 0.0], [0.0, 0.0, 3.0], [1.0, 1e-4, 0.0]])
     pool = torch.tensor([[2.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 0.0]])
     fillers = torch.tensor([False, False, True]).expand(3, -1)
     queries = torch.ones(3, 3, requires_grad=True)
+    scale = torch.tensor(1.0)
     counts = torch.zeros(4, dtype=torch.int64)
-    for _ in range(2):
+    for ids in ([7, 8, 9], [6, 8, 9]):
         losses.info_nce(
-            *(queries, positives, pool, torch.tensor(1.0), 0.99, fillers, budget),
+            *(queries, positives, pool, scale, 0.99, fillers, budget),
             weights=torch.tensor([1.0, 1.0, 0.0]),
+            item_ids=(torch.tensor(ids), torch.tensor([7, 5, 0])),
             counts=counts,
         ).backward()
-    assert counts.tolist() == [2, 8, 0, 4]
+    # 3 pairs, none masked; then 4, of which one.
+    assert counts.tolist() == [1, 7, 0, 4]
     losses.info_nce(
-        *(queries, positives, pool[:1], torch.tensor(1.0), 0.99, None, budget), counts=counts
+        *(queries, positives, pool[:1], scale, 0.99, None, budget),
+        item_ids=(torch.tensor([7, 8, 9]), torch.tensor([7])),
+        counts=counts,
     )
-    assert counts.tolist() == [4, 11, 2, 7]
+    # The first position has no negative: its only one is the positive; the third has a twin.
+    assert counts.tolist() == [2, 9, 2, 7]
 
 
 def test_bce_by_hand() -> None:

@@ -253,8 +253,8 @@ def test_cheap_checks_come_before_the_data_is_read(
     def refuse(_: object) -> None:
         raise AssertionError("the interactions are read")
 
-    monkeypatch.setattr("hsft.run.setup.read_interactions", refuse)
-    code, _, err = project.run("--user_pretrain_dir", "nowhere", "--run_name", "a/b")
+    monkeypatch.setattr("hsft.run.setup.load_interactions", refuse)
+    code, _, err = project.run("--user_llm_layers", "9", "--run_name", "a/b")
     assert code == 2
     assert len(errors(err)) == 2
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -42,10 +43,10 @@ from hsft.trainer.sampler import SequenceBatches
 from hsft.trainer.scalars import open_scalars
 from hsft.trainer.step import Learner
 from hsft.trainer.wandb_log import WandbLog
-from hsft.utils.errors import InputError
+from hsft.utils.errors import InputError, Interrupted
 from hsft.utils.lock import LOCK_FILE
 from tests.conftest import Project, last_wins
-from tests.helpers import ROOT
+from tests.helpers import ROOT, make_llama
 from tests.model.test_user_llm import build
 
 RUN = (
@@ -263,6 +264,33 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(
     assert f"{saved[1].relative_to(project.root)} is damaged (state.pt" in err
     assert result(project)["training"]["resumed_from"] == [4]
     assert outcome(project) == undisturbed
+
+
+@pytest.mark.parametrize("step", [None, 2], ids=["after the baseline", "in training"])
+def test_another_user_llm_is_not_continued(
+    project: Project, monkeypatch: pytest.MonkeyPatch, step: int | None
+) -> None:
+    shutil.copytree(project.llama, "base")
+    run = (*RUN, "--user_pretrain_dir", "base")
+
+    def interrupt(*_: object) -> None:
+        raise Interrupted("stopped")
+
+    with monkeypatch.context() as patch:
+        if step is None:
+            patch.setattr(train_and_rank, "_train_and_evaluate", interrupt)
+        else:
+            patch.setattr(loop, "update", at_step(step, interrupt))
+        assert project.run(*run, "--checkpoint_every", "1")[0] == 130
+    make_llama(Path("other"), seed=1)
+    shutil.copy("other/model.safetensors", "base")
+    code, out, err = project.run(*run, *RESUME)
+    assert (code, out) == (2, "")
+    line = err.splitlines()[-1]
+    assert "was made with another UserLLM" in line
+    assert "in base have changed since" in line
+    shutil.copy(project.llama / "model.safetensors", "base")
+    assert project.run(*run, *RESUME)[0] == 0
 
 
 def test_what_cannot_be_continued_is_refused(

@@ -23,7 +23,8 @@ from tests.helpers import ROOT
         (
             [
                 "-c",
-                "import runpy, sys; sys.modules['torch'] = None; sys.argv = ['main.py']; "
+                "import runpy, sys; sys.modules['torch'] = None; "
+                "sys.argv = ['main.py', '--dry_run']; "
                 "runpy.run_path('code/main.py', run_name='__main__')",
             ],
             "torch",

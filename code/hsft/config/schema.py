@@ -84,6 +84,10 @@ class OptimArgs(_Section):
 
     learning_rate: Number = Field(1e-4, gt=0, le=10, description="peak learning rate of AdamW")
     weight_decay: Number = Field(0.01, ge=0, le=10, description="decoupled weight decay of AdamW")
+    weight_decay_on: Literal["matrices", "all"] = Field(
+        "matrices",
+        description="weights that decay: matrices, or (as HLLM) norms, biases and logit_scale too",
+    )
 
 
 class SchedulerArgs(_Section):
@@ -94,6 +98,11 @@ class SchedulerArgs(_Section):
     )
     warmup: Number = Field(
         0.1, ge=0, le=1, description="share of all optimizer steps spent in linear warm-up"
+    )
+    warmup_from_zero: Bool = Field(
+        False,
+        description="begin the warm-up with a step of learning rate 0, as HLLM; False begins with "
+        "the first share of the peak",
     )
 
 

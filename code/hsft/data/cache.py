@@ -26,8 +26,9 @@ import pandas as pd
 import torch
 from safetensors import SafetensorError, safe_open
 
+from hsft.data.files import find_cache
 from hsft.utils.errors import InputError, one_line
-from hsft.utils.files import atomic_path, is_file, require_file
+from hsft.utils.files import atomic_path, is_file
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -68,37 +69,6 @@ class ItemCache:
         return pd.Index(np.asarray(self.item_ids, dtype=object)).get_indexer(
             pd.Index(np.asarray(item_ids, dtype=object))
         )
-
-
-def default_cache_path(data_path: str, dataset: str | None) -> Path:
-    """Return `<data_path>/<dataset in lower case>_item_embeddings.safetensors`."""
-    if not dataset:
-        raise InputError("no dataset is named; give --dataset NAME, for example Pixel200K.")
-    return Path(data_path) / f"{dataset.lower()}_item_embeddings.safetensors"
-
-
-def find_cache(path: str | Path) -> Path:
-    """Return the cache file to read for `path`.
-
-    A `.pt` path that does not exist stands for the native file beside it, so that commands
-    written for the published HSFT's `.pt` caches find what item_caching.py wrote.
-
-    Raises:
-        InputError: neither is there.
-    """
-    path = Path(path)
-    if is_file(path):
-        return path
-    native = path.with_suffix(".safetensors") if path.name else path
-    if path.suffix == ".pt" and is_file(native):
-        return native
-    also = f" (nor {native})" if path.suffix == ".pt" else ""
-    return require_file(
-        path,
-        f"item cache {path}{also}",
-        "make it with python item_caching.py, the same --config_file and --dataset, and "
-        "--item_pretrain_dir FOLDER, or change --item_cache_path",
-    )
 
 
 def is_native(path: Path) -> bool:

@@ -24,10 +24,11 @@ from hsft.data.csv_rows import (
     line_of_row,
     read_header,
 )
+from hsft.data.files import dataset_file
 from hsft.data.plain_csv import PlainColumns, read_plain
 from hsft.data.time_checks import Ties, check_time_texts, check_times, count_ties
 from hsft.utils.errors import InputError, one_line
-from hsft.utils.files import is_file, is_folder, require_file
+from hsft.utils.files import require_file
 
 COLUMNS = ("item_id", "user_id", "timestamp")
 PAD = 0
@@ -80,35 +81,6 @@ class Interactions:
     def lengths(self) -> np.ndarray:
         """int64 [U]: interactions of each user."""
         return np.diff(self.offsets)
-
-
-def dataset_file(data_path: str, dataset: str | None, key: str = "dataset") -> Path:
-    """Return the path of a dataset's interaction file.
-
-    Args:
-        data_path: its folder.
-        dataset: its name.
-        key: the configuration key that names it, for the error.
-
-    Raises:
-        InputError: no dataset is named or there is no such file; existing ones are listed.
-    """
-    if not dataset:
-        raise InputError("no dataset is named; give --dataset NAME, for example Pixel200K.")
-    folder = Path(data_path)
-    path = folder / f"{dataset}.csv"
-    if is_file(path):
-        return path
-    known = sorted(file.stem for file in folder.glob("*.csv")) if is_folder(folder) else []
-    hint = f"there is no folder {folder.absolute()}"
-    if is_folder(folder):
-        hint = f"{folder.absolute()} holds no CSV file"
-    if known:
-        hint = f"datasets found there: {', '.join(known[:8])}"
-    raise InputError(
-        f"unknown {key} '{dataset}': {path} does not exist ({hint}); "
-        f"put the interactions there or change --{key} or --data_path."
-    )
 
 
 def read_interactions(

@@ -23,7 +23,6 @@ from hsft.data.csv_rows import (
     read_header,
 )
 from hsft.utils.errors import InputError, one_line, refuse
-from hsft.utils.files import is_file
 
 TextFormat = Literal["plain", "hllm", "sentences"]
 
@@ -55,21 +54,6 @@ class ItemTexts:
 
     def __len__(self) -> int:
         return len(self.item_ids)
-
-
-def information_file(text_path: str, dataset: str | None) -> Path:
-    """Return the item information file: `text_path` itself, or `<text_path>/<dataset>.csv`."""
-    path = Path(text_path)
-    if is_file(path):
-        return path
-    if not dataset:
-        raise InputError("no dataset is named; give --dataset NAME, for example Pixel200K.")
-    path = path / f"{dataset}.csv"
-    if not is_file(path):
-        raise InputError(
-            f"{path} does not exist; put the item information there or change --text_path."
-        )
-    return path
 
 
 def read_item_texts(

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from hsft.data.dataset import CachedEmbeddingEvalDataset
-from hsft.data.split import ragged_positions
-from hsft.evaluator.evaluator import EvalProtocol
+# torch is imported where it is needed, since results are compared without it.
+if TYPE_CHECKING:
+    from hsft.data.dataset import CachedEmbeddingEvalDataset
+    from hsft.evaluator.evaluator import EvalProtocol
 
 _HEX_DIGITS = 32
 
@@ -32,6 +34,8 @@ def evaluation_fingerprint(
         user's target), `catalogue` (all item ids), `histories` (what comes before the targets, and
         so which items are masked) and `protocol`.
     """
+    from hsft.data.split import ragged_positions
+
     data, segments = dataset.interactions, dataset.segments
     item_ids = data.item_ids[1:]
     by_item_id = np.argsort(item_ids)

@@ -6,17 +6,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from lightning.fabric import Fabric
 
 from hsft.config import Config, load_config
 from hsft.config.schema import READS_EMBEDDINGS, REFERENCES
 from hsft.data.cache import ItemCache
 from hsft.data.dataset import CachedEmbeddingEvalDataset
-from hsft.data.item_text import information_file, read_item_titles
+from hsft.data.files import information_file
+from hsft.data.item_text import read_item_titles
 from hsft.evaluator.evaluator import EvalProtocol, Scorer
 from hsft.evaluator.fingerprint import differing_parts, evaluation_fingerprint
 from hsft.evaluator.recommend import Recommendations, recommend
@@ -31,6 +31,9 @@ from hsft.trainer.checkpoint import BEST_DIR
 from hsft.trainer.fabric import make_fabric
 from hsft.utils.errors import InputError
 from hsft.utils.files import is_file, is_folder
+
+if TYPE_CHECKING:
+    from lightning.fabric import Fabric
 
 
 @dataclass(frozen=True)

@@ -11,16 +11,11 @@ import numpy as np
 import torch
 
 from hsft.config import Config
-from hsft.data.cache import ItemCache, default_cache_path, open_cache
+from hsft.data.cache import ItemCache, open_cache
 from hsft.data.column_checks import find_spellings
+from hsft.data.files import cache_path, information_file, item_llm_folder
 from hsft.data.interactions import load_interactions
-from hsft.data.item_text import (
-    ItemTexts,
-    information_file,
-    read_item_texts,
-    unfit_texts,
-    with_items,
-)
+from hsft.data.item_text import ItemTexts, read_item_texts, unfit_texts, with_items
 from hsft.encoding.build_cache import CacheBuilder, EncodingJob, encode_items
 from hsft.encoding.item_llm import ItemEncoder, load_item_encoder, model_fingerprint
 from hsft.encoding.sentence_encoder import (
@@ -44,13 +39,6 @@ _PATIENCE = timedelta(days=7)
 BATCH_TOKENS = {"cuda": 8192, "cpu": 2048}
 # Bytes of item information that are read in about a second.
 _QUICKLY_READ = 64 << 20
-
-
-def cache_path(config: Config) -> Path:
-    """Return where the item cache is: `item_cache_path`, or the dataset's default file."""
-    if config.item_cache_path:
-        return Path(config.item_cache_path)
-    return default_cache_path(config.data_path, config.dataset)
 
 
 def with_encoder(config: Config) -> Config:
@@ -277,17 +265,14 @@ def _encoder(
     config: Config, fingerprint: str, count: int, information: str = ""
 ) -> tuple[ItemEncoder, EncodingJob]:
     """Load the configuration's ItemLLM, and describe the encoding of `count` items with it."""
-    if not config.item_pretrain_dir:
-        raise InputError(
-            "no ItemLLM is named; give --item_pretrain_dir FOLDER (download_itemllm.py makes one)."
-        )
+    folder = str(item_llm_folder(config))
     device = torch.device(choose_device(config))
     if device.type == "cuda":
         device = torch.device("cuda", local_rank() % torch.cuda.device_count())
-    encoder = _load_encoder(config, config.item_pretrain_dir, device)
-    imported = origin(config.item_pretrain_dir)
+    encoder = _load_encoder(config, folder, device)
+    imported = origin(folder)
     job = EncodingJob(
-        model=Path(config.item_pretrain_dir).name,
+        model=Path(folder).name,
         text_keys=tuple(config.text_keys),
         prompt=config.item_prompt,
         text_format=config.text_format,
@@ -295,9 +280,9 @@ def _encoder(
         dtype=config.item_cache_dtype,
         pooling=encoder.pooling,
         fingerprint=fingerprint,
-        model_folder=config.item_pretrain_dir,
+        model_folder=folder,
         information=information,
-        model_fingerprint=model_fingerprint(config.item_pretrain_dir),
+        model_fingerprint=model_fingerprint(folder),
         batch_tokens=config.item_batch_tokens or BATCH_TOKENS[device.type],
         compute_dtype=str(compute_dtype(config)).removeprefix("torch."),
         source=imported["source"]["sha256"] if imported else "",
@@ -305,7 +290,7 @@ def _encoder(
     log.info(
         "encoding %d items with %s on %s in %s, %s pooling.",
         count,
-        config.item_pretrain_dir,
+        folder,
         device,
         job.compute_dtype,
         job.pooling,

@@ -9,11 +9,10 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from hsft.data.cache import default_cache_path
 from hsft.data.column_checks import spelling_problem
 from hsft.data.csv_rows import RowProblems
-from hsft.data.interactions import dataset_file, read_interactions
-from hsft.data.item_text import information_file
+from hsft.data.files import dataset_file, default_cache_path, information_file
+from hsft.data.interactions import read_interactions
 from hsft.data.prepare.amazon import amazon2014, amazon2023
 from hsft.data.prepare.hold_out import choose_items, copy_information, without
 from hsft.data.prepare.movielens import movielens

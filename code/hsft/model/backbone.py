@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModel, BitsAndBytesConfig, PreTrainedMo
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
+from hsft.data.files import require_model_folder
 from hsft.model.attention import VARLEN, varlen_obstacle
 from hsft.model.folder import (
     EMBEDDING_KEYS,
@@ -29,7 +30,7 @@ from hsft.model.folder import (
     model_class,
 )
 from hsft.utils.errors import InputError, brief, one_line
-from hsft.utils.files import is_file, is_folder
+from hsft.utils.files import is_file
 
 log = logging.getLogger(__name__)
 
@@ -66,13 +67,7 @@ def load_model_config(folder: str | Path, trust_remote_code: bool = False) -> An
         InputError: the folder or its config.json is missing or is not a transformers config.
     """
     folder = Path(folder)
-    if not is_folder(folder):
-        raise InputError(
-            f"model folder {folder} does not exist; fetch it with download_itemllm.py or "
-            f"download_userllm.py, or name another folder."
-        )
-    if not is_file(folder / "config.json"):
-        raise InputError(f"model folder {folder} has no config.json; name a transformers folder.")
+    require_model_folder(folder)
     try:
         return AutoConfig.from_pretrained(
             folder, local_files_only=True, trust_remote_code=trust_remote_code

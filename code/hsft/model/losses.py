@@ -43,6 +43,7 @@ def info_nce(
     excluded: Tensor | None = None,
     budget_bytes: int = 1 << 28,
     weights: Tensor | None = None,
+    item_ids: tuple[Tensor, Tensor] | None = None,
     counts: Tensor | None = None,
 ) -> Tensor:
     """HLLM's InfoNCE (arXiv 2409.12740, eq. 2 and its public code).
@@ -61,7 +62,8 @@ def info_nce(
         budget_bytes: largest [block, P] float32 matrix held at once; larger ones are computed in
             blocks of positions and recomputed in the backward pass.
         weights: float32 [T], 1 for positions that count, 0 for others; None: all count.
-        counts: int64 [4], to which `count_negatives` of this call is added, or None.
+        item_ids: int64 [T] of the positives and int64 [P] of the pool, for `counts`.
+        counts: int64 [4], to which `count_negatives` of this call is added; None: not counted.
 
     Returns:
         Scalar float32; 0 when no position counts.
@@ -69,13 +71,21 @@ def info_nce(
     queries, positives, pool = normalize(queries), normalize(positives), normalize(pool)
 
     def block(
-        q: Tensor, p: Tensor, w: Tensor, pool: Tensor, scale: Tensor, out: Tensor | None
+        q: Tensor,
+        p: Tensor,
+        w: Tensor,
+        ids: Tensor,
+        pool: Tensor,
+        scale: Tensor,
+        out: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         with torch.no_grad():
             masked = p @ pool.T > nce_thres
             if out is not None:
                 masked |= out
-            negatives = count_negatives(masked, out, w)
+            negatives = w.new_zeros(4, dtype=torch.int64)
+            if counts is not None:
+                negatives = count_negatives(masked, out, ids.unsqueeze(1) == pool_ids, w)
         negative = ((q @ pool.T) * scale.exp()).masked_fill(masked, -torch.inf)
         positive = (q * p).sum(dim=-1, keepdim=True) * scale.exp()
         logits = torch.cat([positive, negative], dim=-1)
@@ -83,9 +93,11 @@ def info_nce(
         losses = F.cross_entropy(logits, labels, reduction="none")
         return (losses * w).sum(), negatives
 
+    weighted = _ones(queries) if weights is None else weights
+    ids, pool_ids = item_ids or (_ones(queries), -_ones(pool))
     total, negatives = _sum_in_blocks(
         block,
-        (queries, positives, _ones(queries) if weights is None else weights),
+        (queries, positives, weighted, ids),
         (pool, logit_scale),
         excluded,
         len(pool) * 3,
@@ -96,28 +108,26 @@ def info_nce(
     return total / _number_of_terms(queries, weights)
 
 
-def count_negatives(masked: Tensor, excluded: Tensor | None, weights: Tensor) -> Tensor:
+def count_negatives(
+    masked: Tensor, fillers: Tensor | None, same_item: Tensor, weights: Tensor
+) -> Tensor:
     """Count how many negatives a loss masks, without waiting for the device.
 
     Args:
-        masked: bool [T, P], (position, negative) pairs that do not count, `excluded` among them.
-        excluded: bool [T, P], the pairs that are no negatives in the first place, or None.
+        masked: bool [T, P], (position, negative) pairs that do not count, `fillers` among them.
+        fillers: bool [T, P], pairs that only fill up the matrix, or None.
+        same_item: bool [T, P], pairs whose negative is the position's own positive: it is no
+            negative, masked or not.
         weights: float32 [T], 1 for positions that count, 0 for others.
 
     Returns:
-        int64 [4]: masked pairs, all pairs, positions without a negative left, all positions.
+        int64 [4]: masked pairs and all pairs, both without `fillers` and `same_item`; positions
+        without a negative left, and all positions.
     """
+    other = ~same_item if fillers is None else ~(same_item | fillers)
+    per_position = ((masked & other).sum(dim=1), other.sum(dim=1), masked.all(dim=1))
     real = weights.long()
-    columns = masked.shape[1]
-    masked_count = masked.sum(dim=1)
-    excluded_count = torch.zeros_like(real) if excluded is None else excluded.sum(dim=1)
-    per_position = (
-        masked_count - excluded_count,
-        columns - excluded_count,
-        masked_count == columns,
-        torch.ones_like(real),
-    )
-    return torch.stack([(count * real).sum() for count in per_position])
+    return torch.stack([*((count * real).sum() for count in per_position), real.sum()])
 
 
 def _ones(queries: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What every trainable model offers, and the loss that is computed inside its forward pass."""
+"""The interface of trainable models, and the loss that is computed inside the forward pass."""
 
 from __future__ import annotations
 
@@ -146,23 +146,22 @@ class Recommender(nn.Module):
                 weights=weights,
             )
             return loss, terms
-        own = targets if settings.negatives == "in_batch" else batch.negatives.reshape(-1)
-        pool_ids = all_gather_ids(own)
+        candidates = targets if settings.negatives == "in_batch" else batch.negatives.reshape(-1)
+        pool_ids = all_gather_ids(candidates)
         positives, pool = items(targets), items(pool_ids)
+        # What fills a bucket up is neither a position nor a negative.
+        fillers = None if weights is None else (pool_ids == PAD).expand(len(targets), -1)
         if settings.loss == "bce":
-            excluded = targets.unsqueeze(1) == pool_ids
-            fillers = None
-            if weights is not None:
-                # What fills a bucket up is neither a position nor a negative.
-                fillers = (pool_ids == PAD).expand(len(targets), -1)
-                excluded |= fillers | (weights == 0).unsqueeze(1)
-            rows = torch.ones_like(states[:, 0]) if weights is None else weights
-            counts += losses.count_negatives(excluded, fillers, rows)
+            same = targets.unsqueeze(1) == pool_ids
+            excluded = same
+            if weights is not None and fillers is not None:
+                excluded = same | fillers | (weights == 0).unsqueeze(1)
+            real = torch.ones_like(states[:, 0]) if weights is None else weights
+            counts += losses.count_negatives(excluded, fillers, same, real)
             loss = losses.binary_cross_entropy(
                 states, positives, pool, excluded, settings.budget_bytes, weights
             )
             return loss, terms + excluded.numel() - excluded.sum()
-        fillers = None if weights is None else (pool_ids == PAD).expand(len(targets), -1)
         loss = losses.info_nce(
             states,
             positives,
@@ -172,6 +171,7 @@ class Recommender(nn.Module):
             fillers,
             settings.budget_bytes,
             weights,
+            (targets, pool_ids),
             counts,
         )
         return loss, terms
@@ -238,8 +238,8 @@ class Recommender(nn.Module):
         if self.settings.similarity != "cosine":
             return vectors.float()
         # As `losses.normalize`, in place: one piece of memory instead of two in ranking's inner loop.
-        own = vectors.to(torch.float32, copy=True)
-        return F.normalize(own, dim=-1, out=own)
+        copied = vectors.to(torch.float32, copy=True)
+        return F.normalize(copied, dim=-1, out=copied)
 
     @property
     def num_items(self) -> int:

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from hsft.config import Config
 from hsft.data.cache import ItemCache
-from hsft.data.item_text import information_file, read_plain_texts
+from hsft.data.files import information_file
+from hsft.data.item_text import read_plain_texts
 from hsft.data.split import Split, train_item_counts
 from hsft.evaluator.evaluator import Scorer
 from hsft.model.item_table import table_from_cache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from hsft.model.folder import EMBEDDING_KEYS
 from hsft.model.recommender import Recommender
 from hsft.utils.errors import InputError
 from hsft.utils.files import atomic_path
@@ -47,7 +49,7 @@ def load_trained(model: Recommender, folder: str | Path) -> None:
         state = _read(folder / ADAPTER_DIR / "adapter_model.safetensors")
         _refuse_other_shapes(folder, set_peft_model_state_dict, peft_model, state)
     rest = read_rest(folder)
-    own = dict(model.named_parameters())
+    parameters = dict(model.named_parameters())
     expected = rest_state(model)
     if rest.keys() != expected.keys():
         odd = sorted(rest.keys() ^ expected.keys())
@@ -57,12 +59,12 @@ def load_trained(model: Recommender, folder: str | Path) -> None:
         )
     with torch.no_grad():
         for name, value in rest.items():
-            if own[name].shape != value.shape:
+            if parameters[name].shape != value.shape:
                 raise InputError(
                     f"{folder}: weight {name} has shape {tuple(value.shape)}, this configuration "
-                    f"needs {tuple(own[name].shape)}."
+                    f"needs {tuple(parameters[name].shape)}."
                 )
-            own[name].copy_(value)
+            parameters[name].copy_(value)
 
 
 def read_rest(folder: str | Path) -> dict[str, Tensor]:
@@ -90,6 +92,37 @@ def trainable_state(model: nn.Module) -> dict[str, Tensor]:
         for name, value in model.named_parameters()
         if value.requires_grad
     }
+
+
+def describe_trainable(model: nn.Module) -> str:
+    """Return how many weights are trained, of how many, and what the others are.
+
+    Quantised weights count as the numbers that they stand for.
+    """
+    trained, frozen = 0, dict[str, int]()
+    for name, weight in model.named_parameters():
+        # bitsandbytes packs two 4-bit numbers into a byte.
+        state = getattr(weight, "quant_state", None)
+        count = math.prod(weight.shape if state is None else state.shape)
+        if weight.requires_grad:
+            trained += count
+            continue
+        kind = _frozen_kind(name)
+        frozen[kind] = frozen.get(kind, 0) + count
+    text = f"{trained:,} of {trained + sum(frozen.values()):,} weights"
+    if frozen:
+        text += f" (frozen: {', '.join(f'{count:,} of {kind}' for kind, count in frozen.items())})"
+    return text
+
+
+def _frozen_kind(name: str) -> str:
+    if name.endswith("logit_scale"):
+        return "logit_scale, which this loss does not use"
+    if name.startswith("encoder.items."):
+        return "the item table"
+    if any(key in name for key in EMBEDDING_KEYS):
+        return "the token embedding, which reads no items"
+    return "the UserLLM"
 
 
 def _peft_model(model: Recommender) -> Any | None:

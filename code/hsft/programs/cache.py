@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from hsft.config.loader import parse_command_line
 from hsft.config.program import program_config
+from hsft.run.preflight import missing_for_caching
 from hsft.utils.distributed import is_rank_zero
 from hsft.utils.errors import EXIT_OK, refuse
 
@@ -30,7 +31,9 @@ def main(argv: Sequence[str]) -> int:
     config = program_config(argv, "cache", EXAMPLES, KEYS)
     if config is None:
         return EXIT_OK
-    # Imported here, so that --help and a mistyped option need not wait for torch.
+    if not config.check:
+        refuse(missing_for_caching(config))
+    # Imported here, so that nothing above waits for torch.
     from hsft.inputs.cache_items import write_item_cache
     from hsft.run.check import check_caching, quick_caching_problems
     from hsft.run.next_step import command_after_caching

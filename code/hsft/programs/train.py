@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from hsft.config.program import program_config
 from hsft.config.schema import Config
+from hsft.run.preflight import missing_for_run
 from hsft.utils.distributed import is_rank_zero
 from hsft.utils.errors import EXIT_OK, refuse
 
@@ -40,20 +41,32 @@ def evaluate(argv: Sequence[str]) -> int:
 def _run(config: Config | None) -> int:
     if config is None:
         return EXIT_OK
-    # Imported here, so that --help and a mistyped option need not wait for torch.
-    from hsft.run.check import check_run, quick_problems
-    from hsft.run.dry_run import dry_run
-    from hsft.run.next_step import commands_after_run
-    from hsft.run.train_and_rank import train_and_rank
+    if config.check or config.dry_run:
+        return _look_ahead(config)
+    refuse(missing_for_run(config))
+    # Imported here, so that nothing above waits for torch.
+    from hsft.run.check import quick_problems
     from hsft.utils.environment import set_threads
 
     set_threads(config.num_threads)
+    refuse(quick_problems(config))
+    # Imported here, so that nothing above waits for Lightning and peft.
+    from hsft.run.next_step import commands_after_run
+    from hsft.run.train_and_rank import train_and_rank
+
+    folder = train_and_rank(config)
+    sys.stdout.write(commands_after_run(config, folder) if is_rank_zero() else "")
+    return EXIT_OK
+
+
+def _look_ahead(config: Config) -> int:
+    # Imported here: each takes seconds that the other program need not wait for.
     if config.check:
+        from hsft.run.check import check_run
+
         check_run(config)
-    elif config.dry_run:
-        dry_run(config)
     else:
-        refuse(quick_problems(config))
-        folder = train_and_rank(config)
-        sys.stdout.write(commands_after_run(config, folder) if is_rank_zero() else "")
+        from hsft.run.dry_run import dry_run
+
+        dry_run(config)
     return EXIT_OK

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from safetensors.numpy import load_file, save_file
 
-from hsft.evaluator.evaluator import Evaluation
 from hsft.evaluator.metrics import PER_USER, UNRANKED
 from hsft.utils.errors import InputError, one_line
 from hsft.utils.files import atomic_path, is_file, is_folder, read_json, require_file, write_json
 from hsft.utils.program import command
+
+# torch is imported where it is needed, since results are compared without it.
+if TYPE_CHECKING:
+    from hsft.evaluator.evaluator import Evaluation
 
 # Format 2 has `fingerprint`, and `UNRANKED` for targets that format 1 ranked last among all items.
 RESULT_FORMAT = 2
@@ -192,6 +194,8 @@ def _unranked_in_format_1(result: dict[str, Any], ranks: np.ndarray) -> np.ndarr
 
 def pack_evaluation(evaluation: Evaluation) -> dict[str, Any]:
     """Turn an evaluation into what a checkpoint can hold."""
+    import torch
+
     return {
         "phase": evaluation.phase,
         "users": torch.from_numpy(evaluation.users.astype(np.int64)),
@@ -203,6 +207,8 @@ def pack_evaluation(evaluation: Evaluation) -> dict[str, Any]:
 
 def unpack_evaluation(packed: dict[str, Any]) -> Evaluation:
     """Return the evaluation that `pack_evaluation` was given."""
+    from hsft.evaluator.evaluator import Evaluation
+
     arrays = {name: packed[name].numpy() for name in ("users", "ranks")}
     return Evaluation(**{**packed, **arrays})
 
@@ -213,7 +219,7 @@ def plain(value: Any) -> Any:
         return {str(key): plain(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):
         return [plain(entry) for entry in value]
-    if isinstance(value, np.generic | torch.Tensor):
+    if callable(getattr(value, "item", None)):
         value = value.item()
     if isinstance(value, float) and not np.isfinite(value):
         return None

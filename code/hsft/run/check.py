@@ -18,24 +18,25 @@ import numpy as np
 import torch
 
 from hsft.config import Config
-from hsft.data.cache import DTYPES, ItemCache, find_cache, is_native, open_cache, read_header
+from hsft.data.cache import DTYPES, ItemCache, is_native, open_cache, read_header
 from hsft.data.dataset import CachedEmbeddingEvalDataset, CachedEmbeddingTrainDataset
-from hsft.data.interactions import (
-    Interactions,
+from hsft.data.files import (
+    cache_path,
     dataset_file,
-    load_interactions,
-)
-from hsft.data.item_text import (
-    ItemTexts,
+    find_cache,
+    has_cache_path,
+    has_interactions,
     information_file,
-    read_item_texts,
-    unfit_texts,
+    item_llm_folder,
+    user_llm_folder,
 )
+from hsft.data.interactions import Interactions, load_interactions
+from hsft.data.item_text import ItemTexts, read_item_texts, unfit_texts
 from hsft.data.split import Phase, Split, leave_one_out
 from hsft.encoding.item_llm import emb_token, load_tokenizer, no_emb_token
 from hsft.encoding.sentence_encoder import read_sentence_folder
 from hsft.evaluator.evaluator import Evaluator
-from hsft.inputs.cache_items import cache_path, cache_warnings, with_encoder
+from hsft.inputs.cache_items import cache_warnings, with_encoder
 from hsft.model.backbone import (
     check_lora_targets,
     check_quantization,
@@ -62,7 +63,7 @@ from hsft.trainer.fabric import attention_kernel, check_device, choose_device, c
 from hsft.trainer.wandb_log import load_wandb
 from hsft.utils.distributed import is_rank_zero
 from hsft.utils.errors import InputError, one_line, problems_of, refuse
-from hsft.utils.files import free_bytes, is_file
+from hsft.utils.files import free_bytes
 
 log = logging.getLogger(__name__)
 
@@ -141,7 +142,7 @@ def check_run(config: Config) -> None:
             texts = _item_texts(config, found)
             if texts is not None and interactions is not None:
                 _texts_suffice(config, texts, interactions, found)
-        elif _has_cache_path(config):
+        elif has_cache_path(config):
             with found.collect():
                 cache = open_cache(cache_path(config))
                 found.notes.append(
@@ -174,7 +175,7 @@ def check_caching(config: Config) -> None:
     _quick_caching(config, found)
     texts = _item_texts(config, found)
     interactions = None
-    if _has_interactions(config):
+    if has_interactions(config):
         interactions = _interactions(config, found)
     if texts is not None:
         known = set(texts.item_ids)
@@ -212,7 +213,7 @@ def _quick_run(config: Config, found: Findings) -> None:
     if config.reads_embeddings:
         if not config.use_item_cache:
             _item_model(config, found)
-        elif _has_cache_path(config):
+        elif has_cache_path(config):
             with found.collect():
                 _cache_header(config, hidden)
 
@@ -225,15 +226,6 @@ def _quick_caching(config: Config, found: Findings) -> None:
     with found.collect():
         _writable(cache_path(config), "item cache", "--item_cache_path")
     _item_model(config, found)
-
-
-def _has_interactions(config: Config) -> bool:
-    return config.dataset is not None and is_file(Path(config.data_path) / f"{config.dataset}.csv")
-
-
-def _has_cache_path(config: Config) -> bool:
-    # The default cache of a dataset that is not there would only be a second problem.
-    return config.item_cache_path is not None or _has_interactions(config)
 
 
 def _writable(target: Path, name: str, key: str) -> None:
@@ -265,13 +257,11 @@ def _writable(target: Path, name: str, key: str) -> None:
 
 def _user_model(config: Config, found: Findings) -> int | None:
     """Check the UserLLM's folder and return its hidden size, None when that is not known."""
-    if not config.user_pretrain_dir:
-        found.problems.append(
-            "no UserLLM is named; give --user_pretrain_dir FOLDER (download_userllm.py makes one)."
-        )
+    folder = hidden = None
+    with found.collect():
+        folder = user_llm_folder(config)
+    if folder is None:
         return None
-    folder = Path(config.user_pretrain_dir)
-    hidden = None
     with found.collect():
         model = load_model_config(folder, config.trust_remote_code)
         check_decoder(model, folder, config.user_llm_layers)
@@ -309,17 +299,16 @@ def _one_layer(config: Config, folder: Path, model: Any) -> None:
 def _item_model(config: Config, found: Findings) -> None:
     if config.encoder is not None:
         with found.collect():
-            folder = read_sentence_folder(config.encoder).transformer
-            load_model_config(folder, config.trust_remote_code)
-            check_files(folder)
-            load_tokenizer(folder, config.trust_remote_code)
+            transformer = read_sentence_folder(config.encoder).transformer
+            load_model_config(transformer, config.trust_remote_code)
+            check_files(transformer)
+            load_tokenizer(transformer, config.trust_remote_code)
         return
-    if not config.item_pretrain_dir:
-        found.problems.append(
-            "no ItemLLM is named; give --item_pretrain_dir FOLDER (download_itemllm.py makes one)."
-        )
+    folder = None
+    with found.collect():
+        folder = item_llm_folder(config)
+    if folder is None:
         return
-    folder = Path(config.item_pretrain_dir)
     with found.collect():
         model = load_model_config(folder, config.trust_remote_code)
         check_decoder(model, folder)

@@ -13,11 +13,11 @@ import torch
 from transformers import LlamaConfig
 
 from hsft.config import Config
-from hsft.data.cache import DTYPES, find_cache, is_native, open_cache, read_header
+from hsft.data.cache import DTYPES, is_native, open_cache, read_header
 from hsft.data.dataset import CachedEmbeddingTrainDataset
+from hsft.data.files import cache_path, find_cache
 from hsft.data.interactions import load_interactions
 from hsft.data.split import leave_one_out
-from hsft.inputs.cache_items import cache_path
 from hsft.model.attention import VARLEN
 from hsft.model.backbone import (
     check_lora_targets,

@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from hsft.config import Config, load_config
-from hsft.data.cache import default_cache_path
-from hsft.inputs.cache_items import cache_path
+from hsft.data.files import cache_path, default_cache_path
 from hsft.utils.files import is_file
 from hsft.utils.program import command, command_line
 

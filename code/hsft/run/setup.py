@@ -8,26 +8,22 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from lightning.fabric import Fabric
 from torch import nn
 
 from hsft.config import Config
 from hsft.data.cache import ItemCache, open_cache
 from hsft.data.column_checks import find_twins, spelling_problem
 from hsft.data.dataset import CachedEmbeddingEvalDataset, CachedEmbeddingTrainDataset
-from hsft.data.interactions import (
-    Interactions,
-    drop_items,
-    load_interactions,
-)
+from hsft.data.files import cache_path, user_llm_folder
+from hsft.data.interactions import Interactions, drop_items, load_interactions
 from hsft.data.negatives import NegativeSampler
 from hsft.data.split import NEEDED, Split, leave_one_out
 from hsft.evaluator.evaluator import EvalProtocol, Evaluator
-from hsft.inputs.cache_items import cache_path, cache_warnings, encode_in_memory
+from hsft.inputs.cache_items import cache_warnings, encode_in_memory
 from hsft.model.attention import VARLEN, varlen_obstacle
 from hsft.model.backbone import (
     LoraSettings,
@@ -46,13 +42,15 @@ from hsft.model.norms import fuse_norms
 from hsft.model.recommender import LossSettings, Recommender, Similarity
 from hsft.model.user_llm import UserLLM
 from hsft.trainer.fabric import attention_kernel, choose_precision, compute_dtype
+from hsft.trainer.masked_negatives import HIGH_MASKED_SHARE
 from hsft.utils.distributed import global_rank, is_rank_zero, world_size
 from hsft.utils.errors import InputError
 
+if TYPE_CHECKING:
+    from lightning.fabric import Fabric
+
 log = logging.getLogger(__name__)
 
-# Share of masked negatives above which the log warns.
-HIGH_MASKED_SHARE = 0.2
 # Cosine above which float32 tells two items apart by its rounding alone.
 SAME_DIRECTION = 1 - 1e-6
 
@@ -447,11 +445,7 @@ def build_user_llm(config: Config, data: Data, fabric: Fabric, *, train: bool) -
     Raises:
         InputError: the model folder is unusable or does not fit the cache.
     """
-    folder = config.user_pretrain_dir
-    if not folder:
-        raise InputError(
-            "no UserLLM is named; give --user_pretrain_dir FOLDER (download_userllm.py makes one)."
-        )
+    folder = str(user_llm_folder(config))
     assert data.cache is not None
     hidden = int(load_model_config(folder, config.trust_remote_code).hidden_size)
     extra = read_extra(folder)

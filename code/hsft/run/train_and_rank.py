@@ -9,10 +9,9 @@ from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning.fabric import Fabric
 from torch.utils.data import DataLoader
 
 from hsft.config import Config
@@ -29,6 +28,7 @@ from hsft.model.recommender import Recommender
 from hsft.model.reference import build_reference
 from hsft.model.sasrec import build_sasrec
 from hsft.model.user_llm import UserLLM
+from hsft.model.weights import describe_trainable
 from hsft.report.result import (
     RESULT_FORMAT,
     TUNED,
@@ -69,7 +69,7 @@ from hsft.trainer.fabric import (
 )
 from hsft.trainer.loop import train
 from hsft.trainer.optim import steps_per_epoch
-from hsft.trainer.resume import TrainState
+from hsft.trainer.resume import TrainState, refuse_other_user_llm
 from hsft.trainer.sampler import SequenceBatches
 from hsft.trainer.session import Session
 from hsft.trainer.step import make_learner
@@ -88,6 +88,9 @@ from hsft.utils.errors import InputError, Interrupted, one_line
 from hsft.utils.lock import locked
 from hsft.utils.progress import Meter, format_seconds
 from hsft.utils.signals import StopSignals
+
+if TYPE_CHECKING:
+    from lightning.fabric import Fabric
 
 log = logging.getLogger(__name__)
 
@@ -148,6 +151,11 @@ def _run(run: RunContext) -> None:
     if fabric.device.type == "cpu" and config.device == "auto":
         log.info(
             "no CUDA device found: running on the CPU with %d threads.", torch.get_num_threads()
+        )
+    if fabric.device.type == "cuda":
+        log.info(
+            "precision %s; float32 products, as of losses and scores, are not rounded to TF32.",
+            choose_precision(config),
         )
     data = load_data(config, need_cache=config.reads_embeddings)
     if config.model == "HLLM" and config.user_pretrain_dir:
@@ -216,6 +224,9 @@ def _baseline(run: RunContext, data: Data, final: Evaluator) -> Evaluation:
     if run.resume and is_rank_zero():
         saved = store.load_extra(UNTRAINED)
     saved = broadcast(saved)
+    if saved:
+        recorded = saved.get("user_llm_fingerprint")
+        refuse_other_user_llm(run, recorded, store.folder / UNTRAINED)
     if saved and saved["fingerprint"] == data.fingerprint and len(saved["rng"]) == world_size():
         log.info("the untrained UserLLM was evaluated before the interruption.")
         # Building and evaluating it drew from the generators.
@@ -231,6 +242,7 @@ def _baseline(run: RunContext, data: Data, final: Evaluator) -> Evaluation:
     if is_rank_zero():
         content = {
             "fingerprint": data.fingerprint,
+            "user_llm_fingerprint": run.user_llm_fingerprint,
             "rng": generators,
             "record": run.session.record(),
             "evaluation": pack_evaluation(found),
@@ -300,9 +312,8 @@ def _train(run: RunContext, data: Data, model: Recommender) -> tuple[TrainState,
     # Before ZeRO stage 3 takes the parameters apart.
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     log.info(
-        "training %s of %s weights on %d sequences with %d transitions.",
-        f"{trainable:,}",
-        f"{sum(p.numel() for p in model.parameters()):,}",
+        "training %s on %d sequences with %d transitions.",
+        describe_trainable(model),
         len(dataset),
         dataset.num_transitions,
     )

@@ -21,7 +21,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from lightning.fabric.utilities import move_data_to_device
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -261,6 +260,9 @@ def write_state(folder: Path, state: dict[str, Any]) -> None:
     Raises:
         OSError: the disk is full.
     """
+    # Imported here, since it takes seconds and --check and --dry_run do without.
+    from lightning.fabric.utilities import move_data_to_device
+
     # Given a path instead of a file, torch's error of a full disk does not say so.
     with (folder / STATE_FILE).open("wb") as file:
         torch.save(move_data_to_device(state, "cpu"), file)

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import os
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from lightning.fabric import Fabric
-from lightning.fabric.strategies import DDPStrategy
 from torch.nn.parallel import DistributedDataParallel
 
 from hsft.config import Config
@@ -16,6 +15,9 @@ from hsft.model.backbone import choose_attention
 from hsft.trainer.zero import deepspeed_strategy, require_deepspeed
 from hsft.utils.distributed import TIMEOUT, world_size
 from hsft.utils.errors import InputError
+
+if TYPE_CHECKING:
+    from lightning.fabric import Fabric
 
 Precision = Literal["bf16-mixed", "bf16-true", "16-mixed", "32-true"]
 
@@ -110,6 +112,14 @@ def make_fabric(config: Config) -> Fabric:
     Raises:
         InputError: the precision or strategy cannot run on this device.
     """
+    # Imported here, since it takes seconds: what else this module says is needed before a run too.
+    from lightning.fabric import Fabric
+    from lightning.fabric.strategies import DDPStrategy
+
+    # Lightning's import sets its loggers to INFO: they would name the precision twice, and advise
+    # TF32.
+    for name in ("lightning.fabric", "lightning.pytorch"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     device = check_device(config)
     precision = choose_precision(config)
     world = world_size()
@@ -136,4 +146,7 @@ def make_fabric(config: Config) -> Fabric:
         precision=precision,
     )
     fabric.launch()
+    # Losses and scores are float32 products of cosines under a factor of up to 100, which TF32
+    # would round by up to 0.05.
+    torch.set_float32_matmul_precision("highest")
     return fabric

@@ -14,6 +14,7 @@ from hsft.evaluator.evaluator import Evaluation
 from hsft.model.weights import load_trained
 from hsft.trainer.checkpoint import BEST_DIR, restore_rng
 from hsft.trainer.context import RunContext
+from hsft.trainer.masked_negatives import MaskedNegatives
 from hsft.trainer.resume import TrainingCheckpoints, TrainState
 from hsft.trainer.sampler import SequenceBatches
 from hsft.trainer.scalars import open_scalars
@@ -52,6 +53,7 @@ def train(
     assert isinstance(batches, SequenceBatches)
     assert isinstance(collate, TrainCollate)
     checkpoints = TrainingCheckpoints(run, learner, fingerprint)
+    masked = MaskedNegatives(config)
     state, rng = checkpoints.load() if run.resume else (TrainState(), None)
     meter = TrainingMeter(config, learner.fabric.device, batches, state)
     # Values that a killed session wrote after its last checkpoint are written again.
@@ -65,6 +67,7 @@ def train(
             report = pending.read()
             report.check_finite(config, batches, collate.dataset, checkpoints.last_good)
             state.add(report)
+            masked.check(state, epoch_ends=state.batch == len(batches))
             scalars.log(
                 {"train/loss": report.loss, "train/learning_rate": report.rate}, report.step
             )
@@ -98,7 +101,7 @@ def train(
                     # One step late, so that the device does not wait for the host to read it.
                     previous = read(pending)
                     report = replace(report, stop=stop.received, due=checkpoints.is_due())
-                    pending = PendingStep(report, losses, norm)
+                    pending = PendingStep(report, losses, norm, learner.model)
                     meter.advance(bar, group, report.rate)
                     # Several processes act on what all of them knew one step ago.
                     known = report if world_size() == 1 else previous

@@ -17,7 +17,8 @@ from hsft.utils.errors import InputError
 def build_optimizer(model: nn.Module, config: Config, device: torch.device) -> Optimizer:
     """Make AdamW over the trainable parameters.
 
-    Matrices get weight decay; vectors and scalars (norms, biases, logit_scale) do not.
+    Matrices get weight decay; vectors and scalars (norms, biases, logit_scale) only with
+    `weight_decay_on: all`.
 
     Raises:
         InputError: nothing is trainable, or an 8-bit optimizer was asked for without CUDA.
@@ -26,9 +27,10 @@ def build_optimizer(model: nn.Module, config: Config, device: torch.device) -> O
     if not trainable:
         raise InputError("no parameter is trainable with this configuration; check use_qlora.")
     decay = config.optim_args.weight_decay
+    least_dim = 0 if config.optim_args.weight_decay_on == "all" else 2
     groups: list[dict[str, Any]] = [
-        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": decay},
-        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
+        {"params": [p for p in trainable if p.ndim >= least_dim], "weight_decay": decay},
+        {"params": [p for p in trainable if p.ndim < least_dim], "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
     rate = config.optim_args.learning_rate
@@ -59,19 +61,34 @@ def build_schedule(optimizer: Optimizer, config: Config, total_steps: int) -> La
         config: for `scheduler_args`.
         total_steps: optimizer steps of the whole run.
     """
-    warmup = round(config.scheduler_args.warmup * total_steps)
-    kind = config.scheduler_args.type
+    settings = config.scheduler_args
+    # HLLM does not round.
+    warmup = settings.warmup * total_steps
+    if not settings.warmup_from_zero:
+        warmup = round(warmup)
 
     def factor(step: int) -> float:
-        return schedule_factor(step, warmup, total_steps, kind)
+        return schedule_factor(
+            step, warmup, total_steps, settings.type, from_zero=settings.warmup_from_zero
+        )
 
     return LambdaLR(optimizer, factor)
 
 
-def schedule_factor(step: int, warmup: int, total: int, kind: str) -> float:
-    """Return the share of the peak learning rate used in optimizer step `step` (from 0)."""
+def schedule_factor(
+    step: int, warmup: float, total: int, kind: str, *, from_zero: bool = False
+) -> float:
+    """Return the share of the peak learning rate used in an optimizer step.
+
+    Args:
+        step: number of the step, from 0.
+        warmup: number of steps over which the share rises linearly.
+        total: number of steps of the run.
+        kind: `cosine`, `linear` or `constant`, from the warm-up to `total`.
+        from_zero: the first step has share 0; else 1 / `warmup`.
+    """
     if step < warmup:
-        return (step + 1) / warmup
+        return (step if from_zero else step + 1) / warmup
     if kind == "constant":
         return 1.0
     done = min(1.0, (step - warmup) / max(1, total - warmup))

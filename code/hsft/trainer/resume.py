@@ -6,6 +6,7 @@ import logging
 import time
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -44,6 +45,7 @@ class TrainState:
         batch: batches done in the current epoch.
         loss_sum: sum of the loss over the positions of these batches.
         positions: number of these positions.
+        negatives: sums of `losses.count_negatives` over these batches.
         best: name of the best model among the checkpoints.
     """
 
@@ -58,6 +60,7 @@ class TrainState:
     batch: int = 0
     loss_sum: float = 0.0
     positions: int = 0
+    negatives: list[int] = field(default_factory=lambda: [0, 0, 0, 0])
     best: str | None = None
 
     @property
@@ -65,8 +68,15 @@ class TrainState:
         """Mean loss over the positions of the current epoch so far."""
         return self.loss_sum / max(self.positions, 1)
 
+    @property
+    def masked_negatives(self) -> float | None:
+        """Share of the current epoch's negatives that the loss masked; None where it has none."""
+        masked, pairs, _, _ = self.negatives
+        return masked / pairs if pairs else None
+
     def add(self, report: StepReport) -> None:
-        """Count a step's loss in."""
+        """Count a step's loss and negatives in."""
+        self.negatives = [a + b for a, b in zip(self.negatives, report.negatives, strict=True)]
         for loss, positions in zip(report.losses, report.positions, strict=True):
             self.loss_sum += loss * positions
             self.positions += positions
@@ -81,17 +91,21 @@ class TrainState:
 
     def end_epoch(self, record: dict[str, Any], metric: str) -> None:
         """Add an epoch's record to the history, log it with one metric, and go to the next epoch."""
+        record["masked_negatives"] = self.masked_negatives
         self.history.append(record)
         self.epoch += 1
         self.batch, self.loss_sum, self.positions = 0, 0.0, 0
+        self.negatives = [0, 0, 0, 0]
         text = f"loss {record['loss']:.4f}, learning rate {record['learning_rate']:.2e}"
+        if record["masked_negatives"] is not None:
+            text += f", {record['masked_negatives']:.1%} of the negatives masked"
         if "valid" in record:
             text += f", valid {metric} {record['valid'][metric]:.4f}"
         log.info("epoch %d: %s", self.epoch, text)
 
     def summary(self) -> dict[str, Any]:
         """Return what `result.json` says of the training, as plain data."""
-        inner = ("batch", "loss_sum", "positions", "best")
+        inner = ("batch", "loss_sum", "positions", "negatives", "best")
         return {key: value for key, value in asdict(self).items() if key not in inner}
 
 
@@ -153,6 +167,7 @@ class TrainingCheckpoints:
             "scaler": learner.fabric.strategy.precision.state_dict(),
             "rng": generators,
             "fingerprint": self._fingerprint,
+            "user_llm_fingerprint": self._run.user_llm_fingerprint,
             "record": self._run.session.record("training"),
         }
         self._run.checkpoints.save(state.step, weights, content)
@@ -180,6 +195,7 @@ class TrainingCheckpoints:
                 f"{path} was trained on other data: the interactions or the item cache have changed "
                 f"since; put them back, or start again with --overwrite True."
             )
+        refuse_other_user_llm(run, content.pop("user_llm_fingerprint", None), path)
         generators = content.pop("rng")
         if len(generators) != world_size():
             raise InputError(
@@ -230,6 +246,25 @@ class TrainingCheckpoints:
         saved = self._run.checkpoints.list()
         return (
             f"the last good checkpoint is {saved[-1]}" if saved else "no checkpoint was saved yet"
+        )
+
+
+def refuse_other_user_llm(run: RunContext, recorded: str | None, path: Path) -> None:
+    """Refuse to go on from what was made with another UserLLM than the folder holds now.
+
+    Args:
+        run: the run, for its UserLLM.
+        recorded: the UserLLM's fingerprint then; None, as in files of earlier versions, passes.
+        path: what was made.
+
+    Raises:
+        InputError: the fingerprints differ.
+    """
+    if recorded not in (None, run.user_llm_fingerprint):
+        raise InputError(
+            f"{path} was made with another UserLLM: the weights or config.json in "
+            f"{run.config.user_pretrain_dir} have changed since; put them back, or start again with "
+            f"--overwrite True."
         )
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from hsft.config import Config
 from hsft.data.dataset import CachedEmbeddingTrainDataset
+from hsft.model.recommender import Recommender
 from hsft.trainer.fabric import choose_precision
 from hsft.trainer.sampler import SequenceBatches
 from hsft.utils.distributed import all_reduce, world_size
@@ -56,6 +57,7 @@ class StepReport:
         due: a process found that time for a checkpoint had come.
         losses: mean loss of each batch over its positions.
         norm: gradient norm before clipping; 0 where it was not taken.
+        negatives: sums of `losses.count_negatives` over the step, in all processes.
     """
 
     step: int
@@ -66,6 +68,7 @@ class StepReport:
     due: bool = False
     losses: list[float] = field(default_factory=list)
     norm: float = 0.0
+    negatives: tuple[int, ...] = (0, 0, 0, 0)
 
     @property
     def loss(self) -> float:
@@ -122,12 +125,21 @@ class PendingStep:
             them are read.
         losses: scalars on the device, one a batch.
         norm: scalar on the device, or None.
+        model: whose counts of negatives are taken.
     """
 
-    def __init__(self, report: StepReport, losses: list[Tensor], norm: Tensor | None) -> None:
+    def __init__(
+        self,
+        report: StepReport,
+        losses: list[Tensor],
+        norm: Tensor | None,
+        model: Recommender,
+    ) -> None:
         self._report = report
         parts = [*losses, losses[0].new_zeros(()) if norm is None else norm.to(losses[0].dtype)]
-        values = torch.stack(parts)
+        # float64 holds counts exactly.
+        negatives = model.take_negative_counts().double()
+        values = torch.cat([torch.stack(parts).double(), negatives])
         if world_size() > 1:
             flags = torch.tensor([float(report.stop), float(report.due)], device=values.device)
             values = torch.cat([values, all_reduce(flags, "max").to(values.dtype)])
@@ -137,11 +149,12 @@ class PendingStep:
         """Wait for the step and return its numbers."""
         values = self._copy.read()
         count = len(self._report.positions)
-        stop, due = values[count + 1 :] or (self._report.stop, self._report.due)
+        stop, due = values[count + 5 :] or (self._report.stop, self._report.due)
         return replace(
             self._report,
             losses=values[:count],
             norm=values[count],
+            negatives=tuple(map(int, values[count + 1 : count + 5])),
             stop=int(stop),
             due=bool(due),
         )

@@ -6,15 +6,17 @@ import importlib.util
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning.fabric import Fabric
 from torch import nn
 
 from hsft.config import Config
 from hsft.utils.distributed import TIMEOUT
 from hsft.utils.errors import InputError
+
+if TYPE_CHECKING:
+    from lightning.fabric import Fabric
 
 _SHARED_MEMORY_OPERATOR = "deepspeed_shm_comm"
 
