@@ -41,8 +41,8 @@ from hsft.utils.errors import InputError
 from item_caching import main as cache_main
 from tests.bad_input import expect_refusal
 from tests.conftest import Project
+from tests.decoders import real_model, real_weight_bytes, saved_by_autograd, shape
 from tests.helpers import WORDS, make_model
-from tests.report.test_memory import real_model, real_weight_bytes, saved_by_autograd, shape
 
 CPU = torch.device("cpu")
 
@@ -120,18 +120,18 @@ def test_states_are_plain_transformers_and_do_not_look_ahead(
 @pytest.mark.parametrize("family", FAMILIES)
 def test_whether_a_row_may_hold_several_sequences(folders: dict[str, Path], family: str) -> None:
     model = user_llm(load(folders[family]))
-    assert model.keeps_apart() == (family not in ONE_SEQUENCE_A_ROW)
+    assert model.separates_sequences() == (family not in ONE_SEQUENCE_A_ROW)
     positions = torch.tensor([[0, 1, 2, 0, 1]])
     with torch.no_grad():
         packed = model(torch.tensor([[4, 5, 6, 7, 8]]), positions)[:, 3:]
         alone = model(torch.tensor([[7, 8]]))
-    assert torch.allclose(packed, alone, rtol=1e-3, atol=1e-4) == model.keeps_apart()
+    assert torch.allclose(packed, alone, rtol=1e-3, atol=1e-4) == model.separates_sequences()
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 @pytest.mark.parametrize(
     ("kind", "wanted"),
-    [("none", torch.bfloat16), ("nf4", torch.float32), ("int8", torch.float32)],
+    [("none", torch.bfloat16), ("nf4", torch.bfloat16), ("int8", torch.bfloat16)],
 )
 def test_vectors_have_the_number_type_of_the_residual_stream(
     folders: dict[str, Path], family: str, kind: str, wanted: torch.dtype
@@ -144,7 +144,7 @@ def test_vectors_have_the_number_type_of_the_residual_stream(
     norm.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].dtype))
     with torch.no_grad():
         states = model(torch.tensor([[1, 2]]))
-    # peft casts the norms of a quantised model to float32.
+    # peft's own preparation would cast the norms of a quantised model to float32.
     assert norm.weight.dtype == wanted
     assert seen == [wanted]
     assert states.isfinite().all()

@@ -27,7 +27,7 @@ from tests.pages import PAGES, TRANSLATED, anchors, read_page
 
 BASE = [Path("code/overall/LLM_ddp.yaml"), Path("code/HLLM/HLLM.yaml")]
 # Programs that are not this project's: their options are not looked at.
-OTHERS = {"git", "cd", ".", "hf", "tensorboard", "mkdocs", "pip-audit"}
+OTHERS = {"curl", "git", "cd", ".", "hf", "tensorboard", "mkdocs", "pip-audit"}
 # Flags of other programs, and placeholders for a flag.
 OTHER_FLAGS = {
     *("key", "section.key", "help", "config_file", "print_config", "version"),
@@ -231,3 +231,18 @@ def test_every_page_is_in_the_navigation() -> None:
     navigation = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").partition("\nnav:\n")[2]
     pages = {path.relative_to(ROOT / "docs").as_posix() for path in (ROOT / "docs").rglob("*.md")}
     assert set(re.findall(r": (\S+\.md)$", navigation, re.MULTILINE)) == pages
+
+
+@pytest.mark.parametrize(
+    ("tour", "most"), [("a training step", 10), ("an evaluation", 8), ("an item cache", 8)]
+)
+def test_reading_tours_are_short_and_their_names_exist(tour: str, most: int) -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    section = text.partition(f"### A tour: {tour}\n")[2].partition("\n#")[0]
+    stops = re.findall(r"^\d+\. `([^`]+)`(.*)$", section, re.MULTILINE)
+    assert 3 <= len(stops) <= most
+    for file, about in stops:
+        source = (ROOT / file).read_text(encoding="utf-8")
+        for named in re.findall(r"`([\w.]+)`", about):
+            if not named.endswith(".json"):
+                assert re.search(rf"(def|class) {named.rpartition('.')[2]}\b", source), named

@@ -3,87 +3,27 @@
 from __future__ import annotations
 
 import json
-from contextlib import nullcontext
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
 from transformers import LlamaConfig
 
-from hsft.model.backbone import LoraSettings, add_lora, decoder_config, load_decoder
 from hsft.model.item_table import ItemTable
-from hsft.model.norms import fuse_norms
 from hsft.model.recommender import LossSettings, Recommender
 from hsft.model.user_llm import UserLLM
 from hsft.report import memory
-from hsft.report.memory import TrainingShape
 from hsft.run.dry_run import TINYLLAMA
 from tests.conftest import Project
+from tests.decoders import real_model, real_weight_bytes, saved_by_autograd, shape
 from tests.helpers import make_cache, make_llama
-
-RANK = 4
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Odd sizes: 192 wide, blocks of 64 that do not fill 256."""
     return make_llama(tmp_path_factory.mktemp("llama"), hidden=192, layers=3)
-
-
-def shape(folder: Path, **more: Any) -> TrainingShape:
-    base = TrainingShape(
-        model_config=decoder_config(folder),
-        quant_type="nf4",
-        lora_rank=RANK,
-        lora_targets=("q_proj", "v_proj"),
-        mixed=False,
-        dtype=torch.float32,
-        optimizer_8bit=False,
-        checkpointing=False,
-        items=500,
-        item_bytes=2,
-        adapter="none",
-        adapter_rank=8,
-        length=40,
-        masked_row=None,
-        negatives="catalogue",
-        num_negatives=0,
-        budget_bytes=1 << 28,
-    )
-    return replace(base, **more)
-
-
-def real_model(folder: Path, wanted: TrainingShape, double: bool = True) -> nn.Module:
-    lora = LoraSettings(RANK, 8, 0.05, wanted.lora_targets, wanted.quant_type, wanted.dtype, double)
-    decoder = load_decoder(folder, dtype=wanted.dtype, attention=wanted.attention, lora=lora)
-    fuse_norms(decoder)
-    return add_lora(decoder, lora, wanted.checkpointing)
-
-
-def real_weight_bytes(model: nn.Module) -> int:
-    """Add up what a decoder's weights hold, bitsandbytes' constants and tables included."""
-    total = 0
-    for name, weight in model.named_parameters():
-        if "lora_" in name:
-            continue
-        total += weight.numel() * weight.element_size()
-        for tensor in (getattr(weight, "SCB", None), *state_tensors(weight)):
-            total += 0 if tensor is None else tensor.numel() * tensor.element_size()
-    return total
-
-
-def state_tensors(weight: Any) -> list[torch.Tensor]:
-    state = getattr(weight, "quant_state", None)
-    if state is None:
-        return []
-    found = [state.absmax, state.code]
-    if state.nested:
-        offset = torch.as_tensor(state.offset)
-        found += [state.state2.absmax, state.state2.code, offset.reshape(1).float()]
-    return found
 
 
 @pytest.mark.parametrize("double", [True, False])
@@ -117,30 +57,6 @@ def test_trained_weights_and_adamw_states_are_exact(folder: Path, targets: tuple
     assert found.adapters == found.gradients == sum(p.numel() * 4 for p in trained)
     assert found.optimizer == states
     assert found.item_table == table.embeddings.numel() * 2
-
-
-def saved_by_autograd(model: nn.Module, mixed: bool, packed: bool) -> int:
-    """Add up what autograd saves over 6 x 40 positions."""
-    batch, length, width = 6, 40, 192
-    own = {p.untyped_storage().data_ptr() for p in [*model.parameters(), *model.buffers()]}
-    for weight in model.parameters():
-        own |= {tensor.untyped_storage().data_ptr() for tensor in state_tensors(weight)}
-    saved: dict[int, torch.Tensor] = {}
-
-    def note(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            saved[storage.data_ptr()] = tensor
-        return tensor
-
-    # As `UserLLM` runs a decoder of bfloat16: without autocast.
-    dtype = torch.bfloat16 if mixed else torch.float32
-    vectors = torch.randn(batch, length, width, dtype=dtype, requires_grad=True)
-    autocast = nullcontext()
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), autocast:
-        given = {"position_ids": torch.arange(20).repeat(batch, 2)} if packed else {}
-        model(inputs_embeds=vectors, use_cache=False, **given)
-    return sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
 
 
 class NormOnGpu(torch.autograd.Function):

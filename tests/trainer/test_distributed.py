@@ -81,8 +81,10 @@ def playing(ids: Tensor | None, all_reduce: Callable[[Tensor], Tensor]) -> Itera
         yield
 
 
-def both_ranks(settings: LossSettings, batch: TrainBatch) -> list[tuple[float, dict[str, Tensor]]]:
-    """Loss and gradients in each of two processes.
+def both_ranks(
+    settings: LossSettings, batch: TrainBatch
+) -> list[tuple[float, dict[str, Tensor], list[int]]]:
+    """Loss, gradients and counts of negatives in each of two processes.
 
     A first pass notes what a process would send, a second one gets what both would receive.
     """
@@ -105,7 +107,8 @@ def both_ranks(settings: LossSettings, batch: TrainBatch) -> list[tuple[float, d
             model = toy(settings)
             loss = model(part)
             loss.backward()
-            found.append((loss.item(), gradients(model)))
+            counts = model.take_negative_counts().tolist()
+            found.append((loss.item(), gradients(model), counts))
     return found
 
 
@@ -136,8 +139,9 @@ def test_two_processes_have_the_loss_and_gradients_of_one(
     whole.backward()
     wanted = gradients(model)
     assert any("adapter" in name for name in wanted)
-    (first, one), (second, two) = both_ranks(settings, batch)
+    (first, one, counted), (second, two, counted_too) = both_ranks(settings, batch)
     assert first == second == pytest.approx(whole.item(), rel=1e-5)
+    assert counted == counted_too == model.take_negative_counts().tolist()
     for name, value in wanted.items():
         # What DDP does: the average over processes.
         torch.testing.assert_close((one[name] + two[name]) / 2, value, rtol=1e-4, atol=1e-6)
@@ -145,7 +149,13 @@ def test_two_processes_have_the_loss_and_gradients_of_one(
 
 def test_a_nan_in_one_process_reaches_all() -> None:
     model = toy(LossSettings("nce", "catalogue", 0.99, 1 << 20, "dot"))
-    with playing(None, lambda values: values + torch.tensor([torch.nan, 3.0])):
+
+    def add_nan(values: Tensor) -> Tensor:
+        other = torch.zeros_like(values)
+        other[:2] = torch.tensor([torch.nan, 3.0])
+        return values + other
+
+    with playing(None, add_nan):
         assert model(make_batch(2)).isnan()
 
 

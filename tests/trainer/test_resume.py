@@ -46,8 +46,8 @@ from hsft.trainer.wandb_log import WandbLog
 from hsft.utils.errors import InputError, Interrupted
 from hsft.utils.lock import LOCK_FILE
 from tests.conftest import Project, last_wins
+from tests.decoders import build
 from tests.helpers import ROOT, make_llama
-from tests.model.test_user_llm import build
 
 RUN = (
     *("--use_qlora", "True", "--qlora_quant_type", "none", "--qlora_dropout", "0.2"),

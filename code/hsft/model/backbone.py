@@ -307,27 +307,27 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
     }
 
 
-def is_target(name: str, wanted: Sequence[str]) -> bool:
+def is_target(name: str, targets: Sequence[str]) -> bool:
     """Say whether LoRA goes to the linear layer of this name, as peft decides it."""
-    return list(wanted) == ["all-linear"] or any(
-        name == each or name.endswith(f".{each}") for each in wanted
+    return list(targets) == ["all-linear"] or any(
+        name == target or name.endswith(f".{target}") for target in targets
     )
 
 
-def check_lora_targets(model: nn.Module, wanted: Sequence[str]) -> None:
+def check_lora_targets(model: nn.Module, targets: Sequence[str]) -> None:
     """Refuse target names that no linear layer has.
 
     Raises:
         InputError: says which there are.
     """
-    if not any(is_target(name, wanted) for name in linear_layers(model)):
-        raise InputError(_target_problem(wanted, model))
+    if not any(is_target(name, targets) for name in linear_layers(model)):
+        raise InputError(_target_problem(targets, model))
 
 
-def _target_problem(wanted: Sequence[str], model: nn.Module) -> str:
+def _target_problem(targets: Sequence[str], model: nn.Module) -> str:
     names = sorted({name.rpartition(".")[2] for name in linear_layers(model)})
     return (
-        f"qlora_target_modules {list(wanted)} names no linear layer of the UserLLM; its linear "
+        f"qlora_target_modules {list(targets)} names no linear layer of the UserLLM; its linear "
         f"layers are {', '.join(names)}, or write [all-linear]."
     )
 

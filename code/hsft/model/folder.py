@@ -1,4 +1,4 @@
-"""What can be said of a model folder without loading its weights: files, shards, shapes, kind of model."""
+"""Checks of a model folder that do not load its weights: files, shards, shapes, kind of model."""
 
 from __future__ import annotations
 
@@ -192,8 +192,8 @@ def check_decoder(config: Any, folder: Path, layers: int | None = None) -> None:
 
 def model_class(config: Any) -> Any | None:
     """Return the class that transformers builds for a configuration, None where it knows none."""
-    found = AutoModel._model_mapping.get(type(config), None)
-    return found if isinstance(found, type) else None
+    model = AutoModel._model_mapping.get(type(config), None)
+    return model if isinstance(model, type) else None
 
 
 def check_embeddings(model: Any, folder: Path) -> None:

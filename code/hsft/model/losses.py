@@ -218,18 +218,18 @@ def catalogue_softmax(
     total = queries.new_zeros(())
     for start in range(0, len(queries), rows):
         q, t = queries[start : start + rows], targets[start : start + rows]
-        found = [
+        chunks = [
             chunk(q, t, piece) if whole else _recompute(chunk, q, t - number * size, piece)
             for number, piece in enumerate(pieces)
         ]
-        normalizers, positives = zip(*found, strict=True)
+        normalizers, positives = zip(*chunks, strict=True)
         terms = torch.stack(normalizers).logsumexp(dim=0) - torch.stack(positives).sum(dim=0)
         total = total + (terms if weights is None else terms * weights[start : start + rows]).sum()
     return total / _number_of_terms(queries, weights)
 
 
 def _recompute(block: Callable[..., Any], *values: Any) -> Any:
-    """Compute a block, and once more in the backward pass in place of keeping what it needs."""
+    """Compute a block, and compute it again in the backward pass instead of keeping what it needs."""
     # Nothing in a block is random, and saving a GPU's generator would wait for the device.
     return checkpoint(block, *values, use_reentrant=False, preserve_rng_state=False)
 
@@ -253,7 +253,7 @@ def chunk_shape(positions: int, items: int, dim: int, budget_bytes: int) -> tupl
 class _ChunkScores(torch.autograd.Function):
     """Scores of positions against a chunk of items, reduced to what cross-entropy needs.
 
-    Inputs: q [m, D] scaled queries, v [n, D] item vectors, local int64 [m], the target's place in
+    Inputs: q [m, D] scaled queries, v [n, D] item vectors, local int64 [m], the target's index in
     the chunk (outside 0..n-1: the target is in another chunk).
     Outputs: log sum_j exp(q v_j) [m], and the target's score [m], 0 where it is elsewhere.
 
@@ -266,25 +266,25 @@ class _ChunkScores(torch.autograd.Function):
     def forward(ctx: Any, q: Tensor, v: Tensor, local: Tensor) -> tuple[Tensor, Tensor]:
         scores = q @ v.T
         inside = (local >= 0) & (local < len(v))
-        place = local.clamp(0, len(v) - 1)
-        positive = scores.gather(1, place.unsqueeze(1)).squeeze(1).masked_fill(~inside, 0.0)
+        index = local.clamp(0, len(v) - 1)
+        positive = scores.gather(1, index.unsqueeze(1)).squeeze(1).masked_fill(~inside, 0.0)
         largest = scores.amax(dim=1, keepdim=True)
         weights = scores.sub_(largest).exp_()
         summed = weights.sum(dim=1, keepdim=True)
-        ctx.save_for_backward(q, v, place, inside, weights.div_(summed))
+        ctx.save_for_backward(q, v, index, inside, weights.div_(summed))
         return (summed.log() + largest).squeeze(1), positive
 
     @staticmethod
     def backward(
         ctx: Any, g_total: Tensor, g_positive: Tensor
     ) -> tuple[Tensor | None, Tensor | None, None]:
-        q, v, place, inside, softmax = ctx.saved_tensors
+        q, v, index, inside, softmax = ctx.saved_tensors
         g_total, g_positive = g_total.unsqueeze(1), (g_positive * inside).unsqueeze(1)
         g_q = g_v = None
         if ctx.needs_input_grad[0]:
-            g_q = (softmax @ v).mul_(g_total).addcmul_(v[place], g_positive)
+            g_q = (softmax @ v).mul_(g_total).addcmul_(v[index], g_positive)
         if ctx.needs_input_grad[1]:
-            g_v = (softmax.T @ (q * g_total)).index_add_(0, place, q * g_positive)
+            g_v = (softmax.T @ (q * g_total)).index_add_(0, index, q * g_positive)
         return g_q, g_v, None
 
 

@@ -1,4 +1,4 @@
-"""The UserLLM: an LLM's decoder that reads item vectors in place of token embeddings."""
+"""The UserLLM: an LLM's decoder that reads item vectors instead of token embeddings."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class UserLLM(SequenceEncoder):
         config: Any = self.decoder.config
         return bool(config._attn_implementation == VARLEN)
 
-    def keeps_apart(self) -> bool:
+    def separates_sequences(self) -> bool:
         """Say whether the histories of one row do not see each other, as `pack_sequences` needs.
 
         Some of transformers' models (OPT, BLOOM) attend over the whole row whatever the positions
@@ -81,17 +81,17 @@ class UserLLM(SequenceEncoder):
             with torch.enable_grad():
                 second = self._states(vectors, positions)[:, 2:].float()
                 # Weighted, since the plain sum of what a LayerNorm gives does not change at all.
-                (found,) = torch.autograd.grad((second * waves[:, :2]).sum(), vectors)
+                (gradient,) = torch.autograd.grad((second * waves[:, :2]).sum(), vectors)
         except TypeError:  # the model takes no positions
             return False
         finally:
             for part, mode in modes:
                 part.training = mode
-        return bool((found[:, :2] == 0).all())
+        return bool((gradient[:, :2] == 0).all())
 
     @property
     def _dtype(self) -> torch.dtype:
-        """Number type of what the decoder's layers read: that of the embeddings in whose place it is."""
+        """Number type of what the decoder's layers read: that of the token embeddings."""
         embeddings: nn.Embedding = self.decoder.get_input_embeddings()  # type: ignore[operator]
         return embeddings.weight.dtype
 

@@ -403,7 +403,7 @@ def _packs(config: Config, model: Recommender, fabric: Fabric) -> bool:
     if not config.pack_sequences or not isinstance(model.encoder, UserLLM):
         return False
     with fabric.autocast():
-        apart = model.encoder.keeps_apart()
+        apart = model.encoder.separates_sequences()
     if not apart:
         log.warning(
             "pack_sequences: the UserLLM in %s would mix the sequences of a row, so that every "
