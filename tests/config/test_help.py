@@ -2,26 +2,17 @@
 
 from __future__ import annotations
 
-import ast
-import importlib
-import json
 import os
 import re
 import runpy
-import shlex
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 from hsft.config.loader import flat_fields
 from hsft.programs.cache import KEYS
-from tests.conftest import Project
 from tests.helpers import ROOT
-
-NOTEBOOK = ROOT / "demo" / "demo.ipynb"
-COMMAND = re.compile(r"^!\{python\} (\S+\.py)(.*)$")
 
 
 def programs() -> list[str]:
@@ -83,47 +74,6 @@ def test_help_and_a_mistyped_option_do_not_wait_for_torch() -> None:
     )
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("error: ") == len(ours)
-
-
-def commands() -> list[tuple[str, list[str]]]:
-    """Return the notebook's commands: program and arguments."""
-    cells = json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]
-    lines = [line for cell in cells if cell["cell_type"] == "code" for line in cell["source"]]
-    (hllm,) = [line.partition("= ")[2] for line in lines if line.startswith("hllm = ")]
-    found = []
-    for line in lines:
-        match = COMMAND.match(line.rstrip())
-        if match:
-            words = match[2].replace("{hllm}", ast.literal_eval(hllm.strip()))
-            found.append((match[1], shlex.split(words)))
-    return found
-
-
-def test_the_notebook_is_sound() -> None:
-    notebook = json.loads(NOTEBOOK.read_text(encoding="utf-8"))
-    assert notebook["nbformat"] == 4
-    for cell in notebook["cells"]:
-        assert cell["cell_type"] in ("markdown", "code")
-        assert not cell.get("outputs")
-        if cell["cell_type"] == "code":
-            plain = (re.sub(r"^(\s*)!.*$", r"\1pass", line) for line in cell["source"])
-            compile("".join(plain), "cell", "exec")
-    assert len(commands()) >= 9
-
-
-@pytest.mark.parametrize(("program", "words"), commands(), ids=lambda value: str(value)[:60])
-def test_the_notebooks_commands_are_understood(
-    program: str, words: list[str], project: Project, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(ROOT)
-    if "--config_file" in words:
-        module = importlib.import_module(Path(program).stem)
-        code, out, err = project.call(module.main, [*words, "--print_config", "True"])
-        assert code == 0, err
-        assert "dataset: ml-100k" in out
-    else:
-        shown = help_of(program, project.capsys)
-        assert all(word in shown for word in words if word.startswith("--"))
 
 
 def ends_unread(*words: str) -> tuple[int, str]:

@@ -123,6 +123,8 @@ def _ignore_library_warnings() -> None:
     # What libraries have to say to each other's authors; a user cannot act on it.
     for category in (FutureWarning, DeprecationWarning):
         warnings.filterwarnings("ignore", category=category, module=_LIBRARIES)
+    # tqdm's in a notebook without ipywidgets.
+    warnings.filterwarnings("ignore", message="IProgress not found")
 
 
 def _library_levels(quiet: bool = False) -> dict[str, int]:
