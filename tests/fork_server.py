@@ -1,17 +1,16 @@
-"""Runs main.py in forked children and kills them at chosen moments; see test_resume.py.
+"""Runs programs in forked children and ends them at chosen moments; `helpers.ForkServer` starts it.
 
 Importing torch and transformers takes longer than a tiny run. This process does it once, starts no
-threads, and forks a child for every request: a JSON line on standard input with
+threads, and forks a child for every request, a JSON line on standard input:
 
+    program: `main` or `item_caching`;
     argv, cwd: the command and where it runs;
-    kill_at: number of the moment at which the child kills itself with SIGKILL, or null;
-    among: count only moments whose label begins so;
-    kill_after: seconds after which it is killed from outside, or null;
-    labels: report what the moments were.
+    log: file that takes the child's output;
+    delay, signal: seconds after which the child gets a signal from outside;
+    and what `watch_training` or `watch_caching` reads.
 
-A moment is an optimizer step, a change in a folder (rename, link, removal, ...), a flush to disk,
-or the middle of writing a tensor file. The answer is a JSON line with `code` (exit code, or minus
-the signal), `moments` (labels in order, empty for a killed child) and `err` (standard error).
+The answer is a JSON line: `code` (exit code, or minus the signal), `seconds`, and `moments`, the
+labels of what `watch_training` saw, in order; none for a child that was killed.
 """
 
 from __future__ import annotations
@@ -20,26 +19,48 @@ import json
 import os
 import signal
 import sys
-import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import peft  # noqa: F401  (imported late by the program, and slow)
 import torch
-from transformers import LlamaModel  # noqa: F401
+import transformers
 
+import item_caching
+import main
+from hsft.encoding import build_cache, parts
+from hsft.encoding.item_llm import ItemEncoder
+from hsft.inputs import cache_items
 from hsft.model import weights
 from hsft.trainer import checkpoint, loop
 from hsft.utils.program import run_program
-from main import main
 
+# Loaded lazily, which every child would do again.
+WARM = (transformers.LlamaModel, transformers.PreTrainedTokenizerFast, transformers.AutoModel)
 CHANGES = ("replace", "unlink", "rmdir", "mkdir", "link", "fsync")
 
 
+def die() -> None:
+    """Die as by SIGKILL from outside."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def halve(path: Path) -> None:
+    """Cut a file to half its length, as a write that was interrupted."""
+    os.truncate(path, path.stat().st_size // 2)
+
+
+# --- training
+
+
 class Moments:
-    """Counts moments and kills this process at one of them."""
+    """Counts moments and kills this process at one of them.
+
+    A moment is an optimizer step, a change in a folder (rename, link, removal, ...), a flush to
+    disk, or the middle of writing a file of a checkpoint or of the best model.
+    """
 
     def __init__(self, kill_at: int | None, among: str) -> None:
         self.kill_at, self.among = kill_at, among
@@ -51,68 +72,164 @@ class Moments:
         self.passed += label.startswith(self.among)
         if self.kill_at == self.passed and label.startswith(self.among):
             spoil()
-            os.kill(os.getpid(), signal.SIGKILL)
+            die()
 
-    def watch(self) -> None:
-        """Put this in the way of what the program does."""
-        for name in CHANGES:
-            setattr(os, name, self._before(name, getattr(os, name)))
-        loop.update = self._before("step", loop.update)
-        checkpoint.save_file = self._halfway("checkpoint", checkpoint.save_file)
-        weights.save_file = self._halfway("best", weights.save_file)
-
-    def _before(self, label: str, action: Callable[..., Any]) -> Callable[..., Any]:
+    def before(self, label: str, action: Callable[..., Any]) -> Callable[..., Any]:
         def watched(*args: Any, **kwargs: Any) -> Any:
             self.pass_by(label)
             return action(*args, **kwargs)
 
         return watched
 
-    def _halfway(self, label: str, save: Callable[..., Any]) -> Callable[..., Any]:
+    def halfway(self, label: str, save: Callable[..., Any]) -> Callable[..., Any]:
         def watched(tensors: Any, path: Path, **kwargs: Any) -> None:
             save(tensors, path, **kwargs)
-            self.pass_by(f"write {label}", lambda: os.truncate(path, path.stat().st_size // 2))
+            self.pass_by(f"write {label}", lambda: halve(path))
 
         return watched
 
 
-def child(request: dict[str, Any], log: Path) -> int:
+def watch_training(request: dict[str, Any]) -> list[str]:
+    """Kill the child at moment number `kill_at` of those whose label begins with `among`."""
+    moments = Moments(request.get("kill_at"), request.get("among", ""))
+    for name in CHANGES:
+        setattr(os, name, moments.before(name, getattr(os, name)))
+    loop.update = moments.before("step", loop.update)
+    checkpoint.save_file = moments.halfway("checkpoint", checkpoint.save_file)
+    write_state = checkpoint.write_state
+
+    def write_half(folder: Path, state: dict[str, Any]) -> None:
+        write_state(folder, state)
+        moments.pass_by("write checkpoint", lambda: halve(folder / checkpoint.STATE_FILE))
+
+    checkpoint.write_state = write_half
+    weights.save_file = moments.halfway("best", weights.save_file)
+    return moments.labels
+
+
+# --- item caching
+
+
+def on_call(count: int, act: Callable[..., object], plain: Callable[..., Any]) -> Any:
+    """Return `plain`, with `act` in place of its call number `count` (from 1)."""
+    calls = 0
+
+    def called(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        return act(*args, **kwargs) if calls == count else plain(*args, **kwargs)
+
+    return called
+
+
+def set_trap(name: str, count: int) -> None:
+    """Make the child die in the middle of writing a part or the file, or before the parts go."""
+    save: Callable[..., Any] = parts.save_file
+    write: Callable[..., Any] = build_cache.write_cache
+
+    def half_a_part(tensors: Any, path: Path, metadata: Any) -> None:
+        save(tensors, path, metadata=metadata)
+        halve(path)
+        die()
+
+    def cut(blocks: Iterable[Any]) -> Iterator[Any]:
+        for number, block in enumerate(blocks):
+            if number == 3:
+                die()
+            yield block
+
+    def three_blocks(*args: Any) -> None:
+        *others, blocks = args
+        write(*others, cut(blocks))
+
+    if name == "part":
+        parts.save_file = on_call(count, half_a_part, save)
+    elif name == "file":
+        build_cache.write_cache = on_call(1, three_blocks, write)
+    else:
+        assert name == "remove"
+        cache_items.remove = on_call(1, lambda path: die(), cache_items.remove)
+
+
+def watch_caching(request: dict[str, Any]) -> list[str]:
+    """Send the child `signal` when it encodes batch number `batch` (from 1), or set a `trap`.
+
+    `again` is a second signal, while a part is written after that batch; `count` is the trap's call;
+    `items_per_part` is 16 and `seconds_per_part` 1e9 unless given. The number of items in each
+    batch is written to the log's name with `.encoded`.
+    """
+    build_cache.ITEMS_PER_PART = request.get("items_per_part", 16)
+    build_cache.SECONDS_PER_PART = request.get("seconds_per_part", 1e9)
+    encode, save = ItemEncoder.encode, parts.save_file
+    counter = Path(request["log"] + ".encoded")
+    counter.write_text("")
+    batches = 0
+
+    def save_amid_signal(*args: Any, **kwargs: Any) -> None:
+        os.kill(os.getpid(), request["again"])
+        save(*args, **kwargs)
+
+    def counting(self: ItemEncoder, tokens: Any) -> Any:
+        nonlocal batches
+        batches += 1
+        if batches == request.get("batch"):
+            if "again" in request:
+                parts.save_file = save_amid_signal
+            os.kill(os.getpid(), request["signal"])
+        with counter.open("a") as file:
+            file.write(f"{len(tokens)}\n")
+        return encode(self, tokens)
+
+    ItemEncoder.encode = counting  # type: ignore[method-assign]
+    if request.get("trap"):
+        set_trap(request["trap"], request.get("count", 1))
+    return []
+
+
+PROGRAMS = {
+    "main": (main.main, watch_training),
+    "item_caching": (item_caching.main, watch_caching),
+}
+
+
+def run_child(request: dict[str, Any]) -> int:
+    """Run one request's program."""
     os.chdir(request["cwd"])
-    with log.open("w") as stream:
+    with Path(request["log"]).open("w") as stream:
         os.dup2(stream.fileno(), 1)
         os.dup2(stream.fileno(), 2)
-    moments = Moments(request.get("kill_at"), request.get("among", ""))
-    moments.watch()
-    code = run_program(main, request["argv"])
+    program, watch = PROGRAMS[request["program"]]
+    moments = watch(request)
+    code = run_program(program, request["argv"])
     sys.stdout.flush()
     sys.stderr.flush()
-    if request.get("labels"):
-        log.with_suffix(".json").write_text(json.dumps(moments.labels))
+    Path(request["log"] + ".json").write_text(json.dumps(moments))
     return code
 
 
-def serve(request: dict[str, Any], log: Path) -> dict[str, Any]:
+def answer(request: dict[str, Any]) -> dict[str, Any]:
+    """Fork a child for a request and wait for its end."""
+    labels = Path(request["log"] + ".json")
+    labels.unlink(missing_ok=True)
+    began = time.perf_counter()
     pid = os.fork()
     if pid == 0:
         code = 70
         try:
-            code = child(request, log)
+            code = run_child(request)
         finally:
             os._exit(code)
-    if request.get("kill_after") is not None:
-        time.sleep(request["kill_after"])
-        os.kill(pid, signal.SIGKILL)
+    if request.get("delay") is not None:
+        time.sleep(request["delay"])
+        os.kill(pid, request["signal"])
     code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    labels = log.with_suffix(".json")
+    seconds = time.perf_counter() - began
     moments = json.loads(labels.read_text()) if labels.exists() else []
-    labels.unlink(missing_ok=True)
-    return {"code": code, "moments": moments, "err": log.read_text()}
+    return {"code": code, "seconds": seconds, "moments": moments}
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as folder:
-        for line in sys.stdin:
-            answer = serve(json.loads(line), Path(folder) / "log")
-            sys.stdout.write(json.dumps(answer) + "\n")
-            sys.stdout.flush()
+    for line in sys.stdin:
+        sys.stdout.write(json.dumps(answer(json.loads(line))) + "\n")
+        sys.stdout.flush()

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,6 +35,40 @@ _START = (
 )
 EVALUATE = f"{_START} --item_pretrain_dir model_checkpoints/ItemLLM_complete/ --val_only True"
 FINE_TUNE = f"{_START} --use_qlora True"
+
+
+class ForkServer:
+    """The process of tests/fork_server.py, which runs programs in children that it forks.
+
+    Args:
+        program: `main` or `item_caching`.
+    """
+
+    def __init__(self, program: str) -> None:
+        self.program = program
+        paths = os.pathsep.join([str(ROOT / "code"), str(ROOT)])
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "tests.fork_server"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths},
+        )
+
+    def run(self, argv: Sequence[str], cwd: Path, log: Path, **plan: Any) -> dict[str, Any]:
+        """Run a command; the request and the answer are described in tests/fork_server.py."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        request = {"argv": list(argv), "cwd": str(cwd), "log": str(log), **plan}
+        self._process.stdin.write(json.dumps({"program": self.program, **request}) + "\n")
+        self._process.stdin.flush()
+        return dict(json.loads(self._process.stdout.readline()))
+
+    def close(self) -> None:
+        """Kill the process, which waits for the next request and has nothing to save."""
+        self._process.kill()
+        self._process.communicate()
 
 
 def make_llama(folder: Path, *, hidden: int = 64, layers: int = 2, seed: int = 0) -> Path:

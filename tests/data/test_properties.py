@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import io
+from collections import Counter
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -14,11 +16,12 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
+from safetensors.torch import save as save_tensors
 
 from hsft.config.help import dump_config
 from hsft.config.loader import load_config, parse_command_line, read_yaml_file, read_yaml_text
 from hsft.config.schema import Config
-from hsft.data.cache import open_cache, save_cache
+from hsft.data.cache import encode_ids, open_cache, save_cache
 from hsft.data.interactions import read_interactions
 from hsft.data.item_text import read_item_texts
 from hsft.utils.errors import InputError, one_line
@@ -127,19 +130,45 @@ def test_item_texts_come_back(
     ]
 
 
-@quick
-@given(content=st.binary(max_size=300))
-def test_any_bytes_are_read_or_refused(tmp_path: Path, content: bytes) -> None:
-    path = tmp_path / "file"
-    path.write_bytes(content)
-    for read in (
+READERS: dict[str, tuple[Callable[[Path], object], bytes]] = {
+    "interactions": (
         read_interactions,
-        lambda p: read_item_texts(p, ["title"], ""),
-        read_yaml_file,
+        b"item_id,user_id,timestamp\n" + b"".join(b"i%d,u1,%d\n" % (n, n) for n in range(9)),
+    ),
+    "information": (
+        lambda path: read_item_texts(path, ["title"], ""),
+        b'item_id,title\ni1,A film\ni2,"Another, longer"\n',
+    ),
+    "yaml": (read_yaml_file, b"epochs: 3\ntopk: [5, 10]  # two\ndataset: 'name'\n"),
+    "cache": (
         open_cache,
-    ):
-        with suppress(InputError):
+        save_tensors({"embeddings": torch.ones(2, 99), "item_ids": encode_ids(["a", "b"])}),
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", READERS)
+def test_any_bytes_in_a_file_are_read_or_refused(tmp_path: Path, kind: str) -> None:
+    read, whole = READERS[kind]
+    path = tmp_path / "file.safetensors"
+    outcomes: Counter[str] = Counter()
+
+    @quick
+    @given(
+        at=st.integers(0, len(whole)), piece=st.binary(max_size=9), overwritten=st.integers(0, 9)
+    )
+    def change(at: int, piece: bytes, overwritten: int) -> None:
+        path.write_bytes(whole[:at] + piece + whole[at + overwritten :])
+        try:
             read(path)
+        except InputError:
+            outcomes["refused"] += 1
+        else:
+            outcomes["read"] += 1
+
+    change()
+    # Otherwise it would only ever meet one of them.
+    assert set(outcomes) == {"read", "refused"}
 
 
 @quick

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import json
-import os
 import shlex
 import signal
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,14 +23,14 @@ from hsft.run.next_step import command_after_caching
 from item_caching import main as cache_main
 from main import main as run_main
 from tests.conftest import Project
-from tests.helpers import ROOT, make_dataset
+from tests.helpers import ROOT, ForkServer, make_dataset
 
 ITEMS = 400
 KILLS = 12
 
 
 class Runner:
-    """The helper program that forks a child for each command."""
+    """One item caching, run again and again in children of a fork server."""
 
     def __init__(self, root: Path, llama: Path) -> None:
         self.root = root
@@ -45,22 +42,11 @@ class Runner:
             *("--item_cache_path", str(self.target), "--item_batch_tokens", "64"),
             *("--precision", "32-true", "--show_progress", "False", "--num_threads", "1"),
         ]
-        self.process = subprocess.Popen(
-            [sys.executable, str(ROOT / "tests" / "fork_runner.py")],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
+        self.server = ForkServer("item_caching")
 
-    def run(self, **order: Any) -> tuple[int, float]:
+    def run(self, **plan: Any) -> tuple[int, float]:
         """Run the command once: exit code and seconds."""
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        order = {"argv": self.argv, "cwd": str(self.root), "log": str(self.log), **order}
-        self.process.stdin.write(json.dumps(order) + "\n")
-        self.process.stdin.flush()
-        answer = json.loads(self.process.stdout.readline())
+        answer = self.server.run(self.argv, self.root, self.log, **plan)
         return answer["code"], answer["seconds"]
 
     @property
@@ -75,12 +61,12 @@ class Runner:
 
 @pytest.fixture(scope="module")
 def runner(tmp_path_factory: pytest.TempPathFactory, llama: Path) -> Iterator[Runner]:
+    if sys.platform == "win32":
+        pytest.skip("needs POSIX processes")
     root = make_dataset(tmp_path_factory.mktemp("kills"), "many", items=ITEMS)
     made = Runner(root, llama)
     yield made
-    assert made.process.stdin is not None
-    made.process.stdin.close()
-    made.process.wait(timeout=30)
+    made.server.close()
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from lightning.fabric import Fabric
 from torch import nn
 
 from hsft.data.dataset import CachedEmbeddingTrainDataset, TrainBatch, TrainCollate
@@ -215,3 +216,23 @@ def test_validation_on_a_sample_and_a_costly_catalogue(project: Project) -> None
     assert code == 0, err
     # 6 x 2 x 64 x 512 for each of 20 items, against 295,000 for each of 8 positions at most.
     assert "the softmax over all 20 items takes about" in err
+
+
+@pytest.mark.usefixtures("emulated_varlen")
+def test_a_bucket_counts_positions_exactly_under_mixed_precision(llama: Path) -> None:
+    # Fabric converts floating-point inputs to bfloat16, which has no 301.
+    data = Interactions(
+        item_ids=np.array(["", *(f"i{n}" for n in range(20))]),
+        user_ids=np.array([f"u{n}" for n in range(43)]),
+        items=np.random.default_rng(0).integers(1, 21, 43 * 10).astype(np.int32),
+        timestamps=np.arange(43 * 10),
+        offsets=np.arange(44) * 10,
+    )
+    dataset = CachedEmbeddingTrainDataset(leave_one_out(data), max_length=9)
+    plain = TrainCollate(dataset, single_row=True)(np.arange(43))
+    padded = TrainCollate(dataset, single_row=True, buckets=Buckets(16, 43, 9))(np.arange(43))
+    # 43 sequences of 7 transitions: bfloat16 would round to 300.
+    assert len(plain.scored) == 301
+    fabric = Fabric(accelerator="cpu", devices=1, precision="bf16-mixed")
+    wrapped = fabric.setup(recommender(llama))
+    torch.testing.assert_close(wrapped(padded), wrapped(plain), rtol=1e-4, atol=0)

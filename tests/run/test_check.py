@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -193,7 +194,7 @@ def test_disk_and_memory_are_compared_with_what_is_needed(
     assert "1 MiB that are free" in err
     monkeypatch.undo()
     monkeypatch.chdir(project.root)
-    monkeypatch.setattr(checks.os, "sysconf", lambda name: 1024 if name == "SC_PHYS_PAGES" else 1)
+    monkeypatch.setattr(checks.psutil, "virtual_memory", lambda: SimpleNamespace(total=1024))
     code, _, err = project.run(*CHECK, "--val_only", "True", "--device", "cpu")
     assert code == 2
     assert "the UserLLM and the item table need" in err

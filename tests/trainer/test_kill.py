@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import random
-import subprocess
+import signal
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -16,7 +15,9 @@ from typing import Any
 import pytest
 
 from hsft.trainer.checkpoint import Checkpoints, verify
-from tests.helpers import ROOT, make_cache, make_dataset
+from tests.helpers import ROOT, ForkServer, make_cache, make_dataset
+
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX processes")
 
 KILLED = -9
 KILLS = 20
@@ -32,37 +33,9 @@ RUN = (
 )
 
 
-class Server:
-    """The process that forks the runs."""
-
-    def __init__(self) -> None:
-        paths = os.pathsep.join([str(ROOT / "code"), str(ROOT)])
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.fork_server"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            cwd=ROOT,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths},
-        )
-
-    def run(self, argv: tuple[str, ...], cwd: Path, **plan: Any) -> dict[str, Any]:
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        request = {"argv": list(argv), "cwd": str(cwd), **plan}
-        self._process.stdin.write(json.dumps(request) + "\n")
-        self._process.stdin.flush()
-        return dict(json.loads(self._process.stdout.readline()))
-
-    def close(self) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait(timeout=30)
-
-
 @pytest.fixture(scope="module")
-def server() -> Iterator[Server]:
-    server = Server()
+def server() -> Iterator[ForkServer]:
+    server = ForkServer("main")
     yield server
     server.close()
 
@@ -87,13 +60,16 @@ def outcome(folder: Path) -> dict[str, Any]:
 
 
 def test_killed_anywhere_and_resumed_equals_uninterrupted(
-    server: Server, root: Path, llama: Path
+    server: ForkServer, root: Path, llama: Path
 ) -> None:
     argv = (*RUN, "--user_pretrain_dir", str(llama))
-    began = os.times().elapsed
-    whole = server.run((*argv, "--run_name", "whole"), root, labels=True)
-    seconds = os.times().elapsed - began
-    assert whole["code"] == 0, whole["err"]
+    log = root / "log"
+
+    def run(name: str, **plan: Any) -> dict[str, Any]:
+        return server.run((*argv, "--run_name", name), root, log, **plan)
+
+    whole = run("whole")
+    assert whole["code"] == 0, log.read_text()
     reference = outcome(root / "saved" / "whole")
     assert not (root / "saved" / "whole" / "checkpoints").exists()
     labels = whole["moments"]
@@ -103,7 +79,8 @@ def test_killed_anywhere_and_resumed_equals_uninterrupted(
 
     def plan(kind: str) -> dict[str, Any]:
         if kind == "time":
-            return {"kill_after": draw.uniform(0.1, 0.6) * seconds}
+            delay = draw.uniform(0.1, 0.6) * whole["seconds"]
+            return {"delay": delay, "signal": signal.SIGKILL}
         # Sessions that continue a run have fewer moments than a whole one.
         count = sum(label.startswith(kind) for label in labels)
         return {"kill_at": draw.randint(1, max(1, count // 2)), "among": kind}
@@ -128,16 +105,16 @@ def test_killed_anywhere_and_resumed_equals_uninterrupted(
         # Killed up to four times, then left to end.
         for _ in range(4):
             kind = next(kinds)
-            ended = server.run((*argv, "--run_name", folder.name), root, **plan(kind))
-            assert ended["code"] in (0, KILLED), ended["err"]
+            ended = run(folder.name, **plan(kind))
+            assert ended["code"] in (0, KILLED), log.read_text()
             kills[kind] += ended["code"] == KILLED
             for path in Checkpoints(folder / "checkpoints", 2).list():
                 verify(path)
             if ended["code"] == 0:
                 break
         else:
-            ended = server.run((*argv, "--run_name", folder.name), root)
-            assert ended["code"] == 0, ended["err"]
+            ended = run(folder.name)
+            assert ended["code"] == 0, log.read_text()
         found = outcome(folder)
         for key, value in reference.items():
             assert found[key] == value, (folder.name, key)

@@ -112,7 +112,7 @@ class Recommender(nn.Module):
         # Indices from the host: a mask's True entries would have to be counted on the device first.
         scored = batch.scored if batch.scored.numel() else batch.loss_mask.flatten().nonzero()[:, 0]
         # All positions of a bucket are scored, in order: nothing to gather.
-        if not (batch.weights.numel() and len(scored) == len(targets)):
+        if not (batch.counted.numel() and len(scored) == len(targets)):
             states, targets = states.index_select(0, scored), targets.index_select(0, scored)
         # The loss is exact arithmetic on small vectors; autocast would round its logits.
         with torch.autocast(device_type=states.device.type, enabled=False):
@@ -133,7 +133,7 @@ class Recommender(nn.Module):
         settings = self.settings
         items = self.encoder.items
         scale = self.scale()
-        weights = batch.weights if batch.weights.numel() else None
+        weights = batch.counted.float() if batch.counted.numel() else None
         terms = len(targets) if weights is None else weights.sum()
         if settings.negatives == "catalogue":
             loss = losses.catalogue_softmax(

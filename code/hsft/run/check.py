@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 
 from hsft.config import Config
@@ -58,7 +59,13 @@ from hsft.model.item_ids import read_id_vectors
 from hsft.report.memory import GIB, estimate, meta_decoder
 from hsft.run.dry_run import training_shape
 from hsft.run.run_dir import choose_run_dir
-from hsft.run.setup import check_cosines, check_training, eval_protocol, match_cache, user_attention
+from hsft.run.setup import (
+    check_cosines,
+    check_training,
+    eval_protocol,
+    match_cache,
+    user_attention,
+)
 from hsft.trainer.fabric import attention_kernel, check_device, choose_device, compute_dtype
 from hsft.trainer.wandb_log import load_wandb
 from hsft.utils.distributed import is_rank_zero
@@ -115,16 +122,16 @@ class Findings:
 
 def quick_problems(config: Config) -> list[str]:
     """Return what is wrong with a run of main.py as far as small files and headers tell."""
-    found = Findings()
-    _quick_run(config, found)
-    return found.problems
+    findings = Findings()
+    _quick_run(config, findings)
+    return findings.problems
 
 
 def quick_caching_problems(config: Config) -> list[str]:
     """Return what is wrong with a run of item_caching.py as far as small files and headers tell."""
-    found = Findings()
-    _quick_caching(config, found)
-    return found.problems
+    findings = Findings()
+    _quick_caching(config, findings)
+    return findings.problems
 
 
 def check_run(config: Config) -> None:
@@ -133,36 +140,36 @@ def check_run(config: Config) -> None:
     Raises:
         InputError: something has to be changed; `InputErrors` with all of it.
     """
-    found = Findings()
-    _quick_run(config, found)
-    interactions = _interactions(config, found)
+    findings = Findings()
+    _quick_run(config, findings)
+    interactions = _interactions(config, findings)
     cache = None
     if config.reads_embeddings:
         if not config.use_item_cache:
-            texts = _item_texts(config, found)
+            texts = _item_texts(config, findings)
             if texts is not None and interactions is not None:
-                _texts_suffice(config, texts, interactions, found)
+                _texts_suffice(config, texts, interactions, findings)
         elif has_cache_path(config):
-            with found.collect():
+            with findings.collect():
                 cache = open_cache(cache_path(config))
-                found.notes.append(
+                findings.notes.append(
                     f"item cache {cache.path}: {len(cache)} items of {cache.dim} dimensions"
                 )
     if interactions is not None:
         if cache is not None:
             for warning in cache_warnings(config, cache, interactions.item_ids[1:]):
-                found.warn(warning)
-            with found.collect():
+                findings.warn(warning)
+            with findings.collect():
                 interactions = match_cache(interactions, cache, config)
-        _split(config, leave_one_out(interactions), found)
+        _split(config, leave_one_out(interactions), findings)
         trains_nce = config.model == "HLLM" and config.trains and config.loss == "nce"
-        if trains_nce and cache is not None and not found.problems:
-            with found.collect():
+        if trains_nce and cache is not None and not findings.problems:
+            with findings.collect():
                 note, high = check_cosines(config, cache, interactions)
-                found.notes.append(note)
-                found.warn(high)
-    _memory(config, found, interactions, cache)
-    found.finish()
+                findings.notes.append(note)
+                findings.warn(high)
+    _memory(config, findings, interactions, cache)
+    findings.finish()
 
 
 def check_caching(config: Config) -> None:
@@ -171,61 +178,61 @@ def check_caching(config: Config) -> None:
     Raises:
         InputError: something has to be changed; `InputErrors` with all of it.
     """
-    found = Findings()
-    _quick_caching(config, found)
-    texts = _item_texts(config, found)
+    findings = Findings()
+    _quick_caching(config, findings)
+    texts = _item_texts(config, findings)
     interactions = None
     if has_interactions(config):
-        interactions = _interactions(config, found)
+        interactions = _interactions(config, findings)
     if texts is not None:
         known = set(texts.item_ids)
         bare = 0
         if interactions is not None:
             bare = sum(1 for item in interactions.item_ids[1:] if item not in known)
-            found.notes.append(f"{bare} items of the interactions have no information")
-        _texts_suffice(config, texts, interactions, found)
-        _caching_space(config, len(texts) + bare, found)
-    found.finish()
+            findings.notes.append(f"{bare} items of the interactions have no information")
+        _texts_suffice(config, texts, interactions, findings)
+        _caching_space(config, len(texts) + bare, findings)
+    findings.finish()
 
 
-def _quick_run(config: Config, found: Findings) -> None:
-    with found.collect():
+def _quick_run(config: Config, findings: Findings) -> None:
+    with findings.collect():
         check_device(config)
-    with found.collect():
+    with findings.collect():
         dataset_file(config.data_path, config.dataset)
     if config.item_data is not None:
-        with found.collect():
+        with findings.collect():
             dataset_file(config.data_path, config.item_data, "item_data")
-    with found.collect():
+    with findings.collect():
         _writable(choose_run_dir(config).path, "run folder", "--checkpoint_dir")
     if config.trains and config.log_wandb:
-        with found.collect():
+        with findings.collect():
             load_wandb()
     if config.trains and config.use_qlora:
-        with found.collect():
+        with findings.collect():
             check_quantization(config.qlora_quant_type)
     if config.model == "tfidf":
-        with found.collect():
+        with findings.collect():
             information_file(config.text_path, config.dataset)
     hidden = None
     if config.model == "HLLM":
-        hidden = _user_model(config, found)
+        hidden = _user_model(config, findings)
     if config.reads_embeddings:
         if not config.use_item_cache:
-            _item_model(config, found)
+            _item_model(config, findings)
         elif has_cache_path(config):
-            with found.collect():
+            with findings.collect():
                 _cache_header(config, hidden)
 
 
-def _quick_caching(config: Config, found: Findings) -> None:
-    with found.collect():
+def _quick_caching(config: Config, findings: Findings) -> None:
+    with findings.collect():
         check_device(config)
-    with found.collect():
+    with findings.collect():
         information_file(config.text_path, config.dataset)
-    with found.collect():
+    with findings.collect():
         _writable(cache_path(config), "item cache", "--item_cache_path")
-    _item_model(config, found)
+    _item_model(config, findings)
 
 
 def _writable(target: Path, name: str, key: str) -> None:
@@ -240,7 +247,8 @@ def _writable(target: Path, name: str, key: str) -> None:
         wrong, usable = f"cannot be used ({error.strerror})", False
     if not usable:
         raise InputError(f"the {name} {target} cannot be written: {parent} {wrong}; change {key}.")
-    longest = os.pathconf(parent, "PC_NAME_MAX")
+    # Windows has no pathconf; its file systems allow as many characters.
+    longest = os.pathconf(parent, "PC_NAME_MAX") if hasattr(os, "pathconf") else 255
     # Temporary names and the numbers of runs are longer than the name itself.
     if len(os.fsencode(target.name)) + 32 > longest:
         raise InputError(
@@ -255,14 +263,14 @@ def _writable(target: Path, name: str, key: str) -> None:
         )
 
 
-def _user_model(config: Config, found: Findings) -> int | None:
+def _user_model(config: Config, findings: Findings) -> int | None:
     """Check the UserLLM's folder and return its hidden size, None when that is not known."""
     folder = hidden = None
-    with found.collect():
+    with findings.collect():
         folder = user_llm_folder(config)
     if folder is None:
         return None
-    with found.collect():
+    with findings.collect():
         model = load_model_config(folder, config.trust_remote_code)
         check_decoder(model, folder, config.user_llm_layers)
         hidden = int(model.hidden_size)
@@ -273,13 +281,13 @@ def _user_model(config: Config, found: Findings) -> int | None:
             folder, layers=config.user_llm_layers, trust_remote_code=config.trust_remote_code
         )
         _training_space(config, weights)
-    with found.collect():
+    with findings.collect():
         extra = read_extra(folder)
         if hidden is not None:
             train = not config.val_only
             adapter_shape(config, extra, folder, train=train, rectangular=False)
             read_id_vectors(folder, hidden)
-    with found.collect():
+    with findings.collect():
         user_attention(config, torch.device(choose_device(config)))
     return hidden
 
@@ -296,27 +304,27 @@ def _one_layer(config: Config, folder: Path, model: Any) -> None:
         check_lora_targets(decoder, config.qlora_target_modules)
 
 
-def _item_model(config: Config, found: Findings) -> None:
+def _item_model(config: Config, findings: Findings) -> None:
     if config.encoder is not None:
-        with found.collect():
+        with findings.collect():
             transformer = read_sentence_folder(config.encoder).transformer
             load_model_config(transformer, config.trust_remote_code)
             check_files(transformer)
             load_tokenizer(transformer, config.trust_remote_code)
         return
     folder = None
-    with found.collect():
+    with findings.collect():
         folder = item_llm_folder(config)
     if folder is None:
         return
-    with found.collect():
+    with findings.collect():
         model = load_model_config(folder, config.trust_remote_code)
         check_decoder(model, folder)
         check_shapes(model, check_files(folder), folder)
         load_tokenizer(folder, config.trust_remote_code)
         token = emb_token(folder, config.item_emb_token_n, int(model.hidden_size))
         if token is None and config.item_emb_token_n:
-            found.notes.append(no_emb_token(folder))
+            findings.notes.append(no_emb_token(folder))
         keep_layers(model, 1)
         decoder = meta_decoder(model, config.trust_remote_code)
         check_embeddings(decoder, folder)
@@ -324,7 +332,7 @@ def _item_model(config: Config, found: Findings) -> None:
         longest = config.MAX_TEXT_LENGTH + (0 if token is None else 1)
         check_positions(decoder, longest, folder, "MAX_TEXT_LENGTH")
         check_weights(folder, keep_token_embedding=True, trust_remote_code=config.trust_remote_code)
-    with found.collect():
+    with findings.collect():
         model = load_model_config(folder, config.trust_remote_code)
         attention_kernel(config, torch.device(choose_device(config)), model)
 
@@ -337,60 +345,60 @@ def _cache_header(config: Config, hidden: int | None) -> None:
     check_width(config, read_extra(config.user_pretrain_dir or ""), path, dim, hidden)
 
 
-def _interactions(config: Config, found: Findings) -> Interactions | None:
+def _interactions(config: Config, findings: Findings) -> Interactions | None:
     interactions = None
-    with found.collect():
+    with findings.collect():
         path = dataset_file(config.data_path, config.dataset)
         interactions = load_interactions(config)
-        found.notes.append(
+        findings.notes.append(
             f"{path}: {interactions.num_users} users, {interactions.num_items} items, "
             f"{len(interactions)} interactions"
         )
         if interactions.ties is not None and interactions.ties.interactions:
-            found.notes.append(f"ties: {interactions.ties.summary()}")
+            findings.notes.append(f"ties: {interactions.ties.summary()}")
         for warning in interactions.warnings:
-            found.warn(warning)
+            findings.warn(warning)
     return interactions
 
 
-def _item_texts(config: Config, found: Findings) -> ItemTexts | None:
+def _item_texts(config: Config, findings: Findings) -> ItemTexts | None:
     texts = None
-    with found.collect():
+    with findings.collect():
         path = information_file(config.text_path, config.dataset)
         config = with_encoder(config)
         texts = read_item_texts(path, config.text_keys, config.item_prompt, config.text_format)
         bare = texts.has_text().count(False)
-        found.notes.append(f"{path}: {len(texts)} items, {bare} of them without text")
+        findings.notes.append(f"{path}: {len(texts)} items, {bare} of them without text")
         for warning in texts.warnings:
-            found.warn(warning)
+            findings.warn(warning)
     return texts
 
 
 def _texts_suffice(
-    config: Config, texts: ItemTexts, interactions: Interactions | None, found: Findings
+    config: Config, texts: ItemTexts, interactions: Interactions | None, findings: Findings
 ) -> None:
     path = information_file(config.text_path, config.dataset)
     catalogue: Sequence[str] | np.ndarray = []
     if interactions is not None:
         catalogue = interactions.item_ids[1:]
     source = Path(config.data_path) / f"{config.dataset}.csv"
-    found.problems += unfit_texts(texts, path, config.text_keys, catalogue, source)
+    findings.problems += unfit_texts(texts, path, config.text_keys, catalogue, source)
 
 
-def _split(config: Config, split: Split, found: Findings) -> None:
+def _split(config: Config, split: Split, findings: Findings) -> None:
     phases: set[Phase] = {config.eval_phase} | ({"valid"} if config.trains else set())
     for phase in sorted(phases):
-        with found.collect():
+        with findings.collect():
             dataset = CachedEmbeddingEvalDataset(split, phase, config.MAX_ITEM_LIST_LENGTH)
             Evaluator(dataset, eval_protocol(config), batch_size=config.eval_batch_size)
-            found.notes.append(f"{phase}: {len(dataset)} users are scored")
+            findings.notes.append(f"{phase}: {len(dataset)} users are scored")
     if not config.trains:
         return
     sequences = CachedEmbeddingTrainDataset(split, config.MAX_ITEM_LIST_LENGTH)
-    found.notes.append(
+    findings.notes.append(
         f"training: {len(sequences)} sequences, {sequences.num_transitions} transitions a pass"
     )
-    with found.collect():
+    with findings.collect():
         check_training(config, split, sequences)
 
 
@@ -402,15 +410,15 @@ def _training_space(config: Config, weights: Weights) -> None:
     _enough(Path(config.checkpoint_dir), needed, "the trained weights", "--checkpoint_dir")
 
 
-def _caching_space(config: Config, items: int, found: Findings) -> None:
-    with found.collect():
+def _caching_space(config: Config, items: int, findings: Findings) -> None:
+    with findings.collect():
         folder = Path(config.item_pretrain_dir or "")
         if config.encoder is not None:
             folder = read_sentence_folder(config.encoder).transformer
         dim = int(load_model_config(folder, config.trust_remote_code).hidden_size)
         # The finished parts stay until the cache itself is written.
         needed = 2 * items * dim * DTYPES[config.item_cache_dtype].itemsize
-        found.notes.append(
+        findings.notes.append(
             f"cache to write: {items} items of {dim} dimensions, {needed / 2**20:.1f} MiB of disk "
             f"with its parts"
         )
@@ -427,10 +435,10 @@ def _enough(target: Path, needed: int, what: str, key: str) -> None:
 
 
 def _memory(
-    config: Config, found: Findings, interactions: Interactions | None, cache: ItemCache | None
+    config: Config, findings: Findings, interactions: Interactions | None, cache: ItemCache | None
 ) -> None:
     """Estimate memory; refuse only what the weights and the item table alone exceed."""
-    if found.problems or config.model != "HLLM" or interactions is None or cache is None:
+    if findings.problems or config.model != "HLLM" or interactions is None or cache is None:
         return
     folder = Path(config.user_pretrain_dir or "")
     device = choose_device(config)
@@ -441,15 +449,15 @@ def _memory(
     if device == "cuda":
         total = torch.cuda.get_device_properties(0).total_memory
     else:
-        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    found.notes.append(
+        total = psutil.virtual_memory().total
+    findings.notes.append(
         f"memory: {least / GIB:.2f} GiB for the UserLLM and the item table alone, of "
         f"{total / GIB:.1f} GiB ({device})"
     )
-    with found.collect():
+    with findings.collect():
         if device == "cuda" and not config.val_only and cache.metadata:
             needed = estimate(training_shape(config), config.train_batch_size).total
-            found.notes.append(f"memory: about {needed / GIB:.2f} GiB in a training step")
+            findings.notes.append(f"memory: about {needed / GIB:.2f} GiB in a training step")
             if needed > total:
                 raise InputError(
                     f"a training step needs about {needed / GIB:.1f} GiB of GPU memory, the card "

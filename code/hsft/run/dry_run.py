@@ -114,9 +114,9 @@ def assumed_shape(config: Config) -> tuple[TrainingShape, list[str]]:
     named = config.user_pretrain_dir
     model_config, assumed = _user_model(config, Path(named) if named else None)
     items = _items(config, int(model_config.hidden_size), known_width=not assumed)
-    wanted = config.attn_implementation
+    asked = config.attn_implementation
     kernel = choose_attention(
-        "auto" if wanted == "flash_attention_2" else wanted,
+        "auto" if asked == "flash_attention_2" else asked,
         allow_flash=False,
         device=torch.device("cuda"),
         half=config.precision != "32-true",
@@ -206,11 +206,11 @@ def _items(config: Config, width: int, *, known_width: bool) -> _Items:
     data = Path(config.data_path) / f"{config.dataset}.csv"
     if config.dataset and is_file(data):
         count = load_interactions(config).num_items
-        said = f"the number of items is that of {data}."
-        return _Items(count, config.item_cache_dtype, (*assumed, said))
+        source = f"the number of items is that of {data}."
+        return _Items(count, config.item_cache_dtype, (*assumed, source))
     missing = f"no interactions at {data}" if config.dataset else "no dataset is named"
-    said = f"{missing}: the number of items is unknown and the item table is not counted."
-    return _Items(None, config.item_cache_dtype, (*assumed, said))
+    source = f"{missing}: the number of items is unknown and the item table is not counted."
+    return _Items(None, config.item_cache_dtype, (*assumed, source))
 
 
 def _cached_items(config: Config, path: Path, width: int, *, known_width: bool) -> _Items:
@@ -226,8 +226,8 @@ def _cached_items(config: Config, path: Path, width: int, *, known_width: bool) 
     if known_width:
         check_width(config, read_extra(config.user_pretrain_dir or ""), path, dim, width)
     elif dim != width:
-        said = f"item cache {path} has {dim} dimensions: only its number of items is used."
-        return _Items(count, dtype, (said,))
+        source = f"item cache {path} has {dim} dimensions: only its number of items is used."
+        return _Items(count, dtype, (source,))
     return _Items(count, dtype, width=dim)
 
 
@@ -248,11 +248,11 @@ def describe(config: Config, shape: TrainingShape, assumed: Sequence[str] = ()) 
     # Counted once: the same with and without gradient checkpointing, and for every batch size.
     model = meta_decoder(shape.model_config)
     counted = saved_bytes_per_token(shape)
-    found = estimate(shape, config.train_batch_size, model, counted)
+    needed = estimate(shape, config.train_batch_size, model, counted)
     how = "gradient checkpointing" if shape.checkpointing else "no gradient checkpointing"
     counted_rows = [
         (name, size)
-        for name, size in rows(found)
+        for name, size in rows(needed)
         if shape.items is not None or name != "item table"
     ]
     known = "an unknown number of" if shape.items is None else f"{shape.items:,}"

@@ -144,12 +144,12 @@ def _named_run(config: Config, parent: Path) -> RunDir:
 def _unfinished(parent: Path, name: str) -> list[Path]:
     """Return the unfinished runs `name`, `name-2`, ..., the latest first."""
     pattern = re.compile(rf"{re.escape(name)}(?:-([1-9][0-9]*))?$")
-    found: list[tuple[int, Path]] = []
+    numbered: list[tuple[int, Path]] = []
     for folder in parent.iterdir() if parent.is_dir() else ():
         match = pattern.match(folder.name)
         if match and (folder / CONFIG_FILE).is_file() and not (folder / RESULT_FILE).exists():
-            found.append((int(match.group(1) or 1), folder))
-    return [folder for _, folder in sorted(found, reverse=True)]
+            numbered.append((int(match.group(1) or 1), folder))
+    return [folder for _, folder in sorted(numbered, reverse=True)]
 
 
 def changed_key(config: Config, folder: Path) -> tuple[str, Any, Any] | None:

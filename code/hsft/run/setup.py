@@ -94,13 +94,13 @@ class Data:
         if self.cache is not None:
             rows = torch.linspace(0, len(self.cache) - 1, min(len(self.cache), 1024)).long()
             # Sorted, since safetensors gives the metadata in any order.
-            made = sorted(
+            settings = sorted(
                 (name, text)
                 for name, text in self.cache.metadata.items()
-                # Where the cache was made is nothing that a run depends on.
+                # No result depends on where the cache was made.
                 if name not in ("model_folder", "information")
             )
-            digest.update(str((tuple(self.cache.embeddings.shape), made)).encode())
+            digest.update(str((tuple(self.cache.embeddings.shape), settings)).encode())
             digest.update(self.cache.embeddings[rows].float().numpy().tobytes())
         return digest.hexdigest()
 
@@ -394,14 +394,14 @@ def make_evaluator(
 
 def lora_settings(config: Config) -> LoraSettings:
     """Return the LoRA and quantisation settings of a configuration."""
-    wanted = config.qlora_compute_dtype
+    dtype = config.qlora_compute_dtype
     return LoraSettings(
         rank=config.qlora_r,
         alpha=config.qlora_alpha,
         dropout=config.qlora_dropout,
         target_modules=tuple(config.qlora_target_modules),
         quant_type=config.qlora_quant_type,
-        compute_dtype=compute_dtype(config) if wanted == "auto" else getattr(torch, wanted),
+        compute_dtype=compute_dtype(config) if dtype == "auto" else getattr(torch, dtype),
         double_quant=config.qlora_double_quant,
     )
 

@@ -103,7 +103,7 @@ def train_and_rank(config: Config, keep_going: KeepGoing | None = None) -> Path:
 
     Args:
         config: the configuration.
-        keep_going: asked after each validation with the epoch and the metrics; False ends training,
+        keep_going: called after each validation with the epoch and the metrics; False ends training,
             and the best epoch so far is evaluated.
 
     Returns:
@@ -167,9 +167,9 @@ def _run(run: RunContext) -> None:
         with run.wandb:
             if config.trains and config.log_wandb:
                 run_on_rank_zero(lambda: run.wandb.open(config, run.folder))
-            rows, training = _rows(run, data, final)
+            evaluations, training = _evaluate_models(run, data, final)
             if is_rank_zero():
-                _finish(run, data, final, rows, training)
+                _write_result(run, data, final, evaluations, training)
     except BaseException as error:
         saved = isinstance(error, Interrupted) and has_checkpoint(run.folder)
         if is_rank_zero() and not run.resume and not saved:
@@ -183,10 +183,14 @@ def _how_to_continue(folder: Path) -> str:
     return f"to continue, add --run_name {folder.name} --auto_resume True to the same command"
 
 
-def _rows(
+def _evaluate_models(
     run: RunContext, data: Data, final: Evaluator
 ) -> tuple[dict[str, Evaluation], dict[str, Any] | None]:
-    """Evaluate, train where asked, and return the table's rows and what is known of the training."""
+    """Evaluate the models of the run, after training where it trains.
+
+    Returns:
+        Name -> evaluation, the table's rows, and `result.json`'s part on the training.
+    """
     config, fabric, session = run.config, run.fabric, run.session
     if config.model in REFERENCES:
         scorer = build_reference(config, data.split, data.cache, fabric.device)
@@ -194,7 +198,7 @@ def _rows(
         session.lap("evaluation")
         return {config.model: evaluation}, None
     if config.model == "sasrec":
-        return _train_and_evaluate(run, data, final)
+        return _train_and_evaluate_model(run, data, final)
     if config.val_only:
         source = exported_from(config.user_pretrain_dir or "")
         if source is not None:
@@ -206,11 +210,11 @@ def _rows(
         return {UNTRAINED: evaluation}, None
     if config.loss == "nce" and data.cache is not None:
         warn(check_cosines(config, data.cache, data.interactions)[1])
-    rows: dict[str, Evaluation] = {}
+    evaluations: dict[str, Evaluation] = {}
     if config.eval_baseline:
-        rows[UNTRAINED] = _baseline(run, data, final)
-    tuned, training = _train_and_evaluate(run, data, final)
-    return rows | tuned, training
+        evaluations[UNTRAINED] = _baseline(run, data, final)
+    tuned, training = _train_and_evaluate_model(run, data, final)
+    return evaluations | tuned, training
 
 
 def _origin(config: Config) -> dict[str, Any] | None:
@@ -234,7 +238,7 @@ def _baseline(run: RunContext, data: Data, final: Evaluator) -> Evaluation:
         run.session.continue_from(saved["record"])
         return unpack_evaluation(saved["evaluation"])
     model = build_user_llm(config, data, fabric, train=False)
-    found = evaluate(config, _for_evaluation(model, fabric), final, fabric)
+    evaluation = evaluate(config, _for_evaluation(model, fabric), final, fabric)
     del model
     _free_memory(fabric)
     run.session.lap("baseline")
@@ -245,13 +249,13 @@ def _baseline(run: RunContext, data: Data, final: Evaluator) -> Evaluation:
             "user_llm_fingerprint": run.user_llm_fingerprint,
             "rng": generators,
             "record": run.session.record(),
-            "evaluation": pack_evaluation(found),
+            "evaluation": pack_evaluation(evaluation),
         }
         store.save_extra(UNTRAINED, content)
-    return found
+    return evaluation
 
 
-def _train_and_evaluate(
+def _train_and_evaluate_model(
     run: RunContext, data: Data, final: Evaluator
 ) -> tuple[dict[str, Evaluation], dict[str, Any]]:
     config, fabric = run.config, run.fabric
@@ -266,9 +270,9 @@ def _train_and_evaluate(
     run.session.lap("model")
     state, training = _train(run, data, model)
     run.session.lap("training")
-    found = evaluate(config, model, final, fabric)
+    evaluation = evaluate(config, model, final, fabric)
     run.session.lap("evaluation")
-    return {name: found}, {**training, **state.summary()}
+    return {name: evaluation}, {**training, **state.summary()}
 
 
 def _for_evaluation(model: Recommender, fabric: Fabric) -> Recommender:
@@ -301,11 +305,6 @@ def evaluate(
 
 def _train(run: RunContext, data: Data, model: Recommender) -> tuple[TrainState, dict[str, Any]]:
     config, fabric = run.config, run.fabric
-    if config.strategy == "deepspeed" and config.auto_resume:
-        raise InputError(
-            "auto_resume is not supported under strategy: deepspeed, which spreads the state over "
-            "its processes; use strategy: ddp."
-        )
     dataset = CachedEmbeddingTrainDataset(data.split, config.MAX_ITEM_LIST_LENGTH)
     check_training(config, data.split, dataset)
     loader = make_train_loader(config, dataset, data, fabric, pack=_packs(config, model, fabric))
@@ -463,11 +462,11 @@ def _free_memory(fabric: Fabric) -> None:
         torch.cuda.empty_cache()
 
 
-def _finish(
+def _write_result(
     run: RunContext,
     data: Data,
     final: Evaluator,
-    rows: dict[str, Evaluation],
+    evaluations: dict[str, Evaluation],
     training: dict[str, Any] | None,
 ) -> None:
     config, fabric, folder = run.config, run.fabric, run.folder
@@ -483,8 +482,8 @@ def _finish(
         "phase": config.eval_phase,
         "protocol": protocol.describe(),
         "rows": [
-            {"name": name, "users": users, "metrics": found.metrics, "seconds": found.seconds}
-            for name, found in rows.items()
+            {"name": name, "users": users, "metrics": each.metrics, "seconds": each.seconds}
+            for name, each in evaluations.items()
         ],
         "seed": config.seed,
         "config": config.model_dump(mode="json"),
@@ -501,13 +500,13 @@ def _finish(
             "processes": world_size(),
         },
     }
-    write_result(folder, plain(result), rows)
-    *_, last = rows.values()
+    write_result(folder, plain(result), evaluations)
+    *_, last = evaluations.values()
     run.wandb.summarise({f"{config.eval_phase}/{k}": v for k, v in last.metrics.items()})
     # With its result written the run is finished; only now is there nothing to come back to.
     run.checkpoints.remove()
     sys.stdout.write(
         f"\n{config.dataset}, {config.eval_phase}, {users} users, {protocol.describe()}\n\n"
-        + gain_table([(name, found.metrics) for name, found in rows.items()])
+        + gain_table([(name, each.metrics) for name, each in evaluations.items()])
         + f"\nresult: {folder / 'result.json'} ({format_seconds(sum(record['timings_s'].values()))})\n"
     )

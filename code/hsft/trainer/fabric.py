@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from hsft.config import Config
 from hsft.model.backbone import choose_attention
-from hsft.trainer.zero import deepspeed_strategy, require_deepspeed
+from hsft.trainer.zero import check_deepspeed, deepspeed_strategy
 from hsft.utils.distributed import TIMEOUT, world_size
 from hsft.utils.errors import InputError
 
@@ -78,7 +78,7 @@ def check_device(config: Config) -> str:
     if device == "cpu" and choose_precision(config) == "16-mixed":
         raise InputError("precision: 16-mixed needs CUDA; use bf16-mixed or 32-true on the CPU.")
     if config.strategy == "deepspeed":
-        require_deepspeed()
+        check_deepspeed(config)
     return device
 
 

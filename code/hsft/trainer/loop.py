@@ -130,8 +130,8 @@ def train(
                 if state.improve(metrics[config.valid_metric]):
                     checkpoints.save_best(state)
             state.end_epoch(record, config.valid_metric)
-            asked = run.keep_going if "valid" in record else None
-            if asked and not asked(state.epoch, record["valid"]):
+            keep_going = run.keep_going if "valid" in record else None
+            if keep_going and not keep_going(state.epoch, record["valid"]):
                 log.info("training is ended after epoch %d.", state.epoch)
                 break
         if state.bad_validations >= config.stopping_step:

@@ -100,7 +100,7 @@ def loss_terms(batch: TrainBatch, settings: LossSettings) -> int:
         return positions
     pool = batch.negatives.reshape(-1)
     targets, times = batch.targets[batch.loss_mask].unique(return_counts=True)
-    drawn, found = pool.unique(return_counts=True)
+    drawn, counts = pool.unique(return_counts=True)
     same = torch.isin(drawn, targets)
-    excluded = int((found[same] * times[torch.isin(targets, drawn)]).sum())
+    excluded = int((counts[same] * times[torch.isin(targets, drawn)]).sum())
     return positions * (1 + len(pool)) - excluded

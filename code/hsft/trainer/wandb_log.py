@@ -7,6 +7,7 @@ import logging
 import re
 import secrets
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -46,18 +47,20 @@ def load_wandb() -> Any:
     return module
 
 
-class WandbLog:
-    """A run at W&B. Until `open` and after a failure it takes everything and does nothing.
+class WandbLog(ExitStack):
+    """A run at W&B. Before `open`, and after a failure, its methods do nothing.
 
     Leaving its `with` block ends the run at W&B. What fails after `open` costs one warning, never
     the training.
 
-    W&B takes nothing back: steps that a killed session did after its last checkpoint are there
+    W&B deletes nothing: steps that a killed session did after its last checkpoint are there
     twice once they are done again, where TensorBoard hides the first ones.
     """
 
     def __init__(self) -> None:
+        super().__init__()
         self._run: Any = None
+        self.push(self._finish)
 
     def open(self, config: Config, folder: Path) -> None:
         """Begin the run, or go on with the one that an earlier session of this folder began.
@@ -100,10 +103,7 @@ class WandbLog:
         """Put final values into the run's summary."""
         self._attempt(lambda run: run.summary.update(dict(values)))
 
-    def __enter__(self) -> WandbLog:
-        return self
-
-    def __exit__(
+    def _finish(
         self,
         kind: type[BaseException] | None,
         error: BaseException | None,

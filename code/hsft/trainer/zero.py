@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -33,14 +34,9 @@ def deepspeed_strategy(config: Config, device: str) -> Any:
         device: `cpu` or `cuda`.
 
     Raises:
-        InputError: DeepSpeed is not installed, or cannot train this model.
+        InputError: as `check_deepspeed`.
     """
-    require_deepspeed()
-    if config.stage == 3 and config.model == "sasrec":
-        raise InputError(
-            "model: sasrec reads its item vectors outside of a layer's forward pass, where ZeRO "
-            "stage 3 has them divided; use --stage 2 or --strategy ddp."
-        )
+    check_deepspeed(config)
     from lightning.fabric.strategies import DeepSpeedStrategy
 
     class DeepSpeedOnCpu(DeepSpeedStrategy):
@@ -81,12 +77,27 @@ def deepspeed_strategy(config: Config, device: str) -> Any:
     return kind(config=zero_settings(config, device), logging_level=logging.ERROR, timeout=TIMEOUT)
 
 
-def require_deepspeed() -> None:
-    """Refuse to go on without the package.
+def check_deepspeed(config: Config) -> None:
+    """Refuse `strategy: deepspeed` where it cannot run.
 
     Raises:
-        InputError: it is not installed.
+        InputError: this is Windows, the package is not installed, or it cannot train this model or
+            continue a run.
     """
+    if sys.platform == "win32":
+        raise InputError(
+            "strategy: deepspeed does not run on Windows; use --strategy ddp, or HSFT in WSL2."
+        )
+    if config.trains and config.auto_resume:
+        raise InputError(
+            "auto_resume is not supported under strategy: deepspeed, which spreads the state over "
+            "its processes; use --strategy ddp."
+        )
+    if config.stage == 3 and config.model == "sasrec":
+        raise InputError(
+            "model: sasrec reads its item vectors outside of a layer's forward pass, where ZeRO "
+            "stage 3 has them divided; use --stage 2 or --strategy ddp."
+        )
     if importlib.util.find_spec("deepspeed") is None:
         raise InputError(
             "strategy: deepspeed needs the package deepspeed; install it or use strategy: ddp."

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.metadata
 import platform
-import resource
 import subprocess
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 _PACKAGES = (
@@ -29,13 +28,13 @@ _PACKAGES = (
 
 def versions() -> dict[str, str]:
     """Return the versions of Python and of the packages that decide the numbers."""
-    found = {"python": platform.python_version()}
+    installed = {"python": platform.python_version()}
     for name in _PACKAGES:
         try:
-            found[name] = importlib.metadata.version(name)
+            installed[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            found[name] = "not installed"
-    return found
+            installed[name] = "not installed"
+    return installed
 
 
 def now() -> str:
@@ -69,9 +68,7 @@ def device_name(device: torch.device) -> str:
 
 def peak_memory(device: torch.device) -> dict[str, int]:
     """Return the peak resident memory of this process and the peak GPU memory, in bytes."""
-    # ru_maxrss is in KiB on Linux and in bytes on macOS.
-    unit = 1 if sys.platform == "darwin" else 1024
-    peak: dict[str, int] = {"host_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
+    peak: dict[str, int] = {"host_bytes": _peak_resident()}
     if device.type == "cuda":
         peak["gpu_bytes"] = torch.cuda.max_memory_allocated(device)
     return peak
@@ -80,17 +77,23 @@ def peak_memory(device: torch.device) -> dict[str, int]:
 def current_memory(device: torch.device) -> dict[str, int]:
     """Return this process's resident memory and the GPU memory in use, in bytes.
 
-    The keys are those of `peak_memory`; a system that does not say leaves its key out. Neither
-    number waits for the GPU.
+    The keys are those of `peak_memory`. Neither number waits for the GPU.
     """
-    found: dict[str, int] = {}
-    # Linux alone has it: the second field counts resident pages.
-    with contextlib.suppress(OSError):
-        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
-        found["host_bytes"] = pages * resource.getpagesize()
+    memory: dict[str, int] = {"host_bytes": psutil.Process().memory_info().rss}
     if device.type == "cuda":
-        found["gpu_bytes"] = torch.cuda.memory_allocated(device)
-    return found
+        memory["gpu_bytes"] = torch.cuda.memory_allocated(device)
+    return memory
+
+
+def _peak_resident() -> int:
+    try:
+        import resource
+    except ImportError:  # Windows
+        memory = psutil.Process().memory_info()
+        return int(getattr(memory, "peak_wset", memory.rss))
+    # ru_maxrss is in KiB on Linux and in bytes on macOS.
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def describe(device: torch.device) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The exceptions that mean "the user can fix this" and "the run was asked to stop"."""
+"""The exceptions that mean "the user can fix this" and "a signal ended the run"."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ EXIT_SIGTERM = 143
 class InputError(Exception):
     """Bad input: a file, row, key or value that the user has to change.
 
-    The message is one sentence that says what is wrong, where (file, row, key) and how to mend
+    The message is one sentence that says what is wrong, where (file, row, key) and how to fix
     it. Programs print it without a traceback and exit with code 2.
     """
 
@@ -38,7 +38,7 @@ def problems_of(error: InputError) -> list[str]:
 
 
 def refuse(problems: Sequence[str]) -> None:
-    """Raise the problems found, if any.
+    """Raise an error for problems, if there are any.
 
     Raises:
         InputError: there is one problem; `InputErrors` when there are more.
@@ -69,7 +69,7 @@ def brief(error: object, limit: int = 200) -> str:
 
 
 class Interrupted(BaseException):
-    """The run was asked to stop (SIGINT or SIGTERM) and has saved what it had.
+    """SIGINT or SIGTERM ended the run, after it saved what it had.
 
     Like KeyboardInterrupt it is no `Exception`: a handler for a library's errors must not take it
     for one.

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import stat
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -59,7 +60,7 @@ def atomic_path(target: str | Path) -> Iterator[Path]:
 def cannot_write(target: Path, error: Exception) -> InputError:
     """Return the error that says why a file or folder could not be written."""
     return InputError(
-        f"cannot write {target}: {_reason(error)}; free some space or choose another place."
+        f"cannot write {target}: {_reason(error)}; free some space or choose another folder."
     )
 
 
@@ -121,7 +122,7 @@ def require_file(path: str | Path, name: str, remedy: str) -> Path:
     Args:
         path: the file.
         name: what to call it in an error, path included.
-        remedy: half a sentence on how to mend it.
+        remedy: half a sentence on how to fix it.
 
     Raises:
         InputError: it is missing, a folder, or no regular file.
@@ -207,7 +208,12 @@ def _fsync(path: Path) -> None:
 
 
 def _fsync_entry(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
+    """Bring a file's content, or the names in a folder, to the disk."""
+    folder = path.is_dir()
+    if folder and sys.platform == "win32":
+        return  # Windows opens no folder, and writes names by itself
+    # Windows needs a file that is open for writing.
+    handle = os.open(path, os.O_RDONLY if folder else os.O_RDWR)
     try:
         os.fsync(handle)
     finally:

@@ -209,6 +209,8 @@ def run_program(main: Callable[[Sequence[str]], int], argv: Sequence[str] | None
 
 def _nobody_reads_stdout() -> bool:
     """Say whether standard output is a pipe or socket whose other end is closed."""
+    if not hasattr(select, "poll"):
+        return True  # Windows, where it is by far the likeliest broken pipe
     try:
         watched = select.poll()
         watched.register(sys.stdout.fileno(), 0)

@@ -6,7 +6,7 @@ import logging
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from types import TracebackType
+from contextlib import ExitStack
 
 import torch
 from rich.console import Console, RenderableType
@@ -22,10 +22,10 @@ SECONDS_BETWEEN_LINES = 15.0
 SECONDS_BETWEEN_FRAMES = 0.25
 
 
-class Meter:
+class Meter(ExitStack):
     """Counts finished units of one task and shows them, with rates, memory and the time left.
 
-    Leaving its `with` block takes the bar away.
+    Leaving its `with` block, or `close()`, removes the bar.
 
     Rates are means since the start. Counting is a few additions; text is made only when something
     is shown.
@@ -55,6 +55,7 @@ class Meter:
         device: torch.device | None = None,
         tokens: int | None = None,
     ) -> None:
+        super().__init__()
         self.task, self.total, self.unit = task, total, unit
         self.device = device
         self.tokens = tokens
@@ -66,6 +67,7 @@ class Meter:
         if self.shown and _can_animate():
             self._display = _Display(task, total, unit)
             self._display.start()
+            self.callback(self._display.stop)
             self._between = SECONDS_BETWEEN_FRAMES
 
     def skip(self, units: int) -> None:
@@ -106,22 +108,6 @@ class Meter:
                 ", ".join(facts),
             )
 
-    def close(self) -> None:
-        """Remove the bar."""
-        if self._display is not None:
-            self._display.stop()
-
-    def __enter__(self) -> Meter:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
-
     def _rates(self, now: float) -> Iterator[str]:
         seconds = max(now - self._began, 1e-9)
         yield f"{(self.done - self._skipped) / seconds:,.1f} {self.unit}/s"
@@ -139,16 +125,13 @@ class Meter:
             return
         kind = "gpu_bytes" if self.device.type == "cuda" else "host_bytes"
         peak = peak_memory(self.device)[kind]
-        now = current_memory(self.device).get(kind)
-        if now is None:
-            yield f"peak memory {format_bytes(peak)}"
-        else:
-            # Linux brings the peak up to date less often.
-            yield f"memory {format_bytes(now)} (peak {format_bytes(max(now, peak))})"
+        now = current_memory(self.device)[kind]
+        # Linux brings the peak up to date less often.
+        yield f"memory {format_bytes(now)} (peak {format_bytes(max(now, peak))})"
 
 
 class _Display(Progress):
-    """A bar on standard error, what is known of the task below it."""
+    """A bar on standard error, with a line of rates and memory below it."""
 
     def __init__(self, task: str, total: int, unit: str) -> None:
         self._facts = ""

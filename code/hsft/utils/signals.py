@@ -6,9 +6,8 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
-from types import FrameType, TracebackType
-from typing import Any
+from contextlib import ExitStack, contextmanager
+from types import FrameType
 
 from hsft.utils.distributed import all_gather
 from hsft.utils.errors import EXIT_SIGINT, EXIT_SIGTERM, Interrupted
@@ -16,7 +15,7 @@ from hsft.utils.errors import EXIT_SIGINT, EXIT_SIGTERM, Interrupted
 _EXIT_CODES = {signal.SIGINT: EXIT_SIGINT, signal.SIGTERM: EXIT_SIGTERM}
 
 
-class StopSignals:
+class StopSignals(ExitStack):
     """Turns SIGINT and SIGTERM into `Interrupted` for the length of a `with` block.
 
     Ordinarily the exception is raised where the program stands. Within `deferred()` the first
@@ -29,29 +28,20 @@ class StopSignals:
     """
 
     def __init__(self) -> None:
+        super().__init__()
         self.received = 0
         self._deferring = False
         self._holding = False
         self._held = 0
         self._pid = os.getpid()
-        self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():
             for number in _EXIT_CODES:
-                self._before[number] = signal.signal(number, self._handle)
+                # None stands for a handler that was not set from Python.
+                handler = signal.signal(number, self._handle) or signal.SIG_DFL
+                self.callback(signal.signal, number, handler)
         return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        for number, handler in self._before.items():
-            # None stands for a handler that was not set from Python.
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)
-        self._before.clear()
 
     @contextmanager
     def deferred(self) -> Iterator[None]:

@@ -16,10 +16,10 @@ from hsft.data.split import ragged_positions
 
 # What `positions` is in a batch that is not packed.
 NOT_PACKED = torch.empty((0, 0), dtype=torch.int64)
-# What `cu_lengths`, `scored` and `weights` are in a batch without them.
+# What `cu_lengths`, `scored` and `counted` are in a batch without them.
 _NO_LENGTHS = torch.empty(0, dtype=torch.int32)
 _NO_INDEX = torch.empty(0, dtype=torch.int64)
-_NO_WEIGHTS = torch.empty(0, dtype=torch.float32)
+_ALL_COUNTED = torch.empty(0, dtype=torch.bool)
 
 
 class TrainBatch(NamedTuple):
@@ -38,8 +38,9 @@ class TrainBatch(NamedTuple):
             one ends, for variable-length attention; [0] in batches of other layouts.
         scored: int64 [N], where `loss_mask` is True, as indices into the flattened [R, T]: made
             here, since a GPU would have to be waited for. [0]: to be taken from `loss_mask`.
-        weights: float32 [N], 0 for the entries of `scored` that fill a bucket up, 1 for the
-            others; [0] when all count.
+        counted: bool [N], False for the entries of `scored` that fill a bucket up; [0] when all
+            count. Not float: Fabric converts floating-point inputs to the precision's type, and
+            bfloat16 cannot count positions.
     """
 
     history: torch.Tensor
@@ -50,7 +51,7 @@ class TrainBatch(NamedTuple):
     positions: torch.Tensor = NOT_PACKED
     cu_lengths: torch.Tensor = _NO_LENGTHS
     scored: torch.Tensor = _NO_INDEX
-    weights: torch.Tensor = _NO_WEIGHTS
+    counted: torch.Tensor = _ALL_COUNTED
 
     def to(self, device: torch.device) -> TrainBatch:
         """Copy the batch to a device; from pinned memory without waiting for it."""
@@ -192,11 +193,11 @@ class TrainCollate:
             return np.pad(padded[mask], (0, layout.padding))
 
         in_loss = row(loss_mask)
-        scored, weights = np.flatnonzero(in_loss), np.empty(0, dtype=np.float32)
+        scored, counted = np.flatnonzero(in_loss), np.empty(0, dtype=bool)
         if self.buckets is not None:
             # Shapes that depend on the bucket alone; a bucket always leaves a position free.
             count = self.buckets.sequences if self.random_split else len(in_loss)
-            weights = (np.arange(count) < len(scored)).astype(np.float32)
+            counted = np.arange(count) < len(scored)
             scored = np.pad(scored, (0, count - len(scored)), constant_values=len(in_loss) - 1)
         return TrainBatch(
             history=torch.from_numpy(row(history)[None]),
@@ -207,7 +208,7 @@ class TrainCollate:
             positions=torch.from_numpy(layout.positions),
             cu_lengths=torch.from_numpy(layout.cu_lengths),
             scored=torch.from_numpy(scored),
-            weights=torch.from_numpy(weights),
+            counted=torch.from_numpy(counted),
         )
 
 
