@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import re
 from pathlib import Path
 
 from tests.helpers import ROOT
@@ -50,16 +49,3 @@ def test_no_two_modules_import_each_other() -> None:
 def test_the_page_states_this_order() -> None:
     page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
     assert " → ".join(ORDER) in " ".join(page.split())
-
-
-def test_the_reading_tours_are_short_and_true() -> None:
-    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
-    tours = page.partition("## Reading tours")[2].partition("\n## ")[0].split("\n**")[1:]
-    assert [len(re.findall(r"^\d+\.", tour, re.MULTILINE)) for tour in tours[:2]] == [10, 8]
-    assert all(len(re.findall(r"^\d+\.", tour, re.MULTILINE)) <= 8 for tour in tours[2:])
-    stops = re.findall(r"^\d+\. `([^`]+)`: (.+)$", "\n".join(tours), re.MULTILINE)
-    for file, text in stops:
-        source = (CODE / file).read_text(encoding="utf-8")
-        for name in re.findall(r"`([^`]+)`", text):
-            defined = name.rpartition(".")[2]
-            assert re.search(rf"^ *(def|class) {defined}\b", source, re.MULTILINE), (file, name)
