@@ -342,7 +342,7 @@ class Run:
                     dtype=dtype,
                     evaluate=evaluate,
                     overwrite=overwrite,
-                    places=dict(self.overrides),
+                    overrides=dict(self.overrides),
                 )
             )
 

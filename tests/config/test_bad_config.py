@@ -25,7 +25,7 @@ BAD_YAML: dict[str, tuple[str | bytes, list[str]]] = {
     "text": ("epochs\n", ["must hold 'key: value' lines", "text"]),
     "number": ("3\n", ["must hold 'key: value' lines"]),
     "two documents": ("epochs: 1\n---\nepochs: 2\n", ["line 2"]),
-    "unclosed": ("topk: [1\n", ["line 2", "mend the YAML"]),
+    "unclosed": ("topk: [1\n", ["line 2", "correct the YAML"]),
     "tab": ("optim_args:\n\tlearning_rate: 1\n", ["line 2", "'\\t'"]),
     "indentation": ("epochs: 1\n  seed: 2\n", ["line 2"]),
     "latin-1": ("dataset: é\n".encode("latin-1"), ["not UTF-8"]),

@@ -35,7 +35,7 @@ def describe_type(annotation: Any) -> str:
     return names.get(annotation, getattr(annotation, "__name__", str(annotation)))
 
 
-def _rows() -> dict[str, list[tuple[str, str, str, str]]]:
+def _keys_by_group() -> dict[str, list[tuple[str, str, str, str]]]:
     groups: dict[str, list[tuple[str, str, str, str]]] = {}
     for name, info in Config.model_fields.items():
         group = info.json_schema_extra["group"]  # type: ignore[index]
@@ -95,7 +95,7 @@ def help_text(name: str, examples: Sequence[str], keys: Sequence[str] = ()) -> s
             f"Every key of {command('train')} is accepted, so that both take the same YAML files."
         )
         lines += ["", *wrapped(f"{every} These have an effect here:")]
-    for group, rows in _rows().items():
+    for group, rows in _keys_by_group().items():
         shown = [row for row in rows if not keys or row[0] in keys]
         lines += ["", f"{group} keys:"] if shown else []
         for key, kind, default, description in shown:
@@ -110,20 +110,20 @@ def key_values(keys: Sequence[str] = ()) -> list[tuple[str, list[str]]]:
     Args:
         keys: which ones; all of them when empty.
     """
-    found = []
-    for name, kind, _, _ in itertools.chain(*_rows().values()):
+    values = []
+    for name, kind, _, _ in itertools.chain(*_keys_by_group().values()):
         if keys and name not in keys:
             continue
         words = [] if kind.startswith("list of ") else kind.split(" | ")
         listed = len(words) > 1 and not set(words) & _OPEN_KINDS
-        found.append((name, words if listed else []))
-    return found
+        values.append((name, words if listed else []))
+    return values
 
 
 def key_table() -> str:
     """Return the Markdown table of all keys, as it stands in docs/keys.md."""
     lines = ["| key | type | default | meaning |", "| --- | --- | --- | --- |"]
-    for group, rows in _rows().items():
+    for group, rows in _keys_by_group().items():
         lines.append(f"| **{group}** | | | |")
         for cells in rows:
             name, kind, default, description = (cell.replace("|", "\\|") for cell in cells)

@@ -144,7 +144,7 @@ def read_yaml_text(text: str, where: str) -> Any:
     except yaml.MarkedYAMLError as error:
         line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
         raise InputError(
-            f"{where}{line}: {error.problem or error}; mend the YAML there."
+            f"{where}{line}: {error.problem or error}; correct the YAML there."
         ) from error
     except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
         reason = " ".join(str(error).split())
@@ -282,14 +282,7 @@ def _scalar(text: str, key: str) -> Any:
 
 
 def _is_text_key(key: str) -> bool:
-    model: type[BaseModel] = Config
-    *sections, last = key.split(".")
-    for section in sections:
-        info = model.model_fields.get(section)
-        if info is None or not _is_section(info.annotation):
-            return False
-        model = info.annotation  # type: ignore[assignment]
-    info = model.model_fields.get(last)
+    info = flat_fields().get(key)
     return info is not None and _may_be_text(info.annotation)
 
 

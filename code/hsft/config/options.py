@@ -17,7 +17,7 @@ from hsft.utils.program import PROGRAMS, command, command_line
 _TRUTH = {"true": True, "false": False}
 
 # Keys of a run's configuration that say where things are; they do not enter its numbers.
-PLACES = {
+LOCATION_KEYS = {
     "data_path": "folder of the interaction files",
     "text_path": "folder of the item information, or its file",
     "item_cache_path": "item cache",
@@ -113,19 +113,19 @@ def add_flag(
     )
 
 
-def add_places(parser: argparse.ArgumentParser) -> None:
+def add_location_options(parser: argparse.ArgumentParser) -> None:
     """Add options for what has moved since a run: `--data_path`, `--user_pretrain_dir`, ..."""
     group = parser.add_argument_group(
         "where things are, when they moved since the run (default: as in its config.yaml)"
     )
-    for key, meaning in PLACES.items():
+    for key, meaning in LOCATION_KEYS.items():
         kind = int if key == "num_threads" else str
         group.add_argument(f"--{key}", metavar="VALUE", type=kind, help=meaning)
 
 
-def places(options: argparse.Namespace) -> dict[str, Any]:
-    """Return the values of `add_places`' options that were given, by key."""
-    given = {key: getattr(options, key) for key in PLACES}
+def location_overrides(options: argparse.Namespace) -> dict[str, Any]:
+    """Return the values of `add_location_options`' options that were given, by key."""
+    given = {key: getattr(options, key) for key in LOCATION_KEYS}
     return {key: value for key, value in given.items() if value is not None}
 
 

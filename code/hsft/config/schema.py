@@ -180,7 +180,7 @@ class Config(_Section):
         "run",
         "go on from the last complete checkpoint of the unfinished run named by run_name, or else "
         "of the latest unfinished one of this dataset and kind with the same configuration; "
-        "without one, start anew",
+        "without one, start a new run",
     )
     checkpoint_every: Int = _key(
         0, "run", "optimizer steps between resumable checkpoints; 0: none by steps", ge=0

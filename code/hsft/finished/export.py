@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 from hsft.config import Config
 from hsft.config.help import dump_config
-from hsft.config.options import PLACES
+from hsft.config.options import LOCATION_KEYS
 from hsft.data.cache import DTYPES
 from hsft.evaluator.evaluator import Evaluation
 from hsft.finished.open_run import open_run, refuse_changed_data, refuse_other_user_llm, run_config
@@ -59,7 +59,7 @@ log = logging.getLogger(__name__)
 
 # Keys that belong to the run's machine and not to its model.
 _LOCAL_KEYS = (
-    *PLACES,
+    *LOCATION_KEYS,
     "checkpoint_dir",
     "run_name",
     "overwrite",
@@ -83,7 +83,7 @@ class ExportOptions:
         dtype: number type of merged weights, a name of `DTYPES`.
         evaluate: score what was merged, on the run's phase and protocol.
         overwrite: replace an earlier export at `out`.
-        places: keys of the run's configuration with other values, for what has moved.
+        overrides: keys of the run's configuration with other values, for what has moved.
     """
 
     run: Path
@@ -92,7 +92,7 @@ class ExportOptions:
     dtype: str = "bfloat16"
     evaluate: bool = False
     overwrite: bool = False
-    places: Mapping[str, Any] | None = None
+    overrides: Mapping[str, Any] | None = None
 
 
 def export(options: ExportOptions) -> Path:
@@ -120,7 +120,7 @@ def export(options: ExportOptions) -> Path:
 
 def _export(options: ExportOptions) -> Path:
     _refuse_out(options)
-    run = _TrainedRun(options.run, run_config(options.run, options.places), options)
+    run = _TrainedRun(options.run, run_config(options.run, options.overrides), options)
     run.refuse()
     with atomic_path(options.out) as folder:
         folder.mkdir()
@@ -367,7 +367,7 @@ def _write_adapter(run: _TrainedRun, folder: Path) -> str:
 
 def _score(run: _TrainedRun, folder: Path) -> Evaluation:
     """Score the folder's model as the run was scored, through what a later run would do with it."""
-    opened = open_run(run.folder, {**(run.options.places or {}), "show_progress": True})
+    opened = open_run(run.folder, {**(run.options.overrides or {}), "show_progress": True})
     changes = {**_merged_changes(run), "user_pretrain_dir": str(folder)}
     config = opened.config.model_copy(update=changes)
     evaluator = make_evaluator(config, opened.data.split, config.eval_phase, opened.fabric)

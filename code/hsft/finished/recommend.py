@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from rich.cells import cell_len
 
-from hsft.config.options import places
+from hsft.config.options import location_overrides
 from hsft.data.interactions import PAD
 from hsft.evaluator.evaluator import Scorer
 from hsft.finished.new_items import add_items
@@ -34,7 +34,7 @@ def run_recommend(options: argparse.Namespace) -> None:
     """
     _refuse_contradictions(options)
     asked = None if options.history is None else split_ids(options.history)
-    run = open_run(options.run, {"show_progress": True, **places(options)})
+    run = open_run(options.run, {"show_progress": True, **location_overrides(options)})
     if options.add_items is not None:
         run = add_items(run, options.add_items)
     if options.serve is not None:

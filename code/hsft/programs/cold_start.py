@@ -6,7 +6,7 @@ import json
 import sys
 from collections.abc import Sequence
 
-from hsft.config.options import Parser, add_flag, add_places, places
+from hsft.config.options import Parser, add_flag, add_location_options, location_overrides
 from hsft.utils.errors import EXIT_OK
 from hsft.utils.logs import set_up_logging
 
@@ -35,14 +35,16 @@ def main(argv: Sequence[str]) -> int:
         "--dataset", metavar="FULL", required=True, help="name of the data with those items"
     )
     add_flag(parser, "--json", "print JSON and nothing else")
-    add_places(parser)
+    add_location_options(parser)
     options = parser.parse_args(argv)
     # Imported here, so that --help and a mistyped option need not wait for torch.
     from hsft.finished.cold_start import blocks, cold_start
     from hsft.report.terminal import write_blocks
 
     set_up_logging()
-    rows = cold_start(options.run, options.dataset, {"show_progress": True, **places(options)})
+    rows = cold_start(
+        options.run, options.dataset, {"show_progress": True, **location_overrides(options)}
+    )
     if options.json:
         sys.stdout.write(json.dumps(rows, indent=2) + "\n")
     else:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
 
-from hsft.config.options import Parser, add_flag, add_places, places
+from hsft.config.options import Parser, add_flag, add_location_options, location_overrides
 from hsft.config.schema import DType
 from hsft.utils.errors import EXIT_OK
 from hsft.utils.logs import set_up_logging
@@ -48,7 +48,7 @@ def main(argv: Sequence[str]) -> int:
         "score the merged model as the run was scored, for the card's table",
     )
     add_flag(parser, "--overwrite", "replace an earlier export")
-    add_places(parser)
+    add_location_options(parser)
     args = parser.parse_args(argv)
     # Imported here, so that --help and a mistyped option need not wait for torch.
     from hsft.finished.export import ExportOptions, export
@@ -63,7 +63,7 @@ def main(argv: Sequence[str]) -> int:
             dtype=args.dtype,
             evaluate=args.evaluate,
             overwrite=args.overwrite,
-            places=places(args),
+            overrides=location_overrides(args),
         )
     )
     sys.stdout.write(f"exported: {out}\n")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from hsft.config.options import Parser, add_flag, add_places
+from hsft.config.options import Parser, add_flag, add_location_options
 from hsft.utils.errors import EXIT_OK
 from hsft.utils.logs import set_up_logging
 
@@ -44,7 +44,7 @@ def serve(argv: Sequence[str]) -> int:
     )
     _add_host(parser)
     _add_shared(parser)
-    add_places(parser)
+    add_location_options(parser)
     # The options of `recommend` that have no meaning here, as its parser leaves them.
     parser.set_defaults(user=None, history=None, model=None, json=False, exclude_seen=True)
     return _run(parser.parse_args(argv))
@@ -93,7 +93,7 @@ def _add_options(parser: Parser) -> None:
         "user's, and see the run's models side by side; Ctrl-C ends it",
     )
     _add_host(page)
-    add_places(parser)
+    add_location_options(parser)
 
 
 def _add_shared(parser: Parser) -> None:

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from hsft.config.options import Parser, add_places, places
+from hsft.config.options import Parser, add_location_options, location_overrides
 from hsft.utils.errors import EXIT_OK, InputError
 from hsft.utils.logs import set_up_logging
 
@@ -47,7 +47,7 @@ def main(argv: Sequence[str]) -> int:
         help="add how the last run ranks items that were held out from its data; DATASET is the "
         "data with those items (prepare_data.py hold-out makes such data)",
     )
-    add_places(parser)
+    add_location_options(parser)
     args = parser.parse_args(argv)
     for name in ("examples", "seed"):
         if getattr(args, name) < 0:
@@ -62,7 +62,7 @@ def main(argv: Sequence[str]) -> int:
         examples=args.examples,
         users=list(dict.fromkeys(user for user in args.users.split(",") if user)),
         seed=args.seed,
-        overrides=places(args),
+        overrides=location_overrides(args),
         full_dataset=args.cold_start,
     )
     sys.stdout.write(f"report: {target}\n")
