@@ -58,7 +58,7 @@ $(PY):
 # An editable install: the `hsft` command of the environment runs the code of this folder.
 $(VENV)/demo.stamp: pyproject.toml constraints.txt | $(PY)
 	@echo "installing into $(VENV): some minutes, 1.7 GB with torch for the CPU, several times that with CUDA"
-	$(PY) -m pip install --disable-pip-version-check -q -c constraints.txt -e '.[demo]'
+	$(PY) -m pip install --disable-pip-version-check -q -c constraints.txt -e '.[demo,serve]'
 	touch $@
 
 $(VENV)/dev.stamp: pyproject.toml constraints.txt | $(PY)

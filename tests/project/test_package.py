@@ -137,7 +137,20 @@ def test_the_installed_command_runs_and_names_itself(environment: Path, pixel: P
     assert (pixel / "saved/Pixel200K-pop/report.html").is_file()
 
 
-def test_the_readmes_lines_run_in_the_environment(environment: Path, pixel: Path) -> None:
+@pytest.fixture
+def small_demo(tmp_path: Path, llama: Path) -> Path:
+    """The demo's configuration and paths, with tiny data and a tiny Llama behind them."""
+    make_dataset(tmp_path, "ml-100k")
+    interactions = tmp_path / "dataset/ml-100k.csv"
+    interactions.write_text(interactions.read_text().replace(",u1,", ",196,"))
+    (tmp_path / "model_checkpoints").mkdir()
+    (tmp_path / "model_checkpoints/SmolLM2-135M-Instruct").symlink_to(llama)
+    (tmp_path / "demo").mkdir()
+    shutil.copy(ROOT / "demo/demo.yaml", tmp_path / "demo")
+    return tmp_path
+
+
+def test_the_readmes_lines_run_in_the_environment(environment: Path, small_demo: Path) -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     (lines,) = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
     assert len(ast.parse(lines).body) <= 5
@@ -145,8 +158,8 @@ def test_the_readmes_lines_run_in_the_environment(environment: Path, pixel: Path
         "\nimport pathlib, sys\n"
         "assert pathlib.Path(hsft.__file__).is_relative_to(sys.prefix)\n"
         "assert list(run.metrics.index) == ['untrained', 'fine-tuned']\n"
-        "assert run.folder.name == 'Pixel200K-qlora'\n"
+        "assert run.folder.name == 'ml-100k-qlora'\n"
     )
-    out = run([str(environment / "python"), "-c", lines + check], pixel)
+    out = run([str(environment / "python"), "-c", lines + check], small_demo)
     assert "NDCG@10" in out
     assert "item_id" in out

@@ -392,7 +392,7 @@ def test_two_machines_share_item_caching(tmp_path: Path, llama: Path, launch: La
     ("more", "words"),
     [
         (("--model", "sasrec", "--stage", "3"), "use --stage 2 or --strategy ddp"),
-        (("--device", "cuda"), "torch finds no CUDA device"),
+        (("--model", "sasrec", "--device", "cuda"), "torch finds no CUDA device"),
     ],
 )
 def test_deepspeed_refuses_what_it_cannot_do(
