@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "code")]
 
 from demo.wheels import Wheel, obtain_wheel, read_member  # noqa: E402
+from hsft.config.options import add_flag  # noqa: E402
 from hsft.utils.errors import EXIT_OK, InputError  # noqa: E402
 from hsft.utils.files import write_text  # noqa: E402
 from hsft.utils.logs import set_up_logging  # noqa: E402
@@ -206,7 +207,7 @@ def main(argv: Sequence[str]) -> int:
         help="folder of the item information (default: %(default)s)",
     )
     parser.add_argument("--wheel", help=f"the file {WHEEL.file_name}, instead of a download")
-    parser.add_argument("--force", action="store_true", help="make the files again")
+    add_flag(parser, "--force", "make the files again")
     args = parser.parse_args(argv)
     set_up_logging()
     prepare(Path(args.out_data), Path(args.out_info), args.wheel, args.force)

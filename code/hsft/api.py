@@ -30,6 +30,7 @@ from hsft.config import loader
 from hsft.config.schema import Config
 from hsft.utils.errors import InputError, Interrupted, refuse
 from hsft.utils.logs import show_log_lines
+from hsft.utils.program import install_command
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -397,3 +398,10 @@ def _call(config: Config) -> Iterator[None]:
             yield
         except Interrupted as ending:
             raise KeyboardInterrupt(str(ending)) from None
+        except ModuleNotFoundError as error:
+            package = (error.name or "hsft").partition(".")[0]
+            if package == "hsft":
+                raise
+            raise InputError(
+                f"the package {package} is missing; run {install_command(package)}."
+            ) from error
