@@ -100,17 +100,18 @@ def test_a_run_by_the_command(project: Project) -> None:
     assert "saved: saved/a/comparison.md" in done.stdout
 
 
-WITHOUT_TORCH = """
+WITHOUT = """
 import runpy, sys
 sys.path.insert(0, {code!r})
-sys.modules["torch"] = None  # any import of it now fails
+sys.modules[{package!r}] = None  # any import of it now fails
 sys.argv = ["hsft", *sys.argv[1:]]
 runpy.run_module("hsft", run_name="__main__")
 """
 
 
-def without_torch(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    program = WITHOUT_TORCH.format(code=str(ROOT / "code"))
+def without(package: str, *words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """Run `hsft` in a Python that cannot import a package."""
+    program = WITHOUT.format(code=str(ROOT / "code"), package=package)
     return subprocess.run(
         [sys.executable, "-c", program, *words],
         cwd=cwd,
@@ -145,7 +146,7 @@ def test_what_is_missing_is_said_without_torch(
     project: Project, words: list[str], messages: list[str]
 ) -> None:
     (project.root / "dataset/tiny_item_embeddings.safetensors").unlink()
-    done = without_torch(*words, cwd=project.root)
+    done = without("torch", *words, cwd=project.root)
     assert (done.returncode, done.stdout) == (2, ""), done.stderr
     lines = done.stderr.splitlines()
     assert len(lines) == len(messages)
@@ -157,10 +158,17 @@ def test_what_is_missing_is_said_without_torch(
 def test_compare_works_without_torch(project: Project) -> None:
     for name in ("pop", "random"):
         assert project.run("--model", name)[0] == 0
-    done = without_torch("compare", "saved/tiny-pop", "saved/tiny-random", cwd=project.root)
+    done = without("torch", "compare", "saved/tiny-pop", "saved/tiny-random", cwd=project.root)
     assert done.returncode == 0, done.stderr
     assert "Recall@10" in done.stdout
     assert (project.root / "saved/tiny-random/comparison.png").is_file()
+
+
+@pytest.mark.parametrize("flag", ["--check", "--dry_run"])
+def test_looking_ahead_does_not_wait_for_lightning(project: Project, flag: str) -> None:
+    words = [*project.arguments, "--use_qlora", flag]
+    done = without("lightning", "train", *words, cwd=project.root)
+    assert done.returncode == 0, done.stderr
 
 
 def test_evaluate_trains_nothing(project: Project) -> None:

@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-
-from lightning.fabric import Fabric
+from typing import TYPE_CHECKING
 
 from hsft.config import Config
 from hsft.trainer.checkpoint import Checkpoints
 from hsft.trainer.session import Session
 from hsft.trainer.wandb_log import WandbLog
 from hsft.utils.signals import StopSignals
+
+if TYPE_CHECKING:
+    from lightning.fabric import Fabric
 
 # Called after each validation with the epoch's number, from 1, and the metrics; False ends training.
 KeepGoing = Callable[[int, Mapping[str, float]], bool]

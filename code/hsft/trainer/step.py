@@ -8,10 +8,9 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning.fabric import Fabric
 from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -25,6 +24,9 @@ from hsft.trainer.optim import build_optimizer, build_schedule
 from hsft.trainer.zero import engine_of, uses_deepspeed
 from hsft.utils.distributed import all_reduce, global_rank, world_size
 from hsft.utils.errors import InputError
+
+if TYPE_CHECKING:
+    from lightning.fabric import Fabric
 
 log = logging.getLogger(__name__)
 
