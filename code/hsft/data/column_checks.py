@@ -131,7 +131,7 @@ def check_ids(column: str, ids: np.ndarray, codes: np.ndarray | None = None) -> 
             if positions:
                 findings.append(_shape_finding(column, ids, codes, positions, shape))
     checks = (_rounded_ids, _two_spellings, _mixed_floats, _shortened_ids)
-    findings += [found for check in checks if (found := check(column, ids, joined)) is not None]
+    findings += [finding for check in checks if (finding := check(column, ids, joined)) is not None]
     return findings
 
 
@@ -223,11 +223,11 @@ def sentences(
     """
     certain: list[str] = []
     warnings: list[str] = []
-    for found in findings:
-        known = found.index is not None and row_of is not None
-        where = f", row {row_of(found.index)}" if known else ""  # type: ignore[misc, arg-type]
-        sentence = f"{path}{where}: {found.text}; {found.remedy}."
-        (certain if found.certain else warnings).append(sentence)
+    for finding in findings:
+        known = finding.index is not None and row_of is not None
+        where = f", row {row_of(finding.index)}" if known else ""  # type: ignore[misc, arg-type]
+        sentence = f"{path}{where}: {finding.text}; {finding.remedy}."
+        (certain if finding.certain else warnings).append(sentence)
     refuse(certain)
     return warnings
 

@@ -92,13 +92,15 @@ class NegativeSampler:
         """Say which items belong to their row's user: int [R], int [R, n] -> bool [R, n]."""
         starts, ends = self._first[users], self._first[users + 1]
         row = np.arange(len(users), dtype=np.int64)
-        own = self._pairs[ragged_positions(starts, ends)]
+        user_pairs = self._pairs[ragged_positions(starts, ends)]
         # The same pairs with the row in place of the user: still sorted, and rows are distinct.
-        own += np.repeat((row - users) * self._stride, ends - starts)
-        if not len(own):
+        user_pairs += np.repeat((row - users) * self._stride, ends - starts)
+        if not len(user_pairs):
             return np.zeros(items.shape, dtype=bool)
         keys = (row * self._stride)[:, None] + items
-        return own[np.minimum(np.searchsorted(own, keys), len(own) - 1)] == keys
+        return (
+            user_pairs[np.minimum(np.searchsorted(user_pairs, keys), len(user_pairs) - 1)] == keys
+        )
 
 
 def _repeats(rows: np.ndarray) -> np.ndarray:

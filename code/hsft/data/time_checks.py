@@ -50,7 +50,7 @@ def check_times(timestamps: np.ndarray) -> list[Finding]:
         if mixed is not None:
             return [mixed]
     checks = (_unlikely_years, _rounded_times)
-    return [found for check in checks if (found := check(timestamps)) is not None]
+    return [finding for check in checks if (finding := check(timestamps)) is not None]
 
 
 def check_time_texts(texts: Iterable[str]) -> Finding | None:

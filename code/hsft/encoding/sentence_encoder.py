@@ -91,27 +91,27 @@ def read_sentence_folder(folder: str | Path) -> SentenceFolder:
     folder = Path(folder)
     if not is_file(folder / MODULES):
         return SentenceFolder(folder)
-    found: dict[str, Any] = {"transformer": folder}
+    settings: dict[str, Any] = {"transformer": folder}
     dense: list[Path] = []
     for module in _listed(folder):
         kind = str(module.get("type", "")).rpartition(".")[2]
         path = folder / _inside(folder, module.get("path", ""))
         if kind == "Transformer":
-            found["transformer"] = path
-            found |= _text_settings(path)
+            settings["transformer"] = path
+            settings |= _text_settings(path)
         elif kind == "Pooling":
-            found["poolings"] = _read_poolings(path / "config.json")
+            settings["poolings"] = _read_poolings(path / "config.json")
         elif kind == "Dense":
             dense.append(path)
         elif kind == "Normalize":
-            found["normalize"] = True
+            settings["normalize"] = True
         elif kind != "Dropout":
             raise InputError(
                 f"{folder / MODULES} lists a step of the kind '{one_line(kind, 40)}', which is not "
                 f"supported; name an encoder of Transformer, Pooling, Dense and Normalize."
             )
     prompt = _document_prompt(folder)
-    return SentenceFolder(**found, dense=tuple(dense), prompt=prompt)
+    return SentenceFolder(**settings, dense=tuple(dense), prompt=prompt)
 
 
 def _listed(folder: Path) -> list[dict[str, Any]]:

@@ -246,8 +246,8 @@ class Evaluator:
         )
 
     def _coverage_cuts(self) -> Sequence[int]:
-        wanted = "Coverage" in self.protocol.metrics and self.protocol.kind == "full"
-        return self.protocol.topk if wanted else ()
+        has_coverage = "Coverage" in self.protocol.metrics and self.protocol.kind == "full"
+        return self.protocol.topk if has_coverage else ()
 
     def _groups(
         self,
@@ -300,7 +300,7 @@ class Evaluator:
         size = -(-len(users) // -(-len(users) // most))
         at_a_time = ranking.items_at_a_time(dim, self.protocol.budget_bytes, users.device)
         buffer = users.new_empty((size, scorer.num_items + 1))
-        found = []
+        ranks = []
         for start in range(0, len(users), size):
             part = slice(start, start + size)
             scores = ranking.full_scores(
@@ -309,12 +309,12 @@ class Evaluator:
             seen_rows, seen_items = group.seen_rows, group.seen_items
             if size < len(users):
                 # Waits for the device to count them; groups are made so that there is one part.
-                own = (seen_rows >= start) & (seen_rows < start + size)
-                seen_rows, seen_items = seen_rows[own] - start, seen_items[own]
-            found.append(ranking.full_ranks(scores, group.targets[part], seen_rows, seen_items))
+                in_part = (seen_rows >= start) & (seen_rows < start + size)
+                seen_rows, seen_items = seen_rows[in_part] - start, seen_items[in_part]
+            ranks.append(ranking.full_ranks(scores, group.targets[part], seen_rows, seen_items))
             if covered:
                 self._cover(scores, covered)
-        return torch.cat(found)
+        return torch.cat(ranks)
 
     @staticmethod
     def _cover(scores: Tensor, covered: dict[int, np.ndarray]) -> None:

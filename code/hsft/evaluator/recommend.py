@@ -56,13 +56,13 @@ def recommend(
     topk = min(topk, scorer.num_items)
     starts = np.cumsum([0, *(len(history) for history in histories)])
     flat = np.concatenate([np.asarray(history, dtype=np.int64) for history in histories])
-    found = [
+    parts = [
         _best(scorer, flat, starts[first : first + batch_size + 1], topk, max_length, device,
               exclude_seen, budget_bytes)
         for first in range(0, len(histories), batch_size)
     ]  # fmt: skip
-    items = torch.cat([part[0] for part in found]).numpy(force=True)
-    scores = torch.cat([part[1] for part in found]).numpy(force=True)
+    items = torch.cat([part[0] for part in parts]).numpy(force=True)
+    scores = torch.cat([part[1] for part in parts]).numpy(force=True)
     return Recommendations(np.where(scores > -np.inf, items, PAD), scores)
 
 
@@ -95,8 +95,8 @@ def _best(
             ranking.items_at_a_time(dim, budget_bytes, device),
         )
         if exclude_seen:
-            own = (owner >= first) & (owner < first + size)
-            matrix[owner[own] - first, seen[own]] = -torch.inf
+            in_block = (owner >= first) & (owner < first + size)
+            matrix[owner[in_block] - first, seen[in_block]] = -torch.inf
         best = matrix.topk(topk, dim=1)
         items.append(best.indices)
         scores.append(best.values)

@@ -158,22 +158,25 @@ def _asked(options: ImportOptions) -> dict[str, str]:
 
 def _base_files(options: ImportOptions) -> tuple[dict[str, Path], dict[str, str]]:
     """Return the base model's configuration and, for the item side, its tokenizer files."""
-    wanted = TOKENIZER_FILES if options.side == "item" else ()
+    tokenizer_files = TOKENIZER_FILES if options.side == "item" else ()
     if options.base_dir is not None:
         if not options.base_dir.is_dir():
             raise InputError(f"--base_dir {options.base_dir} is not a folder.")
         source = {"path": str(options.base_dir.resolve())}
         files = {CONFIG_FILE: options.base_dir / CONFIG_FILE}
-        found: dict[str, Path | None] = {name: options.base_dir / name for name in wanted}
+        paths: dict[str, Path | None] = {name: options.base_dir / name for name in tokenizer_files}
     else:
-        place = (options.base_repo, options.base_revision, options.cache)
+        location = (options.base_repo, options.base_revision, options.cache)
         with _other_way(*_about_base(options)):
-            config = hub.look_up(place[0], CONFIG_FILE, place[1], place[2])
-            source = {"repo": options.base_repo, "revision": place[1], "commit": config.commit}
+            config = hub.look_up(location[0], CONFIG_FILE, location[1], location[2])
+            source = {"repo": options.base_repo, "revision": location[1], "commit": config.commit}
             files = {CONFIG_FILE: hub.fetch(config)[0]}
-            found = {name: hub.fetch_optional(place[0], name, *place[1:]) for name in wanted}
-    files |= {name: path for name, path in found.items() if path is not None and path.is_file()}
-    if wanted and not {"tokenizer.json", "tokenizer.model"} & files.keys():
+            paths = {
+                name: hub.fetch_optional(location[0], name, *location[1:])
+                for name in tokenizer_files
+            }
+    files |= {name: path for name, path in paths.items() if path is not None and path.is_file()}
+    if tokenizer_files and not {"tokenizer.json", "tokenizer.model"} & files.keys():
         raise InputError(
             f"{options.base_dir or options.base_repo} has no tokenizer.json and no "
             f"tokenizer.model; name HLLM's base model."
@@ -215,14 +218,14 @@ def _check_disk(options: ImportOptions, layout: Layout, remote: hub.HubFile | No
     parts = " + ".join(f"{hub.size_text(size)} for {what}" for _, size, what in needs if size)
     log.info("disk space needed: %s (%s).", hub.size_text(total), parts)
     disks: dict[int, list[tuple[Path, int]]] = {}
-    for place, size, _ in needs:
-        disks.setdefault(_disk_of(place), []).append((place, size))
+    for folder, size, _ in needs:
+        disks.setdefault(_disk_of(folder), []).append((folder, size))
     for on_disk in disks.values():
-        place, needed = on_disk[0][0], sum(size for _, size in on_disk)
-        free = free_bytes(place)
+        folder, needed = on_disk[0][0], sum(size for _, size in on_disk)
+        free = free_bytes(folder)
         if needed > free:
             raise InputError(
-                f"the disk of {place} has {hub.size_text(free)} free, but "
+                f"the disk of {folder} has {hub.size_text(free)} free, but "
                 f"{hub.size_text(needed)} are needed ({parts}); free some space, or choose another "
                 f"disk with --out or --cache_dir."
             )

@@ -108,8 +108,8 @@ def last_items(history: Tensor, lengths: Tensor, most: int) -> tuple[Tensor, Ten
         return history, lengths
     kept = lengths.clamp_max(most)
     steps = torch.arange(most, device=history.device)
-    places = (lengths - kept).unsqueeze(1) + steps
-    cut = history.gather(1, places.clamp_max(history.shape[1] - 1))
+    columns = (lengths - kept).unsqueeze(1) + steps
+    cut = history.gather(1, columns.clamp_max(history.shape[1] - 1))
     return cut.masked_fill(steps >= kept.unsqueeze(1), PAD), kept
 
 

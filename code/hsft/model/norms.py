@@ -47,8 +47,10 @@ def fuse_norms(model: nn.Module) -> int:
 def _same_function(module: nn.Module, fused: RMSNorm) -> bool:
     weight = fused.weight
     x = torch.linspace(-3.0, 2.0, len(weight), device=weight.device, dtype=weight.dtype)
-    wanted, found = module(x[None]).float(), fused(x[None]).float()
-    if wanted.isnan().any():  # on torch's meta device, or damaged weights
+    expected, actual = module(x[None]).float(), fused(x[None]).float()
+    if expected.isnan().any():  # on torch's meta device, or damaged weights
         return False
     tolerance = 4 * torch.finfo(weight.dtype).eps
-    return torch.allclose(found, wanted, rtol=tolerance, atol=tolerance * float(wanted.abs().max()))
+    return torch.allclose(
+        actual, expected, rtol=tolerance, atol=tolerance * float(expected.abs().max())
+    )

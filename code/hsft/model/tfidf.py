@@ -45,9 +45,9 @@ class SparseRows:
         before = counts.cumsum(0) - counts
         entries = torch.arange(len(owners), device=rows.device)
         entries = entries - before[owners] + self.starts[rows][owners]
-        found = torch.zeros((len(rows), self.width), device=rows.device)
-        found[owners, self.columns[entries]] = self.values[entries]
-        return found
+        vectors = torch.zeros((len(rows), self.width), device=rows.device)
+        vectors[owners, self.columns[entries]] = self.values[entries]
+        return vectors
 
 
 def tfidf_rows(texts: Sequence[str], max_words: int | None = None) -> SparseRows:

@@ -164,9 +164,9 @@ class TrainCollate:
         if self.row_length is not None and mask.mean() < self.pack_below:
             layout = pack(ends - starts - 1, self.row_length)
             history, targets, loss_mask = (
-                layout.place(padded, mask) for padded in (history, targets, loss_mask)
+                layout.scatter(padded, mask) for padded in (history, targets, loss_mask)
             )
-            mask = layout.place(mask, mask)
+            mask = layout.scatter(mask, mask)
             positions = torch.from_numpy(layout.positions)
         return TrainBatch(
             history=torch.from_numpy(history),

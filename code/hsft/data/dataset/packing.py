@@ -17,20 +17,20 @@ class PackedLayout:
 
     Attributes:
         shape: (rows R, positions per row W).
-        places: int64 [N], index into the flattened [R, W] of each real position, the sequences one
+        flat_index: int64 [N], index into the flattened [R, W] of each real position, the sequences one
             after the other.
         positions: int64 [R, W], each position's number within its own sequence. Padding at a row's
             end counts from 0 again, so that it is a sequence of its own, which no other sees.
     """
 
     shape: tuple[int, int]
-    places: np.ndarray
+    flat_index: np.ndarray
     positions: np.ndarray
 
-    def place(self, padded: np.ndarray, mask: np.ndarray) -> np.ndarray:
-        """Move the values of [B, T] where `mask` is True to their places: [R, W], 0 elsewhere."""
+    def scatter(self, padded: np.ndarray, mask: np.ndarray) -> np.ndarray:
+        """Move the values of [B, T] where `mask` is True into the rows: [R, W], 0 elsewhere."""
         packed = np.zeros(self.shape, dtype=padded.dtype)
-        packed.reshape(-1)[self.places] = padded[mask]
+        packed.reshape(-1)[self.flat_index] = padded[mask]
         return packed
 
 
@@ -42,14 +42,14 @@ def pack(lengths: np.ndarray, row_length: int) -> PackedLayout:
 
     Args:
         lengths: int64 [B], positions of each sequence, at least 1.
-        row_length: wanted positions per row; all in one row when they fit.
+        row_length: positions per row to aim at; all in one row when they fit.
     """
     total = int(lengths.sum())
     rows = min(len(lengths), -(-total // max(row_length, int(lengths.max()))))
     order = np.argsort(-lengths, kind="stable")
-    turn, place = np.divmod(np.arange(len(lengths)), rows)
+    turn, rank_in_turn = np.divmod(np.arange(len(lengths)), rows)
     row_of = np.empty_like(order)
-    row_of[order] = np.where(turn % 2 == 0, place, rows - 1 - place)
+    row_of[order] = np.where(turn % 2 == 0, rank_in_turn, rows - 1 - rank_in_turn)
     # Sequences by row, each row in the batch's order.
     by_row = np.argsort(row_of, kind="stable")
     filled = np.bincount(row_of, weights=lengths, minlength=rows).astype(np.int64)
@@ -58,10 +58,10 @@ def pack(lengths: np.ndarray, row_length: int) -> PackedLayout:
     starts[by_row] = before - np.repeat(np.cumsum(filled) - filled, np.bincount(row_of))
     width = int(filled.max())
     numbers = np.arange(total) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-    places = np.repeat(row_of * width + starts, lengths) + numbers
+    flat_index = np.repeat(row_of * width + starts, lengths) + numbers
     positions = np.maximum(np.arange(width) - filled[:, None], 0)
-    positions.reshape(-1)[places] = numbers
-    return PackedLayout((rows, width), places, positions)
+    positions.reshape(-1)[flat_index] = numbers
+    return PackedLayout((rows, width), flat_index, positions)
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,9 @@ def real_share(lengths: np.ndarray, batches: list[np.ndarray], row_length: int |
     """
     computed = 0
     for batch in batches:
-        own = lengths[batch]
-        shape = (len(own), int(own.max())) if row_length is None else pack(own, row_length).shape
+        batch_lengths = lengths[batch]
+        shape = (len(batch), int(batch_lengths.max()))
+        if row_length is not None:
+            shape = pack(batch_lengths, row_length).shape
         computed += shape[0] * shape[1]
     return float(sum(int(lengths[batch].sum()) for batch in batches) / computed)

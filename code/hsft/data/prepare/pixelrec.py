@@ -111,8 +111,8 @@ def _list_events(source: Source, problems: RowProblems) -> Iterator[Event]:
         if len(cells) != 2:
             wrong_width(problems, row, len(cells), 2)
             continue
-        for place, item in enumerate(cells[1].split(), start=1):
-            yield Event(row, item, cells[0], str(place), "")
+        for step, item in enumerate(cells[1].split(), start=1):
+            yield Event(row, item, cells[0], str(step), "")
 
 
 def _items(source: Source, problems: RowProblems) -> Iterator[Item]:
