@@ -178,7 +178,11 @@ def test_print_config_merges_files_and_flags(project: Project) -> None:
     code, out, _ = project.run("--optim_args.learning_rate", "3e-4", "--print_config", "True")
     assert code == 0
     shown = yaml.safe_load(out)
-    assert shown["optim_args"] == {"learning_rate": 3e-4, "weight_decay": 0.01}
+    assert shown["optim_args"] == {
+        "learning_rate": 3e-4,
+        "weight_decay": 0.01,
+        "weight_decay_on": "matrices",
+    }
     assert shown["dataset"] == "tiny"
 
 
