@@ -331,14 +331,13 @@ class Run:
         Raises:
             InputError: the run fine-tuned nothing, a file is missing, or `out` is there already.
         """
-        default = "export" if format == "merged" else "export-adapter"
         with _call(self.config):
-            from hsft.finished.export import ExportOptions, export
+            from hsft.finished.export import ExportOptions, default_folder, export
 
             return export(
                 ExportOptions(
                     run=self.folder,
-                    out=Path(out) if out is not None else self.folder / default,
+                    out=Path(out) if out is not None else default_folder(self.folder, format),
                     format=format,
                     dtype=dtype,
                     evaluate=evaluate,

@@ -14,7 +14,12 @@ from transformers import AutoModel, Gemma2Config, LlamaConfig
 from benchmarks import launches
 from hsft.data.dataset import TrainBatch
 from hsft.model.backbone import LoraSettings, add_lora, computes_in_bfloat16, load_decoder
-from hsft.model.fast_layers import Linear4bit, LoraLinear, LoraLinear4bit, dequantized_linear
+from hsft.model.fast_layers import (
+    Linear4bit,
+    LoraLinear,
+    LoraLinear4bit,
+    dequantize_in_training,
+)
 from hsft.model.item_table import ItemTable
 from hsft.model.norms import RMSNorm, fuse_norms
 from hsft.model.recommender import LossSettings, Recommender
@@ -41,7 +46,9 @@ def test_a_dequantised_product_is_bitsandbytes(kind: str, double: bool) -> None:
     upstream = torch.randn(3, 5, 64)
     wanted = layer(x)
     (wanted_grad,) = torch.autograd.grad((wanted * upstream).sum(), x)
-    found = dequantized_linear(x, layer.weight, layer.bias)
+    dequantize_in_training(layer)
+    assert type(layer) is Linear4bit
+    found = layer(x)
     (grad,) = torch.autograd.grad((found * upstream).sum(), x)
     torch.testing.assert_close(found, wanted)
     torch.testing.assert_close(grad, wanted_grad)

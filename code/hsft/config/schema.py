@@ -7,6 +7,7 @@ Keys that HLLM's YAML files know keep their names and meaning (arXiv 2409.12740'
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Annotated, Any, Literal, get_args
 
@@ -583,6 +584,11 @@ class Config(_Section):
         if self.num_negatives is not None or self.negatives == "per_sequence":
             return "sampled"
         return self.negatives
+
+    @property
+    def initial_logit_scale(self) -> float | None:
+        """-log(temperature), the log factor on cosines to start from; None without a temperature."""
+        return None if self.temperature is None else -math.log(self.temperature)
 
     def negatives_per_sequence(self, sequences: int) -> int:
         """Return how many items are drawn for each sequence, 0 where none are drawn.

@@ -20,8 +20,7 @@ def dataset_file(data_path: str, dataset: str | None, key: str = "dataset") -> P
     Raises:
         InputError: no dataset is named or there is no such file; existing ones are listed.
     """
-    if not dataset:
-        raise InputError("no dataset is named; give --dataset NAME, for example Pixel200K.")
+    dataset = _named(dataset)
     folder = Path(data_path)
     path = folder / f"{dataset}.csv"
     if is_file(path):
@@ -38,14 +37,18 @@ def dataset_file(data_path: str, dataset: str | None, key: str = "dataset") -> P
     )
 
 
+def _named(dataset: str | None) -> str:
+    if not dataset:
+        raise InputError("no dataset is named; give --dataset NAME, for example Pixel200K.")
+    return dataset
+
+
 def information_file(text_path: str, dataset: str | None) -> Path:
     """Return the item information file: `text_path` itself, or `<text_path>/<dataset>.csv`."""
     path = Path(text_path)
     if is_file(path):
         return path
-    if not dataset:
-        raise InputError("no dataset is named; give --dataset NAME, for example Pixel200K.")
-    path = path / f"{dataset}.csv"
+    path = path / f"{_named(dataset)}.csv"
     if not is_file(path):
         raise InputError(
             f"{path} does not exist; put the item information there or change --text_path."
@@ -55,9 +58,7 @@ def information_file(text_path: str, dataset: str | None) -> Path:
 
 def default_cache_path(data_path: str, dataset: str | None) -> Path:
     """Return `<data_path>/<dataset in lower case>_item_embeddings.safetensors`."""
-    if not dataset:
-        raise InputError("no dataset is named; give --dataset NAME, for example Pixel200K.")
-    return Path(data_path) / f"{dataset.lower()}_item_embeddings.safetensors"
+    return Path(data_path) / f"{_named(dataset).lower()}_item_embeddings.safetensors"
 
 
 def cache_path(config: Config) -> Path:
@@ -91,8 +92,8 @@ def find_cache(path: str | Path) -> Path:
     )
 
 
-def require_model_folder(folder: Path) -> None:
-    """Refuse a path that is no model folder.
+def require_model_folder(folder: Path) -> Path:
+    """Return a folder, after refusing one that is no model folder.
 
     Raises:
         InputError: there is no such folder, or it has no config.json.
@@ -104,6 +105,7 @@ def require_model_folder(folder: Path) -> None:
         )
     if not is_file(folder / "config.json"):
         raise InputError(f"model folder {folder} has no config.json; name a transformers folder.")
+    return folder
 
 
 def user_llm_folder(config: Config) -> Path:
@@ -116,8 +118,7 @@ def user_llm_folder(config: Config) -> Path:
         raise InputError(
             "no UserLLM is named; give --user_pretrain_dir FOLDER (download_userllm.py makes one)."
         )
-    require_model_folder(Path(config.user_pretrain_dir))
-    return Path(config.user_pretrain_dir)
+    return require_model_folder(Path(config.user_pretrain_dir))
 
 
 def item_llm_folder(config: Config) -> Path:
@@ -135,13 +136,17 @@ def item_llm_folder(config: Config) -> Path:
         raise InputError(
             "no ItemLLM is named; give --item_pretrain_dir FOLDER (download_itemllm.py makes one)."
         )
-    require_model_folder(Path(config.item_pretrain_dir))
-    return Path(config.item_pretrain_dir)
+    return require_model_folder(Path(config.item_pretrain_dir))
+
+
+def interaction_file(config: Config) -> Path:
+    """Return the path of the interaction file, whether or not it is there."""
+    return Path(config.data_path) / f"{config.dataset}.csv"
 
 
 def has_interactions(config: Config) -> bool:
     """Say whether the interaction file is there."""
-    return config.dataset is not None and is_file(Path(config.data_path) / f"{config.dataset}.csv")
+    return bool(config.dataset) and is_file(interaction_file(config))
 
 
 def has_cache_path(config: Config) -> bool:

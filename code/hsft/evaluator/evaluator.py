@@ -19,6 +19,7 @@ from hsft.data.interactions import PAD
 from hsft.data.negatives import NegativeSampler
 from hsft.evaluator import metrics, ranking
 from hsft.utils.errors import InputError
+from hsft.utils.host_copy import HostCopy
 
 log = logging.getLogger(__name__)
 
@@ -118,30 +119,6 @@ class _Group:
         )
 
 
-class _HostRanks:
-    """A group's ranks on their way from the device.
-
-    Args:
-        rows: int64 [b], samples.
-        ranks: int64 [b].
-    """
-
-    def __init__(self, rows: Tensor, ranks: Tensor) -> None:
-        # With non_blocking, torch copies from a GPU into pinned memory.
-        self._rows = rows.to("cpu", non_blocking=True)
-        self._ranks = ranks.to("cpu", non_blocking=True)
-        self._event: Any = None
-        if ranks.is_cuda:
-            self._event = torch.cuda.Event()
-            self._event.record()
-
-    def write(self, ranks: np.ndarray) -> None:
-        """Wait for the copy and write it to its places in int64 [E]."""
-        if self._event is not None:
-            self._event.synchronize()
-        ranks[self._rows.numpy()] = self._ranks.numpy()
-
-
 class Evaluator:
     """Scores all users of one phase.
 
@@ -220,15 +197,13 @@ class Evaluator:
         began = time.perf_counter()
         ranks = np.zeros(len(self.dataset), dtype=np.int64)
         covered = {k: np.zeros(scorer.num_items + 1, dtype=bool) for k in self._coverage_cuts()}
-        waiting: _HostRanks | None = None
+        waiting: HostCopy | None = None
         for group in self._groups(scorer, device, on_batch, autocast):
-            started = _HostRanks(group.rows, self._rank(scorer, group, covered))
+            started = HostCopy(torch.stack([group.rows, self._rank(scorer, group, covered)]))
             # A group late, so that the device has the next one before this one is waited for.
-            if waiting is not None:
-                waiting.write(ranks)
+            _write_ranks(waiting, ranks)
             waiting = started
-        if waiting is not None:
-            waiting.write(ranks)
+        _write_ranks(waiting, ranks)
         if self.world_size > 1:
             counted = np.zeros_like(ranks)
             counted[self._own] = ranks[self._own]
@@ -359,3 +334,10 @@ def draw_candidates(dataset: CachedEmbeddingEvalDataset, protocol: EvalProtocol)
         )
     rng = np.random.default_rng([protocol.seed, _CANDIDATE_STREAM[dataset.phase]])
     return sampler.draw(users, protocol.candidates, rng, distinct=True)
+
+
+def _write_ranks(copy: HostCopy | None, ranks: np.ndarray) -> None:
+    """Write a group's ranks, int64 [2, b] of samples and their ranks, into int64 [E]."""
+    if copy is not None:
+        rows, values = copy.read().numpy()
+        ranks[rows] = values

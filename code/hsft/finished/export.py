@@ -95,6 +95,11 @@ class ExportOptions:
     overrides: Mapping[str, Any] | None = None
 
 
+def default_folder(run: Path, format: Format) -> Path:
+    """Return where an export goes unless another folder is named."""
+    return run / ("export" if format == "merged" else "export-adapter")
+
+
 def export(options: ExportOptions) -> Path:
     """Export a run that trained the UserLLM.
 

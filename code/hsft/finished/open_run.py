@@ -15,7 +15,7 @@ from hsft.config import Config, load_config
 from hsft.config.schema import READS_EMBEDDINGS, REFERENCES
 from hsft.data.cache import ItemCache
 from hsft.data.dataset import CachedEmbeddingEvalDataset
-from hsft.data.files import information_file
+from hsft.data.files import information_file, interaction_file
 from hsft.data.item_text import read_item_titles
 from hsft.evaluator.evaluator import EvalProtocol, Scorer
 from hsft.evaluator.fingerprint import differing_parts, evaluation_fingerprint
@@ -76,8 +76,7 @@ class OpenRun:
     @property
     def own_items(self) -> int:
         """Number of the run's own items; items with higher numbers were added to it."""
-        count = self.data.own_items
-        return self.data.interactions.num_items if count is None else count
+        return self.data.num_own_items
 
     def refuse_new_items(self) -> None:
         """Refuse a run whose model cannot score items that it was not trained with.
@@ -272,7 +271,7 @@ def refuse_elsewhere(
     Raises:
         InputError: the data's path is relative, not overridden, and leads nowhere from here.
     """
-    path = Path(config.data_path) / f"{config.dataset}.csv"
+    path = interaction_file(config)
     if "data_path" in (overrides or {}) or path.is_absolute() or is_file(path):
         return
     raise InputError(

@@ -13,7 +13,13 @@ import torch
 from hsft.config import Config
 from hsft.data.cache import ItemCache, open_cache
 from hsft.data.column_checks import find_spellings
-from hsft.data.files import cache_path, information_file, item_llm_folder
+from hsft.data.files import (
+    cache_path,
+    has_interactions,
+    information_file,
+    interaction_file,
+    item_llm_folder,
+)
 from hsft.data.interactions import load_interactions
 from hsft.data.item_text import ItemTexts, read_item_texts, unfit_texts, with_items
 from hsft.encoding.build_cache import CacheBuilder, EncodingJob, encode_items
@@ -248,10 +254,10 @@ def _catalogue(config: Config) -> ItemTexts:
     """
     path = information_file(config.text_path, config.dataset)
     items = read_item_texts(path, config.text_keys, config.item_prompt, config.text_format)
-    source = Path(config.data_path) / f"{config.dataset}.csv"
+    source = interaction_file(config)
     warnings = list(items.warnings)
     item_ids = np.empty(0, dtype=object)
-    if config.dataset and source.is_file():
+    if has_interactions(config):
         interactions = load_interactions(config)
         warnings += interactions.warnings
         item_ids = interactions.item_ids[1:]
@@ -311,8 +317,6 @@ def _load_encoder(config: Config, folder: str, device: torch.device) -> ItemEnco
             sentences.compile()
         return sentences
     # Texts come in rows of alike length, and share what they begin with: no row holds several.
-    varlen = config.attn_implementation == "varlen"
-    kernels = config.model_copy(update={"attn_implementation": "sdpa"}) if varlen else config
     model = load_model_config(folder, config.trust_remote_code)
     encoder = load_item_encoder(
         folder,
@@ -320,7 +324,7 @@ def _load_encoder(config: Config, folder: str, device: torch.device) -> ItemEnco
         max_text_length=config.MAX_TEXT_LENGTH,
         device=device,
         dtype=compute_dtype(config),
-        attention=attention_kernel(kernels, device, model, rows=False),
+        attention=attention_kernel(config, device, model, rows=False),
         trust_remote_code=config.trust_remote_code,
         tokenizer_as_saved=config.text_format == "hllm",
     )

@@ -29,8 +29,8 @@ log = logging.getLogger(__name__)
 _WARM_UP = 2
 # More buckets than this are not captured: a graph costs memory for its launch list.
 _MOST_GRAPHS = 16
-# Optimizer steps below which neither earns its warm-up back.
-SHORTEST_GRAPH, SHORTEST_COMPILE = 50, 1000
+# Optimizer steps below which captures do not earn back what they take.
+SHORTEST_GRAPH = 50
 
 
 @dataclass(frozen=True)

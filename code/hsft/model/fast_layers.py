@@ -21,6 +21,10 @@ except ImportError:  # some systems have no build of it
     bnb = None
 
 
+# Block size, kind of quantisation, shape and number type of a 4-bit weight.
+_Layout = tuple[int, str, tuple[int, int], torch.dtype]
+
+
 class _DequantizedLinear(torch.autograd.Function):
     """x W' with a frozen 4-bit W, dequantised in the forward and again in the backward pass.
 
@@ -30,60 +34,18 @@ class _DequantizedLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        packed: Tensor,
-        absmax: Tensor,
-        nested: tuple[Tensor, Tensor, Tensor, int] | None,
-        layout: tuple[int, str, tuple[int, int], torch.dtype],
-        bias: Tensor | None,
+        ctx: Any, x: Tensor, packed: Tensor, absmax: Tensor, layout: _Layout, bias: Tensor | None
     ) -> Tensor:
-        ctx.save_for_backward(packed, absmax, *(nested[:3] if nested else ()))
-        ctx.nested_blocksize = nested[3] if nested else 0
+        ctx.save_for_backward(packed, absmax)
         ctx.layout = layout
-        return F.linear(x, _dequantize(packed, absmax, nested, layout).to(x.dtype), bias)
+        weight = torch.ops.bitsandbytes.dequantize_4bit.default(packed, absmax, *layout)
+        return F.linear(x, weight.to(x.dtype), bias)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        packed, absmax, *parts = ctx.saved_tensors
-        nested = (*parts, ctx.nested_blocksize) if parts else None
-        weight = _dequantize(packed, absmax, nested, ctx.layout).to(grad.dtype)
-        return grad @ weight, None, None, None, None, None
-
-
-def _dequantize(
-    packed: Tensor,
-    absmax: Tensor,
-    nested: Any,
-    layout: tuple[int, str, tuple[int, int], torch.dtype],
-) -> Tensor:
-    blocksize, quant_type, shape, dtype = layout
-    if nested is not None:
-        codes, scales, offset, nested_blocksize = nested
-        absmax = torch.ops.bitsandbytes.dequantize_blockwise.default(
-            absmax, scales, codes, nested_blocksize, torch.float32
-        )
-        absmax = absmax + offset
-    return torch.ops.bitsandbytes.dequantize_4bit.default(
-        packed, absmax, blocksize, quant_type, shape, dtype
-    )
-
-
-def dequantized_linear(x: Tensor, weight: Any, bias: Tensor | None) -> Tensor:
-    """Multiply by a bitsandbytes 4-bit weight: [..., in] -> [..., out], in x's number type.
-
-    Args:
-        x: the input; the only one that gets a gradient.
-        weight: bitsandbytes' Params4bit, quantised.
-        bias: [out], frozen, or None.
-    """
-    state = weight.quant_state
-    nested = None
-    if state.nested:
-        nested = (state.state2.code, state.state2.absmax, state.offset, state.state2.blocksize)
-    layout = (state.blocksize, state.quant_type, tuple(state.shape), state.dtype)
-    result: Tensor = _DequantizedLinear.apply(x, weight.data, state.absmax, nested, layout, bias)
-    return result
+        packed, absmax = ctx.saved_tensors
+        weight = torch.ops.bitsandbytes.dequantize_4bit.default(packed, absmax, *ctx.layout)
+        return grad @ weight.to(grad.dtype), None, None, None, None
 
 
 def _lora_forward(layer: Any, x: Tensor) -> Tensor:
@@ -107,39 +69,42 @@ def _is_plain(layer: Any) -> bool:
     return not (layer.merged or layer.disable_adapters or len(layer.active_adapters) != 1)
 
 
-class LoraLinear(peft_lora.Linear):
-    """peft's LoRA on a linear layer, with fewer kernels."""
+class _FewerKernels:
+    """The forward pass of a LoRA layer, to be put before one of peft's."""
 
     keeps_dtype = True
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Compute x W' + s (dropout(x) A') B': [..., in] -> [..., out]."""
         if args or kwargs or not _is_plain(self):
-            return super().forward(x, *args, **kwargs)
+            result: Tensor = super().forward(x, *args, **kwargs)  # type: ignore[misc]
+            return result
         return _lora_forward(self, x)
+
+
+class LoraLinear(_FewerKernels, peft_lora.Linear):
+    """peft's LoRA on a linear layer, with fewer kernels."""
 
 
 if bnb is not None:
 
     class Linear4bit(bnb.nn.Linear4bit):
-        """bitsandbytes' 4-bit layer, dequantised for every product."""
+        """bitsandbytes' 4-bit layer, dequantised for every product; its constants are not nested."""
 
         def forward(self, x: Tensor) -> Tensor:
             """Compute x W' + b: [..., in] -> [..., out], in x's number type."""
             dtype = self.compute_dtype or x.dtype
             bias = None if self.bias is None else self.bias.to(dtype)
-            return dequantized_linear(x.to(dtype), self.weight, bias).to(x.dtype)
+            weight: Any = self.weight
+            state = weight.quant_state
+            layout = (state.blocksize, state.quant_type, tuple(state.shape), state.dtype)
+            result: Tensor = _DequantizedLinear.apply(
+                x.to(dtype), weight.data, state.absmax, layout, bias
+            )
+            return result.to(x.dtype)
 
-    class LoraLinear4bit(peft_lora.Linear4bit):
+    class LoraLinear4bit(_FewerKernels, peft_lora.Linear4bit):
         """peft's LoRA on a 4-bit layer, with fewer kernels."""
-
-        keeps_dtype = True
-
-        def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            """Compute x W' + s (dropout(x) A') B': [..., in] -> [..., out]."""
-            if args or kwargs or not _is_plain(self):
-                return super().forward(x, *args, **kwargs)
-            return _lora_forward(self, x)
 
 
 def use_fast_lora_layers(settings: LoraConfig) -> None:

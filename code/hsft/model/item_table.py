@@ -100,10 +100,9 @@ class ItemTable(nn.Module):
 
         Id vectors are never dropped here.
         """
-        vectors = self._adapt(self.embeddings[start:end])
         if self.id_vectors is None:
-            return vectors
-        return _add_to_first(vectors, self.id_vectors[start:end])
+            return self._adapt(self.embeddings[start:end])
+        return self._with_ids(start, end, self.id_vectors[start:end])
 
     def chunks(self, size: int) -> list[Callable[[], Tensor]]:
         """Return one function per `size` items (without the padding item) that gives their vectors.
@@ -128,7 +127,7 @@ class ItemTable(nn.Module):
             for (start, end), ids, keep in zip(bounds, pieces, kept, strict=False)
         ]
 
-    def _with_ids(self, start: int, end: int, ids: Tensor, keep: Tensor | None) -> Tensor:
+    def _with_ids(self, start: int, end: int, ids: Tensor, keep: Tensor | None = None) -> Tensor:
         vectors = self._adapt(self.embeddings[start:end])
         return _add_to_first(vectors, ids if keep is None else ids * keep)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import torch
@@ -169,5 +168,4 @@ def build_sasrec(config: Config, num_items: int) -> Recommender:
         budget_bytes=config.logits_budget_mb << 20,
         similarity="cosine" if config.similarity == "cosine" else "dot",
     )
-    scale = None if config.temperature is None else -math.log(config.temperature)
-    return Recommender(encoder, settings, scale, config.fix_temp)
+    return Recommender(encoder, settings, config.initial_logit_scale, config.fix_temp)

@@ -51,14 +51,14 @@ def main(argv: Sequence[str]) -> int:
     add_location_options(parser)
     args = parser.parse_args(argv)
     # Imported here, so that --help and a mistyped option need not wait for torch.
-    from hsft.finished.export import ExportOptions, export
+    from hsft.finished.export import ExportOptions, default_folder, export
 
     set_up_logging()
-    default = "export" if args.format == "merged" else "export-adapter"
+    run = Path(args.run)
     out = export(
         ExportOptions(
-            run=Path(args.run),
-            out=Path(args.out) if args.out else Path(args.run) / default,
+            run=run,
+            out=Path(args.out) if args.out else default_folder(run, args.format),
             format=args.format,
             dtype=args.dtype,
             evaluate=args.evaluate,

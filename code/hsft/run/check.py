@@ -28,6 +28,7 @@ from hsft.data.files import (
     has_cache_path,
     has_interactions,
     information_file,
+    interaction_file,
     item_llm_folder,
     user_llm_folder,
 )
@@ -334,7 +335,7 @@ def _item_model(config: Config, findings: Findings) -> None:
         check_weights(folder, keep_token_embedding=True, trust_remote_code=config.trust_remote_code)
     with findings.collect():
         model = load_model_config(folder, config.trust_remote_code)
-        attention_kernel(config, torch.device(choose_device(config)), model)
+        attention_kernel(config, torch.device(choose_device(config)), model, rows=False)
 
 
 def _cache_header(config: Config, hidden: int | None) -> None:
@@ -381,7 +382,7 @@ def _texts_suffice(
     catalogue: Sequence[str] | np.ndarray = []
     if interactions is not None:
         catalogue = interactions.item_ids[1:]
-    source = Path(config.data_path) / f"{config.dataset}.csv"
+    source = interaction_file(config)
     findings.problems += unfit_texts(texts, path, config.text_keys, catalogue, source)
 
 

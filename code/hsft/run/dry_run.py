@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,8 @@ from transformers import LlamaConfig
 from hsft.config import Config
 from hsft.data.cache import DTYPES, is_native, open_cache, read_header
 from hsft.data.dataset import CachedEmbeddingTrainDataset
-from hsft.data.files import cache_path, find_cache
-from hsft.data.interactions import load_interactions
+from hsft.data.files import cache_path, find_cache, has_interactions, interaction_file
+from hsft.data.interactions import Interactions, load_interactions
 from hsft.data.split import leave_one_out
 from hsft.model.attention import VARLEN
 from hsft.model.backbone import (
@@ -113,7 +114,9 @@ def assumed_shape(config: Config) -> tuple[TrainingShape, list[str]]:
         )
     named = config.user_pretrain_dir
     model_config, assumed = _user_model(config, Path(named) if named else None)
-    items = _items(config, int(model_config.hidden_size), known_width=not assumed)
+    # Read where it is needed, once.
+    read = cache(lambda: load_interactions(config))
+    items = _items(config, int(model_config.hidden_size), read, known_width=not assumed)
     asked = config.attn_implementation
     kernel = choose_attention(
         "auto" if asked == "flash_attention_2" else asked,
@@ -124,7 +127,7 @@ def assumed_shape(config: Config) -> tuple[TrainingShape, list[str]]:
     )
     transformed = config.item_embedding_transform != "none"
     precision = "bf16-mixed" if config.precision == "auto" else config.precision
-    lengths = _lengths(config) if packed_row_length(config, kernel) else None
+    lengths = _lengths(config, read) if packed_row_length(config, kernel) else None
     shape = TrainingShape(
         model_config=model_config,
         quant_type=config.qlora_quant_type,
@@ -174,22 +177,23 @@ def _user_model(config: Config, folder: Path | None) -> tuple[Any, list[str]]:
     return model_config, assumed
 
 
-def _lengths(config: Config) -> np.ndarray | None:
+def _lengths(config: Config, read: Callable[[], Interactions]) -> np.ndarray | None:
     """Return the positions of every training sequence, None where the interactions are not there."""
-    path = Path(config.data_path) / f"{config.dataset}.csv"
-    if not config.dataset or not is_file(path):
+    if not has_interactions(config):
         return None
-    split = leave_one_out(load_interactions(config))
-    dataset = CachedEmbeddingTrainDataset(split, config.MAX_ITEM_LIST_LENGTH)
+    dataset = CachedEmbeddingTrainDataset(leave_one_out(read()), config.MAX_ITEM_LIST_LENGTH)
     return dataset.lengths if len(dataset) else None
 
 
-def _items(config: Config, width: int, *, known_width: bool) -> _Items:
+def _items(
+    config: Config, width: int, read: Callable[[], Interactions], *, known_width: bool
+) -> _Items:
     """Count the items: of the cache that would be read, else of the interactions.
 
     Args:
         config: the configuration.
         width: the UserLLM's hidden size.
+        read: reads the interactions.
         known_width: False when it is assumed, and need not be the cache's.
     """
     path = None
@@ -203,31 +207,27 @@ def _items(config: Config, width: int, *, known_width: bool) -> _Items:
         if path is None
         else (f"no item cache at {path}: its vectors are taken as {width} wide.",)
     )
-    data = Path(config.data_path) / f"{config.dataset}.csv"
-    if config.dataset and is_file(data):
-        count = load_interactions(config).num_items
-        source = f"the number of items is that of {data}."
-        return _Items(count, config.item_cache_dtype, (*assumed, source))
+    data = interaction_file(config)
+    if has_interactions(config):
+        sentence = f"the number of items is that of {data}."
+        return _Items(read().num_items, config.item_cache_dtype, (*assumed, sentence))
     missing = f"no interactions at {data}" if config.dataset else "no dataset is named"
-    source = f"{missing}: the number of items is unknown and the item table is not counted."
-    return _Items(None, config.item_cache_dtype, (*assumed, source))
+    sentence = f"{missing}: the number of items is unknown and the item table is not counted."
+    return _Items(None, config.item_cache_dtype, (*assumed, sentence))
 
 
 def _cached_items(config: Config, path: Path, width: int, *, known_width: bool) -> _Items:
     if is_native(path):
         count, dim, dtype = read_header(path)
     else:
-        cache = open_cache(path)
-        count, dim, dtype = (
-            len(cache),
-            cache.dim,
-            str(cache.embeddings.dtype).removeprefix("torch."),
-        )
+        items = open_cache(path)
+        count, dim = len(items), items.dim
+        dtype = str(items.embeddings.dtype).removeprefix("torch.")
     if known_width:
         check_width(config, read_extra(config.user_pretrain_dir or ""), path, dim, width)
     elif dim != width:
-        source = f"item cache {path} has {dim} dimensions: only its number of items is used."
-        return _Items(count, dtype, (source,))
+        sentence = f"item cache {path} has {dim} dimensions: only its number of items is used."
+        return _Items(count, dtype, (sentence,))
     return _Items(count, dtype, width=dim)
 
 

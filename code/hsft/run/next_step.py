@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from hsft.config import Config, load_config
-from hsft.data.files import cache_path, default_cache_path
-from hsft.utils.files import is_file
+from hsft.data.files import cache_path, default_cache_path, has_interactions
 from hsft.utils.program import command, command_line
 
 _FILES = ("code/overall/LLM_ddp.yaml", "code/HLLM/HLLM.yaml")
@@ -34,7 +33,7 @@ def command_after_caching(config: Config, files: Sequence[Path]) -> str | None:
         A command for a shell in the repo's root; None where there are no interactions to go on
         with, or a value does not fit on a line.
     """
-    if config.dataset is None or not is_file(Path(config.data_path) / f"{config.dataset}.csv"):
+    if not has_interactions(config):
         return None
     plain, _ = load_config(files or _FILES)
     words = ["--config_file", *map(str, files or _FILES)]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -523,8 +522,8 @@ def initial_logit_scale(config: Config, extra: Mapping[str, torch.Tensor]) -> fl
     Returns:
         -log(temperature); None: neither says one.
     """
-    if config.temperature is not None:
-        return -math.log(config.temperature)
+    if config.initial_logit_scale is not None:
+        return config.initial_logit_scale
     return float(extra["logit_scale"]) if "logit_scale" in extra else None
 
 

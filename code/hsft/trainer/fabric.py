@@ -11,6 +11,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from hsft.config import Config
+from hsft.model.attention import VARLEN
 from hsft.model.backbone import choose_attention
 from hsft.trainer.zero import check_deepspeed, deepspeed_strategy
 from hsft.utils.distributed import TIMEOUT, world_size
@@ -91,13 +92,15 @@ def attention_kernel(
         config: the configuration.
         device: where the model runs.
         model_config: of the model, as `load_model_config` gives.
-        rows: whether a row may hold several sequences; else `auto` does not take `varlen`.
+        rows: whether a row may hold several sequences; else there is no use for `varlen`: `auto`
+            does not take it, and sdpa stands in for it.
 
     Raises:
         InputError: what was asked for cannot run here, or not with this model.
     """
+    asked = config.attn_implementation
     return choose_attention(
-        config.attn_implementation,
+        "sdpa" if asked == VARLEN and not rows else asked,
         config.use_ft_flash_attn,
         device,
         half=compute_dtype(config) in (torch.bfloat16, torch.float16),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,31 +16,7 @@ from hsft.trainer.fabric import choose_precision
 from hsft.trainer.sampler import SequenceBatches
 from hsft.utils.distributed import all_reduce, world_size
 from hsft.utils.errors import InputError
-
-
-class HostCopy:
-    """A small tensor copied to the CPU in the background.
-
-    `Tensor.item()` waits for everything that is queued on the GPU; this waits only for what was
-    queued before the copy, so a value read one step late costs no idle time.
-
-    Args:
-        values: float [n].
-    """
-
-    def __init__(self, values: Tensor) -> None:
-        self._event: Any = None
-        # With non_blocking, torch copies from a GPU into pinned memory.
-        self._values = values.to("cpu", non_blocking=True)
-        if values.is_cuda:
-            self._event = torch.cuda.Event()
-            self._event.record()
-
-    def read(self) -> list[float]:
-        """Wait for the copy and return it."""
-        if self._event is not None:
-            self._event.synchronize()
-        return [float(value) for value in self._values.tolist()]
+from hsft.utils.host_copy import HostCopy
 
 
 @dataclass(frozen=True)
@@ -147,7 +122,7 @@ class PendingStep:
 
     def read(self) -> StepReport:
         """Wait for the step and return its numbers."""
-        values = self._copy.read()
+        values = self._copy.read().tolist()
         count = len(self._report.positions)
         stop, due = values[count + 5 :] or (self._report.stop, self._report.due)
         return replace(
