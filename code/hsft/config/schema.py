@@ -363,8 +363,11 @@ class Config(_Section):
         "UserLLM",
         "names of the linear layers that get LoRA, or [all-linear]",
     )
-    qlora_quant_type: Literal["nf4", "fp4", "int8", "none"] = _key(
-        "nf4", "UserLLM", "quantisation of the frozen weights; none is plain LoRA"
+    qlora_quant_type: Literal["auto", "nf4", "fp4", "int8", "none"] = _key(
+        "nf4",
+        "UserLLM",
+        "quantisation of the frozen weights; none is plain LoRA; auto is none where a CUDA card holds "
+        "a training step with plain weights, by the estimate of dry_run, and else nf4",
     )
     qlora_compute_dtype: Literal["auto", "float16", "bfloat16", "float32"] = _key(
         "auto", "UserLLM", "number type of the quantised layers' products; auto follows precision"

@@ -394,6 +394,7 @@ def make_evaluator(
 def lora_settings(config: Config) -> LoraSettings:
     """Return the LoRA and quantisation settings of a configuration."""
     dtype = config.qlora_compute_dtype
+    assert config.qlora_quant_type != "auto", "resolved at the start of a run"
     return LoraSettings(
         rank=config.qlora_r,
         alpha=config.qlora_alpha,
