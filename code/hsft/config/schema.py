@@ -446,6 +446,12 @@ class Config(_Section):
     gradient_accumulation_steps: PositiveInt = _key(
         1, "training", "forward passes per optimizer step", le=100_000
     )
+    loss_mean: Literal["positions", "batches"] = _key(
+        "positions",
+        "training",
+        "what has the same weight in an optimizer step: every position, or (as HLLM) every batch of "
+        "every process, however many positions it has",
+    )
     clip_grad_norm: Number = _key(
         1.0, "training", "largest gradient norm; 0 turns clipping off", ge=0
     )
@@ -499,6 +505,12 @@ class Config(_Section):
         "evaluation",
         "users of each validation, a sample drawn once by seed; default: all. The final evaluation is "
         "always of all users",
+    )
+    valid_tie: Literal["earlier", "later"] = _key(
+        "earlier",
+        "evaluation",
+        "which of two epochs with the same validation metric is kept; later, as HLLM, counts as an "
+        "improvement",
     )
     eval_step: PositiveInt = _key(1, "evaluation", "epochs between validations")
     stopping_step: PositiveInt = _key(

@@ -541,4 +541,5 @@ def loss_settings(config: Config, scored_by: Similarity | None = None) -> LossSe
         nce_thres=config.nce_thres,
         budget_bytes=config.logits_budget_mb << 20,
         similarity=similarity,
+        mean=config.loss_mean,
     )
