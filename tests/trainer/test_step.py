@@ -111,7 +111,7 @@ def test_a_split_batch_has_the_whole_batch_s_gradient(llama: Path, settings: Los
     ("mean", "shares"), [("positions", (6 / 7, 1 / 7)), ("batches", (0.5, 0.5))]
 )
 def test_accumulated_batches_have_the_weight_of_loss_mean(
-    llama: Path, mean: str, shares: tuple[float, float]
+    llama: Path, mean: Any, shares: tuple[float, float]
 ) -> None:
     config = Config(loss_mean=mean, gradient_accumulation_steps=2)
     fabric = Fabric(accelerator="cpu", devices=1)
