@@ -63,10 +63,10 @@ class Ensemble:
         ):
             users = member.scorer.user_vectors(*last_items(history, lengths, member.max_length))
             with torch.autocast(users.device.type, enabled=False):
-                exact = users.double()
+                exact = _exact(users)
                 deviation = (exact @ covariance * exact).sum(dim=-1).clamp_min(0).sqrt()
                 scaled = weight * exact / deviation.clamp_min(1e-12).unsqueeze(-1)
-            parts.append(scaled.float())
+            parts.append(scaled.float().to(users.device))
         return torch.cat(parts, dim=-1)
 
     def item_slice(self, start: int, end: int) -> Tensor:
@@ -85,12 +85,17 @@ def item_covariance(scorer: Scorer) -> Tensor:
     """Return the covariance of a model's item vectors over its catalogue: float64 [D, D]."""
     stop = scorer.num_items + 1
     slices = [
-        scorer.item_slice(start, min(start + _ITEMS_AT_A_TIME, stop)).double()
+        _exact(scorer.item_slice(start, min(start + _ITEMS_AT_A_TIME, stop)))
         for start in range(1, stop, _ITEMS_AT_A_TIME)
     ]
     mean = torch.stack([part.sum(dim=0) for part in slices]).sum(dim=0) / scorer.num_items
     products = [(part - mean).T @ (part - mean) for part in slices]
     return torch.stack(products).sum(dim=0) / scorer.num_items
+
+
+def _exact(vectors: Tensor) -> Tensor:
+    """Return vectors in float64, on the CPU where their device may have no such type."""
+    return vectors.to(vectors.device if vectors.is_cuda else "cpu", torch.float64)
 
 
 def last_items(history: Tensor, lengths: Tensor, most: int) -> tuple[Tensor, Tensor]:
