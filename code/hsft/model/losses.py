@@ -55,7 +55,7 @@ def info_nce(
     Args:
         queries: [T, D] user vectors.
         positives: [T, D] item vectors of the next items.
-        pool: [P, D] item vectors of the negatives.
+        pool: [P, D] item vectors of the negatives; the very tensor `positives` is normalised once.
         logit_scale: scalar, log of the factor; the caller keeps it in [0, ln 100].
         nce_thres: cosine above which a negative is masked.
         excluded: bool [T, P] further (position, negative) pairs to mask, or None.
@@ -68,7 +68,9 @@ def info_nce(
     Returns:
         Scalar float32; 0 when no position counts.
     """
-    queries, positives, pool = normalize(queries), normalize(positives), normalize(pool)
+    same = pool is positives
+    queries, positives = normalize(queries), normalize(positives)
+    pool = positives if same else normalize(pool)
 
     def block(
         q: Tensor,

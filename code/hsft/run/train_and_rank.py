@@ -318,7 +318,14 @@ def _train(run: RunContext, data: Data, model: Recommender) -> tuple[TrainState,
     config, fabric = run.config, run.fabric
     dataset = CachedEmbeddingTrainDataset(data.split, config.MAX_ITEM_LIST_LENGTH)
     check_training(config, data.split, dataset)
-    loader = make_train_loader(config, dataset, data, fabric, pack=_packs(config, model, fabric))
+    loader = make_train_loader(
+        config,
+        dataset,
+        data,
+        fabric,
+        pack=_packs(config, model, fabric),
+        list_items=model.encoder.items.adapter is not None,
+    )
     # Before ZeRO stage 3 takes the parameters apart.
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     log.info(
@@ -430,10 +437,17 @@ def make_train_loader(
     fabric: Fabric,
     *,
     pack: bool = True,
+    list_items: bool = False,
 ) -> DataLoader[Any]:
     """Make the loader of training batches for this process.
 
-    `pack`: False gives every sequence a row of its own, whatever `pack_sequences` says.
+    Args:
+        config: the configuration.
+        dataset: the training sequences.
+        data: the interactions, for the negatives.
+        fabric: the processes.
+        pack: False gives every sequence a row of its own, whatever `pack_sequences` says.
+        list_items: see `TrainCollate`; for a model whose items are adapted.
     """
     drawn = config.effective_negatives == "sampled"
     rows = config.train_batch_size * world_size()
@@ -449,6 +463,7 @@ def make_train_loader(
         seed=config.seed,
         row_length=length,
         single_row=single_row,
+        list_items=list_items,
     )
     batches = SequenceBatches(
         dataset.lengths,
