@@ -64,22 +64,44 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-@pytest.fixture(scope="module")
-def environment(built: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The `bin` folder of an environment with nothing but the wheel.
+def install_alone(source: str, folder: Path) -> Path:
+    """Install a distribution into an empty environment and return the environment's `bin` folder.
 
     The packages that it needs are those of the tests' environment, at the end of its path: to
     download torch once more would take minutes.
     """
-    folder = tmp_path_factory.mktemp("environment")
     run([sys.executable, "-m", "venv", "--without-pip", str(folder)], folder)
-    (wheel,) = built.glob("*.whl")
-    scripts = folder / "bin"
-    pip = [sys.executable, "-m", "pip", "--python", str(scripts / "python"), "--quiet"]
-    run([*pip, "install", "--no-deps", "--no-index", str(wheel)], folder)
     (packages,) = folder.glob("lib/python*/site-packages")
     (packages / "tests_environment.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    scripts = folder / "bin"
+    pip = [sys.executable, "-m", "pip", "--python", str(scripts / "python"), "--quiet"]
+    # An editable HSFT of the tests' environment does not count as installed here.
+    options = ["--no-deps", "--no-index", "--no-build-isolation", "--ignore-installed"]
+    run([*pip, "install", *options, source], folder)
     return scripts
+
+
+@pytest.fixture(scope="module")
+def environment(built: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The `bin` folder of an environment with nothing but the wheel."""
+    (wheel,) = built.glob("*.whl")
+    return install_alone(str(wheel), tmp_path_factory.mktemp("environment"))
+
+
+@pytest.mark.skipif(
+    not (ROOT / ".git").exists() or shutil.which("git") is None,
+    reason="no git repository to install from",
+)
+def test_pip_installs_from_git(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # git refuses a repository of another user, such as one that is mounted into a container.
+    monkeypatch.setenv("GIT_CONFIG_COUNT", "1")
+    monkeypatch.setenv("GIT_CONFIG_KEY_0", "safe.directory")
+    monkeypatch.setenv("GIT_CONFIG_VALUE_0", "*")
+    scripts = install_alone(f"git+{ROOT.as_uri()}", tmp_path)
+    assert run([str(scripts / "hsft"), "--version"], tmp_path).startswith("hsft ")
+    where = "import hsft; print(hsft.__file__)"
+    shown = run([str(scripts / "python"), "-c", where], tmp_path)
+    assert Path(shown.strip()).is_relative_to(tmp_path)
 
 
 @pytest.fixture

@@ -370,8 +370,11 @@ class Config(_Section):
         "UserLLM",
         "names of the linear layers that get LoRA, or [all-linear]",
     )
-    qlora_quant_type: Literal["nf4", "fp4", "int8", "none"] = _key(
-        "nf4", "UserLLM", "quantisation of the frozen weights; none is plain LoRA"
+    qlora_quant_type: Literal["auto", "nf4", "fp4", "int8", "none"] = _key(
+        "nf4",
+        "UserLLM",
+        "quantisation of the frozen weights; none is plain LoRA; auto is none where a CUDA card holds "
+        "a training step with plain weights, by the estimate of dry_run, and else nf4",
     )
     qlora_compute_dtype: Literal["auto", "float16", "bfloat16", "float32"] = _key(
         "auto", "UserLLM", "number type of the quantised layers' products; auto follows precision"
@@ -450,6 +453,12 @@ class Config(_Section):
     gradient_accumulation_steps: PositiveInt = _key(
         1, "training", "forward passes per optimizer step", le=100_000
     )
+    loss_mean: Literal["positions", "batches"] = _key(
+        "positions",
+        "training",
+        "what has the same weight in an optimizer step: every position, or (as HLLM) every batch of "
+        "every process, however many positions it has",
+    )
     clip_grad_norm: Number = _key(
         1.0, "training", "largest gradient norm; 0 turns clipping off", ge=0
     )
@@ -503,6 +512,12 @@ class Config(_Section):
         "evaluation",
         "users of each validation, a sample drawn once by seed; default: all. The final evaluation is "
         "always of all users",
+    )
+    valid_tie: Literal["earlier", "later"] = _key(
+        "earlier",
+        "evaluation",
+        "which of two epochs with the same validation metric is kept; later, as HLLM, counts as an "
+        "improvement",
     )
     eval_step: PositiveInt = _key(1, "evaluation", "epochs between validations")
     stopping_step: PositiveInt = _key(

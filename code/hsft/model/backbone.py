@@ -446,13 +446,21 @@ def keep_layers(config: Any, layers: int) -> None:
         config.layer_types = config.layer_types[:layers]
 
 
+def has_quantization() -> bool:
+    """Say whether weights can be quantised here: some systems have no build of bitsandbytes."""
+    return importlib.util.find_spec("bitsandbytes") is not None
+
+
 def check_quantization(quant_type: str) -> None:
     """Refuse a quantised UserLLM where its kernels are missing.
 
+    Args:
+        quant_type: as `qlora_quant_type`; `auto` is refused nowhere.
+
     Raises:
-        InputError: bitsandbytes is not installed; some systems have no build of it.
+        InputError: bitsandbytes is not installed.
     """
-    if quant_type != "none" and importlib.util.find_spec("bitsandbytes") is None:
+    if quant_type not in ("auto", "none") and not has_quantization():
         raise InputError(
             f"qlora_quant_type: {quant_type} needs the package bitsandbytes, which is not installed; "
             f"install it with pip install bitsandbytes, or, where there is no build for this system, "

@@ -59,6 +59,7 @@ from hsft.model.item_adapter import adapter_shape, check_width
 from hsft.model.item_ids import read_id_vectors
 from hsft.report.memory import GIB, estimate, meta_decoder
 from hsft.run.dry_run import training_shape
+from hsft.run.quant_type import resolve_quant_type
 from hsft.run.run_dir import choose_run_dir
 from hsft.run.saved_model import member_runs, refuse_unlike_members
 from hsft.run.setup import (
@@ -466,7 +467,9 @@ def _memory(
     )
     with findings.collect():
         if device == "cuda" and not config.val_only and cache.metadata:
-            needed = estimate(training_shape(config), config.train_batch_size).total
+            config, chosen = resolve_quant_type(config, interactions, torch.device(device))
+            findings.notes += [chosen] if chosen else []
+            needed = estimate(training_shape(config, interactions), config.train_batch_size).total
             findings.notes.append(f"memory: about {needed / GIB:.2f} GiB in a training step")
             if needed > total:
                 raise InputError(

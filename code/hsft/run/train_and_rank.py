@@ -43,6 +43,7 @@ from hsft.report.result import (
     write_result,
 )
 from hsft.report.table import gain_table
+from hsft.run.quant_type import resolve_quant_type
 from hsft.run.run_dir import (
     RunDir,
     choose_run_dir,
@@ -169,9 +170,15 @@ def _run(run: RunContext) -> None:
     if config.model == "HLLM" and config.user_pretrain_dir:
         run = replace(run, user_llm_fingerprint=fingerprint(config.user_pretrain_dir))
     final = make_evaluator(config, data.split, config.eval_phase, fabric)
+    config, quantisation = resolve_quant_type(
+        config, data.interactions, fabric.device, run.folder if run.resume else None
+    )
+    run = replace(run, config=config)
     run.session.lap("data")
     try:
         run_on_rank_zero(lambda: start_run_dir(config, run.folder, resume=run.resume))
+        if quantisation:
+            log.info("%s", quantisation)
         with run.wandb:
             if config.trains and config.log_wandb:
                 run_on_rank_zero(lambda: run.wandb.open(config, run.folder))

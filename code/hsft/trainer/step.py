@@ -83,7 +83,8 @@ def group_batches(
     """Yield the batches of each optimizer step with the positions that they count.
 
     A step's loss is the mean over all its positions, in whatever batches and processes they are:
-    a batch weighs as much as it has positions, not one share in `gradient_accumulation_steps`.
+    a batch weighs as much as it has positions, not one share in `gradient_accumulation_steps`,
+    unless `loss_mean` is `batches`.
 
     Args:
         learner: for the number of batches in a step; the last step of an epoch may have fewer.
@@ -135,8 +136,9 @@ def _backward(
 ) -> list[Tensor]:
     device = learner.fabric.device
     losses = []
+    equal = learner.config.loss_mean == "batches"
     for batch, count in zip(group, positions, strict=True):
-        weight = count / max(1, sum(positions))
+        weight = 1 / len(group) if equal else count / max(1, sum(positions))
         parts = split_batch(batch, micro_batch, learner.model.settings)
         total = torch.zeros((), device=device)
         for part in parts:
