@@ -201,7 +201,12 @@ class Config(_Section):
         ge=0,
     )
     keep_last: PositiveInt = _key(2, "run", "resumable checkpoints kept", le=1000)
-    device: Literal["auto", "cpu", "cuda"] = _key("auto", "run", "where the model runs")
+    device: Literal["auto", "cpu", "cuda", "xpu", "mps"] = _key(
+        "auto",
+        "run",
+        "where the model runs; cuda: NVIDIA GPUs, and AMD's with a ROCm build of torch; xpu: Intel "
+        "GPUs, and mps: Apple's, both not tried yet; auto: cuda where there is one, else cpu",
+    )
     num_threads: Int | None = _key(
         None, "run", "CPU threads of torch; default: torch's own choice", ge=1, le=1024
     )

@@ -174,21 +174,16 @@ class Evaluator:
         self.dataset = dataset
         self.protocol = protocol
         self.world_size = world_size
-        self._own = np.arange(rank, len(dataset), world_size)
+        self._share = np.arange(rank, len(dataset), world_size)
         if candidates is None and protocol.kind == "sampled":
             candidates = draw_candidates(dataset, protocol)
-        self._loader: DataLoader[Any] = DataLoader(
-            dataset,
-            batch_size=batch_size,
-            sampler=np.resize(np.append(self._own, 0), -(-len(dataset) // world_size)).tolist(),
-            collate_fn=EvalCollate(dataset, candidates),
-            num_workers=num_workers,
-        )
+        self._candidates = candidates
+        self._batch_size, self._num_workers = batch_size, num_workers
 
     @property
     def own_users(self) -> int:
         """Users that this process scores."""
-        return len(self._own)
+        return len(self._share)
 
     # Not inference_mode: its tensors would stay behind as ZeRO stage 3's gathered parameters.
     @torch.no_grad()
@@ -222,7 +217,7 @@ class Evaluator:
         _write_ranks(waiting, ranks)
         if self.world_size > 1:
             counted = np.zeros_like(ranks)
-            counted[self._own] = ranks[self._own]
+            counted[self._share] = ranks[self._share]
             ranks = all_reduce(counted)
             covered = {k: all_reduce(seen.astype(np.int64)) > 0 for k, seen in covered.items()}
         values = metrics.compute(self.protocol.metrics, self.protocol.topk, ranks)
@@ -262,9 +257,32 @@ class Evaluator:
             ranks[:, group.rows.numpy(force=True)] = self._rank_sums(scorer, group, weights)
         if self.world_size > 1:
             counted = np.zeros_like(ranks)
-            counted[:, self._own] = ranks[:, self._own]
+            counted[:, self._share] = ranks[:, self._share]
             ranks = all_reduce(counted)
         return ranks
+
+    def _batches(self, single_row: bool) -> Iterator[EvalBatch]:
+        """Gather this process's users, batch after batch.
+
+        Padded rows come from the longest history to the shortest, so that those of a batch are
+        alike in length and memory peaks at the start; single rows in the order of the users, so
+        that they are.
+
+        Args:
+            single_row: put the histories of a batch into one row.
+        """
+        samples = np.resize(np.append(self._share, 0), -(-len(self.dataset) // self.world_size))
+        if not single_row:
+            samples = samples[np.argsort(-self.dataset.lengths[samples], kind="stable")]
+        collate = EvalCollate(self.dataset, self._candidates)
+        collate.single_row = single_row
+        yield from DataLoader(
+            self.dataset,
+            batch_size=self._batch_size,
+            sampler=samples.tolist(),
+            collate_fn=collate,
+            num_workers=self._num_workers,
+        )
 
     def _coverage_cuts(self) -> Sequence[int]:
         has_coverage = "Coverage" in self.protocol.metrics and self.protocol.kind == "full"
@@ -284,13 +302,11 @@ class Evaluator:
         """
         waiting: list[tuple[Tensor, EvalBatch]] = []
         count = 0
-        collate = self._loader.collate_fn
-        assert isinstance(collate, EvalCollate)
-        collate.single_row = bool(getattr(scorer, "reads_rows", False))
-        for batch in self._loader:
+        single_row = bool(getattr(scorer, "reads_rows", False))
+        for batch in self._batches(single_row):
             moved = batch.to(device)
             with nullcontext() if autocast is None else autocast():
-                if collate.single_row:
+                if single_row:
                     encode: Any = scorer
                     users = encode.row_user_vectors(moved.row, moved.positions, moved.cu_lengths)
                 else:

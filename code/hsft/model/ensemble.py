@@ -73,9 +73,9 @@ class Ensemble:
         ):
             users = member.scorer.user_vectors(*last_items(history, lengths, member.max_length))
             with torch.autocast(users.device.type, enabled=False):
-                exact = users.double()
+                exact = _exact(users)
                 scaled = weight * exact / deviation(exact).unsqueeze(-1)
-            parts.append(scaled.float())
+            parts.append(scaled.float().to(users.device))
         return torch.cat(parts, dim=-1)
 
     def item_slice(self, start: int, end: int) -> Tensor:
@@ -107,7 +107,7 @@ def score_deviation(scorer: Scorer) -> Callable[[Tensor], Tensor]:
 
     def centred(start: int) -> Tensor:
         stop = min(start + _ITEMS_AT_A_TIME, count + 1)
-        return scorer.item_slice(start, stop).double() - mean
+        return _exact(scorer.item_slice(start, stop)) - mean
 
     starts = range(1, count + 1, _ITEMS_AT_A_TIME)
     covariance = mean.new_zeros((len(mean), len(mean)) if len(mean) <= _WIDEST_COVARIANCE else 0)
@@ -132,11 +132,16 @@ def _item_moments(scorer: Scorer) -> tuple[Tensor, Tensor]:
     stop = scorer.num_items + 1
     sums, squares = [], []
     for start in range(1, stop, _ITEMS_AT_A_TIME):
-        part = scorer.item_slice(start, min(start + _ITEMS_AT_A_TIME, stop)).double()
+        part = _exact(scorer.item_slice(start, min(start + _ITEMS_AT_A_TIME, stop)))
         sums.append(part.sum(dim=0))
         squares.append((part**2).sum())
     mean = torch.stack(sums).sum(dim=0) / scorer.num_items
     return mean, (torch.stack(squares).sum() / scorer.num_items).sqrt()
+
+
+def _exact(vectors: Tensor) -> Tensor:
+    """Return vectors in float64, on the CPU where their device may have no such type."""
+    return vectors.to(vectors.device if vectors.is_cuda else "cpu", torch.float64)
 
 
 def last_items(history: Tensor, lengths: Tensor, most: int) -> tuple[Tensor, Tensor]:

@@ -70,6 +70,7 @@ from hsft.run.setup import (
     user_attention,
 )
 from hsft.trainer.fabric import attention_kernel, check_device, choose_device, compute_dtype
+from hsft.trainer.optim import check_optimizer
 from hsft.trainer.wandb_log import load_wandb
 from hsft.utils.distributed import is_rank_zero
 from hsft.utils.errors import InputError, one_line, problems_of, refuse
@@ -215,9 +216,12 @@ def _quick_run(config: Config, findings: Findings) -> None:
     if config.trains and config.log_wandb:
         with findings.collect():
             load_wandb()
-    if config.trains and config.use_qlora:
+    if config.trains:
         with findings.collect():
-            check_quantization(config.qlora_quant_type)
+            device = choose_device(config)
+            check_optimizer(config, device)
+            if config.use_qlora:
+                check_quantization(config.qlora_quant_type, device)
     if config.model == "ensemble":
         with findings.collect():
             member_runs(config)
@@ -457,8 +461,8 @@ def _memory(
     size = 4 if config.item_embedding_transform != "none" else cache.embeddings.element_size()
     table = len(interactions.item_ids) * cache.dim * size
     least = table + weights * compute_dtype(config).itemsize
-    if device == "cuda":
-        total = torch.cuda.get_device_properties(0).total_memory
+    if device in ("cuda", "xpu"):
+        total = torch.get_device_module(device).get_device_properties(0).total_memory
     else:
         total = psutil.virtual_memory().total
     findings.notes.append(

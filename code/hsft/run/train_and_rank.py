@@ -91,6 +91,7 @@ from hsft.utils.distributed import (
     world_size,
 )
 from hsft.utils.errors import InputError, Interrupted, one_line
+from hsft.utils.gpu_memory import out_of_memory, release_unused_memory
 from hsft.utils.lock import locked
 from hsft.utils.progress import Meter, format_seconds
 from hsft.utils.signals import StopSignals
@@ -161,6 +162,8 @@ def _run(run: RunContext) -> None:
         log.info(
             "no CUDA device found: running on the CPU with %d threads.", torch.get_num_threads()
         )
+    if fabric.device.type in ("xpu", "mps"):
+        log.warning("device %s: HSFT has not been tried on it yet.", fabric.device.type)
     if fabric.device.type == "cuda":
         log.info(
             "precision %s; float32 products, as of losses and scores, are not rounded to TF32.",
@@ -259,7 +262,8 @@ def _baseline(run: RunContext, data: Data, final: Evaluator) -> Evaluation:
     model = build_user_llm(config, data, fabric, train=False)
     evaluation = evaluate(config, _for_evaluation(model, fabric), final, fabric)
     del model
-    _free_memory(fabric)
+    gc.collect()
+    release_unused_memory()
     run.session.lap("baseline")
     generators = all_gather(rng_state(fabric.device))
     if is_rank_zero():
@@ -366,7 +370,7 @@ def _scoring(
             }
         except torch.OutOfMemoryError as error:
             raise InputError(
-                f"CUDA ran out of memory in the {task}; lower --eval_batch_size or "
+                f"{out_of_memory(fabric.device)} in the {task}; lower --eval_batch_size or "
                 f"--logits_budget_mb."
             ) from error
 
@@ -522,12 +526,6 @@ def make_train_loader(
         num_workers=config.num_workers,
         pin_memory=fabric.device.type == "cuda",
     )
-
-
-def _free_memory(fabric: Fabric) -> None:
-    gc.collect()
-    if fabric.device.type == "cuda":
-        torch.cuda.empty_cache()
 
 
 def _write_result(
