@@ -44,6 +44,14 @@ class Scorer(Protocol):
         """Int64 [...] -> float32 [..., D]."""
 
 
+class PartedScorer(Scorer, Protocol):
+    """A model whose vectors are those of other models side by side, as an ensemble's are."""
+
+    @property
+    def parts(self) -> Sequence[Scorer]:
+        """The other models, M of them."""
+
+
 @dataclass(frozen=True)
 class EvalProtocol:
     """How users are scored: the same object serves every row of a table.
@@ -117,6 +125,14 @@ class _Group:
             seen_items=torch.cat([batch.seen_items for _, batch in batches]),
             candidates=torch.cat([batch.candidates for _, batch in batches]),
         )
+
+    def seen(self, start: int, size: int) -> tuple[Tensor, Tensor]:
+        """Return `seen_rows` and `seen_items` of `size` users from number `start` on."""
+        if size >= len(self.vectors):
+            return self.seen_rows, self.seen_items
+        # Waits for the device to count them; groups are made so that there is one part.
+        in_part = (self.seen_rows >= start) & (self.seen_rows < start + size)
+        return self.seen_rows[in_part] - start, self.seen_items[in_part]
 
 
 class Evaluator:
@@ -215,6 +231,36 @@ class Evaluator:
             seconds=time.perf_counter() - began,
         )
 
+    @torch.no_grad()
+    def ranks_by_weights(
+        self,
+        scorer: PartedScorer,
+        weights: np.ndarray,
+        device: torch.device,
+        *,
+        all_reduce: Callable[[np.ndarray], np.ndarray] = lambda values: values,
+        on_batch: Callable[[int], None] = lambda users: None,
+        autocast: Callable[[], Any] | None = None,
+    ) -> np.ndarray:
+        """Rank every user's target by several weighted sums of a model's parts, in one pass.
+
+        Args:
+            scorer: the model, in evaluation mode.
+            weights: float64 [W, M], factors on the scores of its parts.
+            device, all_reduce, on_batch, autocast: as for `run`.
+
+        Returns:
+            int64 [W, E].
+        """
+        ranks = np.zeros((len(weights), len(self.dataset)), dtype=np.int64)
+        for group in self._groups(scorer, device, on_batch, autocast):
+            ranks[:, group.rows.numpy(force=True)] = self._rank_sums(scorer, group, weights)
+        if self.world_size > 1:
+            counted = np.zeros_like(ranks)
+            counted[:, self._share] = ranks[:, self._share]
+            ranks = all_reduce(counted)
+        return ranks
+
     def _batches(self, single_row: bool) -> Iterator[EvalBatch]:
         """Gather this process's users, batch after batch.
 
@@ -278,7 +324,10 @@ class Evaluator:
     def _users_at_a_time(self, scorer: Scorer, dim: int) -> int:
         if self.protocol.kind == "sampled":
             return 1
-        return ranking.users_at_a_time(scorer.num_items, self.protocol.budget_bytes, dim)
+        # A model of several parts has a matrix for each, and one for their sum.
+        parts: Sequence[Scorer] = getattr(scorer, "parts", ())
+        budget = self.protocol.budget_bytes // (len(parts) + 1)
+        return ranking.users_at_a_time(scorer.num_items, budget, dim)
 
     def _rank(self, scorer: Scorer, group: _Group, covered: dict[int, np.ndarray]) -> Tensor:
         """Rank a group's targets: int64 [b]."""
@@ -286,9 +335,7 @@ class Evaluator:
         if self.protocol.kind == "sampled":
             return self._rank_candidates(scorer, group)
         dim = users.shape[1]
-        most = self._users_at_a_time(scorer, dim)
-        # Parts of equal size: a last part of a few users would cost as much as a full one.
-        size = -(-len(users) // -(-len(users) // most))
+        size = self._part_size(scorer, users)
         at_a_time = ranking.items_at_a_time(dim, self.protocol.budget_bytes, users.device)
         buffer = users.new_empty((size, scorer.num_items + 1))
         ranks = []
@@ -297,15 +344,57 @@ class Evaluator:
             scores = ranking.full_scores(
                 users[part], scorer.item_slice, scorer.num_items, at_a_time, buffer
             )
-            seen_rows, seen_items = group.seen_rows, group.seen_items
-            if size < len(users):
-                # Waits for the device to count them; groups are made so that there is one part.
-                in_part = (seen_rows >= start) & (seen_rows < start + size)
-                seen_rows, seen_items = seen_rows[in_part] - start, seen_items[in_part]
-            ranks.append(ranking.full_ranks(scores, group.targets[part], seen_rows, seen_items))
+            seen = group.seen(start, size)
+            ranks.append(ranking.full_ranks(scores, group.targets[part], *seen))
             if covered:
                 self._cover(scores, covered)
         return torch.cat(ranks)
+
+    def _part_size(self, scorer: Scorer, users: Tensor) -> int:
+        """Return how many of a group's users, [b, D], are ranked at a time in full ranking."""
+        most = self._users_at_a_time(scorer, users.shape[1])
+        # Parts of equal size: a last part of a few users would cost as much as a full one.
+        return -(-len(users) // -(-len(users) // most))
+
+    def _rank_sums(self, scorer: PartedScorer, group: _Group, weights: np.ndarray) -> np.ndarray:
+        """Rank a group's targets by weighted sums of the parts' scores: int64 [W, b]."""
+        dims = [part.item_slice(0, 1).shape[1] for part in scorer.parts]
+        users = group.vectors
+        if self.protocol.kind == "sampled":
+            items = torch.cat([group.targets.unsqueeze(1), group.candidates], dim=1)
+            size = self._candidate_rows(items, users.shape[1])
+        else:
+            size = self._part_size(scorer, users)
+        ranks = []
+        for start in range(0, len(users), size):
+            chosen = slice(start, start + size)
+            parts = zip(scorer.parts, users[chosen].split(dims, dim=1), strict=True)
+            if self.protocol.kind == "sampled":
+                scores = [
+                    ranking.candidate_scores(vectors, part.item_vectors(items[chosen]))
+                    for part, vectors in parts
+                ]
+                by_weights = [ranking.ranks_of_first(_weighted_sum(scores, row)) for row in weights]
+            else:
+                budget, seen = self.protocol.budget_bytes, group.seen(start, size)
+                scores = [
+                    ranking.full_scores(
+                        vectors,
+                        part.item_slice,
+                        scorer.num_items,
+                        ranking.items_at_a_time(vectors.shape[1], budget, users.device),
+                    )
+                    for part, vectors in parts
+                ]
+                for matrix in scores:
+                    matrix[:, PAD] = 0.0  # -inf, which a weight of 0 would turn into NaN
+                by_weights = []
+                for row in weights:
+                    total = _weighted_sum(scores, row)
+                    total[:, PAD] = -torch.inf
+                    by_weights.append(ranking.full_ranks(total, group.targets[chosen], *seen))
+            ranks.append(torch.stack(by_weights))
+        return torch.cat(ranks, dim=1).numpy(force=True)
 
     @staticmethod
     def _cover(scores: Tensor, covered: dict[int, np.ndarray]) -> None:
@@ -318,7 +407,7 @@ class Evaluator:
     def _rank_candidates(self, scorer: Scorer, group: _Group) -> Tensor:
         users = group.vectors
         items = torch.cat([group.targets.unsqueeze(1), group.candidates], dim=1)
-        size = max(1, self.protocol.budget_bytes // (4 * items.shape[1] * users.shape[1]))
+        size = self._candidate_rows(items, users.shape[1])
         return torch.cat(
             [
                 ranking.candidate_ranks(
@@ -327,6 +416,18 @@ class Evaluator:
                 for start in range(0, len(users), size)
             ]
         )
+
+    def _candidate_rows(self, items: Tensor, dim: int) -> int:
+        """Return for how many users the vectors of candidates, int64 [b, 1 + C], are held at once."""
+        return max(1, self.protocol.budget_bytes // (4 * items.shape[1] * dim))
+
+
+def _weighted_sum(scores: Sequence[Tensor], weights: np.ndarray) -> Tensor:
+    """Add up float32 [b, n] matrices of scores."""
+    total = float(weights[0]) * scores[0]
+    for matrix, weight in zip(scores[1:], weights[1:], strict=True):
+        total.add_(matrix, alpha=float(weight))
+    return total
 
 
 def draw_candidates(dataset: CachedEmbeddingEvalDataset, protocol: EvalProtocol) -> np.ndarray:

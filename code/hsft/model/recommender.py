@@ -14,6 +14,7 @@ from hsft.data.dataset import TrainBatch
 from hsft.data.interactions import PAD
 from hsft.model import losses
 from hsft.model.item_table import AdaptedItems, ItemTable
+from hsft.model.proposal import Proposal
 from hsft.utils.distributed import all_gather_ids, all_reduce, world_size
 
 Similarity = Literal["cosine", "dot"]
@@ -79,6 +80,7 @@ class Recommender(nn.Module):
         fix_scale: keep that factor as it starts.
 
     Attributes:
+        proposal: what `negatives_logq` corrects by, set before training; None: not corrected.
         negative_counts: int64 [4], sums of `losses.count_negatives` over the forward passes since
             the last `take_negative_counts`, in all processes.
     """
@@ -95,6 +97,7 @@ class Recommender(nn.Module):
         super().__init__()
         self.encoder = encoder
         self.settings = settings
+        self.proposal: Proposal | None = None
         initial = losses.LOGIT_SCALE_INIT if logit_scale is None else logit_scale
         self.logit_scale = nn.Parameter(
             # One element, not a scalar: DeepSpeed cannot broadcast parameters without dimensions.
@@ -167,12 +170,19 @@ class Recommender(nn.Module):
                 weights=weights,
             )
             return loss, terms
-        candidates = targets if settings.negatives == "in_batch" else batch.negatives.reshape(-1)
-        pool_ids = all_gather_ids(candidates)
+        in_batch = drawn = targets[:0]
+        if settings.negatives == "in_batch" or self.proposal is not None:
+            in_batch = all_gather_ids(targets)
+        if settings.negatives == "sampled":
+            drawn = all_gather_ids(batch.negatives.reshape(-1))
+        pool_ids = torch.cat([in_batch, drawn])
         positives = items(targets) if adapted is None else items(targets, adapted)
         # The same vectors, unless id vectors are dropped by occurrence.
-        shared = pool_ids is targets and not items.is_random
-        pool = positives if shared else items(pool_ids)
+        shared = in_batch is targets and not items.is_random
+        if not shared:
+            pool = items(pool_ids)
+        else:
+            pool = torch.cat([positives, items(drawn)]) if len(drawn) else positives
         # What fills a bucket up is neither a position nor a negative.
         fillers = None if weights is None else (pool_ids == PAD).expand(len(targets), -1)
         if settings.loss == "bce":
@@ -186,17 +196,25 @@ class Recommender(nn.Module):
                 states, positives, pool, excluded, settings.budget_bytes, weights
             )
             return loss, terms + excluded.numel() - excluded.sum()
+        log_counts: Tensor | None = None
+        masked = fillers
+        if self.proposal is not None:
+            log_counts = self.proposal.log_counts(in_batch, drawn)
+            # An estimate of the softmax must not count the positive twice, whatever nce_thres is.
+            same = targets.unsqueeze(1) == pool_ids
+            masked = same if fillers is None else same | fillers
         loss = losses.info_nce(
             states,
             positives,
             pool,
             scale,
             settings.nce_thres,
-            fillers,
+            masked,
             settings.budget_bytes,
             weights,
             (targets, pool_ids),
             counts,
+            log_counts,
         )
         return loss, terms
 

@@ -61,6 +61,7 @@ from hsft.report.memory import GIB, estimate, meta_decoder
 from hsft.run.dry_run import training_shape
 from hsft.run.quant_type import resolve_quant_type
 from hsft.run.run_dir import choose_run_dir
+from hsft.run.saved_model import member_runs, refuse_unlike_members
 from hsft.run.setup import (
     check_cosines,
     check_training,
@@ -164,7 +165,11 @@ def check_run(config: Config) -> None:
                 findings.warn(warning)
             with findings.collect():
                 interactions = match_cache(interactions, cache, config)
-        _split(config, leave_one_out(interactions), findings)
+        split = leave_one_out(interactions)
+        _split(config, split, findings)
+        if config.model == "ensemble" and not findings.problems:
+            with findings.collect():
+                refuse_unlike_members(config, split)
         trains_nce = config.model == "HLLM" and config.trains and config.loss == "nce"
         if trains_nce and cache is not None and not findings.problems:
             with findings.collect():
@@ -217,6 +222,9 @@ def _quick_run(config: Config, findings: Findings) -> None:
             check_optimizer(config, device)
             if config.use_qlora:
                 check_quantization(config.qlora_quant_type, device)
+    if config.model == "ensemble":
+        with findings.collect():
+            member_runs(config)
     if config.model == "tfidf":
         with findings.collect():
             information_file(config.text_path, config.dataset)
@@ -392,7 +400,8 @@ def _texts_suffice(
 
 
 def _split(config: Config, split: Split, findings: Findings) -> None:
-    phases: set[Phase] = {config.eval_phase} | ({"valid"} if config.trains else set())
+    validates = config.trains or config.model == "ensemble"
+    phases: set[Phase] = {config.eval_phase} | ({"valid"} if validates else set())
     for phase in sorted(phases):
         with findings.collect():
             dataset = CachedEmbeddingEvalDataset(split, phase, config.MAX_ITEM_LIST_LENGTH)
