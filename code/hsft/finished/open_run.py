@@ -13,10 +13,11 @@ import torch
 
 from hsft.config import Config, load_config
 from hsft.config.schema import READS_EMBEDDINGS, REFERENCES
-from hsft.data.cache import ItemCache
+from hsft.data.cache import ItemCache, open_cache
 from hsft.data.dataset import CachedEmbeddingEvalDataset
 from hsft.data.files import information_file, interaction_file
 from hsft.data.item_text import read_item_titles
+from hsft.encoding.item_tower import ITEM_CACHE_FILE
 from hsft.evaluator.evaluator import EvalProtocol, Scorer
 from hsft.evaluator.fingerprint import differing_parts, evaluation_fingerprint
 from hsft.evaluator.recommend import Recommendations, recommend
@@ -58,10 +59,14 @@ class OpenRun:
     def models(self) -> tuple[str, ...]:
         """Names of the models that can be built, as the rows of its `result.json` are named.
 
-        A fine-tuning run has `untrained` too, whether or not it was evaluated.
+        A fine-tuning run has `untrained` too, whether or not it was evaluated, unless it trained
+        the ItemLLM.
         """
         if self.config.model != "HLLM":
             return (self.config.model,)
+        if self.config.trains_items:
+            # Its item cache is the trained ItemLLM's, which no untrained UserLLM belongs to.
+            return (TUNED,)
         return (UNTRAINED,) if self.config.val_only else (UNTRAINED, TUNED)
 
     @cached_property
@@ -254,8 +259,21 @@ def open_run(
     fabric = make_fabric(config)
     # The random reference draws from it.
     fabric.seed_everything(config.seed, workers=True, verbose=False)
-    data = load_data(config, need_cache=config.reads_embeddings, again=again)
+    trained = None
+    if config.trains_items:
+        # The fixed map is in the vectors of the run's own cache.
+        config = config.model_copy(update={"item_embedding_transform": "none"})
+        trained = _trained_cache(folder)
+    data = load_data(config, need_cache=config.reads_embeddings, again=again, trained=trained)
     return OpenRun(folder, config, data, fabric)
+
+
+def _trained_cache(folder: Path) -> ItemCache:
+    """Open the item cache of a run that trained the ItemLLM, of its best epoch."""
+    path = folder / BEST_DIR / ITEM_CACHE_FILE
+    if not is_file(path) and not is_file(folder / RESULT_FILE):
+        raise unfinished(folder)
+    return open_cache(path)
 
 
 def refuse_elsewhere(

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -34,6 +34,10 @@ from hsft.utils.files import is_file
 
 log = logging.getLogger(__name__)
 
+LlmPart = Literal["UserLLM", "ItemLLM"]
+# What the keys of either LLM's LoRA begin with.
+_LORA_KEYS = {"UserLLM": "qlora", "ItemLLM": "item_lora"}
+
 _CPU_KERNEL_SWITCH = "support_avx512bf16_for_cpu"
 
 
@@ -48,6 +52,7 @@ class LoraSettings:
         double_quant: quantise the quantisation constants too.
         dequantize: multiply by dequantised 4-bit weights whatever the number of positions; False
             leaves bitsandbytes the choice of its fused kernel.
+        part: `UserLLM` or `ItemLLM`, for messages.
     """
 
     rank: int
@@ -58,6 +63,7 @@ class LoraSettings:
     compute_dtype: torch.dtype = torch.bfloat16
     double_quant: bool = True
     dequantize: bool = True
+    part: LlmPart = "UserLLM"
 
 
 def load_model_config(folder: str | Path, trust_remote_code: bool = False) -> Any:
@@ -280,7 +286,7 @@ def add_lora(model: PreTrainedModel, lora: LoraSettings, gradient_checkpointing:
     try:
         adapted = get_peft_model(model, settings)
     except ValueError as error:
-        raise InputError(_target_problem(targets, model)) from error
+        raise InputError(_target_problem(targets, model, lora.part)) from error
     if gradient_checkpointing:
         enable_checkpointing(model)
     return adapted
@@ -314,21 +320,21 @@ def is_target(name: str, targets: Sequence[str]) -> bool:
     )
 
 
-def check_lora_targets(model: nn.Module, targets: Sequence[str]) -> None:
+def check_lora_targets(model: nn.Module, targets: Sequence[str], part: LlmPart = "UserLLM") -> None:
     """Refuse target names that no linear layer has.
 
     Raises:
         InputError: says which there are.
     """
     if not any(is_target(name, targets) for name in linear_layers(model)):
-        raise InputError(_target_problem(targets, model))
+        raise InputError(_target_problem(targets, model, part))
 
 
-def _target_problem(targets: Sequence[str], model: nn.Module) -> str:
+def _target_problem(targets: Sequence[str], model: nn.Module, part: LlmPart) -> str:
     names = sorted({name.rpartition(".")[2] for name in linear_layers(model)})
     return (
-        f"qlora_target_modules {list(targets)} names no linear layer of the UserLLM; its linear "
-        f"layers are {', '.join(names)}, or write [all-linear]."
+        f"{_LORA_KEYS[part]}_target_modules {list(targets)} names no linear layer of the {part}; its "
+        f"linear layers are {', '.join(names)}, or write [all-linear]."
     )
 
 

@@ -71,6 +71,8 @@ class Recommender(nn.Module):
         fix_scale: keep that factor as it starts.
 
     Attributes:
+        item_llm: what the items are encoded with, where it is trained along with the encoder. Not
+            a part of `forward`: `trainer/item_training.py` hands its vectors to the item table.
         negative_counts: int64 [4], sums of `losses.count_negatives` over the forward passes since
             the last `take_negative_counts`, in all processes.
     """
@@ -86,6 +88,7 @@ class Recommender(nn.Module):
     ) -> None:
         super().__init__()
         self.encoder = encoder
+        self.item_llm: nn.Module | None = None
         self.settings = settings
         initial = losses.LOGIT_SCALE_INIT if logit_scale is None else logit_scale
         self.logit_scale = nn.Parameter(

@@ -23,7 +23,7 @@ from hsft.evaluator.fingerprint import evaluation_fingerprint
 from hsft.hub.manifest import exported_from, user_llm_origin
 from hsft.model.accelerate import StepGraphs, choose_acceleration, compile_layers
 from hsft.model.attention import VARLEN
-from hsft.model.folder import fingerprint
+from hsft.model.folder import fingerprint as model_fingerprint
 from hsft.model.recommender import Recommender
 from hsft.model.reference import build_reference
 from hsft.model.sasrec import build_sasrec
@@ -48,6 +48,7 @@ from hsft.run.run_dir import (
 )
 from hsft.run.setup import (
     Data,
+    build_item_training,
     build_user_llm,
     check_cosines,
     check_training,
@@ -67,6 +68,7 @@ from hsft.trainer.fabric import (
     choose_precision,
     make_fabric,
 )
+from hsft.trainer.item_training import ItemTraining
 from hsft.trainer.loop import train
 from hsft.trainer.optim import steps_per_epoch
 from hsft.trainer.resume import TrainState, refuse_other_user_llm
@@ -159,7 +161,7 @@ def _run(run: RunContext) -> None:
         )
     data = load_data(config, need_cache=config.reads_embeddings)
     if config.model == "HLLM" and config.user_pretrain_dir:
-        run = replace(run, user_llm_fingerprint=fingerprint(config.user_pretrain_dir))
+        run = replace(run, user_llm_fingerprint=model_fingerprint(config.user_pretrain_dir))
     final = make_evaluator(config, data.split, config.eval_phase, fabric)
     run.session.lap("data")
     try:
@@ -259,6 +261,7 @@ def _train_and_evaluate_model(
     run: RunContext, data: Data, final: Evaluator
 ) -> tuple[dict[str, Evaluation], dict[str, Any]]:
     config, fabric = run.config, run.fabric
+    items = None
     if config.model == "sasrec":
         name = "sasrec"
         model = build_sasrec(config, data.interactions.num_items)
@@ -267,8 +270,10 @@ def _train_and_evaluate_model(
         name = TUNED
         warn_of_plain_items(config, data.cache)
         model = build_user_llm(config, data, fabric, train=True)
+        if config.trains_items:
+            items = build_item_training(config, data, fabric, model.encoder.items)
     run.session.lap("model")
-    state, training = _train(run, data, model)
+    state, training = _train(run, data, model, items)
     run.session.lap("training")
     evaluation = evaluate(config, model, final, fabric)
     run.session.lap("evaluation")
@@ -303,11 +308,16 @@ def evaluate(
             ) from error
 
 
-def _train(run: RunContext, data: Data, model: Recommender) -> tuple[TrainState, dict[str, Any]]:
+def _train(
+    run: RunContext, data: Data, model: Recommender, items: ItemTraining | None
+) -> tuple[TrainState, dict[str, Any]]:
     config, fabric = run.config, run.fabric
     dataset = CachedEmbeddingTrainDataset(data.split, config.MAX_ITEM_LIST_LENGTH)
     check_training(config, data.split, dataset)
     loader = make_train_loader(config, dataset, data, fabric, pack=_packs(config, model, fabric))
+    steps = config.epochs * steps_per_epoch(len(loader), config.gradient_accumulation_steps)
+    if items is not None:
+        model.item_llm = items.tower
     # Before ZeRO stage 3 takes the parameters apart.
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     log.info(
@@ -316,14 +326,15 @@ def _train(run: RunContext, data: Data, model: Recommender) -> tuple[TrainState,
         len(dataset),
         dataset.num_transitions,
     )
-    steps = config.epochs * steps_per_epoch(len(loader), config.gradient_accumulation_steps)
     if config.model == "HLLM":
         report_costly_catalogue(config, model, dataset.lengths)
-    learner = make_learner(config, fabric, model, steps)
+    learner = make_learner(config, fabric, model, steps, items)
     graphs = accelerate(config, model, learner.wrapped, loader, steps, fabric)
     valid = make_evaluator(config, data.split, "valid", fabric, config.valid_users)
 
     def validate() -> Evaluation:
+        if items is not None:
+            items.encode_catalogue()
         try:
             return evaluate(config, model, valid, fabric, "validation")
         except InputError as error:
@@ -334,8 +345,10 @@ def _train(run: RunContext, data: Data, model: Recommender) -> tuple[TrainState,
         graphs.release()
         return evaluate(config, model, valid, fabric, "validation")
 
-    state = train(run, replace(learner, graphs=graphs), loader, validate, data.fingerprint)
+    fingerprint = data.fingerprint if items is None else f"{data.fingerprint} {items.fingerprint}"
+    state = train(run, replace(learner, graphs=graphs), loader, validate, fingerprint)
     return state, {
+        "item_cache": None if items is None or items.cache is None else items.cache.metadata,
         "trainable_weights": trainable,
         "sequences": len(dataset),
         "transitions_per_epoch": dataset.num_transitions,
@@ -368,7 +381,9 @@ def accelerate(
     if not isinstance(model.encoder, UserLLM):
         return None
     obstacle = ""
-    if config.gradient_checkpointing:
+    if config.trains_items:
+        obstacle = "CUDA graphs need train_item_llm: none"
+    elif config.gradient_checkpointing:
         obstacle = "CUDA graphs need gradient_checkpointing: False"
     elif config.strategy == "deepspeed" or choose_precision(config) == "16-mixed":
         obstacle = "CUDA graphs need strategy: ddp and precision: bf16-mixed"
