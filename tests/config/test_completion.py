@@ -52,7 +52,7 @@ def offered(words: str, tmp_path: Path) -> list[str]:
     ("words", "wanted"),
     [
         ("code/main.py --MAX_IT", ["--MAX_ITEM_LIST_LENGTH"]),
-        ("code/main.py --qlora_quant_type ", ["nf4", "fp4", "int8", "none"]),
+        ("code/main.py --qlora_quant_type ", ["auto", "nf4", "fp4", "int8", "none"]),
         ("code/main.py --val_only T", ["True"]),
         ("code/main.py --optim_args.l", ["--optim_args.learning_rate"]),
         ("item_caching.py --item_ba", ["--item_batch_tokens"]),

@@ -143,6 +143,34 @@ def test_two_processes_have_the_loss_and_gradients_of_one(
         torch.testing.assert_close((one[name] + two[name]) / 2, value, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize(("loss", "negatives", "similarity"), LOSSES)
+def test_processes_weigh_the_same_where_batches_do(
+    loss: Any, negatives: Any, similarity: Any
+) -> None:
+    settings = LossSettings(loss, negatives, 0.99, 1 << 20, similarity, mean="batches")
+    batch = make_batch(7)
+    (first, one, _), (second, two, _) = both_ranks(settings, batch)
+    parts = [share(batch, rank, 2) for rank in range(2)]
+    sampled = negatives == "sampled"
+    ids = torch.cat([p.negatives.reshape(-1) if sampled else p.targets[p.loss_mask] for p in parts])
+    means, alone = [], []
+    # Each process's own mean, with the candidates of both.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(recommender, "all_gather_ids", lambda own: ids)
+        for part in parts:
+            model = toy(settings)
+            value = model(part)
+            value.backward()
+            means.append(value.item())
+            alone.append(gradients(model))
+    assert first == second == pytest.approx(sum(means) / 2, rel=1e-5)
+    whole = toy(settings)(batch).item()
+    assert abs(first - whole) > 1e-4
+    for name in one:
+        mean = (alone[0][name] + alone[1][name]) / 2
+        torch.testing.assert_close((one[name] + two[name]) / 2, mean, rtol=1e-4, atol=1e-6)
+
+
 def test_a_nan_in_one_process_reaches_all() -> None:
     model = toy(LossSettings("nce", "catalogue", 0.99, 1 << 20, "dot"))
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import pytest
 import torch
 
 from hsft.data.dataset import TrainBatch, TrainCollate
+from hsft.evaluator.evaluator import Evaluation, Evaluator
 from hsft.model.recommender import Recommender
 from hsft.trainer import loop
 from hsft.trainer.checkpoint import (
@@ -123,3 +126,22 @@ def test_a_read_only_folder_is_one_clear_line(
         assert str(where) in line
         assert "not writable" in line
         assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(("tie", "best"), [("earlier", 1), ("later", 2)])
+def test_equal_validation_metrics_keep_the_epoch_of_valid_tie(
+    project: Project, monkeypatch: pytest.MonkeyPatch, tie: str, best: int
+) -> None:
+    values = itertools.repeat(0.3)
+    run = Evaluator.run
+
+    def scored(self: Evaluator, *args: Any, **kwargs: Any) -> Evaluation:
+        evaluation = run(self, *args, **kwargs)
+        return replace(evaluation, metrics={**evaluation.metrics, "NDCG@10": next(values)})
+
+    monkeypatch.setattr(Evaluator, "run", scored)
+    code, _, err = project.run(*RUN, "--eval_baseline", "False", "--valid_tie", tie)
+    assert code == 0, err
+    result = json.loads((folder(project) / "result.json").read_text())
+    assert result["training"]["best_epoch"] == best
+    assert result["training"]["bad_validations"] == 2 - best

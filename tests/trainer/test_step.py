@@ -9,11 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.fabric import Fabric
 
+from hsft.config import Config
 from hsft.data.dataset import TrainBatch
 from hsft.evaluator.evaluator import Evaluator
 from hsft.model.recommender import LossSettings, Recommender
 from hsft.trainer.micro_batch import split_batch
+from hsft.trainer.step import accumulate, group_batches, make_learner
 from tests.conftest import Project
 from tests.decoders import build
 from tests.training_runs import (
@@ -102,3 +105,33 @@ def test_a_split_batch_has_the_whole_batch_s_gradient(llama: Path, settings: Los
     assert gradients[0].keys() == gradients[1].keys()
     for name, wanted in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], wanted, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("mean", "shares"), [("positions", (6 / 7, 1 / 7)), ("batches", (0.5, 0.5))]
+)
+def test_accumulated_batches_have_the_weight_of_loss_mean(
+    llama: Path, mean: Any, shares: tuple[float, float]
+) -> None:
+    config = Config(loss_mean=mean, gradient_accumulation_steps=2)
+    fabric = Fabric(accelerator="cpu", devices=1)
+    rows = torch.tensor([[1, 2, 3], [5, 6, 7]]), torch.tensor([[8, 0, 0]])
+    group = [
+        TrainBatch(row, row > 0, (row + 1) * (row > 0), row > 0, torch.tensor([[9, 10]]))
+        for row in rows
+    ]
+    model = build(llama, settings=replace(NCE, mean=mean))
+    learner = make_learner(config, fabric, model, 1)
+    [(batches, positions)] = group_batches(learner, iter(group))
+    assert positions == [6, 1]
+    losses, _ = accumulate(learner, batches, positions, None)
+    assert model.logit_scale.grad is not None
+    gradients = []
+    for batch in group:
+        alone = build(llama, settings=NCE)
+        alone(batch).backward()
+        assert alone.logit_scale.grad is not None
+        gradients.append(alone.logit_scale.grad)
+    expected = shares[0] * gradients[0] + shares[1] * gradients[1]
+    torch.testing.assert_close(model.logit_scale.grad, expected, rtol=1e-4, atol=1e-7)
+    assert len(losses) == 2

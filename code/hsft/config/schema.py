@@ -76,6 +76,7 @@ Text = Annotated[str, BeforeValidator(_text), Field(max_length=10_000)]
 Bool = StrictBool
 Int = StrictInt
 PositiveInt = Annotated[StrictInt, Field(ge=1, le=2**31 - 1)]
+Runs = Annotated[list[Text], Field(min_length=2, max_length=3), AfterValidator(_not_repeated)]
 UniqueTexts = Annotated[list[Text], Field(min_length=1), AfterValidator(_not_repeated)]
 
 DType = Literal["float16", "bfloat16", "float32"]
@@ -153,10 +154,16 @@ class Config(_Section):
     """
 
     # --- run
-    model: Literal["HLLM", "pop", "random", "item_knn", "tfidf", "sasrec"] = _key(
+    model: Literal["HLLM", "pop", "random", "item_knn", "tfidf", "sasrec", "ensemble"] = _key(
         "HLLM",
         "run",
-        "what ranks the items: HLLM's UserLLM, or a reference model on the same split",
+        "what ranks the items: HLLM's UserLLM, a reference model on the same split, or an ensemble "
+        "of finished runs",
+    )
+    runs: Runs | None = _key(
+        None,
+        "run",
+        "model: ensemble: folders of the two or three finished runs whose scores are summed",
     )
     val_only: Bool = _key(False, "run", "evaluate only, without training")
     check: Bool = _key(
@@ -199,7 +206,12 @@ class Config(_Section):
         ge=0,
     )
     keep_last: PositiveInt = _key(2, "run", "resumable checkpoints kept", le=1000)
-    device: Literal["auto", "cpu", "cuda"] = _key("auto", "run", "where the model runs")
+    device: Literal["auto", "cpu", "cuda", "xpu", "mps"] = _key(
+        "auto",
+        "run",
+        "where the model runs; cuda: NVIDIA GPUs, and AMD's with a ROCm build of torch; xpu: Intel "
+        "GPUs, and mps: Apple's, both not tried yet; auto: cuda where there is one, else cpu",
+    )
     num_threads: Int | None = _key(
         None, "run", "CPU threads of torch; default: torch's own choice", ge=1, le=1024
     )
@@ -427,8 +439,11 @@ class Config(_Section):
         "UserLLM",
         "names of the linear layers that get LoRA, or [all-linear]",
     )
-    qlora_quant_type: Literal["nf4", "fp4", "int8", "none"] = _key(
-        "nf4", "UserLLM", "quantisation of the frozen weights; none is plain LoRA"
+    qlora_quant_type: Literal["auto", "nf4", "fp4", "int8", "none"] = _key(
+        "nf4",
+        "UserLLM",
+        "quantisation of the frozen weights; none is plain LoRA; auto is none where a CUDA card holds "
+        "a training step with plain weights, by the estimate of dry_run, and else nf4",
     )
     qlora_compute_dtype: Literal["auto", "float16", "bfloat16", "float32"] = _key(
         "auto", "UserLLM", "number type of the quantised layers' products; auto follows precision"
@@ -507,6 +522,12 @@ class Config(_Section):
     gradient_accumulation_steps: PositiveInt = _key(
         1, "training", "forward passes per optimizer step", le=100_000
     )
+    loss_mean: Literal["positions", "batches"] = _key(
+        "positions",
+        "training",
+        "what has the same weight in an optimizer step: every position, or (as HLLM) every batch of "
+        "every process, however many positions it has",
+    )
     clip_grad_norm: Number = _key(
         1.0, "training", "largest gradient norm; 0 turns clipping off", ge=0
     )
@@ -560,6 +581,12 @@ class Config(_Section):
         "evaluation",
         "users of each validation, a sample drawn once by seed; default: all. The final evaluation is "
         "always of all users",
+    )
+    valid_tie: Literal["earlier", "later"] = _key(
+        "earlier",
+        "evaluation",
+        "which of two epochs with the same validation metric is kept; later, as HLLM, counts as an "
+        "improvement",
     )
     eval_step: PositiveInt = _key(1, "evaluation", "epochs between validations")
     stopping_step: PositiveInt = _key(
@@ -628,6 +655,10 @@ class Config(_Section):
             raise ValueError("item_id_dropout needs item_id_embedding: True; set it or drop one")
         if self.trains_items:
             self._item_side_agrees()
+        if self.model == "ensemble" and self.runs is None:
+            raise ValueError("model: ensemble needs runs: name two or three finished run folders")
+        if self.model != "ensemble" and self.runs is not None:
+            raise ValueError(f"runs belongs to model: ensemble, not to {self.model}; drop one")
         if self.model == "sasrec" and self.val_only:
             raise ValueError("model: sasrec has nothing to evaluate untrained; drop val_only")
         if self.loss == "nce" and self.similarity == "dot" and self.model == "HLLM":

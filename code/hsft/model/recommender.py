@@ -49,13 +49,20 @@ class SequenceEncoder(nn.Module):
 
 @dataclass(frozen=True)
 class LossSettings:
-    """Which loss is trained; see the configuration keys of the same names."""
+    """Which loss is trained; see the configuration keys of the same names.
+
+    Attributes:
+        loss, negatives, nce_thres, similarity: the keys of these names.
+        budget_bytes: of the logits held at a time.
+        mean: the key `loss_mean`.
+    """
 
     loss: Literal["bce", "nce"]
     negatives: Literal["in_batch", "sampled", "catalogue"]
     nce_thres: float
     budget_bytes: int
     similarity: Similarity
+    mean: Literal["positions", "batches"] = "positions"
 
 
 class Recommender(nn.Module):
@@ -104,6 +111,7 @@ class Recommender(nn.Module):
     def forward(self, batch: TrainBatch) -> Tensor:
         """Return the batch's loss: scalar float32, the mean over the batches of all processes.
 
+        Every position of all processes has the same weight, or every process under `mean: batches`.
         With several processes the value is the same in each, so that all take the same decisions
         on it. Its gradient is W times this process's part of the mean's: processes hold different
         numbers of positions, and the average of gradients that DDP and DeepSpeed take is then
@@ -122,7 +130,8 @@ class Recommender(nn.Module):
             counts = torch.zeros_like(self.negative_counts)
             mean, terms = self._loss(states, targets, batch, counts)
             if world_size() > 1:
-                mean, counts = _mean_over_processes(mean, terms, counts)
+                weight = 1 if self.settings.mean == "batches" else terms
+                mean, counts = _mean_over_processes(mean, weight, counts)
             self.negative_counts += counts
             return mean
 
@@ -257,7 +266,7 @@ def _mean_over_processes(
 
     Args:
         mean: scalar, over this process's terms.
-        count: number of these terms.
+        count: number of these terms, or another weight of the process.
         counts: int64 [n], which are summed over the processes on the way.
     """
     terms = torch.as_tensor(count, dtype=torch.float64, device=mean.device)

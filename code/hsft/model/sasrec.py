@@ -167,5 +167,6 @@ def build_sasrec(config: Config, num_items: int) -> Recommender:
         nce_thres=config.nce_thres,
         budget_bytes=config.logits_budget_mb << 20,
         similarity="cosine" if config.similarity == "cosine" else "dot",
+        mean=config.loss_mean,
     )
     return Recommender(encoder, settings, config.initial_logit_scale, config.fix_temp)

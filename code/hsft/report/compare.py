@@ -273,6 +273,8 @@ def _settings(result: Mapping[str, Any], row: str) -> str:
         run = _exported_from(result)
         start = f"fine-tuned, exported from {run}, " if run else ""
         return start + _listed({key: config.get(key) for key in keys})
+    if row == "ensemble":
+        return _members(result)
     if row not in TRAINED:
         return ""
     keys = ["epochs", "train_batch_size", "MAX_ITEM_LIST_LENGTH", "seed"]
@@ -284,6 +286,19 @@ def _settings(result: Mapping[str, Any], row: str) -> str:
     else:
         keys += [str(config.get("model"))]
     return _listed({**{key: config.get(key) for key in keys}, **config.get("optim_args", {})})
+
+
+def _members(result: Mapping[str, Any]) -> str:
+    """Name the runs of an ensemble with their weights."""
+    recorded = result.get("ensemble")
+    if not isinstance(recorded, dict):
+        return ""
+    runs, weights = recorded.get("runs"), recorded.get("weights")
+    if not isinstance(runs, list) or not isinstance(weights, list):
+        return ""
+    return ", ".join(
+        f"{weight} {one_line(run, 80)}" for run, weight in zip(runs, weights, strict=False)
+    )
 
 
 def _exported_from(result: Mapping[str, Any]) -> str:

@@ -59,7 +59,9 @@ from hsft.model.item_adapter import adapter_shape, check_width
 from hsft.model.item_ids import read_id_vectors
 from hsft.report.memory import GIB, estimate, meta_decoder
 from hsft.run.dry_run import training_shape
+from hsft.run.quant_type import resolve_quant_type
 from hsft.run.run_dir import choose_run_dir
+from hsft.run.saved_model import member_runs, refuse_unlike_members
 from hsft.run.setup import (
     check_cosines,
     check_training,
@@ -68,6 +70,7 @@ from hsft.run.setup import (
     user_attention,
 )
 from hsft.trainer.fabric import attention_kernel, check_device, choose_device, compute_dtype
+from hsft.trainer.optim import check_optimizer
 from hsft.trainer.wandb_log import load_wandb
 from hsft.utils.distributed import is_rank_zero
 from hsft.utils.errors import InputError, one_line, problems_of, refuse
@@ -162,7 +165,11 @@ def check_run(config: Config) -> None:
                 findings.warn(warning)
             with findings.collect():
                 interactions = match_cache(interactions, cache, config)
-        _split(config, leave_one_out(interactions), findings)
+        split = leave_one_out(interactions)
+        _split(config, split, findings)
+        if config.model == "ensemble" and not findings.problems:
+            with findings.collect():
+                refuse_unlike_members(config, split)
         trains_nce = config.model == "HLLM" and config.trains and config.loss == "nce"
         if trains_nce and cache is not None and not findings.problems:
             with findings.collect():
@@ -209,9 +216,15 @@ def _quick_run(config: Config, findings: Findings) -> None:
     if config.trains and config.log_wandb:
         with findings.collect():
             load_wandb()
-    if config.trains and config.use_qlora:
+    if config.trains:
         with findings.collect():
-            check_quantization(config.qlora_quant_type)
+            device = choose_device(config)
+            check_optimizer(config, device)
+            if config.use_qlora:
+                check_quantization(config.qlora_quant_type, device)
+    if config.model == "ensemble":
+        with findings.collect():
+            member_runs(config)
     if config.model == "tfidf":
         with findings.collect():
             information_file(config.text_path, config.dataset)
@@ -387,7 +400,8 @@ def _texts_suffice(
 
 
 def _split(config: Config, split: Split, findings: Findings) -> None:
-    phases: set[Phase] = {config.eval_phase} | ({"valid"} if config.trains else set())
+    validates = config.trains or config.model == "ensemble"
+    phases: set[Phase] = {config.eval_phase} | ({"valid"} if validates else set())
     for phase in sorted(phases):
         with findings.collect():
             dataset = CachedEmbeddingEvalDataset(split, phase, config.MAX_ITEM_LIST_LENGTH)
@@ -447,8 +461,8 @@ def _memory(
     size = 4 if config.item_embedding_transform != "none" else cache.embeddings.element_size()
     table = len(interactions.item_ids) * cache.dim * size
     least = table + weights * compute_dtype(config).itemsize
-    if device == "cuda":
-        total = torch.cuda.get_device_properties(0).total_memory
+    if device in ("cuda", "xpu"):
+        total = torch.get_device_module(device).get_device_properties(0).total_memory
     else:
         total = psutil.virtual_memory().total
     findings.notes.append(
@@ -457,7 +471,9 @@ def _memory(
     )
     with findings.collect():
         if device == "cuda" and not config.val_only and cache.metadata:
-            needed = estimate(training_shape(config), config.train_batch_size).total
+            config, chosen = resolve_quant_type(config, interactions, torch.device(device))
+            findings.notes += [chosen] if chosen else []
+            needed = estimate(training_shape(config, interactions), config.train_batch_size).total
             findings.notes.append(f"memory: about {needed / GIB:.2f} GiB in a training step")
             if needed > total:
                 raise InputError(

@@ -401,6 +401,7 @@ def make_evaluator(
 def lora_settings(config: Config) -> LoraSettings:
     """Return the LoRA and quantisation settings of a configuration."""
     dtype = config.qlora_compute_dtype
+    assert config.qlora_quant_type != "auto", "resolved at the start of a run"
     return LoraSettings(
         rank=config.qlora_r,
         alpha=config.qlora_alpha,
@@ -580,4 +581,5 @@ def loss_settings(config: Config, scored_by: Similarity | None = None) -> LossSe
         nce_thres=config.nce_thres,
         budget_bytes=config.logits_budget_mb << 20,
         similarity=similarity,
+        mean=config.loss_mean,
     )

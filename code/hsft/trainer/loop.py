@@ -126,7 +126,7 @@ def train(
                 learner.wrapped.eval()
                 record["valid"] = metrics = validate().metrics
                 scalars.log({f"valid/{name}": value for name, value in metrics.items()}, state.step)
-                if state.improve(metrics[config.valid_metric]):
+                if state.improve(metrics[config.valid_metric], ties=config.valid_tie == "later"):
                     checkpoints.save_best(state)
             state.end_epoch(record, config.valid_metric)
             keep_going = run.keep_going if "valid" in record else None

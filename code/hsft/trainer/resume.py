@@ -80,9 +80,14 @@ class TrainState:
             self.loss_sum += loss * positions
             self.positions += positions
 
-    def improve(self, value: float) -> bool:
-        """Count a validation and say whether its metric is the best so far."""
-        if value > self.best_value:
+    def improve(self, value: float, *, ties: bool = False) -> bool:
+        """Count a validation and say whether its metric is the best so far.
+
+        Args:
+            value: the metric; higher is better.
+            ties: an equal metric is an improvement.
+        """
+        if value > self.best_value or (ties and value == self.best_value):
             self.best_value, self.best_epoch, self.bad_validations = value, self.epoch + 1, 0
             return True
         self.bad_validations += 1

@@ -28,6 +28,7 @@ from hsft.trainer.optim import build_optimizer, build_schedule
 from hsft.trainer.zero import engine_of, uses_deepspeed
 from hsft.utils.distributed import all_reduce, global_rank, world_size
 from hsft.utils.errors import InputError
+from hsft.utils.gpu_memory import out_of_memory, release_unused_memory
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
@@ -117,7 +118,8 @@ def group_batches(
     """Yield the batches of each optimizer step with the positions that they count.
 
     A step's loss is the mean over all its positions, in whatever batches and processes they are:
-    a batch weighs as much as it has positions, not one share in `gradient_accumulation_steps`.
+    a batch weighs as much as it has positions, not one share in `gradient_accumulation_steps`,
+    unless `loss_mean` is `batches`.
 
     Args:
         learner: for the number of batches in a step; the last step of an epoch may have fewer.
@@ -159,7 +161,7 @@ def accumulate(
         micro_batch = _halve(learner, group, micro_batch)
         learner.optimizer.zero_grad()
         gc.collect()
-        torch.cuda.empty_cache()
+        release_unused_memory()
         # Dropout of the second try starts where that of the first did.
         restore_torch_rng(rng, learner.fabric.device)
 
@@ -169,9 +171,10 @@ def _backward(
 ) -> list[Tensor]:
     device = learner.fabric.device
     losses = []
+    equal = learner.config.loss_mean == "batches"
     with nullcontext() if learner.items is None else learner.items.encoded(group):
         for batch, count in zip(group, positions, strict=True):
-            weight = count / max(1, sum(positions))
+            weight = 1 / len(group) if equal else count / max(1, sum(positions))
             parts = split_batch(batch, micro_batch, learner.model.settings)
             total = torch.zeros((), device=device)
             for part in parts:
@@ -203,7 +206,7 @@ def _halve(learner: Learner, group: list[TrainBatch], micro_batch: int | None) -
     """Return half of the sequences that went through the model at a time."""
     sequences = max(count_sequences(batch) for batch in group)
     sequences = min(sequences, micro_batch or sequences)
-    where = f"CUDA ran out of memory in optimizer step {learner.schedule.last_epoch + 1}"
+    where = f"{out_of_memory(learner.fabric.device)} in optimizer step {learner.schedule.last_epoch + 1}"
     if world_size() > 1:
         # The others would wait for this process in the middle of their own, larger, batch.
         raise InputError(
@@ -242,8 +245,8 @@ def update(learner: Learner) -> Tensor | None:
         learner.optimizer.step()
     except torch.OutOfMemoryError as error:
         raise InputError(
-            "CUDA ran out of memory in the optimizer; use --optimizer paged_adamw8bit or train "
-            "fewer weights (--use_qlora True, a lower --qlora_r)."
+            f"{out_of_memory(learner.fabric.device)} in the optimizer; use --optimizer "
+            f"paged_adamw8bit (CUDA) or train fewer weights (--use_qlora True, a lower --qlora_r)."
         ) from error
     learner.optimizer.zero_grad()
     learner.schedule.step()

@@ -1,0 +1,68 @@
+"""`qlora_quant_type: auto`: what it stands for in a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from hsft.config import Config, load_config
+from hsft.data.interactions import Interactions
+from hsft.model.backbone import quantization_obstacle
+from hsft.report.result import CONFIG_FILE
+from hsft.run.dry_run import choose_quant_type, training_shape
+from hsft.trainer.fabric import choose_precision
+from hsft.utils.distributed import all_gather
+
+
+def resolve_quant_type(
+    config: Config,
+    interactions: Interactions,
+    device: torch.device,
+    continued: Path | None = None,
+) -> tuple[Config, str]:
+    """Return the configuration with `qlora_quant_type: auto` replaced by what it stands for.
+
+    Collective: under torchrun every process takes the same, by the card with the least free memory.
+
+    Args:
+        config: the configuration.
+        interactions: of the run, for the lengths of its sequences.
+        device: where the model is trained.
+        continued: folder of the run that is continued, which goes on with what it took; None: a new
+            run.
+
+    Returns:
+        The configuration, and a sentence that says what was taken and why; empty where nothing was
+        to be resolved.
+
+    Raises:
+        InputError: as `assumed_shape`.
+    """
+    if config.qlora_quant_type != "auto" or not (config.trains and config.use_qlora):
+        return config, ""
+    taken, reason = "auto", ""
+    if continued is not None:
+        taken = load_config([continued / CONFIG_FILE])[0].qlora_quant_type
+        reason = f"qlora_quant_type: auto stays {taken}, as the run began."
+    if taken == "auto":
+        taken, reason = _choose(config, interactions, device)
+    return config.model_copy(update={"qlora_quant_type": taken}), reason
+
+
+def _choose(config: Config, interactions: Interactions, device: torch.device) -> tuple[str, str]:
+    obstacle = quantization_obstacle(device.type)
+    if obstacle is not None:
+        return "none", f"qlora_quant_type: auto takes none (plain LoRA): {obstacle}."
+    if device.type != "cuda":
+        return "nf4", "qlora_quant_type: auto takes nf4; memory is looked at on CUDA only."
+    known = config.model_copy(update={"precision": choose_precision(config)})
+    free = min(all_gather(_free_bytes(device)))
+    return choose_quant_type(training_shape(known, interactions), config.train_batch_size, free)
+
+
+def _free_bytes(device: torch.device) -> int:
+    """Return what a process can still have of a card: what is free, and its own unused cache."""
+    free, _ = torch.cuda.mem_get_info(device)
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(free) + unused
