@@ -12,16 +12,21 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
 
+from hsft.config import Config
+from hsft.data.cache import open_cache, save_cache
 from hsft.data.dataset import TrainBatch
 from hsft.encoding.build_cache import EncodingJob
-from hsft.encoding.item_llm import load_item_encoder
+from hsft.encoding.item_llm import load_item_encoder, model_fingerprint
 from hsft.encoding.item_tower import ItemTower, freeze
 from hsft.encoding.tokens import tokenize_in_memory
 from hsft.model.backbone import LoraSettings
 from hsft.model.item_table import ItemTable, fit_standardize
+from hsft.trainer import loop
 from hsft.trainer.item_training import ItemTraining
+from tests.conftest import Project
 from tests.decoders import build
 from tests.helpers import make_llama
+from tests.training_runs import RESUME, Crash, at_step, crash, folder, outcome, result
 
 CPU = torch.device("cpu")
 TEXTS = [f"title : item {n} tag : {' '.join(map(str, range(n % 5)))}" for n in range(20)]
@@ -31,14 +36,14 @@ IDS = [f"i{n}" for n in range(20)]
 @pytest.fixture(scope="module")
 def item_llm(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random ItemLLM with an emb token."""
-    folder = make_llama(tmp_path_factory.mktemp("items"), seed=3)
+    path = make_llama(tmp_path_factory.mktemp("items"), seed=3)
     token = torch.randn(1, 1, 64, generator=torch.Generator().manual_seed(5))
-    save_file({"item_emb_tokens": token}, folder / "hllm_extra.safetensors")
-    return folder
+    save_file({"item_emb_tokens": token}, path / "hllm_extra.safetensors")
+    return path
 
 
 def training(
-    folder: Path,
+    path: Path,
     chunk_tokens: int,
     *,
     dtype: torch.dtype = torch.float32,
@@ -48,7 +53,7 @@ def training(
 ) -> ItemTraining:
     torch.manual_seed(0)
     encoder = load_item_encoder(
-        folder,
+        path,
         item_emb_token_n=1,
         max_text_length=64,
         device=CPU,
@@ -179,3 +184,101 @@ def test_the_catalogue_is_encoded_and_kept(item_llm: Path, tmp_path: Path) -> No
     assert torch.equal(other.table.embeddings, items.table.embeddings)
     with torch.no_grad():
         assert torch.equal(other.tower.eval()(np.arange(1, 21)), expected)
+
+
+# --- runs
+
+RUN = (
+    *("--use_qlora", "True", "--qlora_quant_type", "none", "--qlora_dropout", "0.2"),
+    *("--train_item_llm", "lora", "--item_lora_dropout", "0.2", "--item_chunk_tokens", "64"),
+    *("--item_embedding_transform", "standardize", "--item_lr_mult", "0.5", "--nce_thres", "1.01"),
+    *("--use_item_cache", "False", "--num_negatives", "6", "--eval_baseline", "False"),
+    *("--gradient_accumulation_steps", "2", "--epochs", "3", "--num_threads", "1"),
+    *("--optim_args.learning_rate", "1e-2", "--run_name", "run"),
+)
+
+
+def test_a_killed_run_goes_on_to_the_same_weights(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = (*RUN, "--item_pretrain_dir", str(project.llama), "--checkpoint_every", "1")
+    code, _, err = project.run(*words, "--run_name", "whole")
+    assert code == 0, err
+    # In the first epoch, and in the second one after a validation.
+    for number, more in ((2, ()), (4, RESUME)):
+        with monkeypatch.context() as patch:
+            patch.setattr(loop, "update", at_step(number, crash))
+            with pytest.raises(Crash):
+                project.run(*words, *more)
+    code, _, err = project.run(*words, *RESUME)
+    assert code == 0, err
+    assert result(project)["training"]["resumed_from"] == [1, 3]
+    assert outcome(project) == outcome(project, "whole")
+    for name in ("item_llm.safetensors", "item_cache.safetensors", "trained.safetensors"):
+        found, whole = (folder(project, run) / "best" / name for run in ("run", "whole"))
+        assert found.read_bytes() == whole.read_bytes(), name
+
+
+def test_texts_that_changed_are_not_trained_on_further(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = project.root / "dataset" / "tiny_item_embeddings.safetensors"
+    words = (*RUN, "--item_pretrain_dir", str(project.llama), "--use_item_cache", "True")
+    assert cache.is_file()
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "update", at_step(2, crash))
+        with pytest.raises(Crash):
+            project.run(*words, "--checkpoint_every", "1")
+    table = project.root / "information" / "tiny.csv"
+    table.write_text(table.read_text().replace("item 7", "item 8"))
+    code, _, err = project.run(*words, *RESUME)
+    assert code == 2
+    assert "was trained on other data" in err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (("--negatives", "catalogue"), "use negatives: in_batch, or num_negatives"),
+        (("--strategy", "deepspeed"), "runs under strategy: ddp only"),
+        (("--val_only", "True"), "belongs to the training of model: HLLM"),
+        (("--model", "sasrec"), "belongs to the training of model: HLLM"),
+        (("--compile", "graph"), "compile: graph cannot capture"),
+        (
+            ("--train_item_llm", "full", "--item_quant_type", "nf4"),
+            "which quantised ones cannot be",
+        ),
+        (("--item_freeze_layers", "2"), "leaves none of the ItemLLM's 2 layers"),
+        (("--item_lora_target_modules", "[query]"), "item_lora_target_modules ['query'] names no"),
+        (("--item_pretrain_dir", "nowhere"), "model folder nowhere does not exist"),
+    ],
+    ids=lambda value: value[1] if isinstance(value, tuple) else None,
+)
+def test_what_cannot_be_trained_is_refused(
+    project: Project, more: tuple[str, ...], words: str
+) -> None:
+    where = ("--item_pretrain_dir", str(project.llama), "--train_item_llm", "lora")
+    code, out, err = project.run(*where, *more, "--check", "True")
+    assert (code, out) == (2, "")
+    assert words in err
+    assert "Traceback" not in err
+
+
+def test_a_cache_of_another_item_llm_is_refused(project: Project) -> None:
+    make_llama(project.root / "other", seed=1)
+    path = project.root / "dataset" / "tiny_item_embeddings.safetensors"
+    cache = open_cache(path)
+    metadata = {"model_fingerprint": model_fingerprint(project.llama)}
+    save_cache(path, cache.item_ids, cache.embeddings.clone(), metadata)
+    for more in ((), ("--check", "True")):
+        code, _, err = project.run(
+            *("--train_item_llm", "lora", "--item_pretrain_dir", "other", *more)
+        )
+        assert code == 2
+        assert "was not made by the ItemLLM in other" in err.splitlines()[-1]
+    assert not (project.root / "saved").exists()
+
+
+def test_it_is_trained_only_by_its_name() -> None:
+    with pytest.raises(ValueError, match="needs the ItemLLM that made the item cache"):
+        Config(train_item_llm="lora")

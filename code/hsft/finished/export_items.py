@@ -16,7 +16,7 @@ from hsft.data.item_text import ItemTexts
 from hsft.encoding.item_tower import ITEM_CACHE_FILE, ITEM_WEIGHTS_FILE
 from hsft.encoding.sentence_encoder import is_sentence_encoder
 from hsft.hub.manifest import MANIFEST_FILE
-from hsft.inputs.item_tower import load_item_tower
+from hsft.inputs.load_tower import load_item_tower
 from hsft.model.backbone import load_model_config, read_extra
 from hsft.model.folder import EXTRA_FILE
 from hsft.report.model_card import Format

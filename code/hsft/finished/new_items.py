@@ -16,7 +16,7 @@ from hsft.data.item_text import ItemTexts, read_item_texts, read_item_titles, se
 from hsft.encoding.item_llm import model_fingerprint
 from hsft.finished.open_run import OpenRun
 from hsft.inputs.cache_items import encode_texts
-from hsft.inputs.item_tower import load_item_tower
+from hsft.inputs.load_tower import load_item_tower
 from hsft.model.backbone import load_model_config
 from hsft.trainer.checkpoint import BEST_DIR
 from hsft.utils.errors import InputError, one_line

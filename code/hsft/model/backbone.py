@@ -471,12 +471,13 @@ def quantization_obstacle(device: str) -> str | None:
     return None
 
 
-def check_quantization(quant_type: str, device: str) -> None:
-    """Refuse a quantised UserLLM where its kernels are missing.
+def check_quantization(quant_type: str, device: str, part: LlmPart = "UserLLM") -> None:
+    """Refuse a quantised LLM where its kernels are missing.
 
     Args:
         quant_type: as `qlora_quant_type`; `auto` is refused nowhere.
         device: kind of device.
+        part: whose quantisation it is.
 
     Raises:
         InputError: bitsandbytes is not installed (some systems have no build of it), or has no
@@ -484,15 +485,16 @@ def check_quantization(quant_type: str, device: str) -> None:
     """
     if quant_type in ("auto", "none") or quantization_obstacle(device) is None:
         return
+    key = "qlora_quant_type" if part == "UserLLM" else "item_quant_type"
     if importlib.util.find_spec("bitsandbytes") is None:
         raise InputError(
-            f"qlora_quant_type: {quant_type} needs the package bitsandbytes, which is not installed; "
-            f"install it with pip install bitsandbytes, or, where there is no build for this system, "
-            f"set --qlora_quant_type none (plain LoRA)."
+            f"{key}: {quant_type} needs the package bitsandbytes, which is not installed; install it "
+            f"with pip install bitsandbytes, or, where there is no build for this system, set --{key} "
+            f"none (plain LoRA)."
         )
     raise InputError(
-        f"qlora_quant_type: {quant_type} needs kernels for device {device}, which the installed "
-        f"bitsandbytes does not have; set --qlora_quant_type none (plain LoRA)."
+        f"{key}: {quant_type} needs kernels for device {device}, which the installed bitsandbytes "
+        f"does not have; set --{key} none (plain LoRA)."
     )
 
 

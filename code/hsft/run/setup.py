@@ -23,7 +23,7 @@ from hsft.data.negatives import NegativeSampler
 from hsft.data.split import NEEDED, Split, leave_one_out
 from hsft.evaluator.evaluator import EvalProtocol, Evaluator
 from hsft.inputs.cache_items import cache_warnings, encode_in_memory
-from hsft.inputs.item_tower import load_item_tower, read_catalogue, refuse_other_item_llm
+from hsft.inputs.load_tower import load_item_tower, read_catalogue, refuse_other_item_llm
 from hsft.model.attention import VARLEN, varlen_obstacle
 from hsft.model.backbone import (
     LoraSettings,

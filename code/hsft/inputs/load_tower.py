@@ -109,20 +109,20 @@ def load_item_tower(
     return tower.to(device), job
 
 
-def refuse_other_item_llm(config: Config, cache: ItemCache, dim: int) -> None:
+def refuse_other_item_llm(config: Config, cache: ItemCache, dim: int | None = None) -> None:
     """Refuse to train an ItemLLM from a cache that another one made.
 
     Args:
         config: the configuration.
         cache: what the run starts from.
-        dim: dimension of the ItemLLM's vectors.
+        dim: dimension of the ItemLLM's vectors, None where it is not loaded.
 
     Raises:
         InputError: the cache is of another ItemLLM.
     """
     folder = item_llm_folder(config)
     made_by = cache.metadata.get("model_fingerprint")
-    if cache.dim != dim or made_by not in (None, model_fingerprint(folder)):
+    if dim not in (None, cache.dim) or made_by not in (None, model_fingerprint(folder)):
         raise InputError(
             f"the item cache {cache.path or 'made now'} was not made by the ItemLLM in {folder}, "
             f"which train_item_llm: {config.train_item_llm} is to train; make it again with "
