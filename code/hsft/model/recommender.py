@@ -14,6 +14,7 @@ from hsft.data.dataset import TrainBatch
 from hsft.data.interactions import PAD
 from hsft.model import losses
 from hsft.model.item_table import ItemTable
+from hsft.model.proposal import Proposal
 from hsft.utils.distributed import all_gather_ids, all_reduce, world_size
 
 Similarity = Literal["cosine", "dot"]
@@ -80,6 +81,7 @@ class Recommender(nn.Module):
     Attributes:
         item_llm: what the items are encoded with, where it is trained along with the encoder. Not
             a part of `forward`: `trainer/item_training.py` hands its vectors to the item table.
+        proposal: what `negatives_logq` corrects by, set before training; None: not corrected.
         negative_counts: int64 [4], sums of `losses.count_negatives` over the forward passes since
             the last `take_negative_counts`, in all processes.
     """
@@ -97,6 +99,7 @@ class Recommender(nn.Module):
         self.encoder = encoder
         self.item_llm: nn.Module | None = None
         self.settings = settings
+        self.proposal: Proposal | None = None
         initial = losses.LOGIT_SCALE_INIT if logit_scale is None else logit_scale
         self.logit_scale = nn.Parameter(
             # One element, not a scalar: DeepSpeed cannot broadcast parameters without dimensions.
@@ -158,8 +161,12 @@ class Recommender(nn.Module):
                 weights=weights,
             )
             return loss, terms
-        candidates = targets if settings.negatives == "in_batch" else batch.negatives.reshape(-1)
-        pool_ids = all_gather_ids(candidates)
+        in_batch = drawn = targets[:0]
+        if settings.negatives == "in_batch" or self.proposal is not None:
+            in_batch = all_gather_ids(targets)
+        if settings.negatives == "sampled":
+            drawn = all_gather_ids(batch.negatives.reshape(-1))
+        pool_ids = torch.cat([in_batch, drawn])
         positives, pool = items(targets), items(pool_ids)
         # What fills a bucket up is neither a position nor a negative.
         fillers = None if weights is None else (pool_ids == PAD).expand(len(targets), -1)
@@ -174,17 +181,28 @@ class Recommender(nn.Module):
                 states, positives, pool, excluded, settings.budget_bytes, weights
             )
             return loss, terms + excluded.numel() - excluded.sum()
+        cosine = settings.similarity == "cosine"
+        log_counts: Tensor | None = None
+        masked = fillers
+        if self.proposal is not None:
+            log_counts = self.proposal.log_counts(in_batch, drawn)
+        if self.proposal is not None or not cosine:
+            # An estimate of the softmax must not count the positive twice, whatever nce_thres is.
+            same = targets.unsqueeze(1) == pool_ids
+            masked = same if fillers is None else same | fillers
         loss = losses.info_nce(
             states,
             positives,
             pool,
             scale,
             settings.nce_thres,
-            fillers,
+            masked,
             settings.budget_bytes,
             weights,
             (targets, pool_ids),
             counts,
+            log_counts,
+            cosine=cosine,
         )
         return loss, terms
 

@@ -279,12 +279,13 @@ def _settings(result: Mapping[str, Any], row: str) -> str:
         return ""
     keys = ["epochs", "train_batch_size", "MAX_ITEM_LIST_LENGTH", "seed"]
     if config.get("model") == "HLLM":
-        keys += ["user_llm_layers", "loss", "negatives", "num_negatives", "precision"]
+        keys += ["user_llm_layers", "loss", "negatives", "num_negatives", "negatives_logq"]
+        keys += ["precision"]
         keys += ["item_embedding_transform", "item_adapter", "use_qlora"]
         if config.get("use_qlora"):
             keys += [key for key in config if key.startswith("qlora_")]
     else:
-        keys += [str(config.get("model"))]
+        keys += [str(config.get("model")), "num_negatives", "negatives_logq"]
     return _listed({**{key: config.get(key) for key in keys}, **config.get("optim_args", {})})
 
 

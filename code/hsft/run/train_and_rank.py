@@ -61,6 +61,7 @@ from hsft.run.setup import (
     eval_protocol,
     load_data,
     make_evaluator,
+    negative_proposal,
     negative_sampler,
     packed_row_length,
     report_costly_catalogue,
@@ -386,6 +387,8 @@ def _train(
     config, fabric = run.config, run.fabric
     dataset = CachedEmbeddingTrainDataset(data.split, config.MAX_ITEM_LIST_LENGTH)
     check_training(config, data.split, dataset)
+    if config.negatives_logq:
+        model.proposal = negative_proposal(config, dataset).to(fabric.device)
     loader = make_train_loader(config, dataset, data, fabric, pack=_packs(config, model, fabric))
     steps = config.epochs * steps_per_epoch(len(loader), config.gradient_accumulation_steps)
     if items is not None:
