@@ -38,6 +38,7 @@ from hsft.data.split import Phase, Split, leave_one_out
 from hsft.encoding.item_llm import emb_token, load_tokenizer, no_emb_token
 from hsft.encoding.sentence_encoder import read_sentence_folder
 from hsft.evaluator.evaluator import Evaluator
+from hsft.hub.manifest import pretraining_overlap
 from hsft.inputs.cache_items import cache_warnings, with_encoder
 from hsft.model.backbone import (
     check_lora_targets,
@@ -303,6 +304,8 @@ def _user_model(config: Config, findings: Findings) -> int | None:
             read_id_vectors(folder, hidden)
     with findings.collect():
         user_attention(config, torch.device(choose_device(config)))
+    with findings.collect():
+        findings.warn(pretraining_overlap(folder, config.dataset))
     return hidden
 
 
