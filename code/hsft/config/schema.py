@@ -418,6 +418,12 @@ class Config(_Section):
         "items that are not drawn as negatives for a sequence: its user's training items, or none "
         "(HLLM with num_negatives)",
     )
+    negatives_logq: Bool = _key(
+        False,
+        "training",
+        "correct nce for how often each item comes up as a negative (log Q), so that frequent items "
+        "are not pushed down; drawn negatives are then joined by the batch's other targets",
+    )
     similarity: Literal["auto", "cosine", "dot"] = _key(
         "auto",
         "training",
@@ -583,6 +589,13 @@ class Config(_Section):
             )
         if self.negatives == "sampled" and self.num_negatives is None:
             raise ValueError("negatives: sampled needs num_negatives, for example 512")
+        if self.negatives_logq and self.loss != "nce":
+            raise ValueError("negatives_logq corrects loss: nce; drop it or the loss")
+        if self.negatives_logq and self.negatives == "catalogue":
+            raise ValueError(
+                "negatives: catalogue contrasts with every item, so that negatives_logq has nothing "
+                "to correct; drop one"
+            )
         if self.loss == "bce" and (self.fix_temp or self.temperature is not None):
             raise ValueError("fix_temp and temperature belong to loss: nce; drop them or the loss")
         if self.encoder is not None and self.item_pretrain_dir is not None:

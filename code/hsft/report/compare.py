@@ -282,7 +282,8 @@ def _settings(result: Mapping[str, Any], row: str) -> str:
         return ""
     keys = ["epochs", "train_batch_size", "MAX_ITEM_LIST_LENGTH", "seed"]
     if config.get("model") == "HLLM":
-        keys += ["user_llm_layers", "loss", "negatives", "num_negatives", "precision"]
+        keys += ["user_llm_layers", "loss", "negatives", "num_negatives", "negatives_logq"]
+        keys += ["precision"]
         keys += ["item_embedding_transform", "item_adapter", "use_qlora"]
         if config.get("use_qlora"):
             keys += [key for key in config if key.startswith("qlora_")]

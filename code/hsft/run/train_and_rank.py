@@ -60,6 +60,7 @@ from hsft.run.setup import (
     eval_protocol,
     load_data,
     make_evaluator,
+    negative_proposal,
     negative_sampler,
     packed_row_length,
     report_costly_catalogue,
@@ -387,6 +388,8 @@ def _train(run: RunContext, data: Data, model: Recommender) -> tuple[TrainState,
     config, fabric = run.config, run.fabric
     dataset = CachedEmbeddingTrainDataset(data.split, config.MAX_ITEM_LIST_LENGTH)
     check_training(config, data.split, dataset)
+    if config.negatives_logq:
+        model.proposal = negative_proposal(config, dataset).to(fabric.device)
     loader = make_train_loader(config, dataset, data, fabric, pack=_packs(config, model, fabric))
     # Before ZeRO stage 3 takes the parameters apart.
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)

@@ -190,7 +190,7 @@ def _halve(learner: Learner, group: list[TrainBatch], micro_batch: int | None) -
         where,
         half,
         " In-batch negatives come from these parts, so there are fewer of them."
-        if learner.model.settings.negatives == "in_batch"
+        if learner.model.settings.negatives == "in_batch" or learner.model.proposal is not None
         else "",
     )
     return half
