@@ -49,7 +49,7 @@ def exported_from(folder: str | Path) -> str | None:
     return run if isinstance(run, str) else None
 
 
-def pretraining_overlap(folder: str | Path, dataset: str) -> str | None:
+def pretraining_overlap(folder: str | Path, dataset: str | None) -> str | None:
     """Warn of an imported checkpoint that may have been trained on a data set's held-out items.
 
     Args:
@@ -65,7 +65,7 @@ def pretraining_overlap(folder: str | Path, dataset: str) -> str | None:
     source = imported["source"]
     file = str(source.get("file") or source.get("path") or "").lower()
     for part, (name, word) in _TRAINED_ON.items():
-        if part in file and word in dataset.lower():
+        if part in file and word in (dataset or "").lower():
             return (
                 f"{folder} is a checkpoint that was trained on {name}, which is drawn from the same "
                 f"log as {dataset}: it may have been trained on the items that are held out here, so "
