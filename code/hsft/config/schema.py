@@ -408,7 +408,7 @@ class Config(_Section):
         None,
         "training",
         "drawn negatives per forward pass over all processes, shared by its sequences; setting it "
-        "implies negatives: sampled",
+        "implies negatives: sampled, also for model: sasrec, whose softmax is full without",
         ge=1,
         le=10_000_000,
     )
@@ -595,6 +595,10 @@ class Config(_Section):
             raise ValueError(
                 "negatives: catalogue contrasts with every item, so that negatives_logq has nothing "
                 "to correct; drop one"
+            )
+        if self.model == "sasrec" and self.negatives_logq and self.effective_negatives != "sampled":
+            raise ValueError(
+                "negatives_logq needs num_negatives with model: sasrec, whose softmax is full without"
             )
         if self.loss == "bce" and (self.fix_temp or self.temperature is not None):
             raise ValueError("fix_temp and temperature belong to loss: nce; drop them or the loss")

@@ -178,10 +178,12 @@ class Recommender(nn.Module):
                 states, positives, pool, excluded, settings.budget_bytes, weights
             )
             return loss, terms + excluded.numel() - excluded.sum()
+        cosine = settings.similarity == "cosine"
         log_counts: Tensor | None = None
         masked = fillers
         if self.proposal is not None:
             log_counts = self.proposal.log_counts(in_batch, drawn)
+        if self.proposal is not None or not cosine:
             # An estimate of the softmax must not count the positive twice, whatever nce_thres is.
             same = targets.unsqueeze(1) == pool_ids
             masked = same if fillers is None else same | fillers
@@ -197,6 +199,7 @@ class Recommender(nn.Module):
             (targets, pool_ids),
             counts,
             log_counts,
+            cosine=cosine,
         )
         return loss, terms
 

@@ -288,7 +288,7 @@ def _settings(result: Mapping[str, Any], row: str) -> str:
         if config.get("use_qlora"):
             keys += [key for key in config if key.startswith("qlora_")]
     else:
-        keys += [str(config.get("model"))]
+        keys += [str(config.get("model")), "num_negatives", "negatives_logq"]
     return _listed({**{key: config.get(key) for key in keys}, **config.get("optim_args", {})})
 
 

@@ -209,9 +209,7 @@ def check_training(config: Config, split: Split, sequences: CachedEmbeddingTrain
             f"{config.dataset} has a single item, so that there is nothing to learn; use "
             f"--val_only True."
         )
-    if config.model != "HLLM":
-        return
-    if config.effective_negatives == "in_batch":
+    if config.model == "HLLM" and config.effective_negatives == "in_batch":
         longest = 1 if config.train_positions == "random_split" else int(sequences.lengths.max())
         if config.train_batch_size * world_size() * longest == 1:
             raise InputError(
