@@ -39,6 +39,7 @@ from hsft.encoding.item_llm import emb_token, load_tokenizer, no_emb_token
 from hsft.encoding.item_tower import freeze
 from hsft.encoding.sentence_encoder import read_sentence_folder
 from hsft.evaluator.evaluator import Evaluator
+from hsft.hub.manifest import pretraining_overlap
 from hsft.inputs.cache_items import cache_warnings, with_encoder
 from hsft.inputs.load_tower import refuse_other_item_llm
 from hsft.model.backbone import (
@@ -311,6 +312,8 @@ def _user_model(config: Config, findings: Findings) -> int | None:
             read_id_vectors(folder, hidden)
     with findings.collect():
         user_attention(config, torch.device(choose_device(config)))
+    with findings.collect():
+        findings.warn(pretraining_overlap(folder, config.dataset))
     return hidden
 
 

@@ -23,7 +23,7 @@ from hsft.data.dataset.packing import Buckets
 from hsft.evaluator.evaluator import Evaluation, Evaluator, Scorer
 from hsft.evaluator.fingerprint import evaluation_fingerprint
 from hsft.evaluator.metrics import per_user
-from hsft.hub.manifest import exported_from, user_llm_origin
+from hsft.hub.manifest import exported_from, pretraining_overlap, user_llm_origin
 from hsft.model.accelerate import StepGraphs, choose_acceleration, compile_layers
 from hsft.model.attention import VARLEN
 from hsft.model.ensemble import weight_grid
@@ -175,6 +175,7 @@ def _run(run: RunContext) -> None:
     data = load_data(config, need_cache=config.reads_embeddings)
     if config.model == "HLLM" and config.user_pretrain_dir:
         run = replace(run, user_llm_fingerprint=model_fingerprint(config.user_pretrain_dir))
+        warn(_overlap(config))
     final = make_evaluator(config, data.split, config.eval_phase, fabric)
     config, quantisation = resolve_quant_type(
         config, data.interactions, fabric.device, run.folder if run.resume else None
@@ -240,6 +241,13 @@ def _evaluate_models(
         evaluations[UNTRAINED] = _baseline(run, data, final)
     tuned, training = _train_and_evaluate_model(run, data, final)
     return evaluations | tuned, {"training": training}
+
+
+def _overlap(config: Config) -> str | None:
+    """Return the warning of a UserLLM that may have been trained on the held-out items."""
+    if config.model != "HLLM" or not config.user_pretrain_dir:
+        return None
+    return pretraining_overlap(config.user_pretrain_dir, config.dataset)
 
 
 def _origin(config: Config) -> dict[str, Any] | None:
@@ -575,6 +583,7 @@ def _write_result(
         "fingerprint": evaluation_fingerprint(final.dataset, protocol),
         "cache": data.cache.metadata if data.cache else None,
         "user_llm": _origin(config),
+        "pretraining_overlap": _overlap(config),
         "user_llm_fingerprint": run.user_llm_fingerprint,
         "training": None,
         **more,
