@@ -7,7 +7,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -34,6 +34,10 @@ from hsft.utils.files import is_file, is_folder
 
 log = logging.getLogger(__name__)
 
+LlmPart = Literal["UserLLM", "ItemLLM"]
+# What the keys of either LLM's LoRA begin with.
+_LORA_KEYS = {"UserLLM": "qlora", "ItemLLM": "item_lora"}
+
 _CPU_KERNEL_SWITCH = "support_avx512bf16_for_cpu"
 
 
@@ -48,6 +52,7 @@ class LoraSettings:
         double_quant: quantise the quantisation constants too.
         dequantize: multiply by dequantised 4-bit weights whatever the number of positions; False
             leaves bitsandbytes the choice of its fused kernel.
+        part: `UserLLM` or `ItemLLM`, for messages.
     """
 
     rank: int
@@ -58,6 +63,7 @@ class LoraSettings:
     compute_dtype: torch.dtype = torch.bfloat16
     double_quant: bool = True
     dequantize: bool = True
+    part: LlmPart = "UserLLM"
 
 
 def load_model_config(folder: str | Path, trust_remote_code: bool = False) -> Any:
@@ -280,7 +286,7 @@ def add_lora(model: PreTrainedModel, lora: LoraSettings, gradient_checkpointing:
     try:
         adapted = get_peft_model(model, settings)
     except ValueError as error:
-        raise InputError(_target_problem(targets, model)) from error
+        raise InputError(_target_problem(targets, model, lora.part)) from error
     if gradient_checkpointing:
         enable_checkpointing(model)
     return adapted
@@ -314,21 +320,21 @@ def is_target(name: str, targets: Sequence[str]) -> bool:
     )
 
 
-def check_lora_targets(model: nn.Module, targets: Sequence[str]) -> None:
+def check_lora_targets(model: nn.Module, targets: Sequence[str], part: LlmPart = "UserLLM") -> None:
     """Refuse target names that no linear layer has.
 
     Raises:
         InputError: says which there are.
     """
     if not any(is_target(name, targets) for name in linear_layers(model)):
-        raise InputError(_target_problem(targets, model))
+        raise InputError(_target_problem(targets, model, part))
 
 
-def _target_problem(targets: Sequence[str], model: nn.Module) -> str:
+def _target_problem(targets: Sequence[str], model: nn.Module, part: LlmPart) -> str:
     names = sorted({name.rpartition(".")[2] for name in linear_layers(model)})
     return (
-        f"qlora_target_modules {list(targets)} names no linear layer of the UserLLM; its linear "
-        f"layers are {', '.join(names)}, or write [all-linear]."
+        f"{_LORA_KEYS[part]}_target_modules {list(targets)} names no linear layer of the {part}; its "
+        f"linear layers are {', '.join(names)}, or write [all-linear]."
     )
 
 
@@ -465,12 +471,13 @@ def quantization_obstacle(device: str) -> str | None:
     return None
 
 
-def check_quantization(quant_type: str, device: str) -> None:
-    """Refuse a quantised UserLLM where its kernels are missing.
+def check_quantization(quant_type: str, device: str, part: LlmPart = "UserLLM") -> None:
+    """Refuse a quantised LLM where its kernels are missing.
 
     Args:
         quant_type: as `qlora_quant_type`; `auto` is refused nowhere.
         device: kind of device.
+        part: whose quantisation it is.
 
     Raises:
         InputError: bitsandbytes is not installed (some systems have no build of it), or has no
@@ -478,15 +485,16 @@ def check_quantization(quant_type: str, device: str) -> None:
     """
     if quant_type in ("auto", "none") or quantization_obstacle(device) is None:
         return
+    key = "qlora_quant_type" if part == "UserLLM" else "item_quant_type"
     if importlib.util.find_spec("bitsandbytes") is None:
         raise InputError(
-            f"qlora_quant_type: {quant_type} needs the package bitsandbytes, which is not installed; "
-            f"install it with pip install bitsandbytes, or, where there is no build for this system, "
-            f"set --qlora_quant_type none (plain LoRA)."
+            f"{key}: {quant_type} needs the package bitsandbytes, which is not installed; install it "
+            f"with pip install bitsandbytes, or, where there is no build for this system, set --{key} "
+            f"none (plain LoRA)."
         )
     raise InputError(
-        f"qlora_quant_type: {quant_type} needs kernels for device {device}, which the installed "
-        f"bitsandbytes does not have; set --qlora_quant_type none (plain LoRA)."
+        f"{key}: {quant_type} needs kernels for device {device}, which the installed bitsandbytes "
+        f"does not have; set --{key} none (plain LoRA)."
     )
 
 

@@ -36,9 +36,12 @@ from hsft.data.interactions import Interactions, load_interactions
 from hsft.data.item_text import ItemTexts, read_item_texts, unfit_texts
 from hsft.data.split import Phase, Split, leave_one_out
 from hsft.encoding.item_llm import emb_token, load_tokenizer, no_emb_token
+from hsft.encoding.item_tower import freeze
 from hsft.encoding.sentence_encoder import read_sentence_folder
 from hsft.evaluator.evaluator import Evaluator
+from hsft.hub.manifest import pretraining_overlap
 from hsft.inputs.cache_items import cache_warnings, with_encoder
+from hsft.inputs.load_tower import refuse_other_item_llm
 from hsft.model.backbone import (
     check_lora_targets,
     check_quantization,
@@ -149,11 +152,11 @@ def check_run(config: Config) -> None:
     interactions = _interactions(config, findings)
     cache = None
     if config.reads_embeddings:
-        if not config.use_item_cache:
+        if config.trains_items or not config.use_item_cache:
             texts = _item_texts(config, findings)
             if texts is not None and interactions is not None:
                 _texts_suffice(config, texts, interactions, findings)
-        elif has_cache_path(config):
+        if config.use_item_cache and has_cache_path(config):
             with findings.collect():
                 cache = open_cache(cache_path(config))
                 findings.notes.append(
@@ -164,6 +167,8 @@ def check_run(config: Config) -> None:
             for warning in cache_warnings(config, cache, interactions.item_ids[1:]):
                 findings.warn(warning)
             with findings.collect():
+                if config.trains_items:
+                    refuse_other_item_llm(config, cache)
                 interactions = match_cache(interactions, cache, config)
         split = leave_one_out(interactions)
         _split(config, split, findings)
@@ -222,6 +227,8 @@ def _quick_run(config: Config, findings: Findings) -> None:
             check_optimizer(config, device)
             if config.use_qlora:
                 check_quantization(config.qlora_quant_type, device)
+            if config.trains_items:
+                check_quantization(config.item_quant_type, device, "ItemLLM")
     if config.model == "ensemble":
         with findings.collect():
             member_runs(config)
@@ -231,12 +238,14 @@ def _quick_run(config: Config, findings: Findings) -> None:
     hidden = None
     if config.model == "HLLM":
         hidden = _user_model(config, findings)
-    if config.reads_embeddings:
-        if not config.use_item_cache:
-            _item_model(config, findings)
-        elif has_cache_path(config):
-            with findings.collect():
-                _cache_header(config, hidden)
+    if config.trains_items:
+        with findings.collect():
+            information_file(config.text_path, config.dataset)
+    if config.trains_items or (config.reads_embeddings and not config.use_item_cache):
+        _item_model(config, findings)
+    if config.reads_embeddings and config.use_item_cache and has_cache_path(config):
+        with findings.collect():
+            _cache_header(config, hidden)
 
 
 def _quick_caching(config: Config, findings: Findings) -> None:
@@ -303,6 +312,8 @@ def _user_model(config: Config, findings: Findings) -> int | None:
             read_id_vectors(folder, hidden)
     with findings.collect():
         user_attention(config, torch.device(choose_device(config)))
+    with findings.collect():
+        findings.warn(pretraining_overlap(folder, config.dataset))
     return hidden
 
 
@@ -325,6 +336,7 @@ def _item_model(config: Config, findings: Findings) -> None:
             load_model_config(transformer, config.trust_remote_code)
             check_files(transformer)
             load_tokenizer(transformer, config.trust_remote_code)
+            _item_training(config, load_model_config(transformer, config.trust_remote_code))
         return
     folder = None
     with findings.collect():
@@ -339,6 +351,7 @@ def _item_model(config: Config, findings: Findings) -> None:
         token = emb_token(folder, config.item_emb_token_n, int(model.hidden_size))
         if token is None and config.item_emb_token_n:
             findings.notes.append(no_emb_token(folder))
+        _item_training(config, model)
         keep_layers(model, 1)
         decoder = meta_decoder(model, config.trust_remote_code)
         check_embeddings(decoder, folder)
@@ -349,6 +362,16 @@ def _item_model(config: Config, findings: Findings) -> None:
     with findings.collect():
         model = load_model_config(folder, config.trust_remote_code)
         attention_kernel(config, torch.device(choose_device(config)), model, rows=False)
+
+
+def _item_training(config: Config, model_config: Any) -> None:
+    """Check that what `train_item_llm` asks for fits an ItemLLM's configuration."""
+    if not config.trains_items:
+        return
+    model = meta_decoder(model_config, config.trust_remote_code)
+    if config.train_item_llm == "lora":
+        check_lora_targets(model, config.item_lora_target_modules, "ItemLLM")
+    freeze(model, config.item_freeze_layers, config.item_freeze_embeddings)
 
 
 def _cache_header(config: Config, hidden: int | None) -> None:
