@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -18,14 +18,15 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoModel, PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from hsft.encoding.item_llm import ItemEncoder, Pooling, load_tokenizer
 from hsft.model.backbone import load_model_config
 from hsft.model.folder import check_files
 from hsft.utils.errors import InputError, brief, one_line
 from hsft.utils.files import is_file, read_json
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 MODULES = "modules.json"
 # In the order in which sentence-transformers puts several of them side by side.
@@ -73,6 +74,8 @@ def is_sentence_encoder(folder: str | Path, trust_remote_code: bool = False) -> 
     """
     if is_file(Path(folder) / MODULES):
         return True
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
     config = load_model_config(folder, trust_remote_code)
     kind = getattr(config, "model_type", None)
     return (
@@ -292,6 +295,8 @@ def load_sentence_encoder(
     Raises:
         InputError: a file is missing, damaged or of a kind that is not supported.
     """
+    from transformers import AutoModel
+
     settings = read_sentence_folder(folder)
     part = settings.transformer
     config = load_model_config(part, trust_remote_code)
