@@ -558,8 +558,10 @@ def _ensemble(runner: Runner, name: str, runs: Sequence[str]) -> subprocess.Pope
 
 def score(runs: Sequence[Path], out: Path) -> None:
     """Score a run's best weights on its test users, or an ensemble of two, weighed on validation."""
-    from hsft.finished.open_run import open_run, run_config
-    from hsft.model.ensemble import Ensemble, Member, choose_weight
+    from hsft.evaluator.metrics import per_user
+    from hsft.finished.open_run import open_run
+    from hsft.model.ensemble import Ensemble, Member, weight_grid
+    from hsft.run.saved_model import run_config
     from hsft.run.setup import make_evaluator
     from hsft.run.train_and_rank import evaluate
 
@@ -570,18 +572,21 @@ def score(runs: Sequence[Path], out: Path) -> None:
     scorers = [run.build(run.models[-1]) for run in opened]
     weight, scorer = None, scorers[0]
 
-    def found(candidate: Any, phase: Any) -> Any:
-        evaluator = make_evaluator(config, first.data.split, phase, first.fabric)
-        return evaluate(config, candidate, evaluator, first.fabric)
-
     if len(scorers) == 2:
         members = [
             Member(scorer, run.config.MAX_ITEM_LIST_LENGTH)
             for scorer, run in zip(scorers, opened, strict=True)
         ]
-        scorer = both = Ensemble(members, [0.5, 0.5])
-        weight = choose_weight(both, lambda: float(found(both, "valid").metrics["NDCG@10"]))
-    evaluation = found(scorer, "test")
+        scorer = both = Ensemble(members, [1.0, 1.0])
+        valid = make_evaluator(config, first.data.split, "valid", first.fabric)
+        grid = weight_grid(2)
+        ranks = valid.ranks_by_weights(
+            both, grid, first.fabric.device, autocast=first.fabric.autocast
+        )
+        both.weights = grid[np.argmax([per_user("NDCG", row, 10).mean() for row in ranks])].tolist()
+        weight = both.weights[1]
+    test = make_evaluator(config, first.data.split, "test", first.fabric)
+    evaluation = evaluate(config, scorer, test, first.fabric)
     content = {
         "weight": weight,
         "metrics": evaluation.metrics,

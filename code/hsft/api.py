@@ -96,7 +96,8 @@ def evaluate(config: Config) -> Run:
 
     Args:
         config: `model: HLLM` scores the UserLLM of `user_pretrain_dir` as it is (`val_only` is set);
-            `pop`, `random` and `item_knn` are the reference models.
+            `pop`, `random`, `item_knn` and `tfidf` are the reference models, and `ensemble` sums the
+            scores of the finished `runs`.
 
     Returns:
         The finished run; its folder is in `checkpoint_dir`.
@@ -244,7 +245,7 @@ class Run:
     @cached_property
     def config(self) -> Config:
         """The run's configuration, with `overrides`."""
-        from hsft.finished.open_run import run_config
+        from hsft.run.saved_model import run_config
 
         return run_config(self.folder, self.overrides)
 

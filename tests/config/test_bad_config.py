@@ -234,6 +234,13 @@ RUN_DIRS: dict[str, tuple[list[str], list[str]]] = {
         ["dataset is no run of this program"],
     ),
     "device": (["--device", "cuda"], ["CUDA"]),
+    "device xpu": (["--device", "xpu"], ["torch finds no XPU device", "Intel"]),
+    "device mps": (["--device", "mps"], ["torch finds no MPS device", "Apple silicon"]),
+    "device of no kind": (["--device", "tpu"], ["device", "tpu"]),
+    "8-bit optimizer": (
+        ["--model", "HLLM", "--optimizer", "paged_adamw8bit"],
+        ["paged_adamw8bit needs a CUDA device"],
+    ),
     "precision": (["--precision", "16-mixed"], ["16-mixed needs CUDA"]),
     "candidates": (
         ["--eval_protocol", "sampled", "--eval_neg_sample_num", "19"],
@@ -246,8 +253,15 @@ RUN_DIRS: dict[str, tuple[list[str], list[str]]] = {
 def test_settings_that_cannot_work_are_one_line(project: Project, case: str) -> None:
     import torch
 
-    if case in ("device", "precision") and torch.cuda.is_available():
-        pytest.skip("there is a CUDA device here")
+    there = {
+        "device": torch.cuda.is_available(),
+        "precision": torch.cuda.is_available(),
+        "8-bit optimizer": torch.cuda.is_available(),
+        "device xpu": torch.xpu.is_available(),
+        "device mps": torch.backends.mps.is_available(),
+    }
+    if there.get(case):
+        pytest.skip("there is such a device here")
     argv, words = RUN_DIRS[case]
     (project.root / "file").write_text("")
     expect_refusal(project, lambda: project.run("--model", "pop", *argv), words)

@@ -152,6 +152,22 @@ def test_every_process_scores_its_own_share_once(split: Split, table: Tensor) ->
     assert sum(part.ranks for part in parts).tolist() == whole.tolist()  # type: ignore[union-attr]
 
 
+def test_padded_histories_of_a_batch_are_alike_in_length(split: Split, table: Tensor) -> None:
+    dataset = CachedEmbeddingEvalDataset(split, "test", LENGTH)
+    seen: list[list[int]] = []
+
+    class Watched(TableScorer):
+        def user_vectors(self, history: Tensor, lengths: Tensor) -> Tensor:
+            assert history.shape[1] == lengths.max()
+            seen.append(lengths.tolist())
+            return super().user_vectors(history, lengths)
+
+    Evaluator(dataset, FULL, batch_size=4).run(Watched(table), CPU)
+    given = (split.interactions.offsets[1:] - split.interactions.offsets[:-1] - 1).clip(max=LENGTH)
+    assert min(given) < max(given)
+    assert list(itertools.chain(*seen)) == sorted(given.tolist(), reverse=True)
+
+
 class RowScorer(TableScorer):
     """The same users, read from single rows."""
 

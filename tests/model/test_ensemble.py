@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from hsft.model.ensemble import Ensemble, Member, choose_weight, last_items
+from hsft.model import ensemble as module
+from hsft.model.ensemble import Ensemble, Member, last_items, weight_grid
 
 
 class Table:
@@ -29,7 +30,13 @@ class Table:
         return self.table[items]
 
 
-def test_scores_are_the_weighted_sum_of_z_scores() -> None:
+@pytest.mark.parametrize("widest", [2048, 4])
+def test_scores_are_the_weighted_sum_of_z_scores(
+    widest: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The deviation comes from the covariance, or of the wider model from all scores, in slices.
+    monkeypatch.setattr(module, "_WIDEST_COVARIANCE", widest)
+    monkeypatch.setattr(module, "_ITEMS_AT_A_TIME", 7)
     first, second = Table(40, 5, 1), Table(40, 3, 2)
     history, lengths = torch.tensor([[3, 9, 4, 7], [12, 5, 0, 0]]), torch.tensor([4, 2])
     ensemble = Ensemble([Member(first, 10), Member(second, 2)], [0.3, 0.7])
@@ -62,17 +69,27 @@ def test_histories_are_cut_to_their_last_items() -> None:
     assert same is history
 
 
-@pytest.mark.parametrize("best", [0.0, 0.35, 0.5, 1.0])
-def test_the_weight_of_the_highest_value_is_found(best: float) -> None:
-    ensemble = Ensemble([Member(Table(4, 2, 1), 3), Member(Table(4, 2, 2), 3)], [0.5, 0.5])
-    tried: list[float] = []
+def test_equal_scores_of_a_model_leave_the_ranking_to_the_others() -> None:
+    flat, other = Table(6, 3, 1), Table(6, 3, 2)
+    flat.table[1:] = 1.0
+    ensemble = Ensemble([Member(flat, 3), Member(other, 3)], [0.5, 0.5])
+    users = ensemble.user_vectors(torch.tensor([[2, 3]]), torch.tensor([2]))
+    scores = users @ ensemble.item_slice(1, 7).T
+    alone = Table(6, 3, 2).table[[2, 3]].mean(dim=0) @ other.table[1:].T
+    assert scores.isfinite().all()
+    assert scores[0].argsort().tolist() == alone.argsort().tolist()
 
-    def value() -> float:
-        tried.append(ensemble.weights[1])
-        assert sum(ensemble.weights) == pytest.approx(1)
-        return -abs(ensemble.weights[1] - best)
 
-    assert choose_weight(ensemble, value) == pytest.approx(best)
-    assert ensemble.weights == pytest.approx([1 - best, best])
-    assert len(tried) == len(set(tried)) <= 13
-    assert choose_weight(ensemble, lambda: 1.0) == 0.0
+def test_the_weights_that_are_tried() -> None:
+    two = weight_grid(2)
+    assert two.shape == (21, 2)
+    assert two[0].tolist() == [0.5, 0.5]
+    assert sorted(two[:, 0].round(2).tolist()) == [round(0.05 * n, 2) for n in range(21)]
+    three = weight_grid(3)
+    # 10 tenths over three: (12 choose 2).
+    assert three.shape == (66, 3)
+    assert sorted(three[0].tolist()) == [0.3, 0.3, 0.4]
+    assert {(1.0, 0, 0), (0, 0, 1.0)} <= set(map(tuple, three.tolist()))
+    for grid in (two, three):
+        np.testing.assert_allclose(grid.sum(axis=1), 1)
+        assert len(np.unique(grid, axis=0)) == len(grid)

@@ -55,10 +55,10 @@ def test_a_cards_free_memory_decides(
     assert f"of the {free / GIB:.2f} GiB that are free" in sentence
     given = config.model_copy(update={"qlora_quant_type": "fp4"})
     assert resolve_quant_type(given, interactions, torch.device("cuda")) == (given, "")
-    monkeypatch.setattr(quant_type, "has_quantization", lambda: False)
+    monkeypatch.setattr(quant_type, "quantization_obstacle", lambda device: f"no {device}")
     resolved, sentence = resolve_quant_type(config, interactions, torch.device("cuda"))
     assert resolved.qlora_quant_type == "none"
-    assert "bitsandbytes is not installed" in sentence
+    assert "auto takes none (plain LoRA): no cuda." in sentence
 
 
 def test_on_the_cpu_auto_is_nf4_and_the_result_says_so(project: Project) -> None:

@@ -24,7 +24,7 @@ LOCATION_KEYS = {
     "item_pretrain_dir": "model folder of the ItemLLM",
     "encoder": "folder of the sentence encoder",
     "user_pretrain_dir": "model folder of the UserLLM",
-    "device": "auto, cpu or cuda",
+    "device": "auto, cpu, cuda, xpu or mps",
     "num_threads": "CPU threads of torch",
 }
 

@@ -71,6 +71,7 @@ Text = Annotated[str, BeforeValidator(_text), Field(max_length=10_000)]
 Bool = StrictBool
 Int = StrictInt
 PositiveInt = Annotated[StrictInt, Field(ge=1, le=2**31 - 1)]
+Runs = Annotated[list[Text], Field(min_length=2, max_length=3), AfterValidator(_not_repeated)]
 UniqueTexts = Annotated[list[Text], Field(min_length=1), AfterValidator(_not_repeated)]
 
 DType = Literal["float16", "bfloat16", "float32"]
@@ -148,10 +149,16 @@ class Config(_Section):
     """
 
     # --- run
-    model: Literal["HLLM", "pop", "random", "item_knn", "tfidf", "sasrec"] = _key(
+    model: Literal["HLLM", "pop", "random", "item_knn", "tfidf", "sasrec", "ensemble"] = _key(
         "HLLM",
         "run",
-        "what ranks the items: HLLM's UserLLM, or a reference model on the same split",
+        "what ranks the items: HLLM's UserLLM, a reference model on the same split, or an ensemble "
+        "of finished runs",
+    )
+    runs: Runs | None = _key(
+        None,
+        "run",
+        "model: ensemble: folders of the two or three finished runs whose scores are summed",
     )
     val_only: Bool = _key(False, "run", "evaluate only, without training")
     check: Bool = _key(
@@ -194,7 +201,12 @@ class Config(_Section):
         ge=0,
     )
     keep_last: PositiveInt = _key(2, "run", "resumable checkpoints kept", le=1000)
-    device: Literal["auto", "cpu", "cuda"] = _key("auto", "run", "where the model runs")
+    device: Literal["auto", "cpu", "cuda", "xpu", "mps"] = _key(
+        "auto",
+        "run",
+        "where the model runs; cuda: NVIDIA GPUs, and AMD's with a ROCm build of torch; xpu: Intel "
+        "GPUs, and mps: Apple's, both not tried yet; auto: cuda where there is one, else cpu",
+    )
     num_threads: Int | None = _key(
         None, "run", "CPU threads of torch; default: torch's own choice", ge=1, le=1024
     )
@@ -406,6 +418,12 @@ class Config(_Section):
         "items that are not drawn as negatives for a sequence: its user's training items, or none "
         "(HLLM with num_negatives)",
     )
+    negatives_logq: Bool = _key(
+        False,
+        "training",
+        "correct nce for how often each item comes up as a negative (log Q), so that frequent items "
+        "are not pushed down; drawn negatives are then joined by the batch's other targets",
+    )
     similarity: Literal["auto", "cosine", "dot"] = _key(
         "auto",
         "training",
@@ -571,12 +589,23 @@ class Config(_Section):
             )
         if self.negatives == "sampled" and self.num_negatives is None:
             raise ValueError("negatives: sampled needs num_negatives, for example 512")
+        if self.negatives_logq and self.loss != "nce":
+            raise ValueError("negatives_logq corrects loss: nce; drop it or the loss")
+        if self.negatives_logq and self.negatives == "catalogue":
+            raise ValueError(
+                "negatives: catalogue contrasts with every item, so that negatives_logq has nothing "
+                "to correct; drop one"
+            )
         if self.loss == "bce" and (self.fix_temp or self.temperature is not None):
             raise ValueError("fix_temp and temperature belong to loss: nce; drop them or the loss")
         if self.encoder is not None and self.item_pretrain_dir is not None:
             raise ValueError("encoder stands in place of item_pretrain_dir; drop one of them")
         if self.item_id_dropout and not self.item_id_embedding:
             raise ValueError("item_id_dropout needs item_id_embedding: True; set it or drop one")
+        if self.model == "ensemble" and self.runs is None:
+            raise ValueError("model: ensemble needs runs: name two or three finished run folders")
+        if self.model != "ensemble" and self.runs is not None:
+            raise ValueError(f"runs belongs to model: ensemble, not to {self.model}; drop one")
         if self.model == "sasrec" and self.val_only:
             raise ValueError("model: sasrec has nothing to evaluate untrained; drop val_only")
         if self.loss == "nce" and self.similarity == "dot" and self.model == "HLLM":

@@ -44,6 +44,14 @@ class Scorer(Protocol):
         """Int64 [...] -> float32 [..., D]."""
 
 
+class PartedScorer(Scorer, Protocol):
+    """A model whose vectors are those of other models side by side, as an ensemble's are."""
+
+    @property
+    def parts(self) -> Sequence[Scorer]:
+        """The other models, M of them."""
+
+
 @dataclass(frozen=True)
 class EvalProtocol:
     """How users are scored: the same object serves every row of a table.
@@ -118,6 +126,14 @@ class _Group:
             candidates=torch.cat([batch.candidates for _, batch in batches]),
         )
 
+    def seen(self, start: int, size: int) -> tuple[Tensor, Tensor]:
+        """Return `seen_rows` and `seen_items` of `size` users from number `start` on."""
+        if size >= len(self.vectors):
+            return self.seen_rows, self.seen_items
+        # Waits for the device to count them; groups are made so that there is one part.
+        in_part = (self.seen_rows >= start) & (self.seen_rows < start + size)
+        return self.seen_rows[in_part] - start, self.seen_items[in_part]
+
 
 class Evaluator:
     """Scores all users of one phase.
@@ -158,21 +174,16 @@ class Evaluator:
         self.dataset = dataset
         self.protocol = protocol
         self.world_size = world_size
-        self._own = np.arange(rank, len(dataset), world_size)
+        self._share = np.arange(rank, len(dataset), world_size)
         if candidates is None and protocol.kind == "sampled":
             candidates = draw_candidates(dataset, protocol)
-        self._loader: DataLoader[Any] = DataLoader(
-            dataset,
-            batch_size=batch_size,
-            sampler=np.resize(np.append(self._own, 0), -(-len(dataset) // world_size)).tolist(),
-            collate_fn=EvalCollate(dataset, candidates),
-            num_workers=num_workers,
-        )
+        self._candidates = candidates
+        self._batch_size, self._num_workers = batch_size, num_workers
 
     @property
     def own_users(self) -> int:
         """Users that this process scores."""
-        return len(self._own)
+        return len(self._share)
 
     # Not inference_mode: its tensors would stay behind as ZeRO stage 3's gathered parameters.
     @torch.no_grad()
@@ -206,7 +217,7 @@ class Evaluator:
         _write_ranks(waiting, ranks)
         if self.world_size > 1:
             counted = np.zeros_like(ranks)
-            counted[self._own] = ranks[self._own]
+            counted[self._share] = ranks[self._share]
             ranks = all_reduce(counted)
             covered = {k: all_reduce(seen.astype(np.int64)) > 0 for k, seen in covered.items()}
         values = metrics.compute(self.protocol.metrics, self.protocol.topk, ranks)
@@ -218,6 +229,59 @@ class Evaluator:
             ranks=ranks,
             metrics=values,
             seconds=time.perf_counter() - began,
+        )
+
+    @torch.no_grad()
+    def ranks_by_weights(
+        self,
+        scorer: PartedScorer,
+        weights: np.ndarray,
+        device: torch.device,
+        *,
+        all_reduce: Callable[[np.ndarray], np.ndarray] = lambda values: values,
+        on_batch: Callable[[int], None] = lambda users: None,
+        autocast: Callable[[], Any] | None = None,
+    ) -> np.ndarray:
+        """Rank every user's target by several weighted sums of a model's parts, in one pass.
+
+        Args:
+            scorer: the model, in evaluation mode.
+            weights: float64 [W, M], factors on the scores of its parts.
+            device, all_reduce, on_batch, autocast: as for `run`.
+
+        Returns:
+            int64 [W, E].
+        """
+        ranks = np.zeros((len(weights), len(self.dataset)), dtype=np.int64)
+        for group in self._groups(scorer, device, on_batch, autocast):
+            ranks[:, group.rows.numpy(force=True)] = self._rank_sums(scorer, group, weights)
+        if self.world_size > 1:
+            counted = np.zeros_like(ranks)
+            counted[:, self._share] = ranks[:, self._share]
+            ranks = all_reduce(counted)
+        return ranks
+
+    def _batches(self, single_row: bool) -> Iterator[EvalBatch]:
+        """Gather this process's users, batch after batch.
+
+        Padded rows come from the longest history to the shortest, so that those of a batch are
+        alike in length and memory peaks at the start; single rows in the order of the users, so
+        that they are.
+
+        Args:
+            single_row: put the histories of a batch into one row.
+        """
+        samples = np.resize(np.append(self._share, 0), -(-len(self.dataset) // self.world_size))
+        if not single_row:
+            samples = samples[np.argsort(-self.dataset.lengths[samples], kind="stable")]
+        collate = EvalCollate(self.dataset, self._candidates)
+        collate.single_row = single_row
+        yield from DataLoader(
+            self.dataset,
+            batch_size=self._batch_size,
+            sampler=samples.tolist(),
+            collate_fn=collate,
+            num_workers=self._num_workers,
         )
 
     def _coverage_cuts(self) -> Sequence[int]:
@@ -238,13 +302,11 @@ class Evaluator:
         """
         waiting: list[tuple[Tensor, EvalBatch]] = []
         count = 0
-        collate = self._loader.collate_fn
-        assert isinstance(collate, EvalCollate)
-        collate.single_row = bool(getattr(scorer, "reads_rows", False))
-        for batch in self._loader:
+        single_row = bool(getattr(scorer, "reads_rows", False))
+        for batch in self._batches(single_row):
             moved = batch.to(device)
             with nullcontext() if autocast is None else autocast():
-                if collate.single_row:
+                if single_row:
                     encode: Any = scorer
                     users = encode.row_user_vectors(moved.row, moved.positions, moved.cu_lengths)
                 else:
@@ -262,7 +324,10 @@ class Evaluator:
     def _users_at_a_time(self, scorer: Scorer, dim: int) -> int:
         if self.protocol.kind == "sampled":
             return 1
-        return ranking.users_at_a_time(scorer.num_items, self.protocol.budget_bytes, dim)
+        # A model of several parts has a matrix for each, and one for their sum.
+        parts: Sequence[Scorer] = getattr(scorer, "parts", ())
+        budget = self.protocol.budget_bytes // (len(parts) + 1)
+        return ranking.users_at_a_time(scorer.num_items, budget, dim)
 
     def _rank(self, scorer: Scorer, group: _Group, covered: dict[int, np.ndarray]) -> Tensor:
         """Rank a group's targets: int64 [b]."""
@@ -270,9 +335,7 @@ class Evaluator:
         if self.protocol.kind == "sampled":
             return self._rank_candidates(scorer, group)
         dim = users.shape[1]
-        most = self._users_at_a_time(scorer, dim)
-        # Parts of equal size: a last part of a few users would cost as much as a full one.
-        size = -(-len(users) // -(-len(users) // most))
+        size = self._part_size(scorer, users)
         at_a_time = ranking.items_at_a_time(dim, self.protocol.budget_bytes, users.device)
         buffer = users.new_empty((size, scorer.num_items + 1))
         ranks = []
@@ -281,15 +344,57 @@ class Evaluator:
             scores = ranking.full_scores(
                 users[part], scorer.item_slice, scorer.num_items, at_a_time, buffer
             )
-            seen_rows, seen_items = group.seen_rows, group.seen_items
-            if size < len(users):
-                # Waits for the device to count them; groups are made so that there is one part.
-                in_part = (seen_rows >= start) & (seen_rows < start + size)
-                seen_rows, seen_items = seen_rows[in_part] - start, seen_items[in_part]
-            ranks.append(ranking.full_ranks(scores, group.targets[part], seen_rows, seen_items))
+            seen = group.seen(start, size)
+            ranks.append(ranking.full_ranks(scores, group.targets[part], *seen))
             if covered:
                 self._cover(scores, covered)
         return torch.cat(ranks)
+
+    def _part_size(self, scorer: Scorer, users: Tensor) -> int:
+        """Return how many of a group's users, [b, D], are ranked at a time in full ranking."""
+        most = self._users_at_a_time(scorer, users.shape[1])
+        # Parts of equal size: a last part of a few users would cost as much as a full one.
+        return -(-len(users) // -(-len(users) // most))
+
+    def _rank_sums(self, scorer: PartedScorer, group: _Group, weights: np.ndarray) -> np.ndarray:
+        """Rank a group's targets by weighted sums of the parts' scores: int64 [W, b]."""
+        dims = [part.item_slice(0, 1).shape[1] for part in scorer.parts]
+        users = group.vectors
+        if self.protocol.kind == "sampled":
+            items = torch.cat([group.targets.unsqueeze(1), group.candidates], dim=1)
+            size = self._candidate_rows(items, users.shape[1])
+        else:
+            size = self._part_size(scorer, users)
+        ranks = []
+        for start in range(0, len(users), size):
+            chosen = slice(start, start + size)
+            parts = zip(scorer.parts, users[chosen].split(dims, dim=1), strict=True)
+            if self.protocol.kind == "sampled":
+                scores = [
+                    ranking.candidate_scores(vectors, part.item_vectors(items[chosen]))
+                    for part, vectors in parts
+                ]
+                by_weights = [ranking.ranks_of_first(_weighted_sum(scores, row)) for row in weights]
+            else:
+                budget, seen = self.protocol.budget_bytes, group.seen(start, size)
+                scores = [
+                    ranking.full_scores(
+                        vectors,
+                        part.item_slice,
+                        scorer.num_items,
+                        ranking.items_at_a_time(vectors.shape[1], budget, users.device),
+                    )
+                    for part, vectors in parts
+                ]
+                for matrix in scores:
+                    matrix[:, PAD] = 0.0  # -inf, which a weight of 0 would turn into NaN
+                by_weights = []
+                for row in weights:
+                    total = _weighted_sum(scores, row)
+                    total[:, PAD] = -torch.inf
+                    by_weights.append(ranking.full_ranks(total, group.targets[chosen], *seen))
+            ranks.append(torch.stack(by_weights))
+        return torch.cat(ranks, dim=1).numpy(force=True)
 
     @staticmethod
     def _cover(scores: Tensor, covered: dict[int, np.ndarray]) -> None:
@@ -302,7 +407,7 @@ class Evaluator:
     def _rank_candidates(self, scorer: Scorer, group: _Group) -> Tensor:
         users = group.vectors
         items = torch.cat([group.targets.unsqueeze(1), group.candidates], dim=1)
-        size = max(1, self.protocol.budget_bytes // (4 * items.shape[1] * users.shape[1]))
+        size = self._candidate_rows(items, users.shape[1])
         return torch.cat(
             [
                 ranking.candidate_ranks(
@@ -311,6 +416,18 @@ class Evaluator:
                 for start in range(0, len(users), size)
             ]
         )
+
+    def _candidate_rows(self, items: Tensor, dim: int) -> int:
+        """Return for how many users the vectors of candidates, int64 [b, 1 + C], are held at once."""
+        return max(1, self.protocol.budget_bytes // (4 * items.shape[1] * dim))
+
+
+def _weighted_sum(scores: Sequence[Tensor], weights: np.ndarray) -> Tensor:
+    """Add up float32 [b, n] matrices of scores."""
+    total = float(weights[0]) * scores[0]
+    for matrix, weight in zip(scores[1:], weights[1:], strict=True):
+        total.add_(matrix, alpha=float(weight))
+    return total
 
 
 def draw_candidates(dataset: CachedEmbeddingEvalDataset, protocol: EvalProtocol) -> np.ndarray:

@@ -86,7 +86,16 @@ def candidate_ranks(users: Tensor, candidates: Tensor) -> Tensor:
     Returns:
         int64 [b], 1 is best, 1 + C worst; `UNRANKED` where the target's score is NaN.
     """
-    scores = torch.einsum("bd,bcd->bc", users, candidates)
+    return ranks_of_first(candidate_scores(users, candidates))
+
+
+def candidate_scores(users: Tensor, candidates: Tensor) -> Tensor:
+    """Score each user's candidates: float32 [b, D] and [b, 1 + C, D] -> [b, 1 + C]."""
+    return torch.einsum("bd,bcd->bc", users, candidates)
+
+
+def ranks_of_first(scores: Tensor) -> Tensor:
+    """Rank the first of each user's candidates, the target: float32 [b, 1 + C] -> int64 [b]."""
     return _ranks(scores.shape[1] - (scores < scores[:, :1]).sum(dim=1), scores[:, :1])
 
 

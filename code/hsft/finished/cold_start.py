@@ -19,10 +19,11 @@ from hsft.data.split import leave_one_out
 from hsft.evaluator.evaluator import EvalProtocol, Evaluator, Scorer
 from hsft.evaluator.intervals import interval
 from hsft.evaluator.metrics import per_user
-from hsft.finished.open_run import OpenRun, open_run, refuse_other_user_llm
+from hsft.finished.open_run import OpenRun, open_run
 from hsft.model.reference import build_reference
 from hsft.report.comparison_files import INTERVALS
 from hsft.report.terminal import Blocks, MetricCell, MetricTable
+from hsft.run.saved_model import refuse_other_user_llm
 from hsft.utils.errors import InputError, one_line
 from hsft.utils.progress import Meter
 

@@ -20,7 +20,7 @@ from hsft.config.help import dump_config
 from hsft.config.options import LOCATION_KEYS
 from hsft.data.cache import DTYPES
 from hsft.evaluator.evaluator import Evaluation
-from hsft.finished.open_run import open_run, refuse_changed_data, refuse_other_user_llm, run_config
+from hsft.finished.open_run import open_run, refuse_changed_data
 from hsft.hub.manifest import EXPORT_FILE, origin
 from hsft.model.backbone import add_lora, load_decoder, load_model_config, read_extra
 from hsft.model.folder import EMBEDDING_KEYS, EXTRA_FILE, ID_FILE, check_files
@@ -40,6 +40,7 @@ from hsft.report.compare import Comparison, Row, load_comparison
 from hsft.report.model_card import EXPORTED, Exported, Format, model_card
 from hsft.report.result import TUNED, read_ranks, read_result
 from hsft.run.run_dir import CONFIG_FILE
+from hsft.run.saved_model import refuse_other_user_llm, run_config
 from hsft.run.setup import (
     build_user_llm,
     initial_logit_scale,

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from hsft.config import Config, load_config
-from hsft.config.schema import READS_EMBEDDINGS, REFERENCES
+from hsft.config import Config
+from hsft.config.schema import READS_EMBEDDINGS
 from hsft.data.cache import ItemCache
 from hsft.data.dataset import CachedEmbeddingEvalDataset
 from hsft.data.files import information_file, interaction_file
@@ -20,17 +20,13 @@ from hsft.data.item_text import read_item_titles
 from hsft.evaluator.evaluator import EvalProtocol, Scorer
 from hsft.evaluator.fingerprint import differing_parts, evaluation_fingerprint
 from hsft.evaluator.recommend import Recommendations, recommend
-from hsft.model.folder import fingerprint
-from hsft.model.reference import build_reference
-from hsft.model.sasrec import build_sasrec
-from hsft.model.weights import load_trained
-from hsft.report.result import RESULT_FILE, TUNED, UNTRAINED, not_a_run, read_result, unfinished
+from hsft.report.result import read_result
 from hsft.run.run_dir import CONFIG_FILE
-from hsft.run.setup import Data, build_user_llm, load_data
-from hsft.trainer.checkpoint import BEST_DIR
+from hsft.run.saved_model import build_model, model_names, run_config
+from hsft.run.setup import Data, load_data
 from hsft.trainer.fabric import make_fabric
 from hsft.utils.errors import InputError
-from hsft.utils.files import is_file, is_folder
+from hsft.utils.files import is_file
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
@@ -60,9 +56,7 @@ class OpenRun:
 
         A fine-tuning run has `untrained` too, whether or not it was evaluated.
         """
-        if self.config.model != "HLLM":
-            return (self.config.model,)
-        return (UNTRAINED,) if self.config.val_only else (UNTRAINED, TUNED)
+        return model_names(self.config)
 
     @cached_property
     def titles(self) -> dict[str, str]:
@@ -84,6 +78,11 @@ class OpenRun:
         Raises:
             InputError: the run's model knows items by their ids only.
         """
+        if self.config.model == "ensemble":
+            raise InputError(
+                f"{self.folder} is an ensemble, whose weights are for the items of its runs alone; "
+                f"name one of these runs."
+            )
         if not self.config.reads_embeddings:
             raise InputError(
                 f"{self.folder} is a run of {self.config.model}, which knows items by their ids "
@@ -148,22 +147,7 @@ class OpenRun:
             raise InputError(
                 f"{self.folder} has no model '{name}'; it has {', '.join(self.models)}."
             )
-        config, data, device = self.config, self.data, self.fabric.device
-        if config.model in REFERENCES:
-            return build_reference(config, data.split, data.cache, device, data.own_items)
-        if config.model == "sasrec":
-            model = build_sasrec(config, data.interactions.num_items)
-        else:
-            refuse_other_user_llm(self.folder, config)
-            model = build_user_llm(config, data, self.fabric, train=name == TUNED)
-        if name != UNTRAINED:
-            self._refuse_unfinished()
-            load_trained(model, self.folder / BEST_DIR)
-        return model.to(device).eval()
-
-    def _refuse_unfinished(self) -> None:
-        if not is_folder(self.folder / BEST_DIR) and not is_file(self.folder / RESULT_FILE):
-            raise unfinished(self.folder)
+        return build_model(self.folder, self.config, self.data, self.fabric, name)
 
     def recommend(
         self,
@@ -281,32 +265,6 @@ def refuse_elsewhere(
     )
 
 
-def refuse_other_user_llm(folder: Path, config: Config) -> None:
-    """Refuse a UserLLM that is not the one a run was made with.
-
-    A run of an earlier version, and one that was stopped, has not recorded which it was.
-
-    Args:
-        folder: the run's folder.
-        config: its configuration, with what moved since.
-
-    Raises:
-        InputError: the folder's config.json or weights have changed since the run.
-    """
-    base = config.user_pretrain_dir
-    if config.model != "HLLM" or not base or not is_folder(base):
-        return
-    if not is_file(folder / RESULT_FILE):
-        return
-    recorded = read_result(folder).get("user_llm_fingerprint")
-    if recorded is not None and recorded != fingerprint(base):
-        raise InputError(
-            f"the UserLLM in {base} is not the one that {folder} was made with: its config.json or "
-            f"weights have changed since; put the old ones back, or say where they are with "
-            f"--user_pretrain_dir."
-        )
-
-
 def refuse_changed_data(
     folder: str | Path, dataset: CachedEmbeddingEvalDataset, protocol: EvalProtocol
 ) -> None:
@@ -329,20 +287,3 @@ def refuse_changed_data(
             f"the data of {folder} have changed since the run (other {', '.join(unlike)}); name the "
             f"old ones with --data_path."
         )
-
-
-def run_config(folder: Path, overrides: Mapping[str, Any] | None = None) -> Config:
-    """Read a run's configuration, for use in one process.
-
-    Args:
-        folder: the run's folder.
-        overrides: configuration keys with other values.
-
-    Raises:
-        InputError: the folder is no run, or a value is none that its key takes.
-    """
-    if not is_file(folder / CONFIG_FILE):
-        raise not_a_run(folder, "run", CONFIG_FILE)
-    alone = {"strategy": "ddp", "show_progress": False, **(overrides or {})}
-    config, _ = load_config([folder / CONFIG_FILE], alone)
-    return config

@@ -26,6 +26,7 @@ from hsft.trainer.checkpoint import BEST_DIR, CHECKPOINTS_DIR
 from hsft.utils.distributed import world_size
 from hsft.utils.errors import InputError, Interrupted, brief, problems_of, refuse
 from hsft.utils.files import is_file, remove
+from hsft.utils.gpu_memory import release_unused_memory
 from hsft.utils.lock import locked
 from hsft.utils.logs import set_up_logging
 from hsft.utils.program import install_command
@@ -262,8 +263,7 @@ class _Sweep:
             # The run's log file is closed.
             set_up_logging()
             gc.collect()
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+            release_unused_memory()
         self.seconds.append(time.monotonic() - began)
         if problem is not None:
             remove(self.runs / name / CHECKPOINTS_DIR)

@@ -24,7 +24,6 @@ from hsft.finished.open_run import (
     open_run,
     refuse_changed_data,
     refuse_elsewhere,
-    run_config,
 )
 from hsft.report.breakdown import history_groups, popularity_groups
 from hsft.report.compare import Comparison, load_comparison, run_names
@@ -41,6 +40,7 @@ from hsft.report.sections import (
     recall_section,
     training_section,
 )
+from hsft.run.saved_model import run_config
 from hsft.run.setup import Data, eval_protocol, load_data
 from hsft.utils.errors import InputError, one_line
 from hsft.utils.files import write_text

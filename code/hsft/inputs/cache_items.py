@@ -43,7 +43,7 @@ log = logging.getLogger(__name__)
 # Shares end at different times on unlike machines; torchrun ends the run when one of them fails.
 _PATIENCE = timedelta(days=7)
 # A GPU wants large batches; on a CPU small ones are less padding and stay in the caches.
-BATCH_TOKENS = {"cuda": 8192, "cpu": 2048}
+BATCH_TOKENS = {"gpu": 8192, "cpu": 2048}
 # Bytes of item information that are read in about a second.
 _QUICKLY_READ = 64 << 20
 
@@ -300,7 +300,8 @@ def _encoder(
         model_folder=folder,
         information=information,
         model_fingerprint=model_fingerprint(folder),
-        batch_tokens=config.item_batch_tokens or BATCH_TOKENS[device.type],
+        batch_tokens=config.item_batch_tokens
+        or BATCH_TOKENS["cpu" if device.type == "cpu" else "gpu"],
         compute_dtype=str(compute_dtype(config)).removeprefix("torch."),
         source=imported["source"]["sha256"] if imported else "",
     )

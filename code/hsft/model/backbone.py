@@ -34,7 +34,7 @@ from hsft.model.folder import (
 )
 from hsft.model.structure import ModelKind
 from hsft.utils.errors import InputError, brief, one_line
-from hsft.utils.files import is_file
+from hsft.utils.files import is_file, is_folder
 from hsft.utils.records import remember
 
 if TYPE_CHECKING:
@@ -481,26 +481,48 @@ def keep_layers(config: Any, layers: int) -> None:
         config.layer_types = config.layer_types[:layers]
 
 
-def has_quantization() -> bool:
-    """Say whether weights can be quantised here: some systems have no build of bitsandbytes."""
-    return importlib.util.find_spec("bitsandbytes") is not None
+def quantization_obstacle(device: str) -> str | None:
+    """Say what keeps weights from being quantised here.
+
+    Args:
+        device: kind of device.
+
+    Returns:
+        Half a sentence; None where they can be.
+    """
+    package = importlib.util.find_spec("bitsandbytes")
+    if package is None:
+        return "bitsandbytes is not installed"
+    # Its kernels for a kind of device are a module of this name; looking is not importing.
+    folders = package.submodule_search_locations or ()
+    if not any(is_folder(Path(folder) / "backends" / device) for folder in folders):
+        return f"bitsandbytes has no kernels for {device}"
+    return None
 
 
-def check_quantization(quant_type: str) -> None:
+def check_quantization(quant_type: str, device: str) -> None:
     """Refuse a quantised UserLLM where its kernels are missing.
 
     Args:
         quant_type: as `qlora_quant_type`; `auto` is refused nowhere.
+        device: kind of device.
 
     Raises:
-        InputError: bitsandbytes is not installed.
+        InputError: bitsandbytes is not installed (some systems have no build of it), or has no
+            kernels for the device.
     """
-    if quant_type not in ("auto", "none") and not has_quantization():
+    if quant_type in ("auto", "none") or quantization_obstacle(device) is None:
+        return
+    if importlib.util.find_spec("bitsandbytes") is None:
         raise InputError(
             f"qlora_quant_type: {quant_type} needs the package bitsandbytes, which is not installed; "
             f"install it with pip install bitsandbytes, or, where there is no build for this system, "
             f"set --qlora_quant_type none (plain LoRA)."
         )
+    raise InputError(
+        f"qlora_quant_type: {quant_type} needs kernels for device {device}, which the installed "
+        f"bitsandbytes does not have; set --qlora_quant_type none (plain LoRA)."
+    )
 
 
 def _quantization(lora: LoraSettings) -> BitsAndBytesConfig:

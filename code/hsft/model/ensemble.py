@@ -1,10 +1,12 @@
-"""Two models as one: the sum of their scores, each standardised over the catalogue for every user."""
+"""Several models as one: the sum of their scores, each standardised over the catalogue for every user."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -12,6 +14,10 @@ from hsft.data.interactions import PAD
 from hsft.evaluator.evaluator import Scorer
 
 _ITEMS_AT_A_TIME = 4096
+# Up to this width a covariance is cheaper than the scores of the whole catalogue.
+_WIDEST_COVARIANCE = 2048
+# Of the product of two vectors' lengths: scores that differ by less are equal in float32.
+_ROUNDING = 1e-8
 
 
 @dataclass(frozen=True)
@@ -30,10 +36,9 @@ class Member:
 class Ensemble:
     """Scores by a weighted sum of z-scores: sum over models m of w_m (s_m - mean_m) / deviation_m.
 
-    Mean and deviation are over all items of the catalogue, for each user by themselves. A mean is
-    the same for all items, so it changes no ranking and is left out; the deviation of the scores
-    u v over items v is sqrt(u C u) with the covariance C of the item vectors, so that user and item
-    vectors of both models, side by side, give the sum as their dot product.
+    Mean and deviation are over all items of the catalogue, seen ones included, for each user by
+    themselves. The mean is the same for all items, so it changes no ranking and is left out. User
+    and item vectors of the models, side by side, give the sum as their dot product.
 
     Args:
         members: the models, with the same items.
@@ -47,7 +52,7 @@ class Ensemble:
         if len({member.scorer.num_items for member in members}) > 1:
             raise ValueError("the models of an ensemble need the same items")
         self._members = list(members)
-        self._covariances = [item_covariance(member.scorer) for member in members]
+        self._deviations = [score_deviation(member.scorer) for member in members]
         self.weights = list(weights)
 
     @property
@@ -55,18 +60,22 @@ class Ensemble:
         """Number of items I."""
         return self._members[0].scorer.num_items
 
+    @property
+    def parts(self) -> list[Scorer]:
+        """The models, in the order in which their vectors stand side by side."""
+        return [member.scorer for member in self._members]
+
     def user_vectors(self, history: Tensor, lengths: Tensor) -> Tensor:
         """Int64 [B, T] and [B] -> float32 [B, sum of the models' D]."""
         parts = []
-        for member, covariance, weight in zip(
-            self._members, self._covariances, self.weights, strict=True
+        for member, deviation, weight in zip(
+            self._members, self._deviations, self.weights, strict=True
         ):
             users = member.scorer.user_vectors(*last_items(history, lengths, member.max_length))
             with torch.autocast(users.device.type, enabled=False):
-                exact = users.double()
-                deviation = (exact @ covariance * exact).sum(dim=-1).clamp_min(0).sqrt()
-                scaled = weight * exact / deviation.clamp_min(1e-12).unsqueeze(-1)
-            parts.append(scaled.float())
+                exact = _exact(users)
+                scaled = weight * exact / deviation(exact).unsqueeze(-1)
+            parts.append(scaled.float().to(users.device))
         return torch.cat(parts, dim=-1)
 
     def item_slice(self, start: int, end: int) -> Tensor:
@@ -81,16 +90,58 @@ class Ensemble:
 
 
 @torch.no_grad()
-def item_covariance(scorer: Scorer) -> Tensor:
-    """Return the covariance of a model's item vectors over its catalogue: float64 [D, D]."""
+def score_deviation(scorer: Scorer) -> Callable[[Tensor], Tensor]:
+    """Return a function from user vectors to the standard deviation of the users' scores.
+
+    The variance of the scores u v over items v is u C u with the covariance C of the item vectors.
+    Vectors too wide for C are multiplied with all items instead.
+
+    Args:
+        scorer: the model; its catalogue is read now.
+
+    Returns:
+        float64 [B, D] -> float64 [B]; infinite where the scores differ by no more than float32
+        rounding, so that a model without an opinion has no say.
+    """
+    count, (mean, length) = scorer.num_items, _item_moments(scorer)
+
+    def centred(start: int) -> Tensor:
+        stop = min(start + _ITEMS_AT_A_TIME, count + 1)
+        return _exact(scorer.item_slice(start, stop)) - mean
+
+    starts = range(1, count + 1, _ITEMS_AT_A_TIME)
+    covariance = mean.new_zeros((len(mean), len(mean)) if len(mean) <= _WIDEST_COVARIANCE else 0)
+    for start in starts if len(covariance) else ():
+        part = centred(start)
+        covariance.addmm_(part.T, part, alpha=1 / count)
+
+    def deviation(users: Tensor) -> Tensor:
+        if len(covariance):
+            variance = (users @ covariance * users).sum(dim=-1)
+        else:
+            squares = [((centred(start) @ users.T) ** 2).sum(dim=0) for start in starts]
+            variance = torch.stack(squares).sum(dim=0) / count
+        least = _ROUNDING * length * users.norm(dim=-1)
+        return torch.where(variance > least**2, variance.sqrt(), torch.inf)
+
+    return deviation
+
+
+def _item_moments(scorer: Scorer) -> tuple[Tensor, Tensor]:
+    """Return the mean of a model's item vectors, float64 [D], and their root mean square length."""
     stop = scorer.num_items + 1
-    slices = [
-        scorer.item_slice(start, min(start + _ITEMS_AT_A_TIME, stop)).double()
-        for start in range(1, stop, _ITEMS_AT_A_TIME)
-    ]
-    mean = torch.stack([part.sum(dim=0) for part in slices]).sum(dim=0) / scorer.num_items
-    products = [(part - mean).T @ (part - mean) for part in slices]
-    return torch.stack(products).sum(dim=0) / scorer.num_items
+    sums, squares = [], []
+    for start in range(1, stop, _ITEMS_AT_A_TIME):
+        part = _exact(scorer.item_slice(start, min(start + _ITEMS_AT_A_TIME, stop)))
+        sums.append(part.sum(dim=0))
+        squares.append((part**2).sum())
+    mean = torch.stack(sums).sum(dim=0) / scorer.num_items
+    return mean, (torch.stack(squares).sum() / scorer.num_items).sqrt()
+
+
+def _exact(vectors: Tensor) -> Tensor:
+    """Return vectors in float64, on the CPU where their device may have no such type."""
+    return vectors.to(vectors.device if vectors.is_cuda else "cpu", torch.float64)
 
 
 def last_items(history: Tensor, lengths: Tensor, most: int) -> tuple[Tensor, Tensor]:
@@ -113,25 +164,19 @@ def last_items(history: Tensor, lengths: Tensor, most: int) -> tuple[Tensor, Ten
     return cut.masked_fill(steps >= kept.unsqueeze(1), PAD), kept
 
 
-def choose_weight(ensemble: Ensemble, value: Callable[[], float]) -> float:
-    """Set the weights of an ensemble of two to those of the highest value, and return the second.
+def weight_grid(models: int) -> np.ndarray:
+    """Return the weights that are tried: all with a sum of 1 in steps of 0.05, of 0.1 for three.
 
-    Tenths from 0 to 1 are tried, then the twentieths beside the best; of equals the lowest wins.
+    The most even ones come first, so that of equally good ones these are taken.
 
     Args:
-        ensemble: its weights become (1 - w, w).
-        value: the quality with the weights that are set, such as NDCG on validation users.
+        models: M, at least 2.
+
+    Returns:
+        float64 [W, M].
     """
-    values: dict[int, float] = {}
-
-    def try_all(twentieths: Sequence[int]) -> int:
-        for step in twentieths:
-            if 0 <= step <= 20 and step not in values:
-                ensemble.weights = [1 - step / 20, step / 20]
-                values[step] = value()
-        return max(sorted(values), key=lambda step: values[step])
-
-    best = try_all(range(0, 21, 2))
-    best = try_all([best - 1, best + 1])
-    ensemble.weights = [1 - best / 20, best / 20]
-    return best / 20
+    steps = 20 if models == 2 else 10
+    counts = itertools.product(range(steps + 1), repeat=models - 1)
+    grid = np.array([(*some, steps - sum(some)) for some in counts if sum(some) <= steps])
+    evenness = np.abs(grid - steps / models).sum(axis=1)
+    return grid[np.argsort(evenness, kind="stable")] / steps

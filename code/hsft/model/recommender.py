@@ -14,6 +14,7 @@ from hsft.data.dataset import TrainBatch
 from hsft.data.interactions import PAD
 from hsft.model import losses
 from hsft.model.item_table import ItemTable
+from hsft.model.proposal import Proposal
 from hsft.utils.distributed import all_gather_ids, all_reduce, world_size
 
 Similarity = Literal["cosine", "dot"]
@@ -78,6 +79,7 @@ class Recommender(nn.Module):
         fix_scale: keep that factor as it starts.
 
     Attributes:
+        proposal: what `negatives_logq` corrects by, set before training; None: not corrected.
         negative_counts: int64 [4], sums of `losses.count_negatives` over the forward passes since
             the last `take_negative_counts`, in all processes.
     """
@@ -94,6 +96,7 @@ class Recommender(nn.Module):
         super().__init__()
         self.encoder = encoder
         self.settings = settings
+        self.proposal: Proposal | None = None
         initial = losses.LOGIT_SCALE_INIT if logit_scale is None else logit_scale
         self.logit_scale = nn.Parameter(
             # One element, not a scalar: DeepSpeed cannot broadcast parameters without dimensions.
@@ -155,8 +158,12 @@ class Recommender(nn.Module):
                 weights=weights,
             )
             return loss, terms
-        candidates = targets if settings.negatives == "in_batch" else batch.negatives.reshape(-1)
-        pool_ids = all_gather_ids(candidates)
+        in_batch = drawn = targets[:0]
+        if settings.negatives == "in_batch" or self.proposal is not None:
+            in_batch = all_gather_ids(targets)
+        if settings.negatives == "sampled":
+            drawn = all_gather_ids(batch.negatives.reshape(-1))
+        pool_ids = torch.cat([in_batch, drawn])
         positives, pool = items(targets), items(pool_ids)
         # What fills a bucket up is neither a position nor a negative.
         fillers = None if weights is None else (pool_ids == PAD).expand(len(targets), -1)
@@ -171,17 +178,25 @@ class Recommender(nn.Module):
                 states, positives, pool, excluded, settings.budget_bytes, weights
             )
             return loss, terms + excluded.numel() - excluded.sum()
+        log_counts: Tensor | None = None
+        masked = fillers
+        if self.proposal is not None:
+            log_counts = self.proposal.log_counts(in_batch, drawn)
+            # An estimate of the softmax must not count the positive twice, whatever nce_thres is.
+            same = targets.unsqueeze(1) == pool_ids
+            masked = same if fillers is None else same | fillers
         loss = losses.info_nce(
             states,
             positives,
             pool,
             scale,
             settings.nce_thres,
-            fillers,
+            masked,
             settings.budget_bytes,
             weights,
             (targets, pool_ids),
             counts,
+            log_counts,
         )
         return loss, terms
 

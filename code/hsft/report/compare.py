@@ -273,17 +273,33 @@ def _settings(result: Mapping[str, Any], row: str) -> str:
         run = _exported_from(result)
         start = f"fine-tuned, exported from {run}, " if run else ""
         return start + _listed({key: config.get(key) for key in keys})
+    if row == "ensemble":
+        return _members(result)
     if row not in TRAINED:
         return ""
     keys = ["epochs", "train_batch_size", "MAX_ITEM_LIST_LENGTH", "seed"]
     if config.get("model") == "HLLM":
-        keys += ["user_llm_layers", "loss", "negatives", "num_negatives", "precision"]
+        keys += ["user_llm_layers", "loss", "negatives", "num_negatives", "negatives_logq"]
+        keys += ["precision"]
         keys += ["item_embedding_transform", "item_adapter", "use_qlora"]
         if config.get("use_qlora"):
             keys += [key for key in config if key.startswith("qlora_")]
     else:
         keys += [str(config.get("model"))]
     return _listed({**{key: config.get(key) for key in keys}, **config.get("optim_args", {})})
+
+
+def _members(result: Mapping[str, Any]) -> str:
+    """Name the runs of an ensemble with their weights."""
+    recorded = result.get("ensemble")
+    if not isinstance(recorded, dict):
+        return ""
+    runs, weights = recorded.get("runs"), recorded.get("weights")
+    if not isinstance(runs, list) or not isinstance(weights, list):
+        return ""
+    return ", ".join(
+        f"{weight} {one_line(run, 80)}" for run, weight in zip(runs, weights, strict=False)
+    )
 
 
 def _exported_from(result: Mapping[str, Any]) -> str:

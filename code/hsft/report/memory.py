@@ -57,7 +57,8 @@ class TrainingShape:
         attention: `sdpa` or `eager`.
         masked_row: positions of a packed row whose attention takes a mask; None: not packed, and
             sdpa takes no mask.
-        negatives: as `LossSettings`; num_negatives: drawn per forward pass, 0: L + 1 per sequence.
+        negatives: as `LossSettings`; num_negatives: drawn per forward pass, 0: L + 1 per sequence;
+            negatives_logq: the batch's targets are negatives beside drawn ones.
         budget_bytes: of logits.
     """
 
@@ -83,6 +84,7 @@ class TrainingShape:
     id_vectors: bool = False
     mean_length: float | None = None
     length_deviation: float = 0.0
+    negatives_logq: bool = False
 
     def positions(self, batch_size: int) -> int:
         """Return the positions of a large batch: of a thousand, one or two have more."""
@@ -284,6 +286,7 @@ def _logit_bytes(shape: TrainingShape, batch_size: int) -> int:
     pool = tokens
     if shape.negatives == "sampled":
         pool = shape.num_negatives or batch_size * (shape.length + 1)
+        pool += tokens if shape.negatives_logq else 0
     return min(shape.budget_bytes, 12 * tokens * pool) + 12 * (tokens + pool) * dim
 
 

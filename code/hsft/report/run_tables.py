@@ -47,6 +47,8 @@ def applies(key: str, config: Mapping[str, Any]) -> bool:
     group = _GROUP_OF_KEY.get(name)
     if name == "sasrec":
         return model == "sasrec"
+    if name == "runs":
+        return model == "ensemble"
     if name in ("knn_history", "knn_decay"):
         return model in ("item_knn", "tfidf")
     if name == "MAX_ITEM_LIST_LENGTH":
@@ -58,7 +60,10 @@ def applies(key: str, config: Mapping[str, Any]) -> bool:
     if name == "stage":
         return trains and config.get("strategy") == "deepspeed"
     if name in _SCORING_KEYS:
-        return name == "logits_budget_mb" or model in ("HLLM", "sasrec")
+        scored = model in ("HLLM", "sasrec") or (model, name) == ("ensemble", "precision")
+        return name == "logits_budget_mb" or scored
+    if name in ("valid_metric", "valid_users"):
+        return trains or model == "ensemble"
     if group == "training" or name in _TRAINING_KEYS:
         return trains
     if group == "item cache" or name in _READING_KEYS:

@@ -59,6 +59,7 @@ from hsft.report.memory import GIB, estimate
 from hsft.run.dry_run import training_shape
 from hsft.run.quant_type import resolve_quant_type
 from hsft.run.run_dir import choose_run_dir
+from hsft.run.saved_model import member_runs, refuse_unlike_members
 from hsft.run.setup import (
     check_cosines,
     check_training,
@@ -67,6 +68,7 @@ from hsft.run.setup import (
     user_attention,
 )
 from hsft.trainer.fabric import attention_kernel, check_device, choose_device, compute_dtype
+from hsft.trainer.optim import check_optimizer
 from hsft.trainer.wandb_log import load_wandb
 from hsft.utils.distributed import is_rank_zero
 from hsft.utils.errors import InputError, one_line, problems_of, refuse
@@ -161,7 +163,11 @@ def check_run(config: Config) -> None:
                 findings.warn(warning)
             with findings.collect():
                 interactions = match_cache(interactions, cache, config)
-        _split(config, leave_one_out(interactions), findings)
+        split = leave_one_out(interactions)
+        _split(config, split, findings)
+        if config.model == "ensemble" and not findings.problems:
+            with findings.collect():
+                refuse_unlike_members(config, split)
         trains_nce = config.model == "HLLM" and config.trains and config.loss == "nce"
         if trains_nce and cache is not None and not findings.problems:
             with findings.collect():
@@ -208,9 +214,15 @@ def _quick_run(config: Config, findings: Findings) -> None:
     if config.trains and config.log_wandb:
         with findings.collect():
             load_wandb()
-    if config.trains and config.use_qlora:
+    if config.trains:
         with findings.collect():
-            check_quantization(config.qlora_quant_type)
+            device = choose_device(config)
+            check_optimizer(config, device)
+            if config.use_qlora:
+                check_quantization(config.qlora_quant_type, device)
+    if config.model == "ensemble":
+        with findings.collect():
+            member_runs(config)
     if config.model == "tfidf":
         with findings.collect():
             information_file(config.text_path, config.dataset)
@@ -383,7 +395,8 @@ def _texts_suffice(
 
 
 def _split(config: Config, split: Split, findings: Findings) -> None:
-    phases: set[Phase] = {config.eval_phase} | ({"valid"} if config.trains else set())
+    validates = config.trains or config.model == "ensemble"
+    phases: set[Phase] = {config.eval_phase} | ({"valid"} if validates else set())
     for phase in sorted(phases):
         with findings.collect():
             dataset = CachedEmbeddingEvalDataset(split, phase, config.MAX_ITEM_LIST_LENGTH)
@@ -444,8 +457,8 @@ def _memory(
     size = 4 if config.item_embedding_transform != "none" else cache.embeddings.element_size()
     table = len(interactions.item_ids) * cache.dim * size
     least = table + weights * compute_dtype(config).itemsize
-    if device == "cuda":
-        total = torch.cuda.get_device_properties(0).total_memory
+    if device in ("cuda", "xpu"):
+        total = torch.get_device_module(device).get_device_properties(0).total_memory
     else:
         total = psutil.virtual_memory().total
     findings.notes.append(

@@ -179,6 +179,7 @@ def assumed_shape(
         length_deviation=0.0 if lengths is None else float(lengths.std()),
         negatives=config.effective_negatives,
         num_negatives=config.num_negatives or 0,
+        negatives_logq=config.negatives_logq,
         budget_bytes=config.logits_budget_mb * MIB,
         attention="eager" if kernel == "eager" else "sdpa",
     )

@@ -8,7 +8,7 @@ import torch
 
 from hsft.config import Config, load_config
 from hsft.data.interactions import Interactions
-from hsft.model.backbone import has_quantization
+from hsft.model.backbone import quantization_obstacle
 from hsft.report.result import CONFIG_FILE
 from hsft.run.dry_run import choose_quant_type, training_shape
 from hsft.trainer.fabric import choose_precision
@@ -51,10 +51,9 @@ def resolve_quant_type(
 
 
 def _choose(config: Config, interactions: Interactions, device: torch.device) -> tuple[str, str]:
-    if not has_quantization():
-        return "none", (
-            "qlora_quant_type: auto takes none (plain LoRA): bitsandbytes is not installed."
-        )
+    obstacle = quantization_obstacle(device.type)
+    if obstacle is not None:
+        return "none", f"qlora_quant_type: auto takes none (plain LoRA): {obstacle}."
     if device.type != "cuda":
         return "nf4", "qlora_quant_type: auto takes nf4; memory is looked at on CUDA only."
     known = config.model_copy(update={"precision": choose_precision(config)})

@@ -41,6 +41,7 @@ from hsft.model.item_ids import load_id_vectors, read_id_vectors
 from hsft.model.item_table import ItemTable, sample_cosines, table_from_cache
 from hsft.model.meta import read_kind
 from hsft.model.norms import fuse_norms
+from hsft.model.proposal import Proposal
 from hsft.model.recommender import LossSettings, Recommender, Similarity
 from hsft.model.structure import DecoderSource
 from hsft.model.user_llm import UserLLM
@@ -239,6 +240,16 @@ def check_training(config: Config, split: Split, sequences: CachedEmbeddingTrain
 def negative_sampler(config: Config, interactions: Interactions) -> NegativeSampler:
     """Return what draws the negatives of training."""
     return NegativeSampler(interactions, held_out=2, exclude=config.negatives_exclude)
+
+
+def negative_proposal(config: Config, sequences: CachedEmbeddingTrainDataset) -> Proposal:
+    """Return how often training meets each item as a negative, for `negatives_logq`."""
+    targets = sequences.target_shares(config.train_positions == "random_split")
+    drawn = np.zeros_like(targets)
+    if config.effective_negatives == "sampled":
+        sampler = negative_sampler(config, sequences.interactions)
+        drawn = sampler.shares(sequences.segments.users)
+    return Proposal(targets, drawn)
 
 
 def check_cosines(

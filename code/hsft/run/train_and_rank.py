@@ -5,12 +5,14 @@ from __future__ import annotations
 import gc
 import logging
 import sys
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
@@ -20,9 +22,11 @@ from hsft.data.dataset import CachedEmbeddingTrainDataset, TrainCollate
 from hsft.data.dataset.packing import Buckets
 from hsft.evaluator.evaluator import Evaluation, Evaluator, Scorer
 from hsft.evaluator.fingerprint import evaluation_fingerprint
+from hsft.evaluator.metrics import per_user
 from hsft.hub.manifest import exported_from, user_llm_origin
 from hsft.model.accelerate import StepGraphs, choose_acceleration, compile_layers
 from hsft.model.attention import VARLEN
+from hsft.model.ensemble import weight_grid
 from hsft.model.folder import fingerprint
 from hsft.model.recommender import Recommender
 from hsft.model.reference import build_reference
@@ -47,6 +51,7 @@ from hsft.run.run_dir import (
     has_checkpoint,
     start_run_dir,
 )
+from hsft.run.saved_model import build_ensemble, member_runs
 from hsft.run.setup import (
     Data,
     build_user_llm,
@@ -55,6 +60,7 @@ from hsft.run.setup import (
     eval_protocol,
     load_data,
     make_evaluator,
+    negative_proposal,
     negative_sampler,
     packed_row_length,
     report_costly_catalogue,
@@ -86,6 +92,7 @@ from hsft.utils.distributed import (
     world_size,
 )
 from hsft.utils.errors import InputError, Interrupted, one_line
+from hsft.utils.gpu_memory import out_of_memory, release_unused_memory
 from hsft.utils.lock import locked
 from hsft.utils.progress import Meter, format_seconds
 from hsft.utils.signals import StopSignals
@@ -115,6 +122,9 @@ def train_and_rank(config: Config, keep_going: KeepGoing | None = None) -> Path:
         InputError: something in the configuration or its files has to be changed.
         Interrupted: SIGINT or SIGTERM came; it says how to continue.
     """
+    if config.model == "ensemble":
+        longest = max(member.config.MAX_ITEM_LIST_LENGTH for member in member_runs(config))
+        config = config.model_copy(update={"MAX_ITEM_LIST_LENGTH": longest})
     with StopSignals() as stop:
         fabric = make_fabric(config)
         # Workers' seeds, dropout and LoRA's initial values follow from it.
@@ -153,6 +163,8 @@ def _run(run: RunContext) -> None:
         log.info(
             "no CUDA device found: running on the CPU with %d threads.", torch.get_num_threads()
         )
+    if fabric.device.type in ("xpu", "mps"):
+        log.warning("device %s: HSFT has not been tried on it yet.", fabric.device.type)
     if fabric.device.type == "cuda":
         log.info(
             "precision %s; float32 products, as of losses and scores, are not rounded to TF32.",
@@ -174,9 +186,9 @@ def _run(run: RunContext) -> None:
         with run.wandb:
             if config.trains and config.log_wandb:
                 run_on_rank_zero(lambda: run.wandb.open(config, run.folder))
-            evaluations, training = _evaluate_models(run, data, final)
+            evaluations, more = _evaluate_models(run, data, final)
             if is_rank_zero():
-                _write_result(run, data, final, evaluations, training)
+                _write_result(run, data, final, evaluations, more)
     except BaseException as error:
         saved = isinstance(error, Interrupted) and has_checkpoint(run.folder)
         if is_rank_zero() and not run.resume and not saved:
@@ -192,20 +204,24 @@ def _how_to_continue(folder: Path) -> str:
 
 def _evaluate_models(
     run: RunContext, data: Data, final: Evaluator
-) -> tuple[dict[str, Evaluation], dict[str, Any] | None]:
+) -> tuple[dict[str, Evaluation], dict[str, Any]]:
     """Evaluate the models of the run, after training where it trains.
 
     Returns:
-        Name -> evaluation, the table's rows, and `result.json`'s part on the training.
+        Name -> evaluation, the table's rows, and what `result.json` says beside them: `training`, or
+        the weights of an `ensemble`.
     """
     config, fabric, session = run.config, run.fabric, run.session
     if config.model in REFERENCES:
         scorer = build_reference(config, data.split, data.cache, fabric.device)
         evaluation = evaluate(config, scorer, final, fabric)
         session.lap("evaluation")
-        return {config.model: evaluation}, None
+        return {config.model: evaluation}, {}
+    if config.model == "ensemble":
+        return _weigh_and_evaluate_ensemble(run, data, final)
     if config.model == "sasrec":
-        return _train_and_evaluate_model(run, data, final)
+        evaluations, training = _train_and_evaluate_model(run, data, final)
+        return evaluations, {"training": training}
     if config.val_only:
         source = exported_from(config.user_pretrain_dir or "")
         if source is not None:
@@ -214,14 +230,14 @@ def _evaluate_models(
         session.lap("model")
         evaluation = evaluate(config, _for_evaluation(model, fabric), final, fabric)
         session.lap("evaluation")
-        return {UNTRAINED: evaluation}, None
+        return {UNTRAINED: evaluation}, {}
     if config.loss == "nce" and data.cache is not None:
         warn(check_cosines(config, data.cache, data.interactions)[1])
-    evaluations: dict[str, Evaluation] = {}
+    evaluations = {}
     if config.eval_baseline:
         evaluations[UNTRAINED] = _baseline(run, data, final)
     tuned, training = _train_and_evaluate_model(run, data, final)
-    return evaluations | tuned, training
+    return evaluations | tuned, {"training": training}
 
 
 def _origin(config: Config) -> dict[str, Any] | None:
@@ -247,7 +263,8 @@ def _baseline(run: RunContext, data: Data, final: Evaluator) -> Evaluation:
     model = build_user_llm(config, data, fabric, train=False)
     evaluation = evaluate(config, _for_evaluation(model, fabric), final, fabric)
     del model
-    _free_memory(fabric)
+    gc.collect()
+    release_unused_memory()
     run.session.lap("baseline")
     generators = all_gather(rng_state(fabric.device))
     if is_rank_zero():
@@ -282,6 +299,48 @@ def _train_and_evaluate_model(
     return {name: evaluation}, {**training, **state.summary()}
 
 
+def _weigh_and_evaluate_ensemble(
+    run: RunContext, data: Data, final: Evaluator
+) -> tuple[dict[str, Evaluation], dict[str, Any]]:
+    """Choose the weights of an ensemble by `valid_metric` and evaluate it with them, once."""
+    config, fabric = run.config, run.fabric
+    members = member_runs(config)
+    ensemble = build_ensemble(config, data, fabric)
+    run.session.lap("model")
+    valid = make_evaluator(config, data.split, "valid", fabric, config.valid_users)
+    grid = weight_grid(len(members))
+    with _scoring(config, valid, fabric, "validation") as given:
+        ranks = valid.ranks_by_weights(ensemble, grid, fabric.device, **given)
+    metric, _, k = config.valid_metric.partition("@")
+    values = [float(per_user(metric, row, int(k)).mean()) for row in ranks]
+    best = int(np.argmax(values))
+    ensemble.weights = grid[best].tolist()
+    run.session.lap("validation")
+    log.info(
+        "of %d weightings, %s has the highest validation %s, %.4f.",
+        len(grid),
+        ", ".join(
+            f"{weight:g} {member.folder} ({member.model})"
+            for weight, member in zip(ensemble.weights, members, strict=True)
+        ),
+        config.valid_metric,
+        values[best],
+    )
+    evaluation = evaluate(config, ensemble, final, fabric)
+    run.session.lap("evaluation")
+    chosen = {
+        "runs": [str(member.folder) for member in members],
+        "models": [member.model for member in members],
+        "weights": ensemble.weights,
+        "valid_metric": config.valid_metric,
+        "tried": [
+            {"weights": row.tolist(), "value": value}
+            for row, value in zip(grid, values, strict=True)
+        ],
+    }
+    return {config.model: evaluation}, {"ensemble": chosen}
+
+
 def _for_evaluation(model: Recommender, fabric: Fabric) -> Recommender:
     return model.eval().to(fabric.device)
 
@@ -292,20 +351,27 @@ def evaluate(
     """Score the evaluator's users under the run's precision, with progress."""
     if isinstance(scorer, torch.nn.Module):
         scorer.eval()
+    with _scoring(config, evaluator, fabric, task) as given:
+        return evaluator.run(scorer, fabric.device, **given)
+
+
+@contextmanager
+def _scoring(
+    config: Config, evaluator: Evaluator, fabric: Fabric, task: str
+) -> Iterator[dict[str, Any]]:
+    """Show progress and word a lack of memory; yields the evaluator's arguments but the model."""
     shown = config.show_progress and is_rank_zero()
     share = " (share of process 0)" if world_size() > 1 else ""
     with Meter(f"{task}{share}", evaluator.own_users, "users", shown, device=fabric.device) as bar:
         try:
-            return evaluator.run(
-                scorer,
-                fabric.device,
-                all_reduce=partial(all_reduce_array, device=fabric.device),
-                on_batch=bar.advance,
-                autocast=fabric.autocast,
-            )
+            yield {
+                "all_reduce": partial(all_reduce_array, device=fabric.device),
+                "on_batch": bar.advance,
+                "autocast": fabric.autocast,
+            }
         except torch.OutOfMemoryError as error:
             raise InputError(
-                f"CUDA ran out of memory in the {task}; lower --eval_batch_size or "
+                f"{out_of_memory(fabric.device)} in the {task}; lower --eval_batch_size or "
                 f"--logits_budget_mb."
             ) from error
 
@@ -314,6 +380,8 @@ def _train(run: RunContext, data: Data, model: Recommender) -> tuple[TrainState,
     config, fabric = run.config, run.fabric
     dataset = CachedEmbeddingTrainDataset(data.split, config.MAX_ITEM_LIST_LENGTH)
     check_training(config, data.split, dataset)
+    if config.negatives_logq:
+        model.proposal = negative_proposal(config, dataset).to(fabric.device)
     loader = make_train_loader(config, dataset, data, fabric, pack=_packs(config, model, fabric))
     # Before ZeRO stage 3 takes the parameters apart.
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -463,18 +531,12 @@ def make_train_loader(
     )
 
 
-def _free_memory(fabric: Fabric) -> None:
-    gc.collect()
-    if fabric.device.type == "cuda":
-        torch.cuda.empty_cache()
-
-
 def _write_result(
     run: RunContext,
     data: Data,
     final: Evaluator,
     evaluations: dict[str, Evaluation],
-    training: dict[str, Any] | None,
+    more: dict[str, Any],
 ) -> None:
     config, fabric, folder = run.config, run.fabric, run.folder
     record = run.session.record()
@@ -499,7 +561,8 @@ def _write_result(
         "cache": data.cache.metadata if data.cache else None,
         "user_llm": _origin(config),
         "user_llm_fingerprint": run.user_llm_fingerprint,
-        "training": training,
+        "training": None,
+        **more,
         **record,
         "environment": {
             **environment.describe(fabric.device),

@@ -309,17 +309,24 @@ def restore_rng(state: dict[str, Any], device: torch.device) -> None:
 def torch_rng_state(device: torch.device) -> list[Tensor]:
     """Return the state of torch's generators: the CPU's and, on a GPU, the GPU's. No device sync."""
     states = [torch.get_rng_state()]
-    return [*states, torch.cuda.get_rng_state(device)] if device.type == "cuda" else states
+    if device.type == "cpu":
+        return states
+    # Apple's GPU is a single one: torch.mps takes no device.
+    where = () if device.type == "mps" else (device,)
+    return [*states, torch.get_device_module(device).get_rng_state(*where)]
 
 
 def restore_torch_rng(states: list[Tensor], device: torch.device) -> None:
     """Set torch's generators to what `torch_rng_state` returned.
 
-    The GPU's is left alone when the state was taken on a machine without one.
+    The GPU's is left alone when the state was taken without one, or on another kind of it.
     """
     torch.set_rng_state(states[0])
-    if device.type == "cuda" and len(states) > 1:
-        torch.cuda.set_rng_state(states[1], device)
+    if device.type == "cpu" or len(states) == 1:
+        return
+    if len(states[1]) == len(torch_rng_state(device)[1]):
+        where = () if device.type == "mps" else (device,)
+        torch.get_device_module(device).set_rng_state(states[1], *where)
 
 
 def _number(path: Path) -> int:

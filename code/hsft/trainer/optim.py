@@ -39,13 +39,22 @@ def build_optimizer(model: nn.Module, config: Config, device: torch.device) -> O
         # One kernel for all parameters. LoRA's states are a few MB, and bitsandbytes' 8-bit AdamW
         # launches kernels for every matrix.
         return torch.optim.AdamW(groups, lr=rate, fused=True if device.type == "cuda" else None)
-    if device.type != "cuda":
-        raise InputError(f"optimizer: {kind} needs a CUDA device; use adamw or auto.")
+    check_optimizer(config, device.type)
     import bitsandbytes as bnb
 
     factory = bnb.optim.PagedAdamW8bit if kind == "paged_adamw8bit" else bnb.optim.AdamW8bit
     optimizer: Optimizer = factory(groups, lr=rate)
     return optimizer
+
+
+def check_optimizer(config: Config, device: str) -> None:
+    """Refuse an optimizer that cannot run on a kind of device.
+
+    Raises:
+        InputError: an 8-bit optimizer was asked for without CUDA.
+    """
+    if config.optimizer not in ("auto", "adamw") and device != "cuda":
+        raise InputError(f"optimizer: {config.optimizer} needs a CUDA device; use adamw or auto.")
 
 
 def steps_per_epoch(batches: int, accumulation: int) -> int:

@@ -24,6 +24,7 @@ from hsft.trainer.optim import build_optimizer, build_schedule
 from hsft.trainer.zero import engine_of, uses_deepspeed
 from hsft.utils.distributed import all_reduce, global_rank, world_size
 from hsft.utils.errors import InputError
+from hsft.utils.gpu_memory import out_of_memory, release_unused_memory
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
@@ -126,7 +127,7 @@ def accumulate(
         micro_batch = _halve(learner, group, micro_batch)
         learner.optimizer.zero_grad()
         gc.collect()
-        torch.cuda.empty_cache()
+        release_unused_memory()
         # Dropout of the second try starts where that of the first did.
         restore_torch_rng(rng, learner.fabric.device)
 
@@ -170,7 +171,7 @@ def _halve(learner: Learner, group: list[TrainBatch], micro_batch: int | None) -
     """Return half of the sequences that went through the model at a time."""
     sequences = max(count_sequences(batch) for batch in group)
     sequences = min(sequences, micro_batch or sequences)
-    where = f"CUDA ran out of memory in optimizer step {learner.schedule.last_epoch + 1}"
+    where = f"{out_of_memory(learner.fabric.device)} in optimizer step {learner.schedule.last_epoch + 1}"
     if world_size() > 1:
         # The others would wait for this process in the middle of their own, larger, batch.
         raise InputError(
@@ -189,7 +190,7 @@ def _halve(learner: Learner, group: list[TrainBatch], micro_batch: int | None) -
         where,
         half,
         " In-batch negatives come from these parts, so there are fewer of them."
-        if learner.model.settings.negatives == "in_batch"
+        if learner.model.settings.negatives == "in_batch" or learner.model.proposal is not None
         else "",
     )
     return half
@@ -209,8 +210,8 @@ def update(learner: Learner) -> Tensor | None:
         learner.optimizer.step()
     except torch.OutOfMemoryError as error:
         raise InputError(
-            "CUDA ran out of memory in the optimizer; use --optimizer paged_adamw8bit or train "
-            "fewer weights (--use_qlora True, a lower --qlora_r)."
+            f"{out_of_memory(learner.fabric.device)} in the optimizer; use --optimizer "
+            f"paged_adamw8bit (CUDA) or train fewer weights (--use_qlora True, a lower --qlora_r)."
         ) from error
     learner.optimizer.zero_grad()
     learner.schedule.step()

@@ -112,24 +112,26 @@ class PendingStep:
     ) -> None:
         self._report = report
         parts = [*losses, losses[0].new_zeros(()) if norm is None else norm.to(losses[0].dtype)]
-        # float64 holds counts exactly.
-        negatives = model.take_negative_counts().double()
-        values = torch.cat([torch.stack(parts).double(), negatives])
+        # One copy for all: float32's bits as integers, since not every device has float64.
+        bits = torch.stack(parts).float().view(torch.int32).long()
+        values = torch.cat([bits, model.take_negative_counts()])
         if world_size() > 1:
-            flags = torch.tensor([float(report.stop), float(report.due)], device=values.device)
-            values = torch.cat([values, all_reduce(flags, "max").to(values.dtype)])
+            flags = torch.tensor([report.stop, report.due], dtype=torch.int64, device=values.device)
+            values = torch.cat([values, all_reduce(flags, "max")])
         self._copy = HostCopy(values)
 
     def read(self) -> StepReport:
         """Wait for the step and return its numbers."""
-        values = self._copy.read().tolist()
+        copied = self._copy.read()
         count = len(self._report.positions)
-        stop, due = values[count + 5 :] or (self._report.stop, self._report.due)
+        *losses, norm = copied[: count + 1].int().view(torch.float32).tolist()
+        counts = copied[count + 1 :].tolist()
+        stop, due = counts[4:] or (self._report.stop, self._report.due)
         return replace(
             self._report,
-            losses=values[:count],
-            norm=values[count],
-            negatives=tuple(map(int, values[count + 1 : count + 5])),
+            losses=losses,
+            norm=norm,
+            negatives=tuple(counts[:4]),
             stop=int(stop),
             due=bool(due),
         )

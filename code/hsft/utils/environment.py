@@ -61,8 +61,8 @@ def git_revision(folder: Path | None = None) -> str | None:
 
 def device_name(device: torch.device) -> str:
     """Return the name of the GPU or processor."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
+    if device.type in ("cuda", "xpu"):
+        return str(torch.get_device_module(device).get_device_name(device))
     return platform.processor() or platform.machine()
 
 

@@ -12,7 +12,8 @@ class HostCopy:
     """A small tensor copied to the CPU in the background.
 
     `Tensor.item()` waits for everything that is queued on the GPU; this waits only for what was
-    queued before the copy, so a value read one step late costs no idle time.
+    queued before the copy, so a value read one step late costs no idle time. So on CUDA; from other
+    devices the value is copied at once.
 
     Args:
         values: a tensor on any device.
@@ -21,7 +22,7 @@ class HostCopy:
     def __init__(self, values: Tensor) -> None:
         self._event: Any = None
         # With non_blocking, torch copies from a GPU into pinned memory.
-        self._values = values.to("cpu", non_blocking=True)
+        self._values = values.to("cpu", non_blocking=values.is_cuda)
         if values.is_cuda:
             self._event = torch.cuda.Event()
             self._event.record()

@@ -58,6 +58,11 @@ class CachedEmbeddingEvalDataset(Dataset[np.ndarray]):
         return np.asarray(indices, dtype=np.int64)
 
     @property
+    def lengths(self) -> np.ndarray:
+        """int64 [E]: items of each user's history that the model reads, L at most."""
+        return np.minimum(self.segments.ends - self.segments.starts - 1, self.max_length)
+
+    @property
     def targets(self) -> np.ndarray:
         """int32 [E]: item number of each user's target."""
         return self.interactions.items[self.segments.ends - 1]

@@ -1,0 +1,233 @@
+"""The models of finished runs, made again from what the runs left, alone or as an ensemble."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hsft.config import Config, load_config
+from hsft.config.schema import REFERENCES
+from hsft.data.cache import open_cache
+from hsft.data.dataset import CachedEmbeddingEvalDataset
+from hsft.data.files import cache_path
+from hsft.data.split import Phase, Split
+from hsft.evaluator.evaluator import Scorer
+from hsft.evaluator.fingerprint import differing_parts, evaluation_fingerprint
+from hsft.inputs.cache_items import encode_in_memory
+from hsft.model.ensemble import Ensemble, Member
+from hsft.model.folder import fingerprint
+from hsft.model.reference import build_reference
+from hsft.model.sasrec import build_sasrec
+from hsft.model.weights import load_trained
+from hsft.report.result import RESULT_FILE, TUNED, UNTRAINED, not_a_run, read_result, unfinished
+from hsft.run.run_dir import CONFIG_FILE
+from hsft.run.setup import Data, build_user_llm, eval_protocol, match_cache
+from hsft.trainer.checkpoint import BEST_DIR
+from hsft.utils.errors import InputError
+from hsft.utils.files import is_file, is_folder
+
+if TYPE_CHECKING:
+    from lightning.fabric import Fabric
+
+
+@dataclass(frozen=True)
+class MemberRun:
+    """A finished run that is part of an ensemble.
+
+    Attributes:
+        folder: the run's folder.
+        config: its configuration, with the device and precision of the ensemble.
+        result: its `result.json`.
+    """
+
+    folder: Path
+    config: Config
+    result: Mapping[str, Any]
+
+    @property
+    def model(self) -> str:
+        """Name of the model that takes part: the run's last, the fine-tuned where there is one."""
+        return model_names(self.config)[-1]
+
+
+def model_names(config: Config) -> tuple[str, ...]:
+    """Name the models that a finished run has, as the rows of its `result.json` are named."""
+    if config.model != "HLLM":
+        return (config.model,)
+    return (UNTRAINED,) if config.val_only else (UNTRAINED, TUNED)
+
+
+def build_model(folder: Path, config: Config, data: Data, fabric: Fabric, name: str) -> Scorer:
+    """Build one of a finished run's models, in evaluation mode, on the device.
+
+    Args:
+        folder: the run's folder.
+        config: its configuration, with what moved since.
+        data: its data.
+        fabric: Lightning Fabric, launched.
+        name: one of `model_names`.
+
+    Raises:
+        InputError: the model's files are missing or damaged, or the UserLLM's folder holds another
+            model than the run's.
+    """
+    if config.model in REFERENCES:
+        return build_reference(config, data.split, data.cache, fabric.device, data.own_items)
+    if config.model == "ensemble":
+        ensemble = build_ensemble(config, data, fabric)
+        ensemble.weights = _recorded_weights(folder, len(ensemble.parts))
+        return ensemble
+    if config.model == "sasrec":
+        model = build_sasrec(config, data.interactions.num_items)
+    else:
+        refuse_other_user_llm(folder, config)
+        model = build_user_llm(config, data, fabric, train=name == TUNED)
+    if name != UNTRAINED:
+        if not is_folder(folder / BEST_DIR) and not is_file(folder / RESULT_FILE):
+            raise unfinished(folder)
+        load_trained(model, folder / BEST_DIR)
+    return model.to(fabric.device).eval()
+
+
+def member_runs(config: Config) -> list[MemberRun]:
+    """Return the runs of an ensemble.
+
+    Raises:
+        InputError: a folder is no finished run, or the run is an ensemble itself or of another
+            dataset.
+    """
+    members = []
+    for name in config.runs or ():
+        folder = Path(name)
+        result = read_result(folder)
+        given = {
+            "device": config.device,
+            "precision": config.precision,
+            "missing_items": "error",
+        }
+        member = run_config(folder, given)
+        if member.model == "ensemble":
+            raise InputError(f"{folder} is an ensemble itself; name its runs in --runs.")
+        if member.dataset != config.dataset:
+            raise InputError(
+                f"{folder} is a run on {member.dataset}, not on {config.dataset}; name runs of one "
+                f"dataset in --runs."
+            )
+        members.append(MemberRun(folder, member, result))
+    return members
+
+
+def refuse_unlike_members(config: Config, split: Split) -> None:
+    """Refuse runs that were scored on other things than their ensemble will be.
+
+    A run may have been scored on the validation items (`eval_phase: valid`).
+
+    Args:
+        config: of the ensemble.
+        split: its data.
+
+    Raises:
+        InputError: a run's users, held-out items, catalogue, histories or protocol are others, or
+            the run has not recorded what they were.
+    """
+    known: dict[Phase, dict[str, str]] = {}
+    for member in member_runs(config):
+        phase: Phase = "valid" if member.result["phase"] == "valid" else "test"
+        if phase not in known:
+            users = CachedEmbeddingEvalDataset(split, phase, config.MAX_ITEM_LIST_LENGTH)
+            known[phase] = evaluation_fingerprint(users, eval_protocol(config))
+        recorded = member.result.get("fingerprint", {})
+        unlike = differing_parts(known[phase], recorded)
+        if not recorded or unlike:
+            what = f"other {', '.join(unlike)}" if unlike else "what it did not record"
+            raise InputError(
+                f"{member.folder} was scored on {what}, so that its scores cannot be added up here; "
+                f"name runs of the same data, split, catalogue and protocol in --runs."
+            )
+
+
+def build_ensemble(config: Config, data: Data, fabric: Fabric) -> Ensemble:
+    """Build the models of an ensemble's runs, each with a weight of 1.
+
+    Args:
+        config: of the ensemble.
+        data: its data, which its runs share.
+        fabric: Lightning Fabric, launched.
+
+    Raises:
+        InputError: a run's model or item cache is missing, or the run was scored on other data.
+    """
+    refuse_unlike_members(config, data.split)
+    members = []
+    for member in member_runs(config):
+        cache = None
+        if member.config.reads_embeddings:
+            encodes = not member.config.use_item_cache
+            cache = (
+                encode_in_memory(member.config)
+                if encodes
+                else open_cache(cache_path(member.config))
+            )
+            match_cache(data.interactions, cache, member.config)
+        member_data = Data(data.split, cache)
+        scorer = build_model(member.folder, member.config, member_data, fabric, member.model)
+        members.append(Member(scorer, member.config.MAX_ITEM_LIST_LENGTH))
+    return Ensemble(members, [1.0] * len(members))
+
+
+def _recorded_weights(folder: Path, count: int) -> list[float]:
+    """Return the weights that an ensemble's run chose."""
+    recorded = read_result(folder).get("ensemble")
+    weights = recorded.get("weights") if isinstance(recorded, dict) else None
+    sound = isinstance(weights, list) and len(weights) == count
+    if not sound or not all(isinstance(weight, int | float) for weight in weights or ()):
+        raise InputError(
+            f"{folder / RESULT_FILE} does not hold the weights of its {count} runs; run the command "
+            f"again."
+        )
+    return [float(weight) for weight in weights or ()]
+
+
+def refuse_other_user_llm(folder: Path, config: Config) -> None:
+    """Refuse a UserLLM that is not the one a run was made with.
+
+    A run of an earlier version, and one that was stopped, has not recorded which it was.
+
+    Args:
+        folder: the run's folder.
+        config: its configuration, with what moved since.
+
+    Raises:
+        InputError: the folder's config.json or weights have changed since the run.
+    """
+    base = config.user_pretrain_dir
+    if config.model != "HLLM" or not base or not is_folder(base):
+        return
+    if not is_file(folder / RESULT_FILE):
+        return
+    recorded = read_result(folder).get("user_llm_fingerprint")
+    if recorded is not None and recorded != fingerprint(base):
+        raise InputError(
+            f"the UserLLM in {base} is not the one that {folder} was made with: its config.json or "
+            f"weights have changed since; put the old ones back, or say where they are with "
+            f"--user_pretrain_dir."
+        )
+
+
+def run_config(folder: Path, overrides: Mapping[str, Any] | None = None) -> Config:
+    """Read a run's configuration, for use in one process.
+
+    Args:
+        folder: the run's folder.
+        overrides: configuration keys with other values.
+
+    Raises:
+        InputError: the folder is no run, or a value is none that its key takes.
+    """
+    if not is_file(folder / CONFIG_FILE):
+        raise not_a_run(folder, "run", CONFIG_FILE)
+    alone = {"strategy": "ddp", "show_progress": False, **(overrides or {})}
+    config, _ = load_config([folder / CONFIG_FILE], alone)
+    return config

@@ -1,0 +1,19 @@
+"""Memory of GPUs, whatever their make."""
+
+from __future__ import annotations
+
+import torch
+
+_NAMES = {"xpu": "XPU", "mps": "MPS"}
+
+
+def release_unused_memory() -> None:
+    """Give back what torch keeps of the GPU's memory for later; without a GPU nothing happens."""
+    device = torch.accelerator.current_accelerator(check_available=True)
+    if device is not None:
+        torch.get_device_module(device).empty_cache()
+
+
+def out_of_memory(device: torch.device) -> str:
+    """Return the beginning of an error's sentence: `CUDA ran out of memory`."""
+    return f"{_NAMES.get(device.type, 'CUDA')} ran out of memory"
