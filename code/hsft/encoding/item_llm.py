@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hsft.model.backbone import load_decoder, read_extra
+from hsft.model.backbone import LoraSettings, add_lora, load_decoder, read_extra
 from hsft.model.norms import fuse_norms
 from hsft.utils.errors import InputError, brief
 from hsft.utils.files import is_file
@@ -116,27 +116,66 @@ class ItemEncoder:
 
     def _encode(self, tokens: Sequence[np.ndarray], prefix: Prefix | None) -> Tensor:
         """Encode what comes after the prefix in each text."""
+        return self.embed(*pad(tokens), prefix).cpu()
+
+    def embed(
+        self, padded: np.ndarray, lengths: np.ndarray, prefix: Prefix | None = None
+    ) -> Tensor:
+        """Encode one batch on the model's device, with gradients where they are enabled.
+
+        Args:
+            padded: int64 [B, T] token ids, each row a text, padded on the right.
+            lengths: int64 [B], tokens of each text.
+            prefix: what comes before each of them.
+
+        Returns:
+            [B, dim], float32 or float64 as the model's states.
+        """
         extra = 0 if self.emb_token is None else 1
-        lengths = np.array([len(ids) for ids in tokens])
         width = max(int(lengths.max(initial=0)) + extra, 1)
-        padded = np.zeros((len(tokens), width), dtype=np.int64)
+        padded = np.pad(padded, ((0, 0), (0, max(0, width - padded.shape[1]))))[:, :width]
         filled = np.arange(width) < lengths[:, None]
-        padded[filled] = np.concatenate([*tokens, np.empty(0, dtype=np.int64)])
         device = self.model.device
-        inputs = self.model.get_input_embeddings()(torch.from_numpy(padded).to(device))
-        ends = torch.from_numpy(lengths).to(device)
-        rows = torch.arange(len(tokens), device=device)
+        inputs = self.model.get_input_embeddings()(to_device(padded, device))
+        ends = to_device(lengths, device)
+        rows = torch.arange(len(lengths), device=device)
         if self.emb_token is not None:
             inputs[rows, ends] = self.emb_token.to(inputs)
         given = {"use_cache": False} if prefix is None else {"use_cache": True, **prefix.given}
         states = self._forward(inputs_embeds=inputs, **given).last_hidden_state
         if self.emb_token is not None:
-            return states[rows, ends].float().cpu()
-        mask = torch.from_numpy(filled).to(device).unsqueeze(-1)
-        summed = states.float().masked_fill(~mask, 0.0).sum(dim=1)
+            return widened(states[rows, ends])
+        mask = to_device(filled, device).unsqueeze(-1)
+        summed = widened(states).masked_fill(~mask, 0.0).sum(dim=1)
         if prefix is not None:
             summed, ends = summed + prefix.summed, ends + len(prefix)
-        return (summed / ends.clamp_min(1).unsqueeze(-1)).cpu()
+        return summed / ends.clamp_min(1).unsqueeze(-1)
+
+
+def pad(tokens: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Put token ids into one array, padded with 0 on the right.
+
+    Returns:
+        int64 [B, T], T the longest text, and int64 [B], the tokens of each.
+    """
+    lengths = np.array([len(ids) for ids in tokens], dtype=np.int64)
+    padded = np.zeros((len(tokens), int(lengths.max(initial=0))), dtype=np.int64)
+    filled = np.arange(padded.shape[1]) < lengths[:, None]
+    padded[filled] = np.concatenate([*tokens, np.empty(0, dtype=np.int64)])
+    return padded, lengths
+
+
+def to_device(array: np.ndarray, device: torch.device) -> Tensor:
+    """Copy an array to a device, to a GPU without waiting for it."""
+    tensor = torch.from_numpy(np.ascontiguousarray(array))
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
+def widened(states: Tensor) -> Tensor:
+    """Return 16-bit numbers as float32, others as they are."""
+    return states.to(torch.promote_types(states.dtype, torch.float32))
 
 
 def load_item_encoder(
@@ -149,6 +188,7 @@ def load_item_encoder(
     attention: str,
     trust_remote_code: bool = False,
     tokenizer_as_saved: bool = False,
+    lora: LoraSettings | None = None,
 ) -> ItemEncoder:
     """Load an ItemLLM and decide its pooling.
 
@@ -160,15 +200,18 @@ def load_item_encoder(
         device, dtype, attention: where and how the model runs.
         trust_remote_code: let transformers run code from the folder.
         tokenizer_as_saved: see `load_tokenizer`.
+        lora: for its quantisation, and the adapter that is added.
 
     Raises:
         InputError: the model or its tokenizer cannot be loaded.
     """
-    model = load_decoder(
+    model: Any = load_decoder(
         folder,
         dtype=dtype,
         attention=attention,
         keep_token_embedding=True,
+        lora=lora,
+        device=device,
         trust_remote_code=trust_remote_code,
     ).to(device)
     if device.type == "cuda":
@@ -177,6 +220,8 @@ def load_item_encoder(
     token = emb_token(folder, item_emb_token_n, int(model.config.hidden_size))
     if token is None and item_emb_token_n:
         log.info("%s", no_emb_token(folder))
+    if lora is not None:
+        model = add_lora(model, lora, gradient_checkpointing=False)
     return ItemEncoder(model, tokenizer, token, max_text_length)
 
 
@@ -281,16 +326,21 @@ def model_fingerprint(folder: str | Path) -> str:
     for path in sorted(Path(folder).iterdir()):
         if not path.is_file() or path.suffix not in _MODEL_FILES:
             continue
-        size = path.stat().st_size
-        digest.update(f"{path.name}\0{size}\0".encode())
-        with path.open("rb") as file:
-            if size <= _READ_WHOLE:
-                digest.update(file.read())
-                continue
-            for start in np.linspace(0, size - _PAGE, 64).astype(np.int64).tolist():
-                file.seek(start)
-                digest.update(file.read(_PAGE))
+        add_file(digest, path)
     return digest.hexdigest()
+
+
+def add_file(digest: Any, path: Path) -> None:
+    """Add a file's name, size and content to a hash; of a large one, 64 pages spread over it."""
+    size = path.stat().st_size
+    digest.update(f"{path.name}\0{size}\0".encode())
+    with path.open("rb") as file:
+        if size <= _READ_WHOLE:
+            digest.update(file.read())
+            return
+        for start in np.linspace(0, size - _PAGE, 64).astype(np.int64).tolist():
+            file.seek(start)
+            digest.update(file.read(_PAGE))
 
 
 def length_batches(lengths: np.ndarray, max_tokens: int, extra: int = 0) -> Iterator[np.ndarray]:

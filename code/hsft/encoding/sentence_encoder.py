@@ -19,14 +19,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from hsft.encoding.item_llm import ItemEncoder, Pooling, load_tokenizer
-from hsft.model.backbone import load_model_config
+from hsft.encoding.item_llm import ItemEncoder, Pooling, load_tokenizer, to_device, widened
+from hsft.model.backbone import LoraSettings, add_lora, load_model_config
 from hsft.model.folder import check_files
 from hsft.utils.errors import InputError, brief, one_line
 from hsft.utils.files import is_file, read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from hsft.encoding.prefix import Prefix
 
 MODULES = "modules.json"
 # In the order in which sentence-transformers puts several of them side by side.
@@ -228,33 +230,39 @@ class SentenceEncoder(ItemEncoder):
     def share_prefix(self, tokens: np.ndarray) -> None:
         """Do nothing: where positions see later ones, no prefix can be encoded once for all texts."""
 
-    @torch.inference_mode()
-    def encode(self, tokens: Sequence[np.ndarray]) -> Tensor:
-        """Encode one batch.
+    def embed(
+        self, padded: np.ndarray, lengths: np.ndarray, prefix: Prefix | None = None
+    ) -> Tensor:
+        """Encode one batch on the model's device, with gradients where they are enabled.
 
         Args:
-            tokens: token ids of B texts; an empty one gets zeros.
+            padded: int64 [B, T] token ids, each row a text, padded on the right.
+            lengths: int64 [B], tokens of each text; an empty one gets zeros.
+            prefix: None.
 
         Returns:
-            float32 [B, dim] on the CPU.
+            [B, dim], float32 or float64 as the model's states.
         """
-        lengths = np.array([len(ids) for ids in tokens])
         width = max(int(lengths.max(initial=0)), 1)
+        padded = np.pad(padded, ((0, 0), (0, max(0, width - padded.shape[1]))))
         filled = np.arange(width) < lengths[:, None]
-        padded = np.full((len(tokens), width), self.tokenizer.pad_token_id or 0, dtype=np.int64)
-        padded[filled] = np.concatenate([*tokens, np.empty(0, dtype=np.int64)])
         device = self.model.device
-        mask = torch.from_numpy(filled).to(device)
+        mask = to_device(filled, device)
         # A row without any token would be a row without anything to attend to.
         seen = mask | (torch.arange(width, device=device) == 0)
-        states = self._forward(
-            input_ids=torch.from_numpy(padded).to(device), attention_mask=seen.long()
-        ).last_hidden_state.float()
+        states = widened(
+            self._forward(
+                input_ids=to_device(
+                    np.where(filled, padded, self.tokenizer.pad_token_id or 0), device
+                ),
+                attention_mask=seen.long(),
+            ).last_hidden_state
+        )
         pooled = torch.cat([_pool(states, mask, name) for name in self.settings.poolings], dim=-1)
         vectors = self.dense(pooled)
         if self.settings.normalize:
             vectors = F.normalize(vectors, dim=-1)
-        return vectors.masked_fill(~mask.any(dim=1, keepdim=True), 0.0).cpu()
+        return vectors.masked_fill(~mask.any(dim=1, keepdim=True), 0.0)
 
 
 def _pool(states: Tensor, mask: Tensor, kind: str) -> Tensor:
@@ -282,6 +290,7 @@ def load_sentence_encoder(
     device: torch.device,
     dtype: torch.dtype,
     trust_remote_code: bool = False,
+    lora: LoraSettings | None = None,
 ) -> SentenceEncoder:
     """Load a sentence encoder.
 
@@ -291,12 +300,17 @@ def load_sentence_encoder(
         device: where it runs.
         dtype: number type of its weights.
         trust_remote_code: let transformers run code from the folder.
+        lora: the adapter that is added; sentence encoders are not quantised.
 
     Raises:
         InputError: a file is missing, damaged or of a kind that is not supported.
     """
     from transformers import AutoModel
 
+    if lora is not None and lora.quant_type != "none":
+        raise InputError(
+            f"{folder} is a sentence encoder, which is not quantised; use item_quant_type: none."
+        )
     settings = read_sentence_folder(folder)
     part = settings.transformer
     config = load_model_config(part, trust_remote_code)
@@ -307,7 +321,7 @@ def load_sentence_encoder(
             f"encoder such as BERT."
         )
     try:
-        model = AutoModel.from_pretrained(
+        model: Any = AutoModel.from_pretrained(
             part,
             dtype=dtype,
             local_files_only=True,
@@ -319,6 +333,8 @@ def load_sentence_encoder(
         ) from error
     tokenizer = load_tokenizer(part, trust_remote_code)
     dense = _load_dense(settings.dense).to(device)
+    if lora is not None:
+        model = add_lora(model, lora, gradient_checkpointing=False)
     return SentenceEncoder(model, tokenizer, settings, dense, max_text_length)
 
 
@@ -344,4 +360,4 @@ def _load_dense(folders: Sequence[Path]) -> nn.Sequential:
                 f"model again."
             ) from error
         layers += [layer, _ACTIVATIONS[name]()]
-    return nn.Sequential(*layers).eval()
+    return nn.Sequential(*layers).eval().requires_grad_(False)

@@ -30,6 +30,7 @@ from hsft.encoding.sentence_encoder import (
     read_sentence_folder,
 )
 from hsft.hub.manifest import origin
+from hsft.model.backbone import LoraSettings
 from hsft.model.meta import read_kind
 from hsft.model.structure import DecoderSource
 from hsft.trainer.fabric import attention_kernel, choose_device, compute_dtype
@@ -286,9 +287,33 @@ def _encoder(
     device = torch.device(choose_device(config))
     if device.type == "cuda":
         device = torch.device("cuda", local_rank() % torch.cuda.device_count())
-    encoder = _load_encoder(config, folder, device)
+    encoder = load_encoder(config, folder, device, compute_dtype(config))
+    job = encoding_job(config, encoder, fingerprint, information)
+    log.info(
+        "encoding %d items with %s on %s in %s, %s pooling.",
+        count,
+        folder,
+        device,
+        job.compute_dtype,
+        job.pooling,
+    )
+    return encoder, job
+
+
+def encoding_job(
+    config: Config, encoder: ItemEncoder, fingerprint: str, information: str = ""
+) -> EncodingJob:
+    """Describe the encoding of items with the configuration's ItemLLM.
+
+    Args:
+        config: the configuration, `encoder` in the place of `item_pretrain_dir`.
+        encoder: the ItemLLM, loaded.
+        fingerprint: of the ids and texts.
+        information: where the texts were read.
+    """
+    folder = str(item_llm_folder(config))
     imported = origin(folder)
-    job = EncodingJob(
+    return EncodingJob(
         model=Path(folder).name,
         text_keys=tuple(config.text_keys),
         prompt=config.item_prompt,
@@ -301,31 +326,41 @@ def _encoder(
         information=information,
         model_fingerprint=model_fingerprint(folder),
         batch_tokens=config.item_batch_tokens
-        or BATCH_TOKENS["cpu" if device.type == "cpu" else "gpu"],
+        or BATCH_TOKENS["cpu" if encoder.model.device.type == "cpu" else "gpu"],
         compute_dtype=str(compute_dtype(config)).removeprefix("torch."),
         source=imported["source"]["sha256"] if imported else "",
     )
-    log.info(
-        "encoding %d items with %s on %s in %s, %s pooling.",
-        count,
-        folder,
-        device,
-        job.compute_dtype,
-        job.pooling,
-    )
-    return encoder, job
 
 
-def _load_encoder(config: Config, folder: str, device: torch.device) -> ItemEncoder:
+def load_encoder(
+    config: Config,
+    folder: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    lora: LoraSettings | None = None,
+) -> ItemEncoder:
+    """Load the configuration's ItemLLM or sentence encoder.
+
+    Args:
+        config: the configuration.
+        folder: of the model.
+        device: where it runs.
+        dtype: number type of its weights.
+        lora: quantise it and add an adapter.
+
+    Raises:
+        InputError: the folder is unusable, or LoRA does not fit it.
+    """
     if is_sentence_encoder(folder, config.trust_remote_code):
         sentences = load_sentence_encoder(
             folder,
             max_text_length=config.MAX_TEXT_LENGTH,
             device=device,
-            dtype=compute_dtype(config),
+            dtype=dtype,
             trust_remote_code=config.trust_remote_code,
+            lora=lora,
         )
-        if config.item_compile:
+        if config.item_compile and lora is None:
             sentences.compile()
         return sentences
     # Texts come in rows of alike length, and share what they begin with: no row holds several.
@@ -335,11 +370,12 @@ def _load_encoder(config: Config, folder: str, device: torch.device) -> ItemEnco
         item_emb_token_n=config.item_emb_token_n,
         max_text_length=config.MAX_TEXT_LENGTH,
         device=device,
-        dtype=compute_dtype(config),
+        dtype=dtype,
         attention=attention_kernel(config, device, kind, rows=False),
         trust_remote_code=config.trust_remote_code,
         tokenizer_as_saved=config.text_format == "hllm",
+        lora=lora,
     )
-    if config.item_compile:
+    if config.item_compile and lora is None:
         encoder.compile()
     return encoder

@@ -12,7 +12,7 @@ import struct
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -42,6 +42,10 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+LlmPart = Literal["UserLLM", "ItemLLM"]
+# What the keys of either LLM's LoRA begin with.
+_LORA_KEYS = {"UserLLM": "qlora", "ItemLLM": "item_lora"}
+
 _CPU_KERNEL_SWITCH = "support_avx512bf16_for_cpu"
 
 
@@ -56,6 +60,7 @@ class LoraSettings:
         double_quant: quantise the quantisation constants too.
         dequantize: multiply by dequantised 4-bit weights whatever the number of positions; False
             leaves bitsandbytes the choice of its fused kernel.
+        part: `UserLLM` or `ItemLLM`, for messages.
     """
 
     rank: int
@@ -66,6 +71,7 @@ class LoraSettings:
     compute_dtype: torch.dtype = torch.bfloat16
     double_quant: bool = True
     dequantize: bool = True
+    part: LlmPart = "UserLLM"
 
 
 def load_model_config(folder: str | Path, trust_remote_code: bool = False) -> Any:
@@ -361,7 +367,8 @@ def add_lora(model: PreTrainedModel, lora: LoraSettings, gradient_checkpointing:
     try:
         adapted = get_peft_model(model, settings)
     except ValueError as error:
-        raise InputError(_target_problem(targets, linear_layers(model))) from error
+        problem = _target_problem(targets, linear_layers(model), lora.part)
+        raise InputError(problem) from error
     if gradient_checkpointing:
         enable_checkpointing(model)
     return adapted
@@ -413,26 +420,29 @@ def is_target(name: str, targets: Sequence[str]) -> bool:
     )
 
 
-def check_lora_targets(layers: Iterable[str], targets: Sequence[str]) -> None:
+def check_lora_targets(
+    layers: Iterable[str], targets: Sequence[str], part: LlmPart = "UserLLM"
+) -> None:
     """Refuse target names that no linear layer has.
 
     Args:
         layers: the linear layers' names.
         targets: as `qlora_target_modules`.
+        part: whose they are.
 
     Raises:
         InputError: says which there are.
     """
     layers = list(layers)
     if not any(is_target(name, targets) for name in layers):
-        raise InputError(_target_problem(targets, layers))
+        raise InputError(_target_problem(targets, layers, part))
 
 
-def _target_problem(targets: Sequence[str], layers: Iterable[str]) -> str:
+def _target_problem(targets: Sequence[str], layers: Iterable[str], part: LlmPart) -> str:
     names = sorted({name.rpartition(".")[2] for name in layers})
     return (
-        f"qlora_target_modules {list(targets)} names no linear layer of the UserLLM; its linear "
-        f"layers are {', '.join(names)}, or write [all-linear]."
+        f"{_LORA_KEYS[part]}_target_modules {list(targets)} names no linear layer of the {part}; its "
+        f"linear layers are {', '.join(names)}, or write [all-linear]."
     )
 
 
@@ -500,12 +510,13 @@ def quantization_obstacle(device: str) -> str | None:
     return None
 
 
-def check_quantization(quant_type: str, device: str) -> None:
-    """Refuse a quantised UserLLM where its kernels are missing.
+def check_quantization(quant_type: str, device: str, part: LlmPart = "UserLLM") -> None:
+    """Refuse a quantised LLM where its kernels are missing.
 
     Args:
         quant_type: as `qlora_quant_type`; `auto` is refused nowhere.
         device: kind of device.
+        part: whose quantisation it is.
 
     Raises:
         InputError: bitsandbytes is not installed (some systems have no build of it), or has no
@@ -513,15 +524,16 @@ def check_quantization(quant_type: str, device: str) -> None:
     """
     if quant_type in ("auto", "none") or quantization_obstacle(device) is None:
         return
+    key = "qlora_quant_type" if part == "UserLLM" else "item_quant_type"
     if importlib.util.find_spec("bitsandbytes") is None:
         raise InputError(
-            f"qlora_quant_type: {quant_type} needs the package bitsandbytes, which is not installed; "
-            f"install it with pip install bitsandbytes, or, where there is no build for this system, "
-            f"set --qlora_quant_type none (plain LoRA)."
+            f"{key}: {quant_type} needs the package bitsandbytes, which is not installed; install it "
+            f"with pip install bitsandbytes, or, where there is no build for this system, set --{key} "
+            f"none (plain LoRA)."
         )
     raise InputError(
-        f"qlora_quant_type: {quant_type} needs kernels for device {device}, which the installed "
-        f"bitsandbytes does not have; set --qlora_quant_type none (plain LoRA)."
+        f"{key}: {quant_type} needs kernels for device {device}, which the installed bitsandbytes "
+        f"does not have; set --{key} none (plain LoRA)."
     )
 
 

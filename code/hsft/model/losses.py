@@ -46,6 +46,8 @@ def info_nce(
     item_ids: tuple[Tensor, Tensor] | None = None,
     counts: Tensor | None = None,
     log_counts: Tensor | None = None,
+    *,
+    cosine: bool = True,
 ) -> Tensor:
     """HLLM's InfoNCE (arXiv 2409.12740, eq. 2 and its public code).
 
@@ -73,11 +75,13 @@ def info_nce(
         item_ids: int64 [T] of the positives and int64 [P] of the pool, for `counts`.
         counts: int64 [4], to which `count_negatives` of this call is added; None: not counted.
         log_counts: float32 [P], log n_j of the pool's items, without gradient; None: not corrected.
+        cosine: score by cosine; else by dot product, under which `nce_thres` masks nothing.
 
     Returns:
         Scalar float32; 0 when no position counts.
     """
-    queries, positives, pool = normalize(queries), normalize(positives), normalize(pool)
+    scored = normalize if cosine else Tensor.float
+    queries, positives, pool = scored(queries), scored(positives), scored(pool)
 
     def block(
         q: Tensor,
@@ -89,7 +93,11 @@ def info_nce(
         out: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         with torch.no_grad():
-            masked = p @ pool.T > nce_thres
+            masked = (
+                p @ pool.T > nce_thres
+                if cosine
+                else torch.zeros((len(p), len(pool)), dtype=torch.bool, device=p.device)
+            )
             if out is not None:
                 masked |= out
             negatives = w.new_zeros(4, dtype=torch.int64)

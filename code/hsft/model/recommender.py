@@ -79,6 +79,8 @@ class Recommender(nn.Module):
         fix_scale: keep that factor as it starts.
 
     Attributes:
+        item_llm: what the items are encoded with, where it is trained along with the encoder. Not
+            a part of `forward`: `trainer/item_training.py` hands its vectors to the item table.
         proposal: what `negatives_logq` corrects by, set before training; None: not corrected.
         negative_counts: int64 [4], sums of `losses.count_negatives` over the forward passes since
             the last `take_negative_counts`, in all processes.
@@ -95,6 +97,7 @@ class Recommender(nn.Module):
     ) -> None:
         super().__init__()
         self.encoder = encoder
+        self.item_llm: nn.Module | None = None
         self.settings = settings
         self.proposal: Proposal | None = None
         initial = losses.LOGIT_SCALE_INIT if logit_scale is None else logit_scale
@@ -178,10 +181,12 @@ class Recommender(nn.Module):
                 states, positives, pool, excluded, settings.budget_bytes, weights
             )
             return loss, terms + excluded.numel() - excluded.sum()
+        cosine = settings.similarity == "cosine"
         log_counts: Tensor | None = None
         masked = fillers
         if self.proposal is not None:
             log_counts = self.proposal.log_counts(in_batch, drawn)
+        if self.proposal is not None or not cosine:
             # An estimate of the softmax must not count the positive twice, whatever nce_thres is.
             same = targets.unsqueeze(1) == pool_ids
             masked = same if fillers is None else same | fillers
@@ -197,6 +202,7 @@ class Recommender(nn.Module):
             (targets, pool_ids),
             counts,
             log_counts,
+            cosine=cosine,
         )
         return loss, terms
 

@@ -149,7 +149,8 @@ class SASRec(SequenceEncoder):
 def build_sasrec(config: Config, num_items: int) -> Recommender:
     """Make SASRec with a full softmax, its strongest published training.
 
-    It is over dot products, or with `similarity: cosine` over cosines, as the UserLLM's is.
+    It is over dot products, or with `similarity: cosine` over cosines, as the UserLLM's is. Where
+    negatives are drawn (`num_negatives`), it is a softmax over these and the positive.
     """
     shape = config.sasrec
     encoder = SASRec(
@@ -163,7 +164,7 @@ def build_sasrec(config: Config, num_items: int) -> Recommender:
     )
     settings = LossSettings(
         loss="nce",
-        negatives="catalogue",
+        negatives="sampled" if config.effective_negatives == "sampled" else "catalogue",
         nce_thres=config.nce_thres,
         budget_bytes=config.logits_budget_mb << 20,
         similarity="cosine" if config.similarity == "cosine" else "dot",

@@ -35,8 +35,11 @@ from hsft.data.interactions import Interactions, load_interactions
 from hsft.data.item_text import ItemTexts, read_item_texts, unfit_texts
 from hsft.data.split import Phase, Split, leave_one_out
 from hsft.encoding.item_llm import check_tokenizer, emb_token, no_emb_token
+from hsft.encoding.item_tower import check_frozen_layers
 from hsft.evaluator.evaluator import Evaluator
+from hsft.hub.manifest import pretraining_overlap
 from hsft.inputs.cache_items import cache_warnings, sentence_source, with_encoder
+from hsft.inputs.load_tower import refuse_other_item_llm
 from hsft.model.backbone import (
     check_lora_targets,
     check_quantization,
@@ -147,11 +150,11 @@ def check_run(config: Config) -> None:
     interactions = _interactions(config, findings)
     cache = None
     if config.reads_embeddings:
-        if not config.use_item_cache:
+        if config.trains_items or not config.use_item_cache:
             texts = _item_texts(config, findings)
             if texts is not None and interactions is not None:
                 _texts_suffice(config, texts, interactions, findings)
-        elif has_cache_path(config):
+        if config.use_item_cache and has_cache_path(config):
             with findings.collect():
                 cache = open_cache(cache_path(config))
                 findings.notes.append(
@@ -162,6 +165,8 @@ def check_run(config: Config) -> None:
             for warning in cache_warnings(config, cache, interactions.item_ids[1:]):
                 findings.warn(warning)
             with findings.collect():
+                if config.trains_items:
+                    refuse_other_item_llm(config, cache)
                 interactions = match_cache(interactions, cache, config)
         split = leave_one_out(interactions)
         _split(config, split, findings)
@@ -220,6 +225,8 @@ def _quick_run(config: Config, findings: Findings) -> None:
             check_optimizer(config, device)
             if config.use_qlora:
                 check_quantization(config.qlora_quant_type, device)
+            if config.trains_items:
+                check_quantization(config.item_quant_type, device, "ItemLLM")
     if config.model == "ensemble":
         with findings.collect():
             member_runs(config)
@@ -229,12 +236,14 @@ def _quick_run(config: Config, findings: Findings) -> None:
     hidden = None
     if config.model == "HLLM":
         hidden = _user_model(config, findings)
-    if config.reads_embeddings:
-        if not config.use_item_cache:
-            _item_model(config, findings)
-        elif has_cache_path(config):
-            with findings.collect():
-                _cache_header(config, hidden)
+    if config.trains_items:
+        with findings.collect():
+            information_file(config.text_path, config.dataset)
+    if config.trains_items or (config.reads_embeddings and not config.use_item_cache):
+        _item_model(config, findings)
+    if config.reads_embeddings and config.use_item_cache and has_cache_path(config):
+        with findings.collect():
+            _cache_header(config, hidden)
 
 
 def _quick_caching(config: Config, findings: Findings) -> None:
@@ -308,6 +317,8 @@ def _user_model(config: Config, findings: Findings) -> int | None:
             read_id_vectors(folder, hidden)
     with findings.collect():
         user_attention(config, torch.device(choose_device(config)))
+    with findings.collect():
+        findings.warn(pretraining_overlap(folder, config.dataset))
     return hidden
 
 
@@ -318,6 +329,7 @@ def _item_model(config: Config, findings: Findings) -> None:
             read_kind(source)
             check_files(source.folder)
             check_tokenizer(source.folder, config.trust_remote_code)
+            _item_training(config, source)
         return
     folder = None
     with findings.collect():
@@ -335,6 +347,7 @@ def _item_model(config: Config, findings: Findings) -> None:
         token = emb_token(folder, config.item_emb_token_n, kind.hidden_size or 0)
         if token is None and config.item_emb_token_n:
             findings.notes.append(no_emb_token(folder))
+        _item_training(config, source)
         decoder = read_structure(source)
         check_embeddings(decoder.embedding_width, decoder.hidden_size, folder)
         # The emb token comes after the longest text.
@@ -344,6 +357,16 @@ def _item_model(config: Config, findings: Findings) -> None:
     with findings.collect():
         device = torch.device(choose_device(config))
         attention_kernel(config, device, read_kind(source), rows=False)
+
+
+def _item_training(config: Config, source: DecoderSource) -> None:
+    """Check that what `train_item_llm` asks for fits an ItemLLM's configuration."""
+    if not config.trains_items:
+        return
+    layers = read_structure(source).linear
+    if config.train_item_llm == "lora":
+        check_lora_targets(layers, config.item_lora_target_modules, "ItemLLM")
+    check_frozen_layers(layers, config.item_freeze_layers)
 
 
 def _cache_header(config: Config, hidden: int | None) -> None:
