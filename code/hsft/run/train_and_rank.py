@@ -59,6 +59,7 @@ from hsft.run.setup import (
     check_cosines,
     check_training,
     eval_protocol,
+    graph_obstacle,
     load_data,
     make_evaluator,
     negative_proposal,
@@ -470,20 +471,13 @@ def accelerate(
     assert isinstance(collate, TrainCollate)
     if not isinstance(model.encoder, UserLLM):
         return None
-    obstacle = ""
-    if config.trains_items:
-        obstacle = "CUDA graphs need train_item_llm: none"
-    elif config.gradient_checkpointing:
-        obstacle = "CUDA graphs need gradient_checkpointing: False"
-    elif config.strategy == "deepspeed" or choose_precision(config) == "16-mixed":
-        obstacle = "CUDA graphs need strategy: ddp and precision: bf16-mixed"
     chosen, reason = choose_acceleration(
         config.compile,
         fabric.device,
         single_row=collate.single_row,
         processes=world_size(),
         steps=steps,
-        obstacle=obstacle,
+        obstacle=graph_obstacle(config, choose_precision(config)),
     )
     if reason and (config.compile != "auto" or fabric.device.type == "cuda"):
         log.info("%s", reason)
