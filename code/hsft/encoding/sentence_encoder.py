@@ -22,6 +22,7 @@ from transformers import AutoModel, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from hsft.encoding.item_llm import ItemEncoder, Pooling, load_tokenizer
+from hsft.encoding.packed import PaddedTexts, pad_texts
 from hsft.model.backbone import load_model_config
 from hsft.model.folder import check_files
 from hsft.utils.errors import InputError, brief, one_line
@@ -225,33 +226,23 @@ class SentenceEncoder(ItemEncoder):
     def share_prefix(self, tokens: np.ndarray) -> None:
         """Do nothing: where positions see later ones, no prefix can be encoded once for all texts."""
 
-    @torch.inference_mode()
-    def encode(self, tokens: Sequence[np.ndarray]) -> Tensor:
-        """Encode one batch.
+    def _prepare(self, tokens: Sequence[np.ndarray]) -> list[Any]:
+        return [pad_texts(tokens, fill=self.tokenizer.pad_token_id or 0)]
 
-        Args:
-            tokens: token ids of B texts; an empty one gets zeros.
-
-        Returns:
-            float32 [B, dim] on the CPU.
-        """
-        lengths = np.array([len(ids) for ids in tokens])
-        width = max(int(lengths.max(initial=0)), 1)
-        filled = np.arange(width) < lengths[:, None]
-        padded = np.full((len(tokens), width), self.tokenizer.pad_token_id or 0, dtype=np.int64)
-        padded[filled] = np.concatenate([*tokens, np.empty(0, dtype=np.int64)])
-        device = self.model.device
-        mask = torch.from_numpy(filled).to(device)
+    def _padded(self, texts: PaddedTexts) -> Tensor:
+        """Encode a batch; an empty text gets zeros."""
+        width = torch.arange(texts.ids.shape[1], device=texts.ids.device)
+        mask = width < texts.lengths.unsqueeze(1)
         # A row without any token would be a row without anything to attend to.
-        seen = mask | (torch.arange(width, device=device) == 0)
+        seen = mask | (width == 0)
         states = self._forward(
-            input_ids=torch.from_numpy(padded).to(device), attention_mask=seen.long()
+            input_ids=texts.ids, attention_mask=seen.long()
         ).last_hidden_state.float()
         pooled = torch.cat([_pool(states, mask, name) for name in self.settings.poolings], dim=-1)
-        vectors = self.dense(pooled)
+        vectors: Tensor = self.dense(pooled)
         if self.settings.normalize:
             vectors = F.normalize(vectors, dim=-1)
-        return vectors.masked_fill(~mask.any(dim=1, keepdim=True), 0.0).cpu()
+        return vectors.masked_fill(~mask.any(dim=1, keepdim=True), 0.0)
 
 
 def _pool(states: Tensor, mask: Tensor, kind: str) -> Tensor:

@@ -30,6 +30,7 @@ from hsft.encoding.sentence_encoder import (
     read_sentence_folder,
 )
 from hsft.hub.manifest import origin
+from hsft.model.attention import varlen_obstacle
 from hsft.model.backbone import load_model_config
 from hsft.trainer.fabric import attention_kernel, choose_device, compute_dtype
 from hsft.utils.distributed import init_process_group, is_rank_zero, local_rank, run_on_rank_zero
@@ -317,15 +318,17 @@ def _load_encoder(config: Config, folder: str, device: torch.device) -> ItemEnco
         if config.item_compile:
             sentences.compile()
         return sentences
-    # Texts come in rows of alike length, and share what they begin with: no row holds several.
     model = load_model_config(folder, config.trust_remote_code)
+    # Elsewhere a row holds one text: rows of alike length have little padding and need no mask.
+    half = compute_dtype(config) != torch.float32
+    packed = varlen_obstacle(model, device, half) is None
     encoder = load_item_encoder(
         folder,
         item_emb_token_n=config.item_emb_token_n,
         max_text_length=config.MAX_TEXT_LENGTH,
         device=device,
         dtype=compute_dtype(config),
-        attention=attention_kernel(config, device, model, rows=False),
+        attention=attention_kernel(config, device, model, rows=packed),
         trust_remote_code=config.trust_remote_code,
         tokenizer_as_saved=config.text_format == "hllm",
     )
