@@ -47,12 +47,13 @@ from hsft.data.dataset import TrainBatch, TrainCollate
 from hsft.data.interactions import Interactions
 from hsft.data.split import leave_one_out
 from hsft.encoding.item_llm import ItemEncoder, length_batches
-from hsft.model import attention
+from hsft.model import varlen
 from hsft.model.accelerate import compile_layers
-from hsft.model.attention import VARLEN, varlen_attention_forward, varlen_attn
+from hsft.model.attention import VARLEN
 from hsft.model.backbone import load_decoder
 from hsft.model.norms import fuse_norms
-from hsft.report.memory import CUDA_CONTEXT, GIB, estimate, meta_decoder
+from hsft.model.varlen import varlen_attention_forward, varlen_attn
+from hsft.report.memory import CUDA_CONTEXT, GIB, estimate
 from hsft.run.dry_run import TINYLLAMA, training_shape
 from hsft.run.setup import Data, build_user_llm, lora_settings, make_evaluator
 from hsft.run.train_and_rank import accelerate, evaluate, make_train_loader, train_and_rank
@@ -432,10 +433,8 @@ def flops_per_token(config: Config) -> int:
     N counts the linear layers. Frozen weights get no gradient; LoRA's own products and attention
     over at most 50 positions are left out.
     """
-    model = meta_decoder(training_shape(config).model_config)
-    return 4 * sum(
-        part.weight.numel() for part in model.modules() if isinstance(part, torch.nn.Linear)
-    )
+    linear = training_shape(config).decoder.linear.values()
+    return 4 * sum(read * given for read, given in linear)
 
 
 def peak_tflops(name: str, given: float | None) -> float | None:
@@ -831,13 +830,13 @@ def encode_catalogue(
 @contextmanager
 def emulated_kernel() -> Iterator[None]:
     """Put the reference in the place of torch's variable-length kernel, which wants a GPU."""
-    kept = attention.varlen_attn, attention._CAUSAL, attention._GROUPED
-    attention.varlen_attn = reference_varlen_attn
-    attention._CAUSAL, attention._GROUPED = {"window_size": (-1, 0)}, True
+    kept = varlen.varlen_attn, varlen._CAUSAL, varlen._GROUPED
+    varlen.varlen_attn = reference_varlen_attn
+    varlen._CAUSAL, varlen._GROUPED = {"window_size": (-1, 0)}, True
     try:
         yield
     finally:
-        attention.varlen_attn, attention._CAUSAL, attention._GROUPED = kept
+        varlen.varlen_attn, varlen._CAUSAL, varlen._GROUPED = kept
 
 
 # SmolLM2-135M's shape.

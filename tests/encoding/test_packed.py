@@ -13,7 +13,7 @@ from hsft.data.item_text import ItemTexts
 from hsft.encoding.build_cache import CacheBuilder, EncodingJob, encode_items
 from hsft.encoding.item_llm import ItemEncoder, load_item_encoder
 from hsft.encoding.packed import PackedTexts, pack_texts
-from hsft.model import attention
+from hsft.model import varlen
 from hsft.model.backbone import load_decoder
 
 VOCABULARY = 40
@@ -86,7 +86,7 @@ def test_packed_texts_have_the_embeddings_of_padded_ones(
 def test_a_kernel_that_aligns_first_positions_is_not_used(
     llama: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    plain = attention.varlen_attn
+    plain = varlen.varlen_attn
     assert plain is not None
 
     def misaligned(q: torch.Tensor, *given: object, **more: object) -> torch.Tensor:
@@ -94,7 +94,7 @@ def test_a_kernel_that_aligns_first_positions_is_not_used(
 
     found = encoder(llama, "varlen", emb_token=True)
     prefix = np.arange(1, 7)
-    monkeypatch.setattr(attention, "varlen_attn", misaligned)
+    monkeypatch.setattr(varlen, "varlen_attn", misaligned)
     found.share_prefix(prefix)
     assert not found.packed
     assert sum("texts are padded" in line for line in caplog.messages) == 1

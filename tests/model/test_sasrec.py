@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import math
 
+import numpy as np
+import pytest
 import torch
 import torch.nn.functional as F
 
 from hsft.config import Config
+from hsft.data.dataset import TrainBatch
 from hsft.finished.open_run import open_run
 from hsft.model.sasrec import LigrLayer, SASRec, build_sasrec
 from tests.conftest import Project
@@ -76,3 +79,48 @@ def test_gated_layers_and_temperature_come_back_from_a_run(project: Project) -> 
     code, _, err = project.run("--temperature", "0.1", "--loss", "bce")
     assert code == 2
     assert "fix_temp and temperature belong to loss: nce" in err
+
+
+@pytest.mark.parametrize("similarity", ["auto", "cosine"])
+def test_sampled_softmax_equals_its_formula_in_float64(similarity: str) -> None:
+    config = Config.model_validate(
+        {"num_negatives": 4, "similarity": similarity, "temperature": 0.5}
+    )
+    model = build_sasrec(config, 9).eval()
+    history, targets = torch.tensor([[1, 2, 3], [4, 5, 0]]), torch.tensor([[2, 3, 6], [5, 7, 0]])
+    # Of the drawn items 7 and 2 are some position's positive, which it does not compete with.
+    negatives = torch.tensor([[7, 8], [2, 8]])
+    mask = targets > 0
+    with torch.no_grad():
+        states = model.encoder(history).double().numpy()
+        table = model.encoder.items(torch.arange(10)).double().numpy()
+        found = model(TrainBatch(history, mask, targets, mask, negatives))
+    scale = 1.0
+    if similarity == "cosine":
+        states = states / np.linalg.norm(states, axis=-1, keepdims=True)
+        table = table / np.linalg.norm(table, axis=-1, keepdims=True)
+        scale = 2.0
+    total = []
+    for row, column in zip(*np.nonzero(mask.numpy()), strict=True):
+        target = int(targets[row, column])
+        pool = [target, *(n for n in (7, 8, 2, 8) if n != target)]
+        scores = scale * table[pool] @ states[row, column]
+        total.append(np.log(np.exp(scores).sum()) - scores[0])
+    assert found.item() == pytest.approx(np.mean(total), rel=1e-5)
+
+
+def test_a_run_with_sampled_softmax_learns(project: Project) -> None:
+    more = ("--num_negatives", "64", "--negatives_logq", "True", "--sasrec.dropout", "0")
+    code, _, err = project.run(
+        *("--model", "sasrec", *more, "--epochs", "8", "--run_name", "run"),
+        *("--optim_args.learning_rate", "1e-2"),
+    )
+    assert code == 0, err
+    result = json.loads((project.root / "saved/run/result.json").read_text())
+    history = result["training"]["history"]
+    # Corrected, it starts at the log of the catalogue's 20 items whatever is drawn.
+    assert history[0]["loss"] < math.log(20) + 0.2
+    assert history[-1]["loss"] < 0.7 * history[0]["loss"]
+    code, _, err = project.run("--model", "sasrec", "--negatives_logq", "True")
+    assert code == 2
+    assert "negatives_logq needs num_negatives with model: sasrec" in err

@@ -191,6 +191,10 @@ TRAIN = (
     *("--eval_baseline", "False"),
 )
 QLORA = ("--use_qlora", "True", "--item_adapter", "linear", "--gradient_accumulation_steps", "2")
+ITEMS = (
+    *("--train_item_llm", "lora", "--item_lora_dropout", "0", "--item_chunk_tokens", "64"),
+    *("--use_item_cache", "False", "--item_cache_dtype", "float32", "--nce_thres", "1.01"),
+)
 # 31 users and as many sequences: neither 2 processes nor batches of 8 divide them evenly.
 RUNS: dict[str, tuple[str, ...]] = {
     "evaluation": ("--val_only", "True"),
@@ -199,6 +203,7 @@ RUNS: dict[str, tuple[str, ...]] = {
     "qlora": (*TRAIN, *QLORA),
     "bce": (*TRAIN, "--loss", "bce", "--gradient_checkpointing", "True"),
     "catalogue": (*TRAIN, "--use_qlora", "True", "--negatives", "catalogue"),
+    "items": (*TRAIN, *QLORA, *ITEMS),
     "sasrec": (*TRAIN, "--model", "sasrec", "--sasrec.dropout", "0"),
     "zero2": (*TRAIN, *QLORA, "--strategy", "deepspeed", "--stage", "2"),
     "zero3": (*TRAIN, *QLORA, "--strategy", "deepspeed", "--stage", "3"),

@@ -27,6 +27,11 @@ METRIC_NAMES = get_args(MetricName)
 METRIC_PATTERN = re.compile(rf"^({'|'.join(METRIC_NAMES)})@([1-9][0-9]*)$")
 # Models that know items by their embeddings, so that an item they never met can be scored.
 READS_EMBEDDINGS = ("HLLM", "item_knn")
+# What the names of the keys of the ItemLLM's training begin with.
+ITEM_TRAINING_KEYS = (
+    *("train_item_", "item_lora_", "item_quant_", "item_lr_", "item_freeze_", "item_gradient_"),
+    "item_chunk_",
+)
 # Models without training.
 REFERENCES = ("pop", "random", "item_knn", "tfidf")
 
@@ -338,6 +343,65 @@ class Config(_Section):
         0.0, "item cache", "dropout on the item vectors that the UserLLM reads", ge=0, lt=1
     )
 
+    # --- training the ItemLLM
+    train_item_llm: Literal["none", "lora", "full"] = _key(
+        "none",
+        "training the ItemLLM",
+        "train the ItemLLM of item_pretrain_dir (or encoder) along with the UserLLM: the items of a "
+        "batch are encoded in every step. none reads the cache; lora trains a LoRA adapter and the "
+        "emb token, full every weight. Each validation encodes the catalogue, and that of the best "
+        "epoch is kept in the run's folder",
+    )
+    item_lora_r: PositiveInt = _key(8, "training the ItemLLM", "LoRA rank", le=4096)
+    item_lora_alpha: PositiveInt = _key(
+        16, "training the ItemLLM", "LoRA alpha; the update is scaled by alpha/r"
+    )
+    item_lora_dropout: Number = _key(
+        0.05, "training the ItemLLM", "dropout on LoRA's input", ge=0, lt=1
+    )
+    item_lora_target_modules: UniqueTexts = _key(
+        ["q_proj", "v_proj"],
+        "training the ItemLLM",
+        "names of the ItemLLM's linear layers that get LoRA, or [all-linear]",
+    )
+    item_quant_type: Literal["nf4", "none"] = _key(
+        "none",
+        "training the ItemLLM",
+        "quantisation of the frozen weights under LoRA; none keeps them in the number type of "
+        "precision",
+    )
+    item_lr_mult: Number = _key(
+        1.0,
+        "training the ItemLLM",
+        "the ItemLLM's learning rate as a multiple of optim_args.learning_rate",
+        gt=0,
+        le=1000,
+    )
+    item_freeze_layers: Int = _key(
+        0,
+        "training the ItemLLM",
+        "keep the first N layers as they are, with the embeddings and the emb token below them: no "
+        "gradient is computed for them",
+        ge=0,
+    )
+    item_freeze_embeddings: Bool = _key(
+        False,
+        "training the ItemLLM",
+        "keep the token embeddings as they are (train_item_llm: full)",
+    )
+    item_gradient_checkpointing: Bool = _key(
+        False,
+        "training the ItemLLM",
+        "recompute the ItemLLM's activations in the backward pass to save memory",
+    )
+    item_chunk_tokens: PositiveInt = _key(
+        2048,
+        "training the ItemLLM",
+        "tokens of item texts that go through the ItemLLM at a time in training, padding included: "
+        "decides its memory, not the gradient",
+        le=10_000_000,
+    )
+
     # --- UserLLM
     user_pretrain_dir: Text | None = _key(None, "UserLLM", "model folder of the UserLLM")
     user_llm_layers: Int | None = _key(
@@ -408,7 +472,7 @@ class Config(_Section):
         None,
         "training",
         "drawn negatives per forward pass over all processes, shared by its sequences; setting it "
-        "implies negatives: sampled",
+        "implies negatives: sampled, also for model: sasrec, whose softmax is full without",
         ge=1,
         le=10_000_000,
     )
@@ -417,6 +481,12 @@ class Config(_Section):
         "training",
         "items that are not drawn as negatives for a sequence: its user's training items, or none "
         "(HLLM with num_negatives)",
+    )
+    negatives_logq: Bool = _key(
+        False,
+        "training",
+        "correct nce for how often each item comes up as a negative (log Q), so that frequent items "
+        "are not pushed down; drawn negatives are then joined by the batch's other targets",
     )
     similarity: Literal["auto", "cosine", "dot"] = _key(
         "auto",
@@ -583,12 +653,25 @@ class Config(_Section):
             )
         if self.negatives == "sampled" and self.num_negatives is None:
             raise ValueError("negatives: sampled needs num_negatives, for example 512")
+        if self.negatives_logq and self.loss != "nce":
+            raise ValueError("negatives_logq corrects loss: nce; drop it or the loss")
+        if self.negatives_logq and self.negatives == "catalogue":
+            raise ValueError(
+                "negatives: catalogue contrasts with every item, so that negatives_logq has nothing "
+                "to correct; drop one"
+            )
+        if self.model == "sasrec" and self.negatives_logq and self.effective_negatives != "sampled":
+            raise ValueError(
+                "negatives_logq needs num_negatives with model: sasrec, whose softmax is full without"
+            )
         if self.loss == "bce" and (self.fix_temp or self.temperature is not None):
             raise ValueError("fix_temp and temperature belong to loss: nce; drop them or the loss")
         if self.encoder is not None and self.item_pretrain_dir is not None:
             raise ValueError("encoder stands in place of item_pretrain_dir; drop one of them")
         if self.item_id_dropout and not self.item_id_embedding:
             raise ValueError("item_id_dropout needs item_id_embedding: True; set it or drop one")
+        if self.trains_items:
+            self._item_side_agrees()
         if self.model == "ensemble" and self.runs is None:
             raise ValueError("model: ensemble needs runs: name two or three finished run folders")
         if self.model != "ensemble" and self.runs is not None:
@@ -598,6 +681,37 @@ class Config(_Section):
         if self.loss == "nce" and self.similarity == "dot" and self.model == "HLLM":
             raise ValueError("loss: nce compares by cosine; similarity: dot needs loss: bce")
         return self
+
+    def _item_side_agrees(self) -> None:
+        key = f"train_item_llm: {self.train_item_llm}"
+        if self.model != "HLLM" or self.val_only:
+            raise ValueError(f"{key} belongs to the training of model: HLLM; drop it")
+        if self.item_pretrain_dir is None and self.encoder is None:
+            raise ValueError(
+                f"{key} needs the ItemLLM that made the item cache; name it with item_pretrain_dir"
+            )
+        if self.effective_negatives == "catalogue":
+            raise ValueError(
+                f"{key} encodes the items of a batch, not the whole catalogue that negatives: "
+                f"catalogue needs in every step; use negatives: in_batch, or num_negatives"
+            )
+        if self.strategy == "deepspeed":
+            raise ValueError(f"{key} runs under strategy: ddp only")
+        if self.compile == "graph":
+            raise ValueError(
+                f"{key} has steps of changing shapes, which compile: graph cannot capture; use "
+                f"compile: auto"
+            )
+        if self.train_item_llm == "full" and self.item_quant_type != "none":
+            raise ValueError(
+                "train_item_llm: full trains every weight, which quantised ones cannot be; use "
+                "train_item_llm: lora, or item_quant_type: none"
+            )
+
+    @property
+    def trains_items(self) -> bool:
+        """Whether the ItemLLM is trained, so that the run has an item cache of its own."""
+        return self.train_item_llm != "none"
 
     @property
     def reads_embeddings(self) -> bool:

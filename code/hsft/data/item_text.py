@@ -204,6 +204,14 @@ def with_items(items: ItemTexts, item_ids: Sequence[str] | np.ndarray) -> ItemTe
     return replace(items, item_ids=ids, texts=texts, fingerprint=_fingerprint(ids, texts))
 
 
+def select_items(items: ItemTexts, item_ids: Sequence[str] | np.ndarray) -> ItemTexts:
+    """Return the items of `item_ids` in this order, without text where there is none."""
+    text_of = dict(zip(items.item_ids, items.texts, strict=True))
+    ids = [str(item) for item in item_ids]
+    texts = [text_of.get(item, "") for item in ids]
+    return replace(items, item_ids=ids, texts=texts, fingerprint=_fingerprint(ids, texts))
+
+
 def _read(
     path: Path, columns: Sequence[str], remedies: tuple[str, str] = _REMEDIES
 ) -> dict[str, list[str]]:

@@ -6,7 +6,7 @@ from typing import Literal
 
 import numpy as np
 
-from hsft.data.interactions import Interactions
+from hsft.data.interactions import PAD, Interactions
 from hsft.data.split import ragged_positions
 
 
@@ -87,6 +87,24 @@ class NegativeSampler:
             rows[bad] = rng.integers(1, self.num_items + 1, size=missing)
             drawn[open_rows] = rows
             open_rows = open_rows[bad.any(axis=1)]
+
+    def shares(self, users: np.ndarray) -> np.ndarray:
+        """Return the probability of each item in a draw for one of some users, chosen evenly.
+
+        Args:
+            users: int [S] user numbers, each with an item to draw.
+
+        Returns:
+            float64 [I + 1], with a sum of 1; 0 for the padding item.
+        """
+        # A user's items share what is left of the catalogue evenly; the others have no share.
+        per_item = np.bincount(users, minlength=len(self.available)) / len(users)
+        per_item = np.divide(per_item, self.available, where=per_item > 0, out=per_item)
+        shares = np.full(self.num_items + 1, per_item.sum())
+        owners, items = np.divmod(self._pairs, self._stride)
+        shares -= np.bincount(items, per_item[owners], minlength=self.num_items + 1)
+        shares[PAD] = 0.0
+        return shares.clip(min=0.0)
 
     def _owned(self, users: np.ndarray, items: np.ndarray) -> np.ndarray:
         """Say which items belong to their row's user: int [R], int [R, n] -> bool [R, n]."""

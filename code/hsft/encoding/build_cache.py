@@ -117,17 +117,42 @@ def encode_items(
     Raises:
         InputError: an embedding does not fit in the dtype.
     """
-    _log_empty(items.texts, encoder)
+    log_empty(items.texts, encoder)
     tokens = tokenize_in_memory(encoder.tokenize, items.texts)
+    return encode_tokens(encoder, tokens, job, items.item_ids, show_progress=show_progress)
+
+
+def encode_tokens(
+    encoder: ItemEncoder,
+    tokens: Tokens,
+    job: EncodingJob,
+    item_ids: Sequence[str],
+    *,
+    show_progress: bool = True,
+) -> Tensor:
+    """Encode texts that are tokenised into a matrix in memory, as `encode_items` does.
+
+    Args:
+        encoder: the ItemLLM.
+        tokens: of n texts.
+        job: settings.
+        item_ids: n ids.
+        show_progress: show a bar.
+
+    Returns:
+        [n, D] in the job's dtype, rows in the order of `tokens`.
+
+    Raises:
+        InputError: an embedding does not fit in the dtype.
+    """
     encoder.share_prefix(tokens.common_prefix())
     batches = plan_batches(tokens, job, encoder)
     groups = group_batches(batches, range(len(batches)))
     owners = share_out(_costs(batches, groups, tokens, encoder), world_size())
     assigned = _assigned(groups, owners)
-    result = torch.zeros((len(items), encoder.dim), dtype=DTYPES[job.dtype])
+    result = torch.zeros((len(tokens), encoder.dim), dtype=DTYPES[job.dtype])
     with _meter(batches, assigned, tokens, encoder, show_progress) as bar:
-        stream = encode_batches(encoder, tokens, batches, assigned, job, items.item_ids)
-        for number, embeddings in stream:
+        for number, embeddings in encode_batches(encoder, tokens, batches, assigned, job, item_ids):
             rows = batches.all[number]
             result[torch.from_numpy(rows)] = embeddings
             bar.advance(len(rows), _tokens_of(rows, tokens, encoder))
@@ -222,7 +247,7 @@ class CacheBuilder:
     ) -> str:
         """Write the tokens of all texts into the parts folder and return their mark."""
         parts.claim(job.digest())
-        _log_empty(texts, encoder)
+        log_empty(texts, encoder)
         return tokenize_to_folder(encoder.tokenize, texts, self.parts_dir, self.show_progress)
 
     def _encode(
@@ -261,7 +286,7 @@ class CacheBuilder:
                 with closing(stream), writer.writing_rest():
                     for number in assigned:
                         # A signal waits for the batch: what is encoded is not thrown away. On a GPU
-                        # the batch that is computed next is.
+                        # the batch after it, which is computed meanwhile, is.
                         with self.defer_signals():
                             writer.add(*next(stream))
                         rows = work.batches.all[number]
@@ -306,7 +331,7 @@ def encode_batches(
     job: EncodingJob,
     item_ids: Sequence[str],
 ) -> Generator[tuple[int, Tensor]]:
-    """Encode batch after batch: yield each one's number and its embeddings.
+    """Encode batch after batch.
 
     Args:
         encoder: the ItemLLM.
@@ -426,7 +451,7 @@ def _tokens_of(batch: np.ndarray, tokens: Tokens, encoder: ItemEncoder) -> int:
     return int(tokens.lengths[batch].sum()) + extra
 
 
-def _log_empty(texts: Sequence[str], encoder: ItemEncoder) -> None:
+def log_empty(texts: Sequence[str], encoder: ItemEncoder) -> None:
     """Say what items without text get, which the tokenizer and the pooling decide."""
     empty = sum(1 for text in texts if not text)
     if not empty:

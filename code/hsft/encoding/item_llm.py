@@ -6,23 +6,27 @@ import hashlib
 import logging
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
-from hsft.encoding.packed import PackedTexts, PaddedTexts, pack_texts, pad_texts
-from hsft.encoding.prefix import Prefix, encode_prefix
+from hsft.encoding.packed import PackedTexts, pack_texts
 from hsft.model.accelerate import compile_layers
 from hsft.model.attention import VARLEN
-from hsft.model.backbone import load_decoder, read_extra
+from hsft.model.backbone import LoraSettings, add_lora, load_decoder, read_extra
 from hsft.model.norms import fuse_norms
 from hsft.utils.errors import InputError, brief, one_line
 from hsft.utils.files import is_file
 from hsft.utils.host_copy import HostCopy
 from hsft.utils.prefetch import prefetch
+from hsft.utils.records import remember
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from hsft.encoding.prefix import Prefix
 
 log = logging.getLogger(__name__)
 
@@ -32,8 +36,21 @@ _PAGE = 4096
 # How far rounding may move an embedding between two kernels, as a share of its length. A kernel that
 # aligns queries and keys otherwise moves it further.
 _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.01}
+# What a tokenizer is not made of, and how many bytes of the other files are read to know them again.
+_WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack")
+_QUICKLY_READ = 64 << 20
+_TOKENIZER_PACKAGES = ("tokenizers", "sentencepiece", "tiktoken", "protobuf")
 
 Pooling = Literal["emb_token", "mean", "sentence"]
+
+
+class _PaddedTexts(NamedTuple):
+    """Texts in padded rows: their numbers in the batch, and what `ItemEncoder.embed` takes."""
+
+    rows: np.ndarray
+    padded: np.ndarray
+    lengths: np.ndarray
+    after_prefix: bool
 
 
 class ItemEncoder:
@@ -94,6 +111,9 @@ class ItemEncoder:
 
         Texts that begin otherwise are encoded whole.
         """
+        # Imported here, as transformers takes seconds that --check need not wait for.
+        from hsft.encoding.prefix import encode_prefix
+
         # torch.compile would trace the key-value cache again for each of its sizes.
         self._prefix = None if self._compiled else encode_prefix(self.model, tokens)
         if self.packed:
@@ -145,14 +165,14 @@ class ItemEncoder:
             batches: token ids of texts.
         """
         if self.model.device.type != "cuda":
-            # Preparing takes less than a hundredth of the time, and a thread a core.
+            # Preparing takes less than a thousandth of the time there, and a thread a core.
             yield from map(self.encode, batches)
         else:
             yield from self._encode_ahead(batches)
 
     def _encode_ahead(self, batches: Iterable[Sequence[np.ndarray]]) -> Generator[Tensor]:
         waiting: HostCopy | None = None
-        for prepared in prefetch(self._pinned(batches)):
+        for prepared in prefetch(map(self._prepare, batches)):
             with torch.inference_mode():
                 started = HostCopy(self._compute(prepared))
             if waiting is not None:
@@ -161,42 +181,40 @@ class ItemEncoder:
         if waiting is not None:
             yield waiting.read()
 
-    def _pinned(self, batches: Iterable[Sequence[np.ndarray]]) -> Iterator[list[Any]]:
-        for tokens in batches:
-            yield [part.pin_memory() for part in self._prepare(tokens)]
-
-    def _prepare(self, tokens: Sequence[np.ndarray]) -> list[Any]:
-        """Lay a batch's texts out, in one part or, of padded texts, those with the prefix apart."""
-        has_token = self.emb_token is not None
+    def _prepare(self, tokens: Sequence[np.ndarray]) -> PackedTexts | list[_PaddedTexts]:
+        """Lay a batch's texts out; of padded ones, those that begin with the prefix apart."""
         prefix = None if self._prefix is None else self._prefix.tokens
         if self.packed:
-            return [pack_texts(tokens, prefix, emb_token=has_token)]
+            packed = pack_texts(tokens, prefix, emb_token=self.emb_token is not None)
+            return packed.pin_memory() if self.model.device.type == "cuda" else packed
         if prefix is None:
-            return [pad_texts(tokens, emb_token=has_token)]
+            return [_PaddedTexts(np.arange(len(tokens)), *pad(tokens), after_prefix=False)]
         size = len(prefix)
         begins = np.array([np.array_equal(ids[:size], prefix) for ids in tokens], dtype=bool)
         parts = []
         for rows, cut in ((np.flatnonzero(begins), size), (np.flatnonzero(~begins), 0)):
             if len(rows):
                 rest = [tokens[row][cut:] for row in rows.tolist()]
-                parts.append(pad_texts(rest, emb_token=has_token, rows=rows, before=cut))
+                parts.append(_PaddedTexts(rows, *pad(rest), after_prefix=cut > 0))
         return parts
 
-    def _compute(self, parts: Sequence[Any]) -> Tensor:
-        """Encode the parts that `_prepare` returns: float32 [B, D] on the device."""
+    def _compute(self, texts: PackedTexts | list[_PaddedTexts]) -> Tensor:
+        """Encode what `_prepare` returns: float32 [B, D] on the device."""
         device = self.model.device
-        if len(parts) == 1:
-            return self._compute_part(parts[0].to(device))
-        embeddings = torch.empty((sum(len(part) for part in parts), self.dim), device=device)
-        for part in parts:
-            moved = part.to(device)
-            embeddings[moved.rows] = self._compute_part(moved)
+        if isinstance(texts, PackedTexts):
+            return self._embed_row(texts.to(device))
+        embedded = [
+            self.embed(part.padded, part.lengths, self._prefix if part.after_prefix else None)
+            for part in texts
+        ]
+        if len(texts) == 1:
+            return embedded[0]
+        embeddings = torch.empty((sum(map(len, embedded)), self.dim), device=device)
+        for part, rows in zip(texts, embedded, strict=True):
+            embeddings[to_device(part.rows, device)] = rows
         return embeddings
 
-    def _compute_part(self, part: Any) -> Tensor:
-        return self._packed(part) if isinstance(part, PackedTexts) else self._padded(part)
-
-    def _packed(self, texts: PackedTexts) -> Tensor:
+    def _embed_row(self, texts: PackedTexts) -> Tensor:
         inputs = self.model.get_input_embeddings()(texts.ids)
         if self.emb_token is not None:
             inputs = torch.where(
@@ -213,7 +231,7 @@ class ItemEncoder:
             max_length_k=texts.longest_keys,
             **given,
         ).last_hidden_state[0]
-        pooled = states[texts.pooled].float()
+        pooled = widened(states[texts.pooled])
         width = torch.arange(pooled.shape[1], device=pooled.device)
         counted = width < texts.counts.unsqueeze(1)
         summed = pooled.masked_fill(~counted.unsqueeze(-1), 0.0).sum(dim=1)
@@ -223,22 +241,64 @@ class ItemEncoder:
             counts = counts + texts.before
         return summed / counts.clamp_min(1).unsqueeze(-1)
 
-    def _padded(self, texts: PaddedTexts) -> Tensor:
-        inputs = self.model.get_input_embeddings()(texts.ids)
-        rows, ends = torch.arange(len(texts), device=inputs.device), texts.lengths
+    def embed(
+        self, padded: np.ndarray, lengths: np.ndarray, prefix: Prefix | None = None
+    ) -> Tensor:
+        """Encode one batch on the model's device, with gradients where they are enabled.
+
+        Args:
+            padded: int64 [B, T] token ids, each row a text, padded on the right.
+            lengths: int64 [B], tokens of each text.
+            prefix: what comes before each of them.
+
+        Returns:
+            [B, dim], float32 or float64 as the model's states.
+        """
+        extra = 0 if self.emb_token is None else 1
+        width = max(int(lengths.max(initial=0)) + extra, 1)
+        padded = np.pad(padded, ((0, 0), (0, max(0, width - padded.shape[1]))))[:, :width]
+        filled = np.arange(width) < lengths[:, None]
+        device = self.model.device
+        inputs = self.model.get_input_embeddings()(to_device(padded, device))
+        ends = to_device(lengths, device)
+        rows = torch.arange(len(lengths), device=device)
         if self.emb_token is not None:
             inputs[rows, ends] = self.emb_token.to(inputs)
-        prefix = self._prefix if texts.before else None
         given = {"use_cache": False} if prefix is None else prefix.given
         states = self._forward(inputs_embeds=inputs, **given).last_hidden_state
         if self.emb_token is not None:
-            return states[rows, ends].float()
-        width = torch.arange(states.shape[1], device=inputs.device)
-        mask = (width < ends.unsqueeze(1)).unsqueeze(-1)
-        summed = states.float().masked_fill(~mask, 0.0).sum(dim=1)
+            return widened(states[rows, ends])
+        mask = to_device(filled, device).unsqueeze(-1)
+        summed = widened(states).masked_fill(~mask, 0.0).sum(dim=1)
         if prefix is not None:
-            summed, ends = summed + prefix.summed, ends + texts.before
+            summed, ends = summed + prefix.summed, ends + len(prefix)
         return summed / ends.clamp_min(1).unsqueeze(-1)
+
+
+def pad(tokens: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Put token ids into one array, padded with 0 on the right.
+
+    Returns:
+        int64 [B, T], T the longest text, and int64 [B], the tokens of each.
+    """
+    lengths = np.array([len(ids) for ids in tokens], dtype=np.int64)
+    padded = np.zeros((len(tokens), int(lengths.max(initial=0))), dtype=np.int64)
+    filled = np.arange(padded.shape[1]) < lengths[:, None]
+    padded[filled] = np.concatenate([*tokens, np.empty(0, dtype=np.int64)])
+    return padded, lengths
+
+
+def to_device(array: np.ndarray, device: torch.device) -> Tensor:
+    """Copy an array to a device, to a GPU without waiting for it."""
+    tensor = torch.from_numpy(np.ascontiguousarray(array))
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
+def widened(states: Tensor) -> Tensor:
+    """Return 16-bit numbers as float32, others as they are."""
+    return states.to(torch.promote_types(states.dtype, torch.float32))
 
 
 def load_item_encoder(
@@ -251,6 +311,7 @@ def load_item_encoder(
     attention: str,
     trust_remote_code: bool = False,
     tokenizer_as_saved: bool = False,
+    lora: LoraSettings | None = None,
 ) -> ItemEncoder:
     """Load an ItemLLM and decide its pooling.
 
@@ -262,15 +323,18 @@ def load_item_encoder(
         device, dtype, attention: where and how the model runs.
         trust_remote_code: let transformers run code from the folder.
         tokenizer_as_saved: see `load_tokenizer`.
+        lora: for its quantisation, and the adapter that is added.
 
     Raises:
         InputError: the model or its tokenizer cannot be loaded.
     """
-    model = load_decoder(
+    model: Any = load_decoder(
         folder,
         dtype=dtype,
         attention=attention,
         keep_token_embedding=True,
+        lora=lora,
+        device=device,
         trust_remote_code=trust_remote_code,
     ).to(device)
     if device.type == "cuda":
@@ -279,6 +343,8 @@ def load_item_encoder(
     token = emb_token(folder, item_emb_token_n, int(model.config.hidden_size))
     if token is None and item_emb_token_n:
         log.info("%s", no_emb_token(folder))
+    if lora is not None:
+        model = add_lora(model, lora, gradient_checkpointing=False)
     return ItemEncoder(model, tokenizer, token, max_text_length)
 
 
@@ -297,6 +363,8 @@ def load_tokenizer(
     Raises:
         InputError: there is none, or it does not work.
     """
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
     saved = Path(folder) / "tokenizer.json"
     try:
         if as_saved and is_file(saved):
@@ -311,6 +379,37 @@ def load_tokenizer(
             f"model folder {folder} has no usable tokenizer ({brief(error, 160)}); fetch the model again."
         ) from error
     return tokenizer
+
+
+def check_tokenizer(folder: Path, trust_remote_code: bool = False) -> None:
+    """Load a tokenizer to see that it works, unless the same files are known to.
+
+    Raises:
+        InputError: as `load_tokenizer`.
+    """
+
+    def load() -> bool:
+        load_tokenizer(folder, trust_remote_code)
+        return True
+
+    files = None if trust_remote_code else _small_files(folder)
+    remember("tokenizer works", files, load, packages=_TOKENIZER_PACKAGES)
+
+
+def _small_files(folder: Path) -> dict[str, str] | None:
+    """Return the SHA-256 of each file that is no weights, None where they cannot be read quickly."""
+    digests = {}
+    size = 0
+    try:
+        for path in sorted(folder.iterdir()):
+            if path.is_file() and path.suffix not in _WEIGHT_FILES:
+                size += path.stat().st_size
+                if size > _QUICKLY_READ:
+                    return None
+                digests[path.name] = hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError:
+        return None
+    return digests
 
 
 def no_emb_token(folder: str | Path) -> str:
@@ -350,16 +449,21 @@ def model_fingerprint(folder: str | Path) -> str:
     for path in sorted(Path(folder).iterdir()):
         if not path.is_file() or path.suffix not in _MODEL_FILES:
             continue
-        size = path.stat().st_size
-        digest.update(f"{path.name}\0{size}\0".encode())
-        with path.open("rb") as file:
-            if size <= _READ_WHOLE:
-                digest.update(file.read())
-                continue
-            for start in np.linspace(0, size - _PAGE, 64).astype(np.int64).tolist():
-                file.seek(start)
-                digest.update(file.read(_PAGE))
+        add_file(digest, path)
     return digest.hexdigest()
+
+
+def add_file(digest: Any, path: Path) -> None:
+    """Add a file's name, size and content to a hash; of a large one, 64 pages spread over it."""
+    size = path.stat().st_size
+    digest.update(f"{path.name}\0{size}\0".encode())
+    with path.open("rb") as file:
+        if size <= _READ_WHOLE:
+            digest.update(file.read())
+            return
+        for start in np.linspace(0, size - _PAGE, 64).astype(np.int64).tolist():
+            file.seek(start)
+            digest.update(file.read(_PAGE))
 
 
 def length_batches(lengths: np.ndarray, max_tokens: int, extra: int = 0) -> Iterator[np.ndarray]:

@@ -1,37 +1,18 @@
-"""Layouts of a batch of texts: one after the other in a single row, or in padded rows."""
+"""Texts one after the other in a single row, for variable-length attention."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 
-class _Tensors:
-    """What dataclasses of tensors and numbers have in common."""
-
-    def to(self, device: torch.device) -> Self:
-        """Copy the tensors to a device; from pinned memory without waiting for it."""
-        return self._changed(lambda tensor: tensor.to(device, non_blocking=True))
-
-    def pin_memory(self) -> Self:
-        """Copy the tensors to pinned memory."""
-        return self._changed(Tensor.pin_memory)
-
-    def _changed(self, change: Callable[[Tensor], Tensor]) -> Self:
-        given: Any = self
-        values = {part.name: getattr(self, part.name) for part in fields(given)}
-        changed = {name: change(it) for name, it in values.items() if isinstance(it, Tensor)}
-        moved: Self = replace(given, **changed)
-        return moved
-
-
 @dataclass(frozen=True)
-class PackedTexts(_Tensors):
+class PackedTexts:
     """B texts in one row of N positions, without the prefix where they begin with it.
 
     Attributes:
@@ -61,25 +42,20 @@ class PackedTexts(_Tensors):
     longest: int
     longest_keys: int
 
+    def to(self, device: torch.device) -> PackedTexts:
+        """Copy the tensors to a device; from pinned memory without waiting for it."""
+        return self._changed(lambda tensor: tensor.to(device, non_blocking=True))
 
-@dataclass(frozen=True)
-class PaddedTexts(_Tensors):
-    """B texts in a row each, padded on the right, without the prefix.
+    def pin_memory(self) -> PackedTexts:
+        """Copy the tensors to pinned memory."""
+        return self._changed(Tensor.pin_memory)
 
-    Attributes:
-        ids: int64 [B, T], token ids; any where padded, and where the emb token stands.
-        lengths: int64 [B], tokens of each text.
-        rows: int64 [B], number of each text in its batch.
-        before: P where the texts come after the prefix, else 0.
-    """
-
-    ids: Tensor
-    lengths: Tensor
-    rows: Tensor
-    before: int = 0
-
-    def __len__(self) -> int:
-        return len(self.ids)
+    def _changed(self, change: Callable[[Tensor], Tensor]) -> PackedTexts:
+        values = {part.name: getattr(self, part.name) for part in fields(self)}
+        changed: dict[str, Any] = {
+            name: change(value) for name, value in values.items() if isinstance(value, Tensor)
+        }
+        return replace(self, **changed)
 
 
 def pack_texts(
@@ -133,35 +109,6 @@ def pack_texts(
         before=torch.from_numpy(before),
         longest=int(sequences.max()),
         longest_keys=int(keys.max()),
-    )
-
-
-def pad_texts(
-    tokens: Sequence[np.ndarray],
-    *,
-    emb_token: bool = False,
-    rows: np.ndarray | None = None,
-    before: int = 0,
-    fill: int = 0,
-) -> PaddedTexts:
-    """Put texts into padded rows.
-
-    Args:
-        tokens: token ids of B texts, each int64 [0..], without the prefix.
-        emb_token: leave a position after every text for the emb token.
-        rows: int64 [B], their numbers in the batch; 0..B-1 when None.
-        before: tokens of the prefix.
-        fill: token id at padded positions.
-    """
-    lengths = np.array([len(ids) for ids in tokens], dtype=np.int64)
-    width = max(int(lengths.max(initial=0)) + int(emb_token), 1)
-    padded = np.full((len(tokens), width), fill, dtype=np.int64)
-    padded[np.arange(width) < lengths[:, None]] = np.concatenate(
-        [*tokens, np.empty(0, dtype=np.int64)]
-    )
-    numbers = np.arange(len(tokens)) if rows is None else rows
-    return PaddedTexts(
-        torch.from_numpy(padded), torch.from_numpy(lengths), torch.from_numpy(numbers), before
     )
 
 

@@ -113,7 +113,9 @@ def encode_prefix(model: PreTrainedModel, tokens: np.ndarray) -> Prefix | None:
         return None
     output = model(input_ids=torch.from_numpy(tokens)[None].to(model.device), use_cache=True)
     # transformers renamed `past_key_values`; models take and return one of the two.
-    name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+    plain_model: Any = getattr(model, "get_base_model", lambda: model)()
+    known = inspect.signature(plain_model.forward).parameters
+    name = "cache" if "cache" in known else "past_key_values"
     cache: Any = getattr(output, name, None)
     layers = getattr(cache, "layers", [])
     plain = type(cache) is DynamicCache and all(type(layer) is DynamicLayer for layer in layers)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -18,15 +18,17 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoModel, PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
-from hsft.encoding.item_llm import ItemEncoder, Pooling, load_tokenizer
-from hsft.encoding.packed import PaddedTexts, pad_texts
-from hsft.model.backbone import load_model_config
+from hsft.encoding.item_llm import ItemEncoder, Pooling, load_tokenizer, to_device, widened
+from hsft.model.backbone import LoraSettings, add_lora, load_model_config
 from hsft.model.folder import check_files
 from hsft.utils.errors import InputError, brief, one_line
 from hsft.utils.files import is_file, read_json
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from hsft.encoding.prefix import Prefix
 
 MODULES = "modules.json"
 # In the order in which sentence-transformers puts several of them side by side.
@@ -74,6 +76,8 @@ def is_sentence_encoder(folder: str | Path, trust_remote_code: bool = False) -> 
     """
     if is_file(Path(folder) / MODULES):
         return True
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
     config = load_model_config(folder, trust_remote_code)
     kind = getattr(config, "model_type", None)
     return (
@@ -226,20 +230,36 @@ class SentenceEncoder(ItemEncoder):
     def share_prefix(self, tokens: np.ndarray) -> None:
         """Do nothing: where positions see later ones, no prefix can be encoded once for all texts."""
 
-    def _prepare(self, tokens: Sequence[np.ndarray]) -> list[Any]:
-        return [pad_texts(tokens, fill=self.tokenizer.pad_token_id or 0)]
+    def embed(
+        self, padded: np.ndarray, lengths: np.ndarray, prefix: Prefix | None = None
+    ) -> Tensor:
+        """Encode one batch on the model's device, with gradients where they are enabled.
 
-    def _padded(self, texts: PaddedTexts) -> Tensor:
-        """Encode a batch; an empty text gets zeros."""
-        width = torch.arange(texts.ids.shape[1], device=texts.ids.device)
-        mask = width < texts.lengths.unsqueeze(1)
+        Args:
+            padded: int64 [B, T] token ids, each row a text, padded on the right.
+            lengths: int64 [B], tokens of each text; an empty one gets zeros.
+            prefix: None.
+
+        Returns:
+            [B, dim], float32 or float64 as the model's states.
+        """
+        width = max(int(lengths.max(initial=0)), 1)
+        padded = np.pad(padded, ((0, 0), (0, max(0, width - padded.shape[1]))))
+        filled = np.arange(width) < lengths[:, None]
+        device = self.model.device
+        mask = to_device(filled, device)
         # A row without any token would be a row without anything to attend to.
-        seen = mask | (width == 0)
-        states = self._forward(
-            input_ids=texts.ids, attention_mask=seen.long()
-        ).last_hidden_state.float()
+        seen = mask | (torch.arange(width, device=device) == 0)
+        states = widened(
+            self._forward(
+                input_ids=to_device(
+                    np.where(filled, padded, self.tokenizer.pad_token_id or 0), device
+                ),
+                attention_mask=seen.long(),
+            ).last_hidden_state
+        )
         pooled = torch.cat([_pool(states, mask, name) for name in self.settings.poolings], dim=-1)
-        vectors: Tensor = self.dense(pooled)
+        vectors = self.dense(pooled)
         if self.settings.normalize:
             vectors = F.normalize(vectors, dim=-1)
         return vectors.masked_fill(~mask.any(dim=1, keepdim=True), 0.0)
@@ -270,6 +290,7 @@ def load_sentence_encoder(
     device: torch.device,
     dtype: torch.dtype,
     trust_remote_code: bool = False,
+    lora: LoraSettings | None = None,
 ) -> SentenceEncoder:
     """Load a sentence encoder.
 
@@ -279,10 +300,17 @@ def load_sentence_encoder(
         device: where it runs.
         dtype: number type of its weights.
         trust_remote_code: let transformers run code from the folder.
+        lora: the adapter that is added; sentence encoders are not quantised.
 
     Raises:
         InputError: a file is missing, damaged or of a kind that is not supported.
     """
+    from transformers import AutoModel
+
+    if lora is not None and lora.quant_type != "none":
+        raise InputError(
+            f"{folder} is a sentence encoder, which is not quantised; use item_quant_type: none."
+        )
     settings = read_sentence_folder(folder)
     part = settings.transformer
     config = load_model_config(part, trust_remote_code)
@@ -293,7 +321,7 @@ def load_sentence_encoder(
             f"encoder such as BERT."
         )
     try:
-        model = AutoModel.from_pretrained(
+        model: Any = AutoModel.from_pretrained(
             part,
             dtype=dtype,
             local_files_only=True,
@@ -305,6 +333,8 @@ def load_sentence_encoder(
         ) from error
     tokenizer = load_tokenizer(part, trust_remote_code)
     dense = _load_dense(settings.dense).to(device)
+    if lora is not None:
+        model = add_lora(model, lora, gradient_checkpointing=False)
     return SentenceEncoder(model, tokenizer, settings, dense, max_text_length)
 
 
@@ -330,4 +360,4 @@ def _load_dense(folders: Sequence[Path]) -> nn.Sequential:
                 f"model again."
             ) from error
         layers += [layer, _ACTIVATIONS[name]()]
-    return nn.Sequential(*layers).eval()
+    return nn.Sequential(*layers).eval().requires_grad_(False)

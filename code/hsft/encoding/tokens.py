@@ -38,6 +38,25 @@ class Tokens:
         end = int(self._ends[index])
         return self._flat[end - int(self.lengths[index]) : end]
 
+    def padded(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return some texts' token ids in one array, padded with 0 on the right.
+
+        Args:
+            rows: int64 [B], numbers of the texts.
+
+        Returns:
+            int64 [B, T], T the longest of them, and int64 [B], the tokens of each.
+        """
+        lengths = self.lengths[rows].astype(np.int64)
+        steps = np.arange(lengths.max(initial=0))
+        filled = steps < lengths[:, None]
+        if not filled.any():
+            return np.zeros(filled.shape, dtype=np.int64), lengths
+        starts = self._ends[rows] - lengths
+        # Clipping keeps the padded places inside the array; the mask then makes them 0.
+        ids = self._flat.take(starts[:, None] + steps, mode="clip")
+        return np.multiply(ids, filled, dtype=np.int64), lengths
+
     def common_prefix(self) -> np.ndarray:
         """Return what all texts that are not empty begin with: int64 [0..shortest of them]."""
         rows = np.flatnonzero(self.lengths)

@@ -14,11 +14,13 @@ from torch import Tensor
 
 from hsft.data.cache import ItemCache
 from hsft.data.dataset import CachedEmbeddingEvalDataset
+from hsft.data.files import information_file
 from hsft.data.interactions import Interactions, load_interactions, renumber
 from hsft.data.split import leave_one_out
 from hsft.evaluator.evaluator import EvalProtocol, Evaluator, Scorer
 from hsft.evaluator.intervals import interval
 from hsft.evaluator.metrics import per_user
+from hsft.finished.new_items import encode_as_trained
 from hsft.finished.open_run import OpenRun, open_run
 from hsft.model.reference import build_reference
 from hsft.report.comparison_files import INTERVALS
@@ -200,7 +202,9 @@ def _refuse_other_data(run: OpenRun, full: Interactions, name: str) -> None:
 
 
 def _embeddings(run: OpenRun, cold: Sequence[str], name: str) -> ItemCache:
-    """Return the cold items' rows of the run's item cache."""
+    """Return the cold items' rows of the run's item cache, or encode them as the run's were."""
+    if run.config.trains_items:
+        return encode_as_trained(run, information_file(run.config.text_path, name), cold)
     cache = run.data.cache
     assert cache is not None
     rows = cache.rows_of(cold)

@@ -18,8 +18,10 @@ from safetensors.torch import save_file
 from hsft.config import Config
 from hsft.config.help import dump_config
 from hsft.config.options import LOCATION_KEYS
+from hsft.config.schema import ITEM_TRAINING_KEYS
 from hsft.data.cache import DTYPES
 from hsft.evaluator.evaluator import Evaluation
+from hsft.finished.export_items import ITEM_LLM_DIR, export_items
 from hsft.finished.open_run import open_run, refuse_changed_data
 from hsft.hub.manifest import EXPORT_FILE, origin
 from hsft.model.backbone import add_lora, load_decoder, load_model_config, read_extra
@@ -107,7 +109,8 @@ def export(options: ExportOptions) -> Path:
     The folder appears whole at the end or not at all. `merged` holds safetensors and `config.json`
     of a plain transformers decoder and `hllm_extra.safetensors`, and is a `user_pretrain_dir`;
     `adapter` holds peft's two files and `trained.safetensors`. Both have the run's settings in
-    `config.yaml`, the card `README.md`, and `export.json`.
+    `config.yaml`, the card `README.md`, and `export.json`. Of a run that trained the ItemLLM they also
+    hold the catalogue's vectors, and `merged` the ItemLLM as a model folder (see `export_items.py`).
 
     Returns:
         The folder.
@@ -135,6 +138,8 @@ def _export(options: ExportOptions) -> Path:
             evaluation = _score(run, folder) if options.evaluate else None
         else:
             item_adapter, evaluation = _write_adapter(run, folder), None
+        if run.config.trains_items:
+            export_items(run.folder, run.config, folder, DTYPES[options.dtype], options.format)
         _write_about(run, folder, item_adapter, evaluation)
     log.info("wrote %s.", options.out)
     return options.out
@@ -403,6 +408,18 @@ def _merged_changes(run: _TrainedRun) -> dict[str, Any]:
     }
 
 
+def _without_item_training(config: Config) -> dict[str, Any]:
+    """Return what differs in a configuration that reads the vectors of a trained ItemLLM."""
+    if not config.trains_items:
+        return {}
+    keys = [name for name in Config.model_fields if name.startswith(ITEM_TRAINING_KEYS)]
+    default = {
+        name: Config.model_fields[name].get_default(call_default_factory=True) for name in keys
+    }
+    # The fixed map is in the vectors.
+    return {**default, "item_embedding_transform": "none", "use_item_cache": True}
+
+
 def _write_about(
     run: _TrainedRun, folder: Path, item_adapter: str, evaluation: Evaluation | None
 ) -> None:
@@ -414,7 +431,7 @@ def _write_about(
         name=run.folder.resolve().name,
         format=options.format,
         dtype=dtype,
-        config=run.config,
+        config=run.config.model_copy(update=_without_item_training(run.config)),
         result=run.result,
         table=_table(run, evaluation),
         tuned=TUNED,
@@ -425,10 +442,12 @@ def _write_about(
         other_ranks=changed,
         item_width=None if run.item_width == run.hidden_size else run.item_width,
         id_vectors=is_file(folder / ID_FILE),
+        item_llm=None if not run.config.trains_items else is_folder(folder / ITEM_LLM_DIR),
     )
     (folder / "README.md").write_text(model_card(card), encoding="utf-8")
     default = {name: Config.model_fields[name].get_default() for name in _LOCAL_KEYS}
     changes = _merged_changes(run) if options.format == "merged" else {}
+    changes |= _without_item_training(run.config)
     portable = run.config.model_copy(update={**default, **changes})
     (folder / CONFIG_FILE).write_text(dump_config(portable), encoding="utf-8")
     manifest = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,13 @@ from pydantic import ValidationError
 
 from hsft.config import Config
 from hsft.data.cache import DTYPES, ItemCache
-from hsft.data.item_text import read_item_texts, read_item_titles
+from hsft.data.item_text import ItemTexts, read_item_texts, read_item_titles, select_items
 from hsft.encoding.item_llm import model_fingerprint
 from hsft.finished.open_run import OpenRun
 from hsft.inputs.cache_items import encode_texts
+from hsft.inputs.load_tower import load_item_tower
 from hsft.model.backbone import load_model_config
+from hsft.trainer.checkpoint import BEST_DIR
 from hsft.utils.errors import InputError, one_line
 from hsft.utils.files import is_folder
 
@@ -47,7 +50,9 @@ def add_items(run: OpenRun, path: str | Path) -> OpenRun:
     run.refuse_known(texts.item_ids)
     titles = read_item_titles(path, config.text_keys[0])
     _refuse_other_model(config, cache)
-    new = encode_texts(config, texts)
+    new = (
+        _encode_trained(run, config, texts) if config.trains_items else encode_texts(config, texts)
+    )
     pooling = cache.metadata.get("pooling", new.metadata["pooling"])
     if new.metadata["pooling"] != pooling:
         raise InputError(
@@ -56,6 +61,34 @@ def add_items(run: OpenRun, path: str | Path) -> OpenRun:
             f"--item_pretrain_dir."
         )
     return run.with_items(new, titles)
+
+
+def encode_as_trained(run: OpenRun, path: str | Path, item_ids: Sequence[str]) -> ItemCache:
+    """Encode items of an information file with the ItemLLM that a run trained.
+
+    Args:
+        run: an open run with `train_item_llm`.
+        path: CSV with `item_id` and the `text_keys` of the run's item cache.
+        item_ids: the items; those without a row have no text.
+
+    Raises:
+        InputError: the file is bad, or the ItemLLM is missing or is not the run's.
+    """
+    cache = run.data.cache
+    assert cache is not None
+    config = _with_model(encoding_config(run.config, cache), cache)
+    texts = read_item_texts(path, config.text_keys, config.item_prompt, config.text_format)
+    _refuse_other_model(config, cache)
+    return _encode_trained(run, config, select_items(texts, item_ids))
+
+
+def _encode_trained(run: OpenRun, config: Config, texts: ItemTexts) -> ItemCache:
+    """Encode texts with the run's trained ItemLLM; `config` as `encoding_config` returns."""
+    device = run.fabric.device
+    tower, job = load_item_tower(config, texts, device, run.fabric.autocast)
+    tower.load(run.folder / BEST_DIR)
+    log.info("encoding %d items with the ItemLLM that %s trained.", len(texts), run.folder)
+    return tower.encode(tower.tokens, job, texts.item_ids, config.show_progress)
 
 
 def encoding_config(config: Config, cache: ItemCache) -> Config:
@@ -96,7 +129,7 @@ def _with_model(config: Config, cache: ItemCache) -> Config:
     folder = cache.metadata.get("model_folder", "")
     if config.item_pretrain_dir or not folder or not is_folder(folder):
         return config
-    if model_fingerprint(folder) != cache.metadata.get("model_fingerprint"):
+    if model_fingerprint(folder) != _made_by(cache):
         return config
     log.info("encoding with %s, which made the item cache.", one_line(folder, 200))
     return config.model_copy(update={"item_pretrain_dir": folder})
@@ -110,7 +143,7 @@ def _refuse_other_model(config: Config, cache: ItemCache) -> None:
             "that made the item cache."
         )
     load_model_config(folder, config.trust_remote_code)
-    made_by = cache.metadata.get("model_fingerprint")
+    made_by = _made_by(cache)
     if not made_by:
         log.warning(
             "the item cache %s does not say which ItemLLM made it; the scores of new items mean "
@@ -124,6 +157,12 @@ def _refuse_other_model(config: Config, cache: ItemCache) -> None:
             f"({cache.metadata.get('model', 'unnamed')}), so their embeddings cannot be compared; "
             f"name that one with --item_pretrain_dir."
         )
+
+
+def _made_by(cache: ItemCache) -> str | None:
+    """Return the fingerprint of the ItemLLM's folder, which a run may have trained further."""
+    stated = cache.metadata
+    return stated.get("base_model_fingerprint", stated.get("model_fingerprint"))
 
 
 def _name(cache: ItemCache) -> str:

@@ -22,7 +22,7 @@ from hsft.evaluator.fingerprint import differing_parts, evaluation_fingerprint
 from hsft.evaluator.recommend import Recommendations, recommend
 from hsft.report.result import read_result
 from hsft.run.run_dir import CONFIG_FILE
-from hsft.run.saved_model import build_model, model_names, run_config
+from hsft.run.saved_model import build_model, model_names, run_config, with_trained_items
 from hsft.run.setup import Data, load_data
 from hsft.trainer.fabric import make_fabric
 from hsft.utils.errors import InputError
@@ -54,7 +54,8 @@ class OpenRun:
     def models(self) -> tuple[str, ...]:
         """Names of the models that can be built, as the rows of its `result.json` are named.
 
-        A fine-tuning run has `untrained` too, whether or not it was evaluated.
+        A fine-tuning run has `untrained` too, whether or not it was evaluated, unless it trained
+        the ItemLLM.
         """
         return model_names(self.config)
 
@@ -238,7 +239,8 @@ def open_run(
     fabric = make_fabric(config)
     # The random reference draws from it.
     fabric.seed_everything(config.seed, workers=True, verbose=False)
-    data = load_data(config, need_cache=config.reads_embeddings, again=again)
+    config, trained = with_trained_items(folder, config)
+    data = load_data(config, need_cache=config.reads_embeddings, again=again, trained=trained)
     return OpenRun(folder, config, data, fabric)
 
 

@@ -9,6 +9,9 @@ from hsft.utils.errors import InputError
 from hsft.utils.files import read_json
 
 MANIFEST_FILE, EXPORT_FILE = "import.json", "export.json"
+# HLLM's published checkpoints: part of their files' names -> the data set that they were trained on, and
+# part of the names of data sets that are drawn from the same log.
+_TRAINED_ON = {"pixel8m": ("Pixel8M", "pixel"), "books": ("Amazon Books", "book")}
 
 
 def read_manifest(folder: str | Path) -> dict[str, Any]:
@@ -44,6 +47,31 @@ def exported_from(folder: str | Path) -> str | None:
     manifest = read_json(path) if path.is_file() else None
     run = manifest.get("run") if isinstance(manifest, dict) else None
     return run if isinstance(run, str) else None
+
+
+def pretraining_overlap(folder: str | Path, dataset: str | None) -> str | None:
+    """Warn of an imported checkpoint that may have been trained on a data set's held-out items.
+
+    Args:
+        folder: an LLM's folder.
+        dataset: name of the data set that it is evaluated on.
+
+    Returns:
+        A sentence; None where the checkpoint is not known to have seen such data.
+    """
+    imported = origin(folder)
+    if imported is None:
+        return None
+    source = imported["source"]
+    file = str(source.get("file") or source.get("path") or "").lower()
+    for part, (name, word) in _TRAINED_ON.items():
+        if part in file and word in (dataset or "").lower():
+            return (
+                f"{folder} is a checkpoint that was trained on {name}, which is drawn from the same "
+                f"log as {dataset}: it may have been trained on the items that are held out here, so "
+                f"compare it with models from the same checkpoint only."
+            )
+    return None
 
 
 def user_llm_origin(folder: str | Path) -> dict[str, Any] | None:

@@ -31,7 +31,9 @@ from hsft.encoding.sentence_encoder import (
 )
 from hsft.hub.manifest import origin
 from hsft.model.attention import varlen_obstacle
-from hsft.model.backbone import load_model_config
+from hsft.model.backbone import LoraSettings
+from hsft.model.meta import read_kind
+from hsft.model.structure import DecoderSource
 from hsft.trainer.fabric import attention_kernel, choose_device, compute_dtype
 from hsft.utils.distributed import init_process_group, is_rank_zero, local_rank, run_on_rank_zero
 from hsft.utils.errors import InputError, Interrupted, one_line, refuse
@@ -58,7 +60,7 @@ def with_encoder(config: Config) -> Config:
     """
     if config.encoder is None:
         return config
-    load_model_config(read_sentence_folder(config.encoder).transformer, config.trust_remote_code)
+    read_kind(sentence_source(config.encoder, config.trust_remote_code))
     changes = {
         "item_pretrain_dir": config.encoder,
         "encoder": None,
@@ -67,6 +69,16 @@ def with_encoder(config: Config) -> Config:
         "item_emb_token_n": 0,
     }
     return config.model_copy(update=changes)
+
+
+def sentence_source(encoder: str, trust_remote_code: bool) -> DecoderSource:
+    """Return where the configuration of a sentence encoder's transformer is.
+
+    Raises:
+        InputError: the folder's configuration files are damaged.
+    """
+    transformer = read_sentence_folder(encoder).transformer
+    return DecoderSource(transformer, trust_remote_code=trust_remote_code)
 
 
 def write_item_cache(config: Config) -> Path:
@@ -276,9 +288,33 @@ def _encoder(
     device = torch.device(choose_device(config))
     if device.type == "cuda":
         device = torch.device("cuda", local_rank() % torch.cuda.device_count())
-    encoder = _load_encoder(config, folder, device)
+    encoder = load_encoder(config, folder, device, compute_dtype(config))
+    job = encoding_job(config, encoder, fingerprint, information)
+    log.info(
+        "encoding %d items with %s on %s in %s, %s pooling.",
+        count,
+        folder,
+        device,
+        job.compute_dtype,
+        job.pooling,
+    )
+    return encoder, job
+
+
+def encoding_job(
+    config: Config, encoder: ItemEncoder, fingerprint: str, information: str = ""
+) -> EncodingJob:
+    """Describe the encoding of items with the configuration's ItemLLM.
+
+    Args:
+        config: the configuration, `encoder` in the place of `item_pretrain_dir`.
+        encoder: the ItemLLM, loaded.
+        fingerprint: of the ids and texts.
+        information: where the texts were read.
+    """
+    folder = str(item_llm_folder(config))
     imported = origin(folder)
-    job = EncodingJob(
+    return EncodingJob(
         model=Path(folder).name,
         text_keys=tuple(config.text_keys),
         prompt=config.item_prompt,
@@ -291,47 +327,58 @@ def _encoder(
         information=information,
         model_fingerprint=model_fingerprint(folder),
         batch_tokens=config.item_batch_tokens
-        or BATCH_TOKENS["cpu" if device.type == "cpu" else "gpu"],
+        or BATCH_TOKENS["cpu" if encoder.model.device.type == "cpu" else "gpu"],
         compute_dtype=str(compute_dtype(config)).removeprefix("torch."),
         source=imported["source"]["sha256"] if imported else "",
     )
-    log.info(
-        "encoding %d items with %s on %s in %s, %s pooling.",
-        count,
-        folder,
-        device,
-        job.compute_dtype,
-        job.pooling,
-    )
-    return encoder, job
 
 
-def _load_encoder(config: Config, folder: str, device: torch.device) -> ItemEncoder:
+def load_encoder(
+    config: Config,
+    folder: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    lora: LoraSettings | None = None,
+) -> ItemEncoder:
+    """Load the configuration's ItemLLM or sentence encoder.
+
+    Args:
+        config: the configuration.
+        folder: of the model.
+        device: where it runs.
+        dtype: number type of its weights.
+        lora: quantise it and add an adapter.
+
+    Raises:
+        InputError: the folder is unusable, or LoRA does not fit it.
+    """
     if is_sentence_encoder(folder, config.trust_remote_code):
         sentences = load_sentence_encoder(
             folder,
             max_text_length=config.MAX_TEXT_LENGTH,
             device=device,
-            dtype=compute_dtype(config),
+            dtype=dtype,
             trust_remote_code=config.trust_remote_code,
+            lora=lora,
         )
-        if config.item_compile:
+        if config.item_compile and lora is None:
             sentences.compile()
         return sentences
-    model = load_model_config(folder, config.trust_remote_code)
+    kind = read_kind(DecoderSource(Path(folder), trust_remote_code=config.trust_remote_code))
     # Elsewhere a row holds one text: rows of alike length have little padding and need no mask.
-    half = compute_dtype(config) != torch.float32
-    packed = varlen_obstacle(model, device, half) is None
+    half = dtype in (torch.bfloat16, torch.float16)
+    packed = lora is None and varlen_obstacle(kind, device, half) is None
     encoder = load_item_encoder(
         folder,
         item_emb_token_n=config.item_emb_token_n,
         max_text_length=config.MAX_TEXT_LENGTH,
         device=device,
-        dtype=compute_dtype(config),
-        attention=attention_kernel(config, device, model, rows=packed),
+        dtype=dtype,
+        attention=attention_kernel(config, device, kind, rows=packed),
         trust_remote_code=config.trust_remote_code,
         tokenizer_as_saved=config.text_format == "hllm",
+        lora=lora,
     )
-    if config.item_compile:
+    if config.item_compile and lora is None:
         encoder.compile()
     return encoder

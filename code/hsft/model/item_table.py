@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,6 +17,22 @@ from hsft.data.interactions import PAD
 
 # Rows that a projection is fitted on.
 _PCA_ROWS = 16_384
+
+
+class AdaptedItems(NamedTuple):
+    """Items whose embeddings went through the adapter once, whatever the number of their uses.
+
+    Attributes:
+        numbers: int64 [U], sorted item numbers; every item that is asked for is among them.
+        vectors: float32 [U, D], without id vectors.
+    """
+
+    numbers: Tensor
+    vectors: Tensor
+
+    def gather(self, items: Tensor) -> Tensor:
+        """Return the vectors of item numbers: int64 [...] -> float32 [..., D]."""
+        return F.embedding(torch.searchsorted(self.numbers, items), self.vectors)
 
 
 class ItemTable(nn.Module):
@@ -60,6 +77,8 @@ class ItemTable(nn.Module):
         width = embeddings.shape[1]
         self._dim = width if dim is None else dim
         self.id_dropout = id_dropout
+        # Rows of the vectors read in place of the embeddings, by item number, and these vectors.
+        self._given: tuple[Tensor, Tensor] | None = None
         self.adapter: nn.Module | None = None
         if adapter != "none":
             projection = None
@@ -83,13 +102,23 @@ class ItemTable(nn.Module):
         """Number of items I, the padding item not counted."""
         return self.embeddings.shape[0] - 1
 
-    def forward(self, items: Tensor) -> Tensor:
-        """Return the vectors of item numbers: int64 [...] -> float32 [..., D]."""
-        vectors = self._adapt(self.embeddings[items])
+    def adapt(self, numbers: Tensor) -> AdaptedItems:
+        """Put the embeddings of some items through the adapter: int64 [U], sorted."""
+        return AdaptedItems(numbers, self._adapt(self._read(numbers)))
+
+    def forward(self, items: Tensor, adapted: AdaptedItems | None = None) -> Tensor:
+        """Return the vectors of item numbers: int64 [...] -> float32 [..., D].
+
+        Args:
+            items: item numbers.
+            adapted: these items, and perhaps others, with the adapter applied already; None: it is
+                applied here.
+        """
+        vectors = adapted.gather(items) if adapted else self._adapt(self._read(items))
         if self.id_vectors is None:
             return vectors
         known = items < len(self.id_vectors)
-        if self._drops_ids:
+        if self.is_random:
             known &= torch.rand(items.shape, device=items.device) >= self.id_dropout
         # The padding item's vector is 0 and, as `padding_idx`, gets no gradient.
         rows = items.masked_fill(~known, PAD)
@@ -119,7 +148,7 @@ class ItemTable(nn.Module):
         # One split, not many slices: each slice's gradient would be a whole [I, D] of zeros.
         pieces = list(known.split(size)) + [known[:0]] * len(bounds)
         kept: list[Tensor | None] = [None] * len(bounds)
-        if self._drops_ids:
+        if self.is_random:
             drawn = torch.rand(len(known), 1, device=known.device) >= self.id_dropout
             kept = [*drawn.split(size), *kept]
         return [
@@ -132,11 +161,37 @@ class ItemTable(nn.Module):
         return _add_to_first(vectors, ids if keep is None else ids * keep)
 
     @property
-    def _drops_ids(self) -> bool:
-        return self.training and self.id_dropout > 0
+    def is_random(self) -> bool:
+        """Whether id vectors are dropped, so that two calls give an item different vectors."""
+        return self.id_vectors is not None and self.training and self.id_dropout > 0
+
+    @contextmanager
+    def reading(self, items: Tensor, vectors: Tensor) -> Iterator[None]:
+        """Read other vectors in place of some items' embeddings, as long as the context lasts.
+
+        `forward` may then be called with these items and the padding item only; `slice` and `chunks`
+        give the embeddings.
+
+        Args:
+            items: int64 [n], each once, on the device.
+            vectors: [n + 1, C], through which gradients go; row 0 is the padding item's.
+        """
+        rows = torch.zeros(len(self.embeddings), dtype=torch.int64, device=items.device)
+        rows[items] = torch.arange(1, len(items) + 1, device=items.device)
+        self._given = rows, vectors
+        try:
+            yield
+        finally:
+            self._given = None
+
+    def _read(self, items: Tensor) -> Tensor:
+        if self._given is None:
+            return self.embeddings[items]
+        rows, vectors = self._given
+        return F.embedding(rows[items], vectors, padding_idx=PAD)
 
     def _adapt(self, vectors: Tensor) -> Tensor:
-        vectors = vectors.float()
+        vectors = vectors.to(torch.promote_types(vectors.dtype, torch.float32))
         if self.adapter is None:
             return vectors
         # The adapter's weights are 16-bit under bf16-true and DeepSpeed.
@@ -272,9 +327,8 @@ def table_from_cache(
     if transform == "none":
         return table
     table = table.float()
-    fit = fit_standardize if transform == "standardize" else fit_whiten
-    end = len(table) if own_items is None else own_items + 1
-    table[1:] = fit(table[1:end])(table[1:])
+    fitted = fit_transform(transform, table[1:] if own_items is None else table[1 : own_items + 1])
+    table[1:] = fitted(table[1:])
     table[PAD] = 0.0
     return table
 
@@ -317,26 +371,81 @@ def _blocks(count: int, size: int = 4096) -> list[slice]:
     return [slice(start, start + size) for start in range(0, count, size)]
 
 
-# A fixed map of vectors: float32 [n, D] -> float32 [n, D].
-Transform = Callable[[Tensor], Tensor]
+def fit_transform(kind: str, rows: Tensor) -> FixedMap:
+    """Fit `item_embedding_transform`: `standardize` or `whiten`, on float32 [n, D]."""
+    return fit_standardize(rows) if kind == "standardize" else fit_whiten(rows)
 
 
-def fit_standardize(rows: Tensor) -> Transform:
+class FixedMap(nn.Module):
+    """A map of vectors that was fitted on some and is not trained: float32 [..., D] -> [..., D].
+
+    Its numbers keep their type where `module.bfloat16()` would round them.
+    """
+
+    def _apply(self, fn: Any, recurse: bool = True) -> FixedMap:
+        kept = dict(self.named_buffers())
+        super()._apply(fn, recurse)
+        for name, value in self.named_buffers():
+            if value.dtype != kept[name].dtype:
+                setattr(self, name, kept[name].to(value.device))
+        return self
+
+
+class Standardize(FixedMap):
+    """(x - mean) / deviation, and 0 in dimensions of no deviation.
+
+    Args:
+        mean, deviation: float32 [D].
+    """
+
+    mean: Tensor
+    deviation: Tensor
+
+    def __init__(self, mean: Tensor, deviation: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("mean", mean)
+        self.register_buffer("deviation", deviation)
+
+    def forward(self, vectors: Tensor) -> Tensor:
+        """Map vectors."""
+        centred = vectors - self.mean
+        return torch.where(self.deviation > 1e-6, centred / self.deviation.clamp_min(1e-6), 0.0)
+
+
+class Whiten(FixedMap):
+    """(x - mean) U s, with U the eigenvectors of a covariance.
+
+    Args:
+        mean: float32 [D].
+        directions: float64 [D, D], U.
+        scale: float64 [D], s.
+    """
+
+    mean: Tensor
+    directions: Tensor
+    scale: Tensor
+
+    def __init__(self, mean: Tensor, directions: Tensor, scale: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("mean", mean)
+        self.register_buffer("directions", directions)
+        self.register_buffer("scale", scale)
+
+    def forward(self, vectors: Tensor) -> Tensor:
+        """Map vectors."""
+        return (((vectors - self.mean).double() @ self.directions) * self.scale).float()
+
+
+def fit_standardize(rows: Tensor) -> FixedMap:
     """Fit the map that gives every dimension mean 0 and variance 1 over `rows`, float32 [n, D].
 
     Dimensions that are constant over the rows become 0, whatever else is mapped.
     """
     mean = rows.mean(dim=0)
-    deviation = (rows - mean).pow(2).mean(dim=0).sqrt()
-
-    def apply(vectors: Tensor) -> Tensor:
-        centred = vectors - mean
-        return torch.where(deviation > 1e-6, centred / deviation.clamp_min(1e-6), 0.0)
-
-    return apply
+    return Standardize(mean, (rows - mean).pow(2).mean(dim=0).sqrt())
 
 
-def fit_whiten(rows: Tensor, floor: float = 1e-3) -> Transform:
+def fit_whiten(rows: Tensor, floor: float = 1e-3) -> FixedMap:
     """Fit the PCA map that gives `rows`, float32 [n, D], a covariance near the identity.
 
     Directions with less than `floor` of the mean variance are damped rather than blown up.
@@ -345,9 +454,4 @@ def fit_whiten(rows: Tensor, floor: float = 1e-3) -> Transform:
     centred = (rows - mean).double()
     covariance = centred.T @ centred / len(centred)
     values, directions = torch.linalg.eigh(covariance)
-    scale = (values.clamp_min(0) + floor * values.mean()).rsqrt()
-
-    def apply(vectors: Tensor) -> Tensor:
-        return (((vectors - mean).double() @ directions) * scale).float()
-
-    return apply
+    return Whiten(mean, directions, (values.clamp_min(0) + floor * values.mean()).rsqrt())

@@ -45,6 +45,9 @@ def info_nce(
     weights: Tensor | None = None,
     item_ids: tuple[Tensor, Tensor] | None = None,
     counts: Tensor | None = None,
+    log_counts: Tensor | None = None,
+    *,
+    cosine: bool = True,
 ) -> Tensor:
     """HLLM's InfoNCE (arXiv 2409.12740, eq. 2 and its public code).
 
@@ -52,10 +55,17 @@ def info_nce(
     exp(logit_scale) * cosine. A pool item whose cosine with the positive exceeds `nce_thres`
     is taken for the positive itself and masked for that position.
 
+    With `log_counts` it estimates the softmax over the whole catalogue. The pool is a sample in
+    which item j is expected n_j times; a position with the score s+ of its positive, and scores s_j
+    of the pool's items, costs log(e^s+ + sum_j e^s_j / n_j) - s+. The sum over the pool is an
+    unbiased estimate of the one over all other items (importance sampling: Bengio and Senecal 2008,
+    IEEE TNN 19 (4)). For in-batch negatives n_j grows with an item's popularity (Yi et al. 2019,
+    RecSys, who correct the positive as well; it is no sample and is left as it is here).
+
     Args:
         queries: [T, D] user vectors.
         positives: [T, D] item vectors of the next items.
-        pool: [P, D] item vectors of the negatives.
+        pool: [P, D] item vectors of the negatives; the very tensor `positives` is normalised once.
         logit_scale: scalar, log of the factor; the caller keeps it in [0, ln 100].
         nce_thres: cosine above which a negative is masked.
         excluded: bool [T, P] further (position, negative) pairs to mask, or None.
@@ -64,11 +74,16 @@ def info_nce(
         weights: float32 [T], 1 for positions that count, 0 for others; None: all count.
         item_ids: int64 [T] of the positives and int64 [P] of the pool, for `counts`.
         counts: int64 [4], to which `count_negatives` of this call is added; None: not counted.
+        log_counts: float32 [P], log n_j of the pool's items, without gradient; None: not corrected.
+        cosine: score by cosine; else by dot product, under which `nce_thres` masks nothing.
 
     Returns:
         Scalar float32; 0 when no position counts.
     """
-    queries, positives, pool = normalize(queries), normalize(positives), normalize(pool)
+    same = pool is positives
+    scored = normalize if cosine else Tensor.float
+    queries, positives = scored(queries), scored(positives)
+    pool = positives if same else scored(pool)
 
     def block(
         q: Tensor,
@@ -80,13 +95,20 @@ def info_nce(
         out: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         with torch.no_grad():
-            masked = p @ pool.T > nce_thres
+            masked = (
+                p @ pool.T > nce_thres
+                if cosine
+                else torch.zeros((len(p), len(pool)), dtype=torch.bool, device=p.device)
+            )
             if out is not None:
                 masked |= out
             negatives = w.new_zeros(4, dtype=torch.int64)
             if counts is not None:
                 negatives = count_negatives(masked, out, ids.unsqueeze(1) == pool_ids, w)
-        negative = ((q @ pool.T) * scale.exp()).masked_fill(masked, -torch.inf)
+        negative = (q @ pool.T) * scale.exp()
+        if log_counts is not None:
+            negative = negative - log_counts
+        negative = negative.masked_fill(masked, -torch.inf)
         positive = (q * p).sum(dim=-1, keepdim=True) * scale.exp()
         logits = torch.cat([positive, negative], dim=-1)
         labels = logits.new_zeros(len(q), dtype=torch.long)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from hsft.config import Config
 from hsft.data.interactions import PAD
-from hsft.model.item_table import ItemTable
+from hsft.model.item_table import AdaptedItems, ItemTable
 from hsft.model.losses import split_chunks
 from hsft.model.recommender import LossSettings, Recommender, SequenceEncoder
 
@@ -34,8 +34,8 @@ class IdTable(ItemTable):
         """Number of items I, the padding item not counted."""
         return len(self.weight) - 1
 
-    def forward(self, items: Tensor) -> Tensor:
-        """Return the vectors of item numbers: int64 [...] -> float32 [..., D]."""
+    def forward(self, items: Tensor, adapted: AdaptedItems | None = None) -> Tensor:
+        """Return the vectors of item numbers: int64 [...] -> float32 [..., D]; none is adapted."""
         return self.weight[items]
 
     def slice(self, start: int, end: int) -> Tensor:
@@ -149,7 +149,8 @@ class SASRec(SequenceEncoder):
 def build_sasrec(config: Config, num_items: int) -> Recommender:
     """Make SASRec with a full softmax, its strongest published training.
 
-    It is over dot products, or with `similarity: cosine` over cosines, as the UserLLM's is.
+    It is over dot products, or with `similarity: cosine` over cosines, as the UserLLM's is. Where
+    negatives are drawn (`num_negatives`), it is a softmax over these and the positive.
     """
     shape = config.sasrec
     encoder = SASRec(
@@ -163,7 +164,7 @@ def build_sasrec(config: Config, num_items: int) -> Recommender:
     )
     settings = LossSettings(
         loss="nce",
-        negatives="catalogue",
+        negatives="sampled" if config.effective_negatives == "sampled" else "catalogue",
         nce_thres=config.nce_thres,
         budget_bytes=config.logits_budget_mb << 20,
         similarity="cosine" if config.similarity == "cosine" else "dot",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +19,19 @@ from hsft.utils.files import atomic_path
 
 ADAPTER_DIR = "adapter"
 REST_FILE = "trained.safetensors"
+# What the names of a trained ItemLLM's weights in a `Recommender` begin with.
+ITEM_LLM = "item_llm."
 
 
-def save_trained(model: Recommender, folder: str | Path) -> None:
+def save_trained(
+    model: Recommender, folder: str | Path, save_items: Callable[[Path], None] | None = None
+) -> None:
     """Write every trained weight to `folder`, atomically.
 
     `adapter/` is a peft folder that `PeftModel.from_pretrained` reads; `trained.safetensors` holds
     the other trained weights (logit_scale, item adapter, or the whole decoder when all of it is
-    trained) by their names in the `Recommender`.
+    trained) by their names in the `Recommender`. `save_items` writes what belongs to a trained
+    ItemLLM beside them.
     """
     peft_model = _peft_model(model)
     with atomic_path(folder) as temporary:
@@ -33,6 +39,8 @@ def save_trained(model: Recommender, folder: str | Path) -> None:
         if peft_model is not None:
             peft_model.save_pretrained(temporary / ADAPTER_DIR, save_embedding_layers=False)
         save_file(rest_state(model), temporary / REST_FILE)
+        if save_items is not None:
+            save_items(temporary)
 
 
 def load_trained(model: Recommender, folder: str | Path) -> None:
@@ -77,11 +85,11 @@ def read_rest(folder: str | Path) -> dict[str, Tensor]:
 
 
 def rest_state(model: Recommender) -> dict[str, Tensor]:
-    """Return the trained weights outside the LoRA adapter, by name."""
+    """Return the trained weights outside the LoRA adapter and the ItemLLM, by name."""
     return {
         name: value.detach().cpu().contiguous()
         for name, value in model.named_parameters()
-        if value.requires_grad and "lora_" not in name
+        if value.requires_grad and "lora_" not in name and not name.startswith(ITEM_LLM)
     }
 
 
@@ -120,6 +128,8 @@ def _frozen_kind(name: str) -> str:
         return "logit_scale, which this loss does not use"
     if name.startswith("encoder.items."):
         return "the item table"
+    if name.startswith(ITEM_LLM):
+        return "the ItemLLM"
     if any(key in name for key in EMBEDDING_KEYS):
         return "the token embedding, which reads no items"
     return "the UserLLM"

@@ -96,7 +96,8 @@ class Comparison:
         title: dataset, phase, users and protocol.
         rows: the models.
         columns: (metric, K).
-        notes: sentences on rows that were left out and on what could not be compared.
+        notes: sentences on rows that were left out, on what could not be compared, and on pretrained
+            weights that may have seen the held-out items.
     """
 
     title: str
@@ -174,6 +175,8 @@ def load_comparison(run_dirs: Sequence[str | Path]) -> Comparison:
                 continue
             earlier[kind] = row.name
             rows.append(row)
+        if isinstance(overlap := result.get("pretraining_overlap"), str):
+            notes.append(f"{name}: {one_line(overlap, 400)}")
     first, config = results[0], results[0]["config"]
     columns = [(m, k) for m in config["metrics"] if m in list(PER_USER) for k in config["topk"]]
     title = f"{first['dataset']}, {first['phase']}, {len(rows[0].users)} users, {first['protocol']}"
@@ -279,12 +282,13 @@ def _settings(result: Mapping[str, Any], row: str) -> str:
         return ""
     keys = ["epochs", "train_batch_size", "MAX_ITEM_LIST_LENGTH", "seed"]
     if config.get("model") == "HLLM":
-        keys += ["user_llm_layers", "loss", "negatives", "num_negatives", "precision"]
+        keys += ["user_llm_layers", "loss", "negatives", "num_negatives", "negatives_logq"]
+        keys += ["precision"]
         keys += ["item_embedding_transform", "item_adapter", "use_qlora"]
         if config.get("use_qlora"):
             keys += [key for key in config if key.startswith("qlora_")]
     else:
-        keys += [str(config.get("model"))]
+        keys += [str(config.get("model")), "num_negatives", "negatives_logq"]
     return _listed({**{key: config.get(key) for key in keys}, **config.get("optim_args", {})})
 
 

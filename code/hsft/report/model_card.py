@@ -45,6 +45,7 @@ class Exported:
         other_ranks: users whose target ranks elsewhere than in the run; None: not scored.
         item_width: dimensions of the item embeddings where these are not the UserLLM's hidden size.
         id_vectors: whether the folder has trained id vectors of items.
+        item_llm: whether the folder has the ItemLLM that was trained along; None: none was.
     """
 
     name: str
@@ -61,6 +62,7 @@ class Exported:
     other_ranks: int | None = None
     item_width: int | None = None
     id_vectors: bool = False
+    item_llm: bool | None = None
 
     @property
     def quantised(self) -> bool:
@@ -197,7 +199,7 @@ def _loading(exported: Exported) -> str:
     return text + (
         "\nWith HSFT, which made it, `FOLDER` being this folder:\n\n"
         "```sh\npython code/main.py --config_file FOLDER/config.yaml --user_pretrain_dir FOLDER"
-        f"{_item_cache(exported.config)}\n```\n\n"
+        f"{_item_cache(exported)}\n```\n\n"
         "`hllm_extra.safetensors` holds the logit scale"
         + (" and the item adapter" if exported.item_adapter != "none" else "")
         + "; HSFT reads it beside the model. Without this `config.yaml`, give `--similarity "
@@ -205,8 +207,11 @@ def _loading(exported: Exported) -> str:
     )
 
 
-def _item_cache(config: Config) -> str:
+def _item_cache(exported: Exported) -> str:
     """Name the run's item cache where the dataset's name does not lead to it."""
+    config = exported.config
+    if exported.item_llm is not None:
+        return " \\\n    --item_cache_path FOLDER/item_cache.safetensors"
     if not config.item_cache_path:
         return ""
     path = Path(config.item_cache_path)
@@ -326,6 +331,17 @@ def _limits(exported: Exported) -> str:
             f"The embeddings were mapped before (item_embedding_transform: "
             f"{config.item_embedding_transform}), with a map fitted on the catalogue, which is not "
             f"part of this folder.",
+        )
+    if exported.item_llm is not None:
+        new = (
+            "`item_llm/` encodes new ones"
+            if exported.item_llm
+            else "the ItemLLM that encodes new ones is not part of this folder"
+        )
+        lines.insert(
+            1,
+            f"The ItemLLM was trained along with it: `item_cache.safetensors` holds the vectors of "
+            f"the items of {_plain(config.dataset)}, and {new}.",
         )
     if exported.item_adapter != "none":
         lines.insert(

@@ -29,9 +29,9 @@ def missing_for_run(config: Config) -> list[str]:
         finds.append(lambda: dataset_file(config.data_path, config.item_data, "item_data"))
     if config.model == "HLLM":
         finds.append(lambda: user_llm_folder(config))
-    if config.reads_embeddings and not config.use_item_cache:
+    if config.trains_items or (config.reads_embeddings and not config.use_item_cache):
         finds += _encoding(config)
-    elif config.reads_embeddings and has_cache_path(config):
+    if config.reads_embeddings and config.use_item_cache and has_cache_path(config):
         finds.append(lambda: find_cache(cache_path(config)))
     return _problems(finds)
 

@@ -31,6 +31,7 @@ MAY_CHANGE = frozenset(
         "device",
         "eval_batch_size",
         "gradient_checkpointing",
+        "item_gradient_checkpointing",
         "keep_last",
         "log_wandb",
         "logits_budget_mb",

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from hsft.config import Config, load_config
 from hsft.config.schema import REFERENCES
-from hsft.data.cache import open_cache
+from hsft.data.cache import ItemCache, open_cache
 from hsft.data.dataset import CachedEmbeddingEvalDataset
 from hsft.data.files import cache_path
 from hsft.data.split import Phase, Split
+from hsft.encoding.item_tower import ITEM_CACHE_FILE
 from hsft.evaluator.evaluator import Scorer
 from hsft.evaluator.fingerprint import differing_parts, evaluation_fingerprint
 from hsft.inputs.cache_items import encode_in_memory
@@ -56,7 +57,32 @@ def model_names(config: Config) -> tuple[str, ...]:
     """Name the models that a finished run has, as the rows of its `result.json` are named."""
     if config.model != "HLLM":
         return (config.model,)
-    return (UNTRAINED,) if config.val_only else (UNTRAINED, TUNED)
+    if config.val_only:
+        return (UNTRAINED,)
+    # The cache of a trained ItemLLM belongs to the UserLLM that was trained along with it.
+    return (TUNED,) if config.trains_items else (UNTRAINED, TUNED)
+
+
+def with_trained_items(folder: Path, config: Config) -> tuple[Config, ItemCache | None]:
+    """Return what a run's model is built from where the run trained the ItemLLM.
+
+    Args:
+        folder: the run's folder.
+        config: its configuration.
+
+    Returns:
+        The configuration without a fixed map, which is in the vectors of the run's own cache, and this
+        cache; the configuration as it is and None for other runs.
+
+    Raises:
+        InputError: the cache is missing or damaged.
+    """
+    if not config.trains_items:
+        return config, None
+    path = folder / BEST_DIR / ITEM_CACHE_FILE
+    if not is_file(path) and not is_file(folder / RESULT_FILE):
+        raise unfinished(folder)
+    return config.model_copy(update={"item_embedding_transform": "none"}), open_cache(path)
 
 
 def build_model(folder: Path, config: Config, data: Data, fabric: Fabric, name: str) -> Scorer:
@@ -162,17 +188,18 @@ def build_ensemble(config: Config, data: Data, fabric: Fabric) -> Ensemble:
     refuse_unlike_members(config, data.split)
     members = []
     for member in member_runs(config):
-        cache = None
-        if member.config.reads_embeddings:
-            encodes = not member.config.use_item_cache
-            cache = (
-                encode_in_memory(member.config)
-                if encodes
-                else open_cache(cache_path(member.config))
-            )
-            match_cache(data.interactions, cache, member.config)
+        member_config, cache = with_trained_items(member.folder, member.config)
+        if member_config.reads_embeddings:
+            if cache is None:
+                encodes = not member_config.use_item_cache
+                cache = (
+                    encode_in_memory(member_config)
+                    if encodes
+                    else open_cache(cache_path(member_config))
+                )
+            match_cache(data.interactions, cache, member_config)
         member_data = Data(data.split, cache)
-        scorer = build_model(member.folder, member.config, member_data, fabric, member.model)
+        scorer = build_model(member.folder, member_config, member_data, fabric, member.model)
         members.append(Member(scorer, member.config.MAX_ITEM_LIST_LENGTH))
     return Ensemble(members, [1.0] * len(members))
 

@@ -7,6 +7,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from hsft.data.negatives import NegativeSampler
 from hsft.data.split import NEEDED, Split, leave_one_out
 from hsft.evaluator.evaluator import EvalProtocol, Evaluator
 from hsft.inputs.cache_items import cache_warnings, encode_in_memory
+from hsft.inputs.load_tower import load_item_tower, read_catalogue, refuse_other_item_llm
 from hsft.model.attention import VARLEN, varlen_obstacle
 from hsft.model.backbone import (
     LoraSettings,
@@ -32,15 +34,20 @@ from hsft.model.backbone import (
     linear_layers,
     load_decoder,
     load_model_config,
+    model_kind,
     read_extra,
 )
 from hsft.model.item_adapter import adapter_shape, check_width, load_adapter
 from hsft.model.item_ids import load_id_vectors, read_id_vectors
-from hsft.model.item_table import ItemTable, sample_cosines, table_from_cache
+from hsft.model.item_table import ItemTable, fit_transform, sample_cosines, table_from_cache
+from hsft.model.meta import read_kind
 from hsft.model.norms import fuse_norms
+from hsft.model.proposal import Proposal
 from hsft.model.recommender import LossSettings, Recommender, Similarity
+from hsft.model.structure import DecoderSource
 from hsft.model.user_llm import UserLLM
 from hsft.trainer.fabric import attention_kernel, choose_precision, compute_dtype
+from hsft.trainer.item_training import ItemTraining
 from hsft.trainer.masked_negatives import HIGH_MASKED_SHARE
 from hsft.utils.distributed import global_rank, is_rank_zero, world_size
 from hsft.utils.errors import InputError
@@ -115,27 +122,32 @@ class Data:
         }
 
 
-def load_data(config: Config, *, need_cache: bool, again: bool = False) -> Data:
+def load_data(
+    config: Config, *, need_cache: bool, again: bool = False, trained: ItemCache | None = None
+) -> Data:
     """Read the interactions and, when needed, the item embeddings.
 
     Args:
         config: the configuration.
         need_cache: read or make the item embeddings.
         again: this program has read the same interactions before and has said how many they are.
+        trained: embeddings of an ItemLLM that was trained, in place of the configuration's.
 
     Raises:
         InputError: a file is missing or bad, or the cache is of another dataset.
     """
     interactions = load_interactions(config)
-    encodes = need_cache and not config.use_item_cache
+    encodes = need_cache and not config.use_item_cache and trained is None
     # Encoding reads the file too and says it then.
     if not (again or encodes):
         for warning in interactions.warnings:
             warn(warning)
     cache = None
     if need_cache:
-        cache = encode_in_memory(config) if encodes else open_cache(cache_path(config))
-        if not encodes and is_rank_zero():
+        cache = trained
+        if cache is None:
+            cache = encode_in_memory(config) if encodes else open_cache(cache_path(config))
+        if not encodes and trained is None and is_rank_zero():
             for warning in cache_warnings(config, cache, interactions.item_ids[1:]):
                 warn(warning)
         interactions = match_cache(interactions, cache, config)
@@ -208,9 +220,7 @@ def check_training(config: Config, split: Split, sequences: CachedEmbeddingTrain
             f"{config.dataset} has a single item, so that there is nothing to learn; use "
             f"--val_only True."
         )
-    if config.model != "HLLM":
-        return
-    if config.effective_negatives == "in_batch":
+    if config.model == "HLLM" and config.effective_negatives == "in_batch":
         longest = 1 if config.train_positions == "random_split" else int(sequences.lengths.max())
         if config.train_batch_size * world_size() * longest == 1:
             raise InputError(
@@ -235,6 +245,16 @@ def check_training(config: Config, split: Split, sequences: CachedEmbeddingTrain
 def negative_sampler(config: Config, interactions: Interactions) -> NegativeSampler:
     """Return what draws the negatives of training."""
     return NegativeSampler(interactions, held_out=2, exclude=config.negatives_exclude)
+
+
+def negative_proposal(config: Config, sequences: CachedEmbeddingTrainDataset) -> Proposal:
+    """Return how often training meets each item as a negative, for `negatives_logq`."""
+    targets = sequences.target_shares(config.train_positions == "random_split")
+    drawn = np.zeros_like(targets)
+    if config.effective_negatives == "sampled":
+        sampler = negative_sampler(config, sequences.interactions)
+        drawn = sampler.shares(sequences.segments.users)
+    return Proposal(targets, drawn)
 
 
 def check_cosines(
@@ -429,8 +449,9 @@ def user_attention(config: Config, device: torch.device) -> str:
     Raises:
         InputError: as `attention_kernel`, or the model folder is unusable.
     """
-    model = load_model_config(config.user_pretrain_dir or "", config.trust_remote_code)
-    return attention_kernel(config, device, model)
+    folder = Path(config.user_pretrain_dir or "")
+    source = DecoderSource(folder, trust_remote_code=config.trust_remote_code)
+    return attention_kernel(config, device, read_kind(source))
 
 
 def build_user_llm(config: Config, data: Data, fabric: Fabric, *, train: bool) -> Recommender:
@@ -472,7 +493,7 @@ def build_user_llm(config: Config, data: Data, fabric: Fabric, *, train: bool) -
     if attention == VARLEN:
         log.info("attention: torch's variable-length kernel, a batch's sequences in one row.")
     elif config.attn_implementation == "auto" and device.type != "cpu":
-        obstacle = varlen_obstacle(decoder.config, device, half != torch.float32)
+        obstacle = varlen_obstacle(model_kind(decoder.config), device, half != torch.float32)
         log.info(
             "attention: %s; torch's variable-length kernel needs %s.",
             attention,
@@ -511,6 +532,39 @@ def build_user_llm(config: Config, data: Data, fabric: Fabric, *, train: bool) -
         fix_scale=config.fix_temp,
     )
     return model.to(device)
+
+
+def build_item_training(
+    config: Config, data: Data, fabric: Fabric, table: ItemTable
+) -> ItemTraining:
+    """Load the ItemLLM that is trained.
+
+    A fixed map of its vectors (`item_embedding_transform`) is fitted on the cache that the run
+    starts from, and stays as it is.
+
+    Args:
+        config: of a run with `train_item_llm`.
+        data: the data, with a cache.
+        fabric: says where.
+        table: the item table of the model that is trained.
+
+    Raises:
+        InputError: the ItemLLM or the item information is unusable, or another ItemLLM made the cache.
+    """
+    assert data.cache is not None
+    kind = config.item_embedding_transform
+    item_ids = data.interactions.item_ids
+    fitted = None
+    if kind != "none":
+        fitted = fit_transform(kind, table_from_cache(data.cache, item_ids)[1:].float())
+    texts, source = read_catalogue(config, item_ids[1:])
+    tower, job = load_item_tower(
+        config, texts, fabric.device, fabric.autocast, transform=fitted, information=source
+    )
+    refuse_other_item_llm(config, data.cache, tower.dim)
+    return ItemTraining(
+        tower, table, job, texts.item_ids, fabric.device, config.show_progress and is_rank_zero()
+    )
 
 
 def initial_logit_scale(config: Config, extra: Mapping[str, torch.Tensor]) -> float | None:

@@ -23,11 +23,11 @@ from hsft.data.dataset.packing import Buckets
 from hsft.evaluator.evaluator import Evaluation, Evaluator, Scorer
 from hsft.evaluator.fingerprint import evaluation_fingerprint
 from hsft.evaluator.metrics import per_user
-from hsft.hub.manifest import exported_from, user_llm_origin
+from hsft.hub.manifest import exported_from, pretraining_overlap, user_llm_origin
 from hsft.model.accelerate import StepGraphs, choose_acceleration, compile_layers
 from hsft.model.attention import VARLEN
 from hsft.model.ensemble import weight_grid
-from hsft.model.folder import fingerprint
+from hsft.model.folder import fingerprint as model_fingerprint
 from hsft.model.recommender import Recommender
 from hsft.model.reference import build_reference
 from hsft.model.sasrec import build_sasrec
@@ -54,12 +54,14 @@ from hsft.run.run_dir import (
 from hsft.run.saved_model import build_ensemble, member_runs
 from hsft.run.setup import (
     Data,
+    build_item_training,
     build_user_llm,
     check_cosines,
     check_training,
     eval_protocol,
     load_data,
     make_evaluator,
+    negative_proposal,
     negative_sampler,
     packed_row_length,
     report_costly_catalogue,
@@ -73,6 +75,7 @@ from hsft.trainer.fabric import (
     choose_precision,
     make_fabric,
 )
+from hsft.trainer.item_training import ItemTraining
 from hsft.trainer.loop import train
 from hsft.trainer.optim import steps_per_epoch
 from hsft.trainer.resume import TrainState, refuse_other_user_llm
@@ -171,7 +174,8 @@ def _run(run: RunContext) -> None:
         )
     data = load_data(config, need_cache=config.reads_embeddings)
     if config.model == "HLLM" and config.user_pretrain_dir:
-        run = replace(run, user_llm_fingerprint=fingerprint(config.user_pretrain_dir))
+        run = replace(run, user_llm_fingerprint=model_fingerprint(config.user_pretrain_dir))
+        warn(_overlap(config))
     final = make_evaluator(config, data.split, config.eval_phase, fabric)
     config, quantisation = resolve_quant_type(
         config, data.interactions, fabric.device, run.folder if run.resume else None
@@ -239,6 +243,13 @@ def _evaluate_models(
     return evaluations | tuned, {"training": training}
 
 
+def _overlap(config: Config) -> str | None:
+    """Return the warning of a UserLLM that may have been trained on the held-out items."""
+    if config.model != "HLLM" or not config.user_pretrain_dir:
+        return None
+    return pretraining_overlap(config.user_pretrain_dir, config.dataset)
+
+
 def _origin(config: Config) -> dict[str, Any] | None:
     return user_llm_origin(config.user_pretrain_dir or "") if config.model == "HLLM" else None
 
@@ -282,6 +293,7 @@ def _train_and_evaluate_model(
     run: RunContext, data: Data, final: Evaluator
 ) -> tuple[dict[str, Evaluation], dict[str, Any]]:
     config, fabric = run.config, run.fabric
+    items = None
     if config.model == "sasrec":
         name = "sasrec"
         model = build_sasrec(config, data.interactions.num_items)
@@ -290,8 +302,10 @@ def _train_and_evaluate_model(
         name = TUNED
         warn_of_plain_items(config, data.cache)
         model = build_user_llm(config, data, fabric, train=True)
+        if config.trains_items:
+            items = build_item_training(config, data, fabric, model.encoder.items)
     run.session.lap("model")
-    state, training = _train(run, data, model)
+    state, training = _train(run, data, model, items)
     run.session.lap("training")
     evaluation = evaluate(config, model, final, fabric)
     run.session.lap("evaluation")
@@ -375,11 +389,25 @@ def _scoring(
             ) from error
 
 
-def _train(run: RunContext, data: Data, model: Recommender) -> tuple[TrainState, dict[str, Any]]:
+def _train(
+    run: RunContext, data: Data, model: Recommender, items: ItemTraining | None
+) -> tuple[TrainState, dict[str, Any]]:
     config, fabric = run.config, run.fabric
     dataset = CachedEmbeddingTrainDataset(data.split, config.MAX_ITEM_LIST_LENGTH)
     check_training(config, data.split, dataset)
-    loader = make_train_loader(config, dataset, data, fabric, pack=_packs(config, model, fabric))
+    if config.negatives_logq:
+        model.proposal = negative_proposal(config, dataset).to(fabric.device)
+    loader = make_train_loader(
+        config,
+        dataset,
+        data,
+        fabric,
+        pack=_packs(config, model, fabric),
+        list_items=model.encoder.items.adapter is not None,
+    )
+    steps = config.epochs * steps_per_epoch(len(loader), config.gradient_accumulation_steps)
+    if items is not None:
+        model.item_llm = items.tower
     # Before ZeRO stage 3 takes the parameters apart.
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     log.info(
@@ -388,14 +416,15 @@ def _train(run: RunContext, data: Data, model: Recommender) -> tuple[TrainState,
         len(dataset),
         dataset.num_transitions,
     )
-    steps = config.epochs * steps_per_epoch(len(loader), config.gradient_accumulation_steps)
     if config.model == "HLLM":
         report_costly_catalogue(config, model, dataset.lengths)
-    learner = make_learner(config, fabric, model, steps)
+    learner = make_learner(config, fabric, model, steps, items)
     graphs = accelerate(config, model, learner.wrapped, loader, steps, fabric)
     valid = make_evaluator(config, data.split, "valid", fabric, config.valid_users)
 
     def validate() -> Evaluation:
+        if items is not None:
+            items.encode_catalogue()
         try:
             return evaluate(config, model, valid, fabric, "validation")
         except InputError as error:
@@ -406,8 +435,10 @@ def _train(run: RunContext, data: Data, model: Recommender) -> tuple[TrainState,
         graphs.release()
         return evaluate(config, model, valid, fabric, "validation")
 
-    state = train(run, replace(learner, graphs=graphs), loader, validate, data.fingerprint)
+    fingerprint = data.fingerprint if items is None else f"{data.fingerprint} {items.fingerprint}"
+    state = train(run, replace(learner, graphs=graphs), loader, validate, fingerprint)
     return state, {
+        "item_cache": None if items is None or items.cache is None else items.cache.metadata,
         "trainable_weights": trainable,
         "sequences": len(dataset),
         "transitions_per_epoch": dataset.num_transitions,
@@ -440,7 +471,9 @@ def accelerate(
     if not isinstance(model.encoder, UserLLM):
         return None
     obstacle = ""
-    if config.gradient_checkpointing:
+    if config.trains_items:
+        obstacle = "CUDA graphs need train_item_llm: none"
+    elif config.gradient_checkpointing:
         obstacle = "CUDA graphs need gradient_checkpointing: False"
     elif config.strategy == "deepspeed" or choose_precision(config) == "16-mixed":
         obstacle = "CUDA graphs need strategy: ddp and precision: bf16-mixed"
@@ -491,10 +524,17 @@ def make_train_loader(
     fabric: Fabric,
     *,
     pack: bool = True,
+    list_items: bool = False,
 ) -> DataLoader[Any]:
     """Make the loader of training batches for this process.
 
-    `pack`: False gives every sequence a row of its own, whatever `pack_sequences` says.
+    Args:
+        config: the configuration.
+        dataset: the training sequences.
+        data: the interactions, for the negatives.
+        fabric: the processes.
+        pack: False gives every sequence a row of its own, whatever `pack_sequences` says.
+        list_items: see `TrainCollate`; for a model whose items are adapted.
     """
     drawn = config.effective_negatives == "sampled"
     rows = config.train_batch_size * world_size()
@@ -510,6 +550,7 @@ def make_train_loader(
         seed=config.seed,
         row_length=length,
         single_row=single_row,
+        list_items=list_items,
     )
     batches = SequenceBatches(
         dataset.lengths,
@@ -557,6 +598,7 @@ def _write_result(
         "fingerprint": evaluation_fingerprint(final.dataset, protocol),
         "cache": data.cache.metadata if data.cache else None,
         "user_llm": _origin(config),
+        "pretraining_overlap": _overlap(config),
         "user_llm_fingerprint": run.user_llm_fingerprint,
         "training": None,
         **more,

@@ -11,7 +11,6 @@ from torch.utils.data import DataLoader
 
 from hsft.data.dataset import TrainCollate
 from hsft.evaluator.evaluator import Evaluation
-from hsft.model.weights import load_trained
 from hsft.trainer.checkpoint import BEST_DIR, restore_rng
 from hsft.trainer.context import RunContext
 from hsft.trainer.masked_negatives import MaskedNegatives
@@ -146,5 +145,5 @@ def train(
     if state.best_epoch:
         log.info("the weights of epoch %d, the best one, are kept.", state.best_epoch)
         with whole_parameters(learner.fabric, learner.model, write=True):
-            load_trained(learner.model, run.folder / BEST_DIR)
+            learner.load(run.folder / BEST_DIR)
     return state

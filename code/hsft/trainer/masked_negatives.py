@@ -47,8 +47,7 @@ class MaskedNegatives:
         if empty > MOST_EMPTY_SHARE * positions:
             raise InputError(
                 f"{empty:,} of {positions:,} positions in epoch {state.epoch + 1} have no negative "
-                f"left, {self._reason()}, so training was stopped; raise --train_batch_size, or use "
-                f"--negatives catalogue."
+                f"left, {self._reason()}, so training was stopped; {self._remedy()}."
             )
         if not self._warned and masked > HIGH_MASKED_SHARE * pairs:
             self._warned = True
@@ -60,6 +59,14 @@ class MaskedNegatives:
                     100 * masked / pairs,
                     self._config.nce_thres,
                 )
+
+    def _remedy(self) -> str:
+        if self._config.trains_items and self._config.loss == "nce":
+            return (
+                "what the ItemLLM has made alike is not told apart any more: lower --item_lr_mult, or "
+                "set --nce_thres 1.01, which masks no negative"
+            )
+        return "raise --train_batch_size, or use --negatives catalogue"
 
     def _reason(self) -> str:
         if self._config.loss == "nce":

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from hsft.config import Config
+from hsft.model.weights import ITEM_LLM
 from hsft.utils.errors import InputError
 
 
@@ -18,22 +19,30 @@ def build_optimizer(model: nn.Module, config: Config, device: torch.device) -> O
     """Make AdamW over the trainable parameters.
 
     Matrices get weight decay; vectors and scalars (norms, biases, logit_scale) only with
-    `weight_decay_on: all`.
+    `weight_decay_on: all`. The ItemLLM's learning rate is `item_lr_mult` times the others'.
 
     Raises:
         InputError: nothing is trainable, or an 8-bit optimizer was asked for without CUDA.
     """
-    trainable = [p for p in model.parameters() if p.requires_grad]
+    trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     if not trainable:
         raise InputError("no parameter is trainable with this configuration; check use_qlora.")
     decay = config.optim_args.weight_decay
     least_dim = 0 if config.optim_args.weight_decay_on == "all" else 2
-    groups: list[dict[str, Any]] = [
-        {"params": [p for p in trainable if p.ndim >= least_dim], "weight_decay": decay},
-        {"params": [p for p in trainable if p.ndim < least_dim], "weight_decay": 0.0},
-    ]
-    groups = [group for group in groups if group["params"]]
     rate = config.optim_args.learning_rate
+    groups: list[dict[str, Any]] = []
+    # The learning rate that is shown is the first group's.
+    for of_items, group_rate in ((False, rate), (True, rate * config.item_lr_mult)):
+        chosen = [p for name, p in trainable if name.startswith(ITEM_LLM) == of_items]
+        groups += [
+            {
+                "params": [p for p in chosen if (p.ndim >= least_dim) == decays],
+                "weight_decay": decay if decays else 0.0,
+                "lr": group_rate,
+            }
+            for decays in (True, False)
+        ]
+    groups = [group for group in groups if group["params"]]
     kind = config.optimizer
     if kind in ("auto", "adamw"):
         # One kernel for all parameters. LoRA's states are a few MB, and bitsandbytes' 8-bit AdamW

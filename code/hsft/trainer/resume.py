@@ -5,13 +5,12 @@ from __future__ import annotations
 import logging
 import time
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from hsft.model.weights import save_trained, trainable_state
+from hsft.model.weights import trainable_state
 from hsft.trainer.checkpoint import BEST_DIR, rng_state
 from hsft.trainer.context import RunContext
 from hsft.trainer.step import Learner
@@ -236,14 +235,14 @@ class TrainingCheckpoints:
 
     def save_best(self, state: TrainState) -> None:
         """Save the model as the best one so far, in the run's folder and among its checkpoints."""
-        folder, store, model = self._run.folder, self._run.checkpoints, self._learner.model
+        folder, store, learner = self._run.folder, self._run.checkpoints, self._learner
 
         def write() -> str:
-            name = store.save_best(state.step, partial(save_trained, model))
+            name = store.save_best(state.step, learner.save)
             store.publish_best(name, folder / BEST_DIR)
             return name
 
-        with whole_parameters(self._learner.fabric, model):
+        with whole_parameters(learner.fabric, learner.model):
             state.best = run_on_rank_zero(write)
 
     def last_good(self) -> str:

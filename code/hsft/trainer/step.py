@@ -6,19 +6,23 @@ import gc
 import itertools
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LRScheduler
 
 from hsft.config import Config
 from hsft.data.dataset import TrainBatch
 from hsft.model.accelerate import StepGraphs
 from hsft.model.recommender import Recommender
+from hsft.model.weights import ITEM_LLM, load_trained, save_trained
 from hsft.trainer.checkpoint import restore_torch_rng, torch_rng_state
+from hsft.trainer.item_training import ItemTraining
 from hsft.trainer.micro_batch import count_sequences, split_batch
 from hsft.trainer.optim import build_optimizer, build_schedule
 from hsft.trainer.zero import engine_of, uses_deepspeed
@@ -44,6 +48,7 @@ class Learner:
         optimizer: as `fabric.setup` returned it.
         schedule: of the learning rate; counts the optimizer steps taken.
         graphs: computes losses and gradients by CUDA graphs; None: kernel by kernel.
+        items: trains the ItemLLM along with the model; None: the item table is frozen.
     """
 
     config: Config
@@ -53,14 +58,35 @@ class Learner:
     optimizer: Any
     schedule: LRScheduler
     graphs: StepGraphs | None = None
+    items: ItemTraining | None = None
 
     @property
     def learning_rate(self) -> float:
         """Learning rate of the next optimizer step."""
         return float(self.schedule.get_last_lr()[0])
 
+    def save(self, folder: Path) -> None:
+        """Write everything that was trained to a folder, whole or not at all."""
+        save_trained(self.model, folder, None if self.items is None else self.items.save)
 
-def make_learner(config: Config, fabric: Fabric, model: Recommender, total_steps: int) -> Learner:
+    def load(self, folder: Path) -> None:
+        """Load what `save` wrote.
+
+        Raises:
+            InputError: a file is missing, damaged, or belongs to another configuration.
+        """
+        load_trained(self.model, folder)
+        if self.items is not None:
+            self.items.load(folder)
+
+
+def make_learner(
+    config: Config,
+    fabric: Fabric,
+    model: Recommender,
+    total_steps: int,
+    items: ItemTraining | None = None,
+) -> Learner:
     """Make optimizer and schedule, and let Fabric wrap model and optimizer.
 
     Args:
@@ -68,14 +94,22 @@ def make_learner(config: Config, fabric: Fabric, model: Recommender, total_steps
         fabric: Lightning Fabric, launched.
         model: the recommender, on the device.
         total_steps: optimizer steps of the whole run, for the schedule.
+        items: trains the model's `item_llm` along with it.
 
     Raises:
         InputError: nothing is trainable, or the optimizer cannot run on this device.
     """
+    if items is not None:
+        items.agree()
+        # Its gradients do not come from the model's forward pass, which is what DDP waits for.
+        names = [*dict(model.named_parameters()), *dict(model.named_buffers())]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
+            model, [name for name in names if name.startswith(ITEM_LLM)]
+        )
     optimizer = build_optimizer(model, config, fabric.device)
     schedule = build_schedule(optimizer, config, total_steps)
     wrapped, wrapped_optimizer = fabric.setup(model, optimizer)
-    return Learner(config, fabric, model, wrapped, wrapped_optimizer, schedule)
+    return Learner(config, fabric, model, wrapped, wrapped_optimizer, schedule, items=items)
 
 
 def group_batches(
@@ -138,20 +172,21 @@ def _backward(
     device = learner.fabric.device
     losses = []
     equal = learner.config.loss_mean == "batches"
-    for batch, count in zip(group, positions, strict=True):
-        weight = 1 / len(group) if equal else count / max(1, sum(positions))
-        parts = split_batch(batch, micro_batch, learner.model.settings)
-        total = torch.zeros((), device=device)
-        for part in parts:
-            if learner.graphs is not None:
-                total += learner.graphs.step(part.batch, part.weight * weight) * part.weight
-                continue
-            last = batch is group[-1] and part is parts[-1]
-            with _gradient_sync(learner, last):
-                loss = learner.wrapped(part.batch.to(device)) * part.weight
-                learner.fabric.backward(loss * weight)
-            total += loss.detach()
-        losses.append(total)
+    with nullcontext() if learner.items is None else learner.items.encoded(group):
+        for batch, count in zip(group, positions, strict=True):
+            weight = 1 / len(group) if equal else count / max(1, sum(positions))
+            parts = split_batch(batch, micro_batch, learner.model.settings)
+            total = torch.zeros((), device=device)
+            for part in parts:
+                if learner.graphs is not None:
+                    total += learner.graphs.step(part.batch, part.weight * weight) * part.weight
+                    continue
+                last = batch is group[-1] and part is parts[-1]
+                with _gradient_sync(learner, last):
+                    loss = learner.wrapped(part.batch.to(device)) * part.weight
+                    learner.fabric.backward(loss * weight)
+                total += loss.detach()
+            losses.append(total)
     return losses
 
 
@@ -190,7 +225,7 @@ def _halve(learner: Learner, group: list[TrainBatch], micro_batch: int | None) -
         where,
         half,
         " In-batch negatives come from these parts, so there are fewer of them."
-        if learner.model.settings.negatives == "in_batch"
+        if learner.model.settings.negatives == "in_batch" or learner.model.proposal is not None
         else "",
     )
     return half

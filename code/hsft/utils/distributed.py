@@ -89,6 +89,19 @@ def broadcast(value: T, source: int = 0) -> T:
     return box[0]
 
 
+def broadcast_tensor(values: Tensor, source: int = 0) -> None:
+    """Give a tensor the values that it has in process `source`, in place.
+
+    Args:
+        values: the same shape and dtype in every process, on a device that the group serves.
+        source: rank of the process.
+    """
+    if world_size() > 1:
+        from torch import distributed as dist
+
+        dist.broadcast(values, source)
+
+
 def all_gather(value: T) -> list[T]:
     """Return every process's value, in the order of ranks: any object that can be pickled."""
     if world_size() == 1:

@@ -8,7 +8,7 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from hsft.data.interactions import Interactions
-from hsft.data.split import Segments, Split
+from hsft.data.split import Segments, Split, ragged_positions
 
 
 class CachedEmbeddingTrainDataset(Dataset[np.ndarray]):
@@ -54,6 +54,21 @@ class CachedEmbeddingTrainDataset(Dataset[np.ndarray]):
     def lengths(self) -> np.ndarray:
         """int64 [S]: transitions of each sequence, 1..L."""
         return self.segments.ends - self.segments.starts - 1
+
+    def target_shares(self, random_split: bool) -> np.ndarray:
+        """Return the probability of each item as the target of a training position.
+
+        Args:
+            random_split: a sequence trains one of its positions a pass, not all.
+
+        Returns:
+            float64 [I + 1], with a sum of 1; 0 for the padding item.
+        """
+        positions = ragged_positions(self.segments.starts + 1, self.segments.ends)
+        weights = np.repeat(1 / self.lengths, self.lengths) if random_split else None
+        items = self.interactions.items[positions]
+        counts = np.bincount(items, weights, minlength=self.interactions.num_items + 1)
+        return counts / max(counts.sum(), 1)
 
     def users_of(self, samples: Sequence[int]) -> list[str]:
         """Return the user id of each sample."""
