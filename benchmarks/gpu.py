@@ -699,7 +699,9 @@ def evaluation(bench: Bench) -> None:
     for label, keys, layers in (
         ("padded rows", {"attn_implementation": "sdpa"}, False),
         ("one row", {}, False),
+        ("one row, CUDA graph", {"compile": "graph"}, False),
         ("one row, 1,024 users", {"eval_batch_size": 1024}, False),
+        ("one row, 1,024 users, CUDA graph", {"eval_batch_size": 1024, "compile": "graph"}, False),
         ("one row, 1,024 users, logits_budget_mb 2,048",
          {"eval_batch_size": 1024, "logits_budget_mb": 2048}, False),
         ("one row, 1,024 users, compiled layers",
@@ -707,7 +709,7 @@ def evaluation(bench: Bench) -> None:
     ):  # fmt: skip
         if layers and bench.tiny:
             continue
-        config = bench.config(Variant("", keys))
+        config = bench.config(Variant("", {"compile": "off", **keys}))
         bench.attempt(
             "evaluation",
             label,
