@@ -420,7 +420,8 @@ class Config(_Section):
         "UserLLM",
         "fewer kernel launches in training: layers compiles the decoder layers with torch.compile; "
         "graph captures whole steps as CUDA graphs (one process, attn_implementation: varlen, no "
-        "gradient_checkpointing); auto: graph where it can run and the run is not too short, else off",
+        "gradient_checkpointing), and the encoding of users in evaluation; auto: graph where it can "
+        "run and the run, or the evaluation, is not too short, else off",
     )
     use_ft_flash_attn: Bool = _key(
         True, "UserLLM", "HLLM's switch: False keeps attn_implementation auto from flash-attn"
