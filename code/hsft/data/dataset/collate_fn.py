@@ -77,7 +77,8 @@ class EvalBatch(NamedTuple):
         row: int64 [1, N], the histories one after the other, for a model that reads rows; [0, 0]
             else. `history` has no columns then.
         positions: int64 [1, N], beside `row`, as in `TrainBatch`.
-        cu_lengths: int32 [B + 1], where each history starts in `row`, and N; [0] without one.
+        cu_lengths: int32 [S + 1], where each history starts in `row`, and N; [0] without one. S = B,
+            but for rows that are padded to a bucket: what fills them stands after the histories.
     """
 
     rows: torch.Tensor
@@ -92,10 +93,14 @@ class EvalBatch(NamedTuple):
     positions: torch.Tensor = NOT_PACKED
     cu_lengths: torch.Tensor = _NO_LENGTHS
 
+    def pin_memory(self) -> EvalBatch:
+        """Copy the batch to pinned memory; what is there already stays."""
+        return EvalBatch(*(part.pin_memory() for part in self))
+
     def to(self, device: torch.device) -> EvalBatch:
         """Copy the batch to a device, to a GPU without waiting for it."""
         if device.type == "cuda":
-            pinned = (part.pin_memory() for part in self)
+            pinned = self.pin_memory()
             return EvalBatch(*(part.to(device, non_blocking=True) for part in pinned))
         return EvalBatch(*(part.to(device) for part in self))
 
@@ -243,12 +248,14 @@ class EvalCollate:
 
     Attributes:
         single_row: put the histories of a batch into one row.
+        buckets: sizes that such a row is padded up to; None: none.
     """
 
     def __init__(
         self, dataset: CachedEmbeddingEvalDataset, candidates: np.ndarray | None = None
     ) -> None:
         self.single_row = False
+        self.buckets: Buckets | None = None
         self.dataset = dataset
         self.candidates = candidates
 
@@ -266,11 +273,10 @@ class EvalCollate:
         rows = {}
         if self.single_row:
             history = np.empty((len(indices), 0), dtype=np.int64)
-            layout = one_row(ends - recent)
+            layout = one_row(ends - recent, self.buckets)
+            row = items[ragged_positions(recent, ends)].astype(np.int64)
             rows = {
-                "row": torch.from_numpy(
-                    items[ragged_positions(recent, ends)][None].astype(np.int64)
-                ),
+                "row": torch.from_numpy(np.pad(row, (0, layout.padding))[None]),
                 "positions": torch.from_numpy(layout.positions),
                 "cu_lengths": torch.from_numpy(layout.cu_lengths),
             }
