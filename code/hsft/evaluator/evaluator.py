@@ -303,14 +303,17 @@ class Evaluator:
         waiting: list[tuple[Tensor, EvalBatch]] = []
         count = 0
         single_row = bool(getattr(scorer, "reads_rows", False))
+        encode: Any = scorer
         for batch in self._batches(single_row):
             moved = batch.to(device)
             with nullcontext() if autocast is None else autocast():
+                given = [moved.times] if getattr(scorer, "reads_times", False) else []
                 if single_row:
-                    encode: Any = scorer
-                    users = encode.row_user_vectors(moved.row, moved.positions, moved.cu_lengths)
+                    users = encode.row_user_vectors(
+                        moved.row, moved.positions, moved.cu_lengths, *given
+                    )
                 else:
-                    users = scorer.user_vectors(moved.history, moved.lengths)
+                    users = encode.user_vectors(moved.history, moved.lengths, *given)
                 users = users.float()
             on_batch(len(users))
             if waiting and count + len(users) > self._users_at_a_time(scorer, users.shape[1]):

@@ -17,6 +17,7 @@ from hsft.data.dataset import CachedEmbeddingEvalDataset
 from hsft.data.files import information_file
 from hsft.data.interactions import Interactions, load_interactions, renumber
 from hsft.data.split import leave_one_out
+from hsft.data.time_fields import item_times
 from hsft.evaluator.evaluator import EvalProtocol, Evaluator, Scorer
 from hsft.evaluator.intervals import interval
 from hsft.evaluator.metrics import per_user
@@ -220,7 +221,8 @@ def _embeddings(run: OpenRun, cold: Sequence[str], name: str) -> ItemCache:
 
 def _cold_targets(run: OpenRun, full: Interactions, name: str) -> CachedEmbeddingEvalDataset:
     split = leave_one_out(renumber(full, run.data.interactions.item_ids))
-    everyone = CachedEmbeddingEvalDataset(split, "test", run.config.MAX_ITEM_LIST_LENGTH)
+    times = item_times(run.config, split.interactions)
+    everyone = CachedEmbeddingEvalDataset(split, "test", run.config.MAX_ITEM_LIST_LENGTH, times)
     dataset = everyone.keep(everyone.targets > run.own_items)
     if not len(dataset):
         raise InputError(

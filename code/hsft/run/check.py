@@ -35,6 +35,7 @@ from hsft.data.files import (
 from hsft.data.interactions import Interactions, load_interactions
 from hsft.data.item_text import ItemTexts, read_item_texts, unfit_texts
 from hsft.data.split import Phase, Split, leave_one_out
+from hsft.data.time_fields import item_times
 from hsft.encoding.item_llm import emb_token, load_tokenizer, no_emb_token
 from hsft.encoding.item_tower import freeze
 from hsft.encoding.sentence_encoder import read_sentence_folder
@@ -432,6 +433,8 @@ def _split(config: Config, split: Split, findings: Findings) -> None:
             findings.notes.append(f"{phase}: {len(dataset)} users are scored")
     if not config.trains:
         return
+    with findings.collect():
+        item_times(config, split.interactions)
     sequences = CachedEmbeddingTrainDataset(split, config.MAX_ITEM_LIST_LENGTH)
     findings.notes.append(
         f"training: {len(sequences)} sequences, {sequences.num_transitions} transitions a pass"
