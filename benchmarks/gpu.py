@@ -47,10 +47,10 @@ from hsft.data.interactions import Interactions
 from hsft.data.split import leave_one_out
 from hsft.encoding.item_llm import ItemEncoder, length_batches
 from hsft.model.accelerate import compile_layers
-from hsft.model.attention import varlen_attention_forward, varlen_attn
 from hsft.model.backbone import load_decoder
 from hsft.model.norms import fuse_norms
-from hsft.report.memory import CUDA_CONTEXT, GIB, estimate, meta_decoder
+from hsft.model.varlen import varlen_attention_forward, varlen_attn
+from hsft.report.memory import CUDA_CONTEXT, GIB, estimate
 from hsft.run.dry_run import TINYLLAMA, training_shape
 from hsft.run.setup import Data, build_user_llm, lora_settings, make_evaluator
 from hsft.run.train_and_rank import accelerate, evaluate, make_train_loader, train_and_rank
@@ -430,10 +430,8 @@ def flops_per_token(config: Config) -> int:
     N counts the linear layers. Frozen weights get no gradient; LoRA's own products and attention
     over at most 50 positions are left out.
     """
-    model = meta_decoder(training_shape(config).model_config)
-    return 4 * sum(
-        part.weight.numel() for part in model.modules() if isinstance(part, torch.nn.Linear)
-    )
+    linear = training_shape(config).decoder.linear.values()
+    return 4 * sum(read * given for read, given in linear)
 
 
 def peak_tflops(name: str, given: float | None) -> float | None:

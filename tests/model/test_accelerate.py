@@ -184,7 +184,7 @@ def test_a_whole_run_in_single_rows_is_that_of_masked_rows(
     results = []
     for kernel in ("sdpa", "varlen"):
         if kernel == "varlen":
-            monkeypatch.setattr("hsft.model.backbone.varlen_obstacle", lambda *_: None)
+            monkeypatch.setattr("hsft.model.attention.varlen_obstacle", lambda *_: None)
         run = ("--attn_implementation", kernel, "--run_name", kernel)
         code, _, err = project.run(*common, *run)
         assert code == 0, err

@@ -11,6 +11,7 @@ import torch
 from transformers import LlamaConfig
 
 from hsft.model.item_table import ItemTable
+from hsft.model.meta import meta_decoder
 from hsft.model.recommender import LossSettings, Recommender
 from hsft.model.user_llm import UserLLM
 from hsft.report import memory
@@ -31,7 +32,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_weight_bytes_are_exact(folder: Path, kind: Any, double: bool) -> None:
     wanted = shape(folder, quant_type=kind)
     model = real_model(folder, wanted, double)
-    counted = memory.weight_bytes(memory.meta_decoder(wanted.model_config), wanted)
+    counted = memory.weight_bytes(wanted)
     assert counted == real_weight_bytes(model)
 
 
@@ -228,7 +229,7 @@ def test_dry_run_without_a_model_folder_takes_tinyllamas_shape(project: Project)
 
 def test_tinyllamas_shape_is_tinyllamas() -> None:
     config = LlamaConfig(**TINYLLAMA)
-    decoder = memory.meta_decoder(config)
+    decoder = meta_decoder(config)
     # TinyLlama-1.1B has 1,100,048,384 weights; 32,000 x 2,048 of them are the output head.
     assert sum(p.numel() for p in decoder.parameters()) == 1_100_048_384 - 32_000 * 2048
 

@@ -6,24 +6,32 @@ import hashlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
-from hsft.encoding.prefix import Prefix, encode_prefix
 from hsft.model.backbone import LoraSettings, add_lora, load_decoder, read_extra
 from hsft.model.norms import fuse_norms
 from hsft.utils.errors import InputError, brief
 from hsft.utils.files import is_file
+from hsft.utils.records import remember
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from hsft.encoding.prefix import Prefix
 
 log = logging.getLogger(__name__)
 
 _MODEL_FILES = (".safetensors", ".bin", ".json", ".model", ".txt")
 _READ_WHOLE = 1 << 20
 _PAGE = 4096
+# What a tokenizer is not made of, and how many bytes of the other files are read to know them again.
+_WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack")
+_QUICKLY_READ = 64 << 20
+_TOKENIZER_PACKAGES = ("tokenizers", "sentencepiece", "tiktoken", "protobuf")
 
 Pooling = Literal["emb_token", "mean", "sentence"]
 
@@ -75,6 +83,9 @@ class ItemEncoder:
 
         Texts that begin otherwise are encoded whole.
         """
+        # Imported here, as transformers takes seconds that --check need not wait for.
+        from hsft.encoding.prefix import encode_prefix
+
         # torch.compile would trace the key-value cache again for each of its sizes.
         compiled = self._forward is not self.model
         self._prefix = None if compiled else encode_prefix(self.model, tokens)
@@ -229,6 +240,8 @@ def load_tokenizer(
     Raises:
         InputError: there is none, or it does not work.
     """
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
     saved = Path(folder) / "tokenizer.json"
     try:
         if as_saved and is_file(saved):
@@ -243,6 +256,37 @@ def load_tokenizer(
             f"model folder {folder} has no usable tokenizer ({brief(error, 160)}); fetch the model again."
         ) from error
     return tokenizer
+
+
+def check_tokenizer(folder: Path, trust_remote_code: bool = False) -> None:
+    """Load a tokenizer to see that it works, unless the same files are known to.
+
+    Raises:
+        InputError: as `load_tokenizer`.
+    """
+
+    def load() -> bool:
+        load_tokenizer(folder, trust_remote_code)
+        return True
+
+    files = None if trust_remote_code else _small_files(folder)
+    remember("tokenizer works", files, load, packages=_TOKENIZER_PACKAGES)
+
+
+def _small_files(folder: Path) -> dict[str, str] | None:
+    """Return the SHA-256 of each file that is no weights, None where they cannot be read quickly."""
+    digests = {}
+    size = 0
+    try:
+        for path in sorted(folder.iterdir()):
+            if path.is_file() and path.suffix not in _WEIGHT_FILES:
+                size += path.stat().st_size
+                if size > _QUICKLY_READ:
+                    return None
+                digests[path.name] = hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError:
+        return None
+    return digests
 
 
 def no_emb_token(folder: str | Path) -> str:

@@ -206,7 +206,8 @@ class StepGraphs:
         # Once a graph is there, kernels are chosen and layers compiled.
         enough = self._seen[shape] > _WARM_UP or self.graphs > 0
         # Padded to a bucket, or it would hardly come again.
-        return self.enabled and enough and self.graphs < _MOST_GRAPHS and shape[-1][0] > 0
+        padded = shape[TrainBatch._fields.index("counted")][0] > 0
+        return self.enabled and enough and self.graphs < _MOST_GRAPHS and padded
 
     def _plain(self, batch: TrainBatch, weight: float) -> Tensor:
         try:

@@ -65,6 +65,7 @@ class UserLLM(SequenceEncoder):
         positions: Tensor | None = None,
         cu_lengths: Tensor | None = None,
         times: Tensor | None = None,
+        vectors: Tensor | None = None,
     ) -> Tensor:
         """Encode every prefix of each history: int64 [B, T] -> [B, T, D].
 
@@ -72,7 +73,8 @@ class UserLLM(SequenceEncoder):
         """
         if (times is None) != (self.times is None):
             raise ValueError("times are given to a model that reads them, and to no other")
-        vectors = F.dropout(self.items(history), self.item_dropout, self.training)
+        vectors = self.items(history) if vectors is None else vectors
+        vectors = F.dropout(vectors, self.item_dropout, self.training)
         if self.times is not None:
             vectors = vectors + self.times(times)
         return self._states(vectors.to(self._dtype), positions, cu_lengths)

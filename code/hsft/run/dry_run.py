@@ -7,11 +7,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
-from transformers import LlamaConfig
 
 from hsft.config import Config
 from hsft.data.cache import DTYPES, is_native, open_cache, read_header
@@ -19,23 +18,18 @@ from hsft.data.dataset import CachedEmbeddingTrainDataset
 from hsft.data.files import cache_path, find_cache, has_interactions, interaction_file
 from hsft.data.interactions import Interactions, load_interactions
 from hsft.data.split import leave_one_out
-from hsft.model.attention import VARLEN
-from hsft.model.backbone import (
-    check_lora_targets,
-    choose_attention,
-    cut_decoder,
-    decoder_config,
-    read_extra,
-)
+from hsft.model.attention import VARLEN, choose_attention
+from hsft.model.backbone import check_lora_targets, read_extra
 from hsft.model.folder import check_decoder, check_embeddings, check_positions
 from hsft.model.item_adapter import check_width
+from hsft.model.meta import read_kind, read_structure
+from hsft.model.structure import DecoderSource, DecoderStructure
 from hsft.report.memory import (
     GIB,
     MIB,
     TrainingShape,
     estimate,
     largest_batch,
-    meta_decoder,
     rows,
     saved_bytes_per_token,
 )
@@ -149,23 +143,23 @@ def assumed_shape(
             "dry_run estimates fine-tuning of the UserLLM; set model: HLLM, not val_only."
         )
     named = config.user_pretrain_dir
-    model_config, assumed = _user_model(config, Path(named) if named else None)
+    decoder, assumed = _user_model(config, Path(named) if named else None)
     # Read where it is needed, once.
     read = cache(lambda: load_interactions(config) if interactions is None else interactions)
-    items = _items(config, int(model_config.hidden_size), read, known_width=not assumed)
+    items = _items(config, decoder.hidden_size, read, known_width=not assumed)
     asked = config.attn_implementation
     kernel = choose_attention(
         "auto" if asked == "flash_attention_2" else asked,
         allow_flash=False,
         device=torch.device("cuda"),
         half=config.precision != "32-true",
-        model_config=model_config,
+        kind=read_kind(decoder.source),
     )
     transformed = config.item_embedding_transform != "none"
     precision = "bf16-mixed" if config.precision == "auto" else config.precision
     lengths = _lengths(config, read) if packed_row_length(config, kernel) else None
     shape = TrainingShape(
-        model_config=model_config,
+        decoder=decoder,
         quant_type="nf4" if config.qlora_quant_type == "auto" else config.qlora_quant_type,
         lora_rank=config.qlora_r if config.use_qlora else None,
         lora_targets=tuple(config.qlora_target_modules),
@@ -192,26 +186,24 @@ def assumed_shape(
     return shape, [*assumed, *items.assumed]
 
 
-def _user_model(config: Config, folder: Path | None) -> tuple[Any, list[str]]:
-    """Return the UserLLM's configuration cut to the layers in use, and what was assumed."""
+def _user_model(config: Config, folder: Path | None) -> tuple[DecoderStructure, list[str]]:
+    """Return the UserLLM's structure cut to the layers in use, and what was assumed."""
     assumed = []
+    layers = config.user_llm_layers
     if folder is not None and (is_folder(folder) or is_file(folder)):
-        model_config = decoder_config(
-            folder, config.user_llm_layers, trust_remote_code=config.trust_remote_code
-        )
+        source = DecoderSource(folder, layers, trust_remote_code=config.trust_remote_code)
     else:
         where = f"no model folder at {folder}" if folder else "no UserLLM is named"
         folder = Path("TinyLlama-1.1B")
-        model_config = LlamaConfig(**TINYLLAMA)
-        check_decoder(model_config, folder, config.user_llm_layers)
-        cut_decoder(model_config, config.user_llm_layers)
+        source = DecoderSource(folder, layers, llama=TINYLLAMA)
         assumed = [f"{where}: estimated for TinyLlama-1.1B's shape, HLLM-1B's UserLLM."]
-    model = meta_decoder(model_config, config.trust_remote_code)
-    check_embeddings(model, folder)
-    check_positions(model, config.MAX_ITEM_LIST_LENGTH, folder, "MAX_ITEM_LIST_LENGTH")
+    check_decoder(read_kind(source), folder, layers)
+    decoder = read_structure(source)
+    check_embeddings(decoder.embedding_width, decoder.hidden_size, folder)
+    check_positions(decoder, config.MAX_ITEM_LIST_LENGTH, folder, "MAX_ITEM_LIST_LENGTH")
     if config.use_qlora:
-        check_lora_targets(model, config.qlora_target_modules)
-    return model_config, assumed
+        check_lora_targets(decoder.linear, config.qlora_target_modules)
+    return decoder, assumed
 
 
 def _lengths(config: Config, read: Callable[[], Interactions]) -> np.ndarray | None:
@@ -269,7 +261,7 @@ def _cached_items(config: Config, path: Path, width: int, *, known_width: bool) 
 
 
 def _trained_how(shape: TrainingShape) -> str:
-    layers = f"The UserLLM's {shape.model_config.num_hidden_layers} layers"
+    layers = f"The UserLLM's {shape.decoder.layers} layers"
     number = str(shape.dtype).removeprefix("torch.") + " products" * shape.mixed
     name = shape.attention if shape.masked_row or shape.attention == "eager" else "unmasked"
     kernel = f"{number}, {name} attention"
@@ -280,11 +272,11 @@ def _trained_how(shape: TrainingShape) -> str:
     return f"{layers}: LoRA of rank {shape.lora_rank} on {targets}, over {frozen}, {kernel}."
 
 
-def _automatic_type(config: Config, shape: TrainingShape, model: torch.nn.Module) -> list[str]:
+def _automatic_type(config: Config, shape: TrainingShape) -> list[str]:
     if config.qlora_quant_type != "auto" or shape.lora_rank is None:
         return []
     plain = replace(shape, quant_type="none")
-    needed = estimate(plain, config.train_batch_size, model).total
+    needed = estimate(plain, config.train_batch_size).total
     name = str(plain.weight_dtype).removeprefix("torch.")
     return [
         f"qlora_quant_type: auto takes none (plain LoRA) where {needed / FILLED_SHARE / GIB:.2f} GiB "
@@ -297,9 +289,8 @@ def _automatic_type(config: Config, shape: TrainingShape, model: torch.nn.Module
 def describe(config: Config, shape: TrainingShape, assumed: Sequence[str] = ()) -> str:
     """Write the estimate, what was assumed for it, and the table of cards."""
     # Counted once: the same with and without gradient checkpointing, and for every batch size.
-    model = meta_decoder(shape.model_config)
     counted = saved_bytes_per_token(shape)
-    needed = estimate(shape, config.train_batch_size, model, counted)
+    needed = estimate(shape, config.train_batch_size, counted)
     how = "gradient checkpointing" if shape.checkpointing else "no gradient checkpointing"
     counted_rows = [
         (name, size)
@@ -316,13 +307,13 @@ def describe(config: Config, shape: TrainingShape, assumed: Sequence[str] = ()) 
         "",
         *(f"{name:<14}{size / MIB:>10,.0f} MiB" for name, size in counted_rows),
         "",
-        *_automatic_type(config, shape, model),
+        *_automatic_type(config, shape),
         "largest train_batch_size, without and with gradient_checkpointing, "
         f"{_DISPLAY // MIB} MiB left for a display:",
     ]
     both = [replace(shape, checkpointing=value) for value in (False, True)]
     for card in CARDS_GIB:
-        sizes = [largest_batch(each, card * GIB - _DISPLAY, model, counted) for each in both]
+        sizes = [largest_batch(each, card * GIB - _DISPLAY, counted) for each in both]
         cells = [f"{size:,}" if size else "none fits" for size in sizes]
         lines.append(f"{card:>5} GiB {cells[0]:>12} {cells[1]:>12}")
     return "\n".join(lines) + "\n"

@@ -399,7 +399,14 @@ def _train(
     check_training(config, data.split, dataset)
     if config.negatives_logq:
         model.proposal = negative_proposal(config, dataset).to(fabric.device)
-    loader = make_train_loader(config, dataset, data, fabric, pack=_packs(config, model, fabric))
+    loader = make_train_loader(
+        config,
+        dataset,
+        data,
+        fabric,
+        pack=_packs(config, model, fabric),
+        list_items=model.encoder.items.adapter is not None,
+    )
     steps = config.epochs * steps_per_epoch(len(loader), config.gradient_accumulation_steps)
     if items is not None:
         model.item_llm = items.tower
@@ -519,10 +526,17 @@ def make_train_loader(
     fabric: Fabric,
     *,
     pack: bool = True,
+    list_items: bool = False,
 ) -> DataLoader[Any]:
     """Make the loader of training batches for this process.
 
-    `pack`: False gives every sequence a row of its own, whatever `pack_sequences` says.
+    Args:
+        config: the configuration.
+        dataset: the training sequences.
+        data: the interactions, for the negatives.
+        fabric: the processes.
+        pack: False gives every sequence a row of its own, whatever `pack_sequences` says.
+        list_items: see `TrainCollate`; for a model whose items are adapted.
     """
     drawn = config.effective_negatives == "sampled"
     rows = config.train_batch_size * world_size()
@@ -538,6 +552,7 @@ def make_train_loader(
         seed=config.seed,
         row_length=length,
         single_row=single_row,
+        list_items=list_items,
     )
     batches = SequenceBatches(
         dataset.lengths,

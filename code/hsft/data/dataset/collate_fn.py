@@ -11,12 +11,13 @@ import torch
 from hsft.data.dataset.packing import Buckets, one_row, pack
 from hsft.data.dataset.testset import CachedEmbeddingEvalDataset
 from hsft.data.dataset.trainset import CachedEmbeddingTrainDataset
+from hsft.data.interactions import PAD
 from hsft.data.negatives import NegativeSampler
 from hsft.data.split import ragged_positions
 
 # What `positions` is in a batch that is not packed.
 NOT_PACKED = torch.empty((0, 0), dtype=torch.int64)
-# What `cu_lengths`, `scored` and `counted` are in a batch without them.
+# What `cu_lengths`, `scored`, `counted` and `items` are in a batch without them.
 _NO_LENGTHS = torch.empty(0, dtype=torch.int32)
 _NO_INDEX = torch.empty(0, dtype=torch.int64)
 _NO_TIMES = torch.empty((0, 0, 0), dtype=torch.uint8)
@@ -44,6 +45,8 @@ class TrainBatch(NamedTuple):
         counted: bool [N], False for the entries of `scored` that fill a bucket up; [0] when all
             count. Not float: Fabric converts floating-point inputs to the precision's type, and
             bfloat16 cannot count positions.
+        items: int64 [U], the items of `history` and `targets` in order, each once, after as many 0 as
+            fill a bucket up, at least one; [0] where nothing is to be computed once an item.
     """
 
     history: torch.Tensor
@@ -56,6 +59,7 @@ class TrainBatch(NamedTuple):
     times: torch.Tensor = _NO_TIMES
     scored: torch.Tensor = _NO_INDEX
     counted: torch.Tensor = _ALL_COUNTED
+    items: torch.Tensor = _NO_INDEX
 
     def to(self, device: torch.device) -> TrainBatch:
         """Copy the batch to a device; from pinned memory without waiting for it."""
@@ -122,6 +126,7 @@ class TrainCollate:
         single_row: put all sequences of a batch into one row, for variable-length attention;
             `row_length` and `pack_below` have no effect then.
         buckets: sizes that such a row is padded up to; None: none.
+        list_items: list a batch's items, for an adapter that maps each once.
     """
 
     def __init__(
@@ -136,8 +141,10 @@ class TrainCollate:
         pack_below: float = 0.9,
         single_row: bool = False,
         buckets: Buckets | None = None,
+        list_items: bool = False,
     ) -> None:
         self.dataset = dataset
+        self.list_items = list_items
         self.single_row, self.buckets = single_row, buckets
         self.row_length, self.pack_below = row_length, pack_below
         self.sampler = sampler
@@ -189,7 +196,19 @@ class TrainCollate:
             positions=positions,
             times=_NO_TIMES if times is None else torch.from_numpy(times),
             scored=torch.from_numpy(np.flatnonzero(loss_mask)),
+            items=self._items(history, targets),
         )
+
+    def _items(
+        self, history: np.ndarray, targets: np.ndarray, size: int | None = None
+    ) -> torch.Tensor:
+        """List the items of a batch; `size`: how many numbers, None: one more than there are."""
+        if not self.list_items:
+            return _NO_INDEX
+        numbers = np.union1d(history, targets)
+        numbers = numbers[numbers != PAD]
+        padding = 1 if size is None else size - len(numbers)
+        return torch.from_numpy(np.pad(numbers, (padding, 0)))
 
     def _one_row(
         self,
@@ -207,13 +226,15 @@ class TrainCollate:
             real = padded[mask]
             return np.pad(real, [(0, layout.padding)] + [(0, 0)] * (real.ndim - 1))
 
-        in_loss = row(loss_mask)
+        in_loss, most = row(loss_mask), None
         scored, counted = np.flatnonzero(in_loss), np.empty(0, dtype=bool)
         if self.buckets is not None:
             # Shapes that depend on the bucket alone; a bucket always leaves a position free.
             count = self.buckets.sequences if self.random_split else len(in_loss)
             counted = np.arange(count) < len(scored)
             scored = np.pad(scored, (0, count - len(scored)), constant_values=len(in_loss) - 1)
+            # A sequence has one item more than positions.
+            most = len(in_loss) + self.buckets.sequences + 1
         return TrainBatch(
             history=torch.from_numpy(row(history)[None]),
             attention_mask=torch.from_numpy(row(mask)[None]),
@@ -225,6 +246,7 @@ class TrainCollate:
             times=_NO_TIMES if times is None else torch.from_numpy(row(times)[None]),
             scored=torch.from_numpy(scored),
             counted=torch.from_numpy(counted),
+            items=self._items(history, targets, most),
         )
 
 
