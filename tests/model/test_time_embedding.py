@@ -14,12 +14,16 @@ import torch
 from safetensors.torch import load_file
 
 import hsft
+from cold_start import main as cold_start_main
 from export import main as export_main
 from hsft.data.cache import save_cache
 from hsft.data.dataset import TrainCollate
+from hsft.data.dataset.packing import Buckets
 from hsft.data.dataset.trainset import CachedEmbeddingTrainDataset
 from hsft.data.time_fields import FIELD_SIZES, item_times
 from hsft.finished.open_run import open_run
+from hsft.model.attention import VARLEN
+from hsft.model.backbone import load_decoder
 from hsft.model.time_embedding import TimeEmbedding
 from hsft.report.result import read_ranks, read_result
 from hsft.run.setup import build_user_llm, load_data
@@ -85,12 +89,13 @@ def test_fields_are_embedded_as_their_sum_and_begin_at_zero() -> None:
     assert embedding.weight.grad[:, 0].sum() == 2 * 12
 
 
+@pytest.mark.usefixtures("emulated_varlen")
 def test_packed_and_split_batches_have_the_gradients_of_padded_ones(project: Project) -> None:
     write_weekdays(project.root)
     config = hsft.load_config(
         model="HLLM", dataset="tiny", user_pretrain_dir=str(project.llama), precision="32-true",
         use_timestamps=True, predict_at="target", negatives="catalogue", device="cpu",
-        MAX_ITEM_LIST_LENGTH=8,
+        MAX_ITEM_LIST_LENGTH=8, fix_temp=True,
     )  # fmt: skip
     data = load_data(config, need_cache=True)
     model = build_user_llm(config, data, make_fabric(config), train=True).eval()
@@ -106,7 +111,14 @@ def test_packed_and_split_batches_have_the_gradients_of_padded_ones(project: Pro
     parts = split_batch(packed, 2, model.settings)
     assert unpack(packed).times.shape == padded.times.shape
     results = []
-    for batches in ([(padded, 1.0)], [(packed, 1.0)], [(p.batch, p.weight) for p in parts]):
+    # The last is in one row and padded to a bucket, as batches of CUDA graphs are.
+    row = TrainCollate(sequences, single_row=True, buckets=Buckets(16, 7, 8))(numbers)
+    batches_of = [[(padded, 1.0)], [(packed, 1.0)], [(p.batch, p.weight) for p in parts]]
+    for batches in (*batches_of, [(row, 1.0)]):
+        if batches[0][0] is row:
+            model.encoder.decoder = load_decoder(
+                project.llama, dtype=torch.float32, attention=VARLEN
+            ).eval()
         model.zero_grad()
         losses = [model(batch) * weight for batch, weight in batches]
         sum(losses).backward()
@@ -236,3 +248,19 @@ def test_what_has_no_times_is_refused(project: Project) -> None:
     code, _, err = project.run("--model", "ensemble", "--runs", "saved/run", "saved/pop")
     assert code == 2
     assert "saved/run reads timestamps, which an ensemble does not hand on" in err
+
+
+def test_cold_items_are_ranked_with_their_times(project: Project) -> None:
+    write_weekdays(project.root)
+    lines = (project.root / "dataset/tiny.csv").read_text().splitlines()
+    cold = tuple(f"i{10 * weekday + 9}," for weekday in range(7))
+    warm = [line for line in lines if not line.startswith(cold)]
+    (project.root / "dataset/warm.csv").write_text("\n".join(warm) + "\n")
+    cache = ("--item_cache_path", "dataset/tiny_item_embeddings.safetensors")
+    more = (*TIMES, "--predict_at", "target", "--run_name", "run")
+    assert project.run(*TRAIN, *more, "--dataset", "warm", *cache)[0] == 0
+    argv = ["--run", "saved/run", "--dataset", "tiny", *cache]
+    code, out, err = project.call(cold_start_main, argv)
+    assert code == 0, err
+    # Among all items and among the seven cold ones.
+    assert out.count("fine-tuned") == 2

@@ -58,9 +58,14 @@ class ColdOnly:
         """Number of items I, the others included."""
         return self._scorer.num_items
 
-    def user_vectors(self, history: Tensor, lengths: Tensor) -> Tensor:
-        """Int64 [B, T] and [B] -> float32 [B, D + 1]."""
-        vectors = self._scorer.user_vectors(history, lengths).float()
+    @property
+    def reads_times(self) -> bool:
+        """Whether `user_vectors` takes the times of the items too, as the other scorer's does."""
+        return bool(getattr(self._scorer, "reads_times", False))
+
+    def user_vectors(self, history: Tensor, lengths: Tensor, *times: Tensor) -> Tensor:
+        """Int64 [B, T] and [B], and uint8 [B, T, F] of `reads_times` -> float32 [B, D + 1]."""
+        vectors = self._scorer.user_vectors(history, lengths, *times).float()
         return torch.cat([vectors, vectors.new_ones((len(vectors), 1))], dim=1)
 
     def item_slice(self, start: int, end: int) -> Tensor:
