@@ -30,6 +30,7 @@ from hsft.encoding.sentence_encoder import (
     read_sentence_folder,
 )
 from hsft.hub.manifest import origin
+from hsft.model.attention import varlen_obstacle
 from hsft.model.backbone import LoraSettings
 from hsft.model.meta import read_kind
 from hsft.model.structure import DecoderSource
@@ -363,15 +364,17 @@ def load_encoder(
         if config.item_compile and lora is None:
             sentences.compile()
         return sentences
-    # Texts come in rows of alike length, and share what they begin with: no row holds several.
     kind = read_kind(DecoderSource(Path(folder), trust_remote_code=config.trust_remote_code))
+    # Elsewhere a row holds one text: rows of alike length have little padding and need no mask.
+    half = dtype in (torch.bfloat16, torch.float16)
+    packed = lora is None and varlen_obstacle(kind, device, half) is None
     encoder = load_item_encoder(
         folder,
         item_emb_token_n=config.item_emb_token_n,
         max_text_length=config.MAX_TEXT_LENGTH,
         device=device,
         dtype=dtype,
-        attention=attention_kernel(config, device, kind, rows=False),
+        attention=attention_kernel(config, device, kind, rows=packed),
         trust_remote_code=config.trust_remote_code,
         tokenizer_as_saved=config.text_format == "hllm",
         lora=lora,

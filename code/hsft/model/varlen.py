@@ -41,6 +41,8 @@ def varlen_attention_forward(
     scaling: float | None = None,
     cu_seq_lens_q: Tensor | None = None,
     max_length_q: int | None = None,
+    cu_seq_lens_k: Tensor | None = None,
+    max_length_k: int | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Attend causally within each sequence of a row, in the form that transformers calls.
@@ -57,6 +59,8 @@ def varlen_attention_forward(
         scaling: of the scores; 1 / sqrt(d) when None.
         cu_seq_lens_q: int32 [S + 1], 0, the ends of the sequences, T last.
         max_length_q: most positions of a sequence.
+        cu_seq_lens_k, max_length_k: the same of the keys, where sequences have keys of earlier
+            positions: the last query of a sequence sees all its keys. As for queries when None.
 
     Returns:
         [B, T, H, d], and None in place of the attention weights.
@@ -82,7 +86,8 @@ def varlen_attention_forward(
     assert varlen_attn is not None
     # [1, H, T, d] -> [T, H, d]: views, as the kernel reads any strides of the first two.
     q, k, v = (part[0].transpose(0, 1) for part in (query, key, value))
-    lengths = (cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q)
+    keys = (cu_seq_lens_q, max_length_q) if cu_seq_lens_k is None else (cu_seq_lens_k, max_length_k)
+    lengths = (cu_seq_lens_q, keys[0], max_length_q, keys[1])
     grouped = {"enable_gqa": True} if _GROUPED and q.shape[1] != k.shape[1] else {}
     scale = {} if scaling is None else {"scale": scaling}
     return varlen_attn(q, k, v, *lengths, **_CAUSAL, **grouped, **scale).unsqueeze(0), None

@@ -446,6 +446,22 @@ def packed_row_length(config: Config, kernel: str) -> int | None:
     return 4 * config.MAX_ITEM_LIST_LENGTH
 
 
+def graph_obstacle(config: Config, precision: str) -> str:
+    """Say what in a configuration keeps its training steps from CUDA graphs; empty: nothing.
+
+    Args:
+        config: the configuration.
+        precision: its `precision`, `auto` resolved.
+    """
+    if config.trains_items:
+        return "CUDA graphs need train_item_llm: none"
+    if config.gradient_checkpointing:
+        return "CUDA graphs need gradient_checkpointing: False"
+    if config.strategy == "deepspeed" or precision == "16-mixed":
+        return "CUDA graphs need strategy: ddp and precision: bf16-mixed"
+    return ""
+
+
 def user_attention(config: Config, device: torch.device) -> str:
     """Return the attention kernel of the configuration's UserLLM.
 

@@ -81,7 +81,8 @@ class EvalBatch(NamedTuple):
         row: int64 [1, N], the histories one after the other, for a model that reads rows; [0, 0]
             else. `history` has no columns then.
         positions: int64 [1, N], beside `row`, as in `TrainBatch`.
-        cu_lengths: int32 [B + 1], where each history starts in `row`, and N; [0] without one.
+        cu_lengths: int32 [S + 1], where each history starts in `row`, and N; [0] without one. S = B,
+            but for rows that are padded to a bucket: what fills them stands after the histories.
         times: uint8 [B, T, F] beside `history`, or [1, N, F] beside `row`: fields of each item's time;
             [0, 0, 0] for a model that reads none.
     """
@@ -99,10 +100,14 @@ class EvalBatch(NamedTuple):
     cu_lengths: torch.Tensor = _NO_LENGTHS
     times: torch.Tensor = _NO_TIMES
 
+    def pin_memory(self) -> EvalBatch:
+        """Copy the batch to pinned memory; what is there already stays."""
+        return EvalBatch(*(part.pin_memory() for part in self))
+
     def to(self, device: torch.device) -> EvalBatch:
         """Copy the batch to a device, to a GPU without waiting for it."""
         if device.type == "cuda":
-            pinned = (part.pin_memory() for part in self)
+            pinned = self.pin_memory()
             return EvalBatch(*(part.to(device, non_blocking=True) for part in pinned))
         return EvalBatch(*(part.to(device) for part in self))
 
@@ -259,12 +264,14 @@ class EvalCollate:
 
     Attributes:
         single_row: put the histories of a batch into one row.
+        buckets: sizes that such a row is padded up to; None: none.
     """
 
     def __init__(
         self, dataset: CachedEmbeddingEvalDataset, candidates: np.ndarray | None = None
     ) -> None:
         self.single_row = False
+        self.buckets: Buckets | None = None
         self.dataset = dataset
         self.candidates = candidates
 
@@ -282,17 +289,16 @@ class EvalCollate:
         rows = {}
         times = None
         if self.dataset.times is not None:
-            times = torch.from_numpy(self.dataset.times.fields(recent, ends))
+            times = self.dataset.times.fields(recent, ends)
         if self.single_row:
             history = np.empty((len(indices), 0), dtype=np.int64)
-            layout = one_row(ends - recent)
+            layout = one_row(ends - recent, self.buckets)
+            row = items[ragged_positions(recent, ends)].astype(np.int64)
             if times is not None:
-                real = torch.arange(times.shape[1]) < torch.from_numpy(ends - recent).unsqueeze(1)
-                times = times[real].unsqueeze(0)
+                real = times[np.arange(times.shape[1]) < (ends - recent)[:, None]]
+                times = np.pad(real, ((0, layout.padding), (0, 0)))[None]
             rows = {
-                "row": torch.from_numpy(
-                    items[ragged_positions(recent, ends)][None].astype(np.int64)
-                ),
+                "row": torch.from_numpy(np.pad(row, (0, layout.padding))[None]),
                 "positions": torch.from_numpy(layout.positions),
                 "cu_lengths": torch.from_numpy(layout.cu_lengths),
             }
@@ -312,7 +318,7 @@ class EvalCollate:
             seen_rows=torch.from_numpy(np.repeat(np.arange(len(indices)), ends - starts)),
             seen_items=torch.from_numpy(items[ragged_positions(starts, ends)].astype(np.int64)),
             candidates=torch.from_numpy(drawn),
-            times=_NO_TIMES if times is None else times,
+            times=_NO_TIMES if times is None else torch.from_numpy(times),
             **rows,
         )
 
