@@ -483,13 +483,17 @@ def _memory(
     weights = check_files(folder).count(config.user_llm_layers, vocabulary=False)
     size = 4 if config.item_embedding_transform != "none" else cache.embeddings.element_size()
     table = len(interactions.item_ids) * cache.dim * size
+    if config.trains_items:
+        encoder = Path(config.encoder or config.item_pretrain_dir or "")
+        weights += check_files(read_sentence_folder(encoder).transformer).count()
     least = table + weights * compute_dtype(config).itemsize
     if device in ("cuda", "xpu"):
         total = torch.get_device_module(device).get_device_properties(0).total_memory
     else:
         total = psutil.virtual_memory().total
     findings.notes.append(
-        f"memory: {least / GIB:.2f} GiB for the UserLLM and the item table alone, of "
+        f"memory: {least / GIB:.2f} GiB for the {'LLMs' if config.trains_items else 'UserLLM'} and "
+        f"the item table alone, of "
         f"{total / GIB:.1f} GiB ({device})"
     )
     with findings.collect():

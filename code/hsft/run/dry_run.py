@@ -19,12 +19,15 @@ from hsft.data.dataset import CachedEmbeddingTrainDataset
 from hsft.data.files import cache_path, find_cache, has_interactions, interaction_file
 from hsft.data.interactions import Interactions, load_interactions
 from hsft.data.split import leave_one_out
+from hsft.encoding.item_tower import freeze
+from hsft.encoding.sentence_encoder import MODULES, read_sentence_folder
 from hsft.model.attention import VARLEN
 from hsft.model.backbone import (
     check_lora_targets,
     choose_attention,
     cut_decoder,
     decoder_config,
+    load_model_config,
     read_extra,
 )
 from hsft.model.folder import check_decoder, check_embeddings, check_positions
@@ -34,6 +37,7 @@ from hsft.report.memory import (
     MIB,
     TrainingShape,
     estimate,
+    item_llm_bytes,
     largest_batch,
     meta_decoder,
     rows,
@@ -189,7 +193,48 @@ def assumed_shape(
         budget_bytes=config.logits_budget_mb * MIB,
         attention="eager" if kernel == "eager" else "sdpa",
     )
+    if config.trains_items:
+        shape, sentences = _with_item_llm(config, shape)
+        assumed = [*assumed, *sentences]
     return shape, [*assumed, *items.assumed]
+
+
+def _with_item_llm(config: Config, shape: TrainingShape) -> tuple[TrainingShape, list[str]]:
+    """Add the ItemLLM that is trained, of TinyLlama-1.1B's shape where its folder is not there."""
+    assumed = []
+    folder = Path(config.encoder or config.item_pretrain_dir or "")
+    if is_folder(folder):
+        if is_file(folder / MODULES):
+            folder = read_sentence_folder(folder).transformer
+        model_config = load_model_config(folder, config.trust_remote_code)
+    else:
+        assumed = [f"no model folder at {folder}: the ItemLLM is taken as TinyLlama-1.1B's shape."]
+        model_config = LlamaConfig(**TINYLLAMA)
+    model = meta_decoder(model_config, config.trust_remote_code)
+    lora = config.train_item_llm == "lora"
+    if lora:
+        check_lora_targets(model, config.item_lora_target_modules, "ItemLLM")
+    freeze(model, config.item_freeze_layers, config.item_freeze_embeddings)
+    item_llm = replace(
+        shape,
+        model_config=model_config,
+        quant_type=config.item_quant_type,
+        lora_rank=config.item_lora_r if lora else None,
+        lora_targets=tuple(config.item_lora_target_modules),
+        checkpointing=config.item_gradient_checkpointing,
+        adapter="none",
+        item_width=None,
+        id_vectors=False,
+        # The emb token comes after the longest text.
+        length=config.MAX_TEXT_LENGTH + 1,
+        mean_length=None,
+        masked_row=None,
+    )
+    held, chunk = item_llm_bytes(item_llm, model, config.item_chunk_tokens)
+    # A history and its last target are one item more than its positions; drawn ones come besides.
+    drawn = config.MAX_ITEM_LIST_LENGTH + 1 if config.negatives == "per_sequence" else 0
+    each = (config.MAX_ITEM_LIST_LENGTH + 1 + drawn) * config.gradient_accumulation_steps
+    return replace(shape, item_llm_bytes=held, item_chunk_bytes=chunk, step_items=each), assumed
 
 
 def _user_model(config: Config, folder: Path | None) -> tuple[Any, list[str]]:
@@ -280,6 +325,20 @@ def _trained_how(shape: TrainingShape) -> str:
     return f"{layers}: LoRA of rank {shape.lora_rank} on {targets}, over {frozen}, {kernel}."
 
 
+def _items_trained_how(config: Config) -> list[str]:
+    if not config.trains_items:
+        return []
+    how = "all weights trained"
+    if config.train_item_llm == "lora":
+        frozen = "frozen" if config.item_quant_type == "none" else config.item_quant_type
+        how = f"LoRA of rank {config.item_lora_r} over {frozen} weights"
+    again = ", gradient checkpointing" if config.item_gradient_checkpointing else ""
+    return [
+        f"The ItemLLM: {how}, {config.item_chunk_tokens:,} tokens at a time{again}. A chunk's "
+        f"activations count as far as they exceed those of the UserLLM's step."
+    ]
+
+
 def _automatic_type(config: Config, shape: TrainingShape, model: torch.nn.Module) -> list[str]:
     if config.qlora_quant_type != "auto" or shape.lora_rank is None:
         return []
@@ -304,7 +363,8 @@ def describe(config: Config, shape: TrainingShape, assumed: Sequence[str] = ()) 
     counted_rows = [
         (name, size)
         for name, size in rows(needed)
-        if shape.items is not None or name != "item table"
+        if (shape.items is not None or name != "item table")
+        and (shape.item_llm_bytes or name != "item llm")
     ]
     known = "an unknown number of" if shape.items is None else f"{shape.items:,}"
     lines = [
@@ -312,6 +372,7 @@ def describe(config: Config, shape: TrainingShape, assumed: Sequence[str] = ()) 
         f"{shape.length} items ({shape.positions(config.train_batch_size):,} positions), "
         f"{known} items in the catalogue, {how}.",
         _trained_how(shape),
+        *_items_trained_how(config),
         *(f"Assumed: {sentence}" for sentence in assumed),
         "",
         *(f"{name:<14}{size / MIB:>10,.0f} MiB" for name, size in counted_rows),
