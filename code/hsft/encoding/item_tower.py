@@ -6,6 +6,7 @@ import copy
 import re
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -120,9 +121,14 @@ class ItemTower(nn.Module):
                 )
         finally:
             self.train(training)
-        if self.transform is not None:
-            vectors = copy.deepcopy(self.transform).cpu()(vectors.float()).to(vectors.dtype)
-        return ItemCache(item_ids, vectors, {**job.metadata(), **job.origin()})
+        return self.mapped(ItemCache(item_ids, vectors, {**job.metadata(), **job.origin()}))
+
+    def mapped(self, cache: ItemCache) -> ItemCache:
+        """Return a cache with the fixed map applied to its vectors."""
+        if self.transform is None:
+            return cache
+        vectors = copy.deepcopy(self.transform).cpu()(cache.embeddings.float())
+        return replace(cache, embeddings=vectors.to(cache.embeddings.dtype))
 
     def trained_state(self) -> dict[str, Tensor]:
         """Return the trained weights by name, and the fixed map's numbers, on the CPU."""
@@ -196,7 +202,7 @@ def freeze(model: nn.Module, layers: int, embeddings: bool) -> None:
     if layers >= count:
         raise InputError(
             f"item_freeze_layers {layers} leaves none of the ItemLLM's {count} layers to train; "
-            f"lower it, or set train_item_llm: none."
+            f"lower it."
         )
     for (name, weight), number in zip(model.named_parameters(), numbers, strict=True):
         if number is not None:

@@ -176,7 +176,13 @@ def check_run(config: Config) -> None:
             with findings.collect():
                 refuse_unlike_members(config, split)
         trains_nce = config.model == "HLLM" and config.trains and config.loss == "nce"
-        if trains_nce and cache is not None and not findings.problems:
+        # Pretraining changes the vectors.
+        if (
+            trains_nce
+            and not config.item_pretrain_epochs
+            and cache is not None
+            and not findings.problems
+        ):
             with findings.collect():
                 note, high = check_cosines(config, cache, interactions)
                 findings.notes.append(note)
@@ -369,7 +375,7 @@ def _item_training(config: Config, model_config: Any) -> None:
     if not config.trains_items:
         return
     model = meta_decoder(model_config, config.trust_remote_code)
-    if config.train_item_llm == "lora":
+    if config.trains_item_lora:
         check_lora_targets(model, config.item_lora_target_modules, "ItemLLM")
     freeze(model, config.item_freeze_layers, config.item_freeze_embeddings)
 

@@ -211,7 +211,7 @@ def _with_item_llm(config: Config, shape: TrainingShape) -> tuple[TrainingShape,
         assumed = [f"no model folder at {folder}: the ItemLLM is taken as TinyLlama-1.1B's shape."]
         model_config = LlamaConfig(**TINYLLAMA)
     model = meta_decoder(model_config, config.trust_remote_code)
-    lora = config.train_item_llm == "lora"
+    lora = config.trains_item_lora
     if lora:
         check_lora_targets(model, config.item_lora_target_modules, "ItemLLM")
     freeze(model, config.item_freeze_layers, config.item_freeze_embeddings)
@@ -231,6 +231,9 @@ def _with_item_llm(config: Config, shape: TrainingShape) -> tuple[TrainingShape,
         masked_row=None,
     )
     held, chunk = item_llm_bytes(item_llm, model, config.item_chunk_tokens)
+    if not config.trains_items_along:
+        # It is gone when the UserLLM is trained.
+        return replace(shape, item_chunk_bytes=held + chunk), assumed
     # A history and its last target are one item more than its positions; drawn ones come besides.
     drawn = config.MAX_ITEM_LIST_LENGTH + 1 if config.negatives == "per_sequence" else 0
     each = (config.MAX_ITEM_LIST_LENGTH + 1 + drawn) * config.gradient_accumulation_steps
@@ -329,13 +332,13 @@ def _items_trained_how(config: Config) -> list[str]:
     if not config.trains_items:
         return []
     how = "all weights trained"
-    if config.train_item_llm == "lora":
+    if config.trains_item_lora:
         frozen = "frozen" if config.item_quant_type == "none" else config.item_quant_type
         how = f"LoRA of rank {config.item_lora_r} over {frozen} weights"
     again = ", gradient checkpointing" if config.item_gradient_checkpointing else ""
     return [
-        f"The ItemLLM: {how}, {config.item_chunk_tokens:,} tokens at a time{again}. A chunk's "
-        f"activations count as far as they exceed those of the UserLLM's step."
+        f"The ItemLLM: {how}, {config.item_chunk_tokens:,} tokens at a time{again}. What it needs when "
+        f"the UserLLM's step is over counts as far as it is more than that."
     ]
 
 
@@ -363,8 +366,7 @@ def describe(config: Config, shape: TrainingShape, assumed: Sequence[str] = ()) 
     counted_rows = [
         (name, size)
         for name, size in rows(needed)
-        if (shape.items is not None or name != "item table")
-        and (shape.item_llm_bytes or name != "item llm")
+        if (shape.items is not None or name != "item table") and (size or name != "item llm")
     ]
     known = "an unknown number of" if shape.items is None else f"{shape.items:,}"
     lines = [

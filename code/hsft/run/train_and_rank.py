@@ -55,6 +55,7 @@ from hsft.run.saved_model import build_ensemble, member_runs
 from hsft.run.setup import (
     Data,
     build_item_training,
+    build_pretraining,
     build_user_llm,
     check_cosines,
     check_training,
@@ -75,6 +76,7 @@ from hsft.trainer.fabric import (
     choose_precision,
     make_fabric,
 )
+from hsft.trainer.item_pretraining import pretrain_items
 from hsft.trainer.item_training import ItemTraining
 from hsft.trainer.loop import train
 from hsft.trainer.optim import steps_per_epoch
@@ -234,7 +236,7 @@ def _evaluate_models(
         evaluation = evaluate(config, _for_evaluation(model, fabric), final, fabric)
         session.lap("evaluation")
         return {UNTRAINED: evaluation}, {}
-    if config.loss == "nce" and data.cache is not None:
+    if config.loss == "nce" and data.cache is not None and not config.item_pretrain_epochs:
         warn(check_cosines(config, data.cache, data.interactions)[1])
     evaluations = {}
     if config.eval_baseline:
@@ -293,23 +295,47 @@ def _train_and_evaluate_model(
     run: RunContext, data: Data, final: Evaluator
 ) -> tuple[dict[str, Evaluation], dict[str, Any]]:
     config, fabric = run.config, run.fabric
-    items = None
+    items = pretrained = None
+    fingerprint = data.fingerprint
     if config.model == "sasrec":
         name = "sasrec"
         model = build_sasrec(config, data.interactions.num_items)
         model.to(fabric.device)
     else:
         name = TUNED
-        warn_of_plain_items(config, data.cache)
+        if config.item_pretrain_epochs:
+            data, pretrained = _pretrain(run, data)
+        else:
+            warn_of_plain_items(config, data.cache)
         model = build_user_llm(config, data, fabric, train=True)
         if config.trains_items:
-            items = build_item_training(config, data, fabric, model.encoder.items)
+            items = build_item_training(config, data, fabric, model.encoder.items, pretrained)
+            fingerprint = f"{fingerprint} {items.fingerprint}"
     run.session.lap("model")
-    state, training = _train(run, data, model, items)
+    state, training = _train(run, data, model, items, fingerprint)
     run.session.lap("training")
     evaluation = evaluate(config, model, final, fabric)
     run.session.lap("evaluation")
     return {name: evaluation}, {**training, **state.summary()}
+
+
+def _pretrain(run: RunContext, data: Data) -> tuple[Data, ItemTraining]:
+    """Train the ItemLLM alone and encode the catalogue with it.
+
+    Returns:
+        The data with these vectors as the cache, and the ItemLLM.
+    """
+    config = run.config
+    items = build_pretraining(config, data, run.fabric)
+    items.agree()
+    run.session.lap("model")
+    pretrain_items(run, items, data.split, f"{data.fingerprint} {items.fingerprint}")
+    items.encode_catalogue()
+    run.session.lap("item pretraining")
+    assert items.cache is not None
+    if config.loss == "nce":
+        warn(check_cosines(config, items.cache, data.interactions)[1])
+    return replace(data, cache=items.cache), items
 
 
 def _weigh_and_evaluate_ensemble(
@@ -390,7 +416,7 @@ def _scoring(
 
 
 def _train(
-    run: RunContext, data: Data, model: Recommender, items: ItemTraining | None
+    run: RunContext, data: Data, model: Recommender, items: ItemTraining | None, fingerprint: str
 ) -> tuple[TrainState, dict[str, Any]]:
     config, fabric = run.config, run.fabric
     dataset = CachedEmbeddingTrainDataset(data.split, config.MAX_ITEM_LIST_LENGTH)
@@ -399,7 +425,7 @@ def _train(
         model.proposal = negative_proposal(config, dataset).to(fabric.device)
     loader = make_train_loader(config, dataset, data, fabric, pack=_packs(config, model, fabric))
     steps = config.epochs * steps_per_epoch(len(loader), config.gradient_accumulation_steps)
-    if items is not None:
+    if items is not None and items.along:
         model.item_llm = items.tower
     # Before ZeRO stage 3 takes the parameters apart.
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -416,7 +442,7 @@ def _train(
     valid = make_evaluator(config, data.split, "valid", fabric, config.valid_users)
 
     def validate() -> Evaluation:
-        if items is not None:
+        if items is not None and items.along:
             items.encode_catalogue()
         try:
             return evaluate(config, model, valid, fabric, "validation")
@@ -428,7 +454,6 @@ def _train(
         graphs.release()
         return evaluate(config, model, valid, fabric, "validation")
 
-    fingerprint = data.fingerprint if items is None else f"{data.fingerprint} {items.fingerprint}"
     state = train(run, replace(learner, graphs=graphs), loader, validate, fingerprint)
     return state, {
         "item_cache": None if items is None or items.cache is None else items.cache.metadata,
@@ -464,7 +489,7 @@ def accelerate(
     if not isinstance(model.encoder, UserLLM):
         return None
     obstacle = ""
-    if config.trains_items:
+    if config.trains_items_along:
         obstacle = "CUDA graphs need train_item_llm: none"
     elif config.gradient_checkpointing:
         obstacle = "CUDA graphs need gradient_checkpointing: False"
