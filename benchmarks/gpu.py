@@ -24,6 +24,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -46,11 +47,13 @@ from hsft.data.dataset import TrainBatch, TrainCollate
 from hsft.data.interactions import Interactions
 from hsft.data.split import leave_one_out
 from hsft.encoding.item_llm import ItemEncoder, length_batches
+from hsft.model import varlen
 from hsft.model.accelerate import compile_layers
-from hsft.model.attention import varlen_attention_forward, varlen_attn
+from hsft.model.attention import VARLEN
 from hsft.model.backbone import load_decoder
 from hsft.model.norms import fuse_norms
-from hsft.report.memory import CUDA_CONTEXT, GIB, estimate, meta_decoder
+from hsft.model.varlen import varlen_attention_forward, varlen_attn
+from hsft.report.memory import CUDA_CONTEXT, GIB, estimate
 from hsft.run.dry_run import TINYLLAMA, training_shape
 from hsft.run.setup import Data, build_user_llm, lora_settings, make_evaluator
 from hsft.run.train_and_rank import accelerate, evaluate, make_train_loader, train_and_rank
@@ -430,10 +433,8 @@ def flops_per_token(config: Config) -> int:
     N counts the linear layers. Frozen weights get no gradient; LoRA's own products and attention
     over at most 50 positions are left out.
     """
-    model = meta_decoder(training_shape(config).model_config)
-    return 4 * sum(
-        part.weight.numel() for part in model.modules() if isinstance(part, torch.nn.Linear)
-    )
+    linear = training_shape(config).decoder.linear.values()
+    return 4 * sum(read * given for read, given in linear)
 
 
 def peak_tflops(name: str, given: float | None) -> float | None:
@@ -698,7 +699,9 @@ def evaluation(bench: Bench) -> None:
     for label, keys, layers in (
         ("padded rows", {"attn_implementation": "sdpa"}, False),
         ("one row", {}, False),
+        ("one row, CUDA graph", {"compile": "graph"}, False),
         ("one row, 1,024 users", {"eval_batch_size": 1024}, False),
+        ("one row, 1,024 users, CUDA graph", {"eval_batch_size": 1024, "compile": "graph"}, False),
         ("one row, 1,024 users, logits_budget_mb 2,048",
          {"eval_batch_size": 1024, "logits_budget_mb": 2048}, False),
         ("one row, 1,024 users, compiled layers",
@@ -706,7 +709,7 @@ def evaluation(bench: Bench) -> None:
     ):  # fmt: skip
         if layers and bench.tiny:
             continue
-        config = bench.config(Variant("", keys))
+        config = bench.config(Variant("", {"compile": "off", **keys}))
         bench.attempt(
             "evaluation",
             label,
@@ -742,45 +745,100 @@ def rank_all(
 
 
 def caching(bench: Bench) -> None:
-    """Encode items with a model of TinyLlama's shape, emb token, 8 to 64 tokens each."""
+    """Encode items with a model of TinyLlama's shape, emb token, 8 to 64 tokens each, 12 shared."""
     folder = bench.folder / "item"
     sizes = {**(TINY if bench.tiny else TINYLLAMA), "vocab_size": 1000}
     torch.manual_seed(0)
     LlamaModel(LlamaConfig(**sizes)).to(torch.bfloat16).save_pretrained(folder)
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(8, 65, 200 if bench.tiny else 20_000)
+    prefix = rng.integers(0, 1000, 12)
+    tokens = [rng.integers(0, 1000, size) for size in lengths]
+    for ids in tokens:
+        ids[:12] = prefix[: len(ids)]
+    reference: list[torch.Tensor] = []
+    budgets = (512,) if bench.tiny else (8192, 32768)
+    for attention_name, label, ahead, compiled in (
+        ("sdpa", "padded, one batch after the other", False, False),
+        ("sdpa", "padded, next batch prepared ahead", True, False),
+        (VARLEN, "one row, next batch prepared ahead", True, False),
+        (VARLEN, "one row, compiled layers, prefix read with each text", True, True),
+    ):
+        if compiled and bench.tiny:
+            continue
+        with emulated_kernel() if bench.tiny else nullcontext():
+            encoder = item_encoder(folder, attention_name, compiled)
+            # Texts of fewer than 12 tokens are read whole.
+            encoder.share_prefix(prefix)
+            for budget in budgets:
+                bench.attempt(
+                    "caching",
+                    f"{label}, batches of {budget:,} tokens",
+                    partial(encode_catalogue, encoder, tokens, budget, ahead, reference),
+                )
+        del encoder
+
+
+def item_encoder(folder: Path, attention_name: str, compiled: bool) -> ItemEncoder:
+    """Load the random ItemLLM as `item_caching.py` does."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    model = load_decoder(folder, dtype=dtype, attention="sdpa", keep_token_embedding=True)
+    model = load_decoder(folder, dtype=dtype, attention=attention_name, keep_token_embedding=True)
     model = model.to(device)
     if device.type == "cuda":
         fuse_norms(model)
-    rng = np.random.default_rng(0)
-    lengths = rng.integers(8, 65, 200 if bench.tiny else 20_000)
-    tokens = [rng.integers(0, 1000, size) for size in lengths]
-    encoder = ItemEncoder(model, None, torch.randn(sizes["hidden_size"]), 64)
-    budgets = (512,) if bench.tiny else (8192, 32768)
-    for budget, compiled in ((budget, c) for c in (False, True) for budget in budgets):
-        if compiled and bench.tiny:
-            continue
+    emb_token = torch.randn(model.config.hidden_size, generator=torch.Generator().manual_seed(0))
+    encoder = ItemEncoder(model, None, emb_token.to(device), 64)
+    if compiled:
+        encoder.compile()
+    return encoder
 
-        def work(budget: int = budget, compiled: bool = compiled) -> dict[str, Any]:
-            if compiled:
-                encoder.compile()
-            batches = list(length_batches(lengths, budget, 1))
-            encoder.encode([tokens[row] for row in batches[0].tolist()])
-            encoder.encode([tokens[row] for row in batches[-1].tolist()])
-            synchronize(device)
-            began = time.perf_counter()
-            for batch in batches:
-                encoder.encode([tokens[row] for row in batch.tolist()])
-            synchronize(device)
-            seconds = time.perf_counter() - began
-            return {
-                "tokens_per_s": float(lengths.sum() + len(lengths)) / seconds,
-                "items_per_s": len(lengths) / seconds,
-            }
 
-        label = f"batches of {budget:,} tokens{', compiled' if compiled else ''}"
-        bench.attempt("caching", label, work)
+def encode_catalogue(
+    encoder: ItemEncoder,
+    tokens: list[np.ndarray],
+    budget: int,
+    ahead: bool,
+    reference: list[torch.Tensor],
+) -> dict[str, Any]:
+    """Time the encoding of all items; compare the embeddings with those of the first way."""
+    lengths = np.array([len(ids) for ids in tokens])
+    batches = list(length_batches(lengths, budget, 1))
+    texts = [[tokens[row] for row in batch.tolist()] for batch in batches]
+    packed = encoder.packed
+
+    def encode(some: list[list[np.ndarray]]) -> list[torch.Tensor]:
+        return list(encoder.encode_all(some) if ahead else map(encoder.encode, some))
+
+    encode([texts[0], texts[-1]])
+    synchronize(encoder.model.device)
+    began = time.perf_counter()
+    embeddings = torch.cat(encode(texts))
+    seconds = time.perf_counter() - began
+    by_item = torch.empty_like(embeddings)
+    by_item[torch.from_numpy(np.concatenate(batches))] = embeddings
+    reference.append(by_item)
+    furthest = (by_item - reference[0]).norm(dim=1) / reference[0].norm(dim=1)
+    return {
+        "passed": float(furthest.max()) < 0.1,
+        "tokens_per_s": float(lengths.sum() + len(lengths)) / seconds,
+        "items_per_s": len(lengths) / seconds,
+        "one_row": packed,
+        "furthest_relative": float(furthest.max()),
+        "peak_bytes": peak_bytes(encoder.model.device),
+    }
+
+
+@contextmanager
+def emulated_kernel() -> Iterator[None]:
+    """Put the reference in the place of torch's variable-length kernel, which wants a GPU."""
+    kept = varlen.varlen_attn, varlen._CAUSAL, varlen._GROUPED
+    varlen.varlen_attn = reference_varlen_attn
+    varlen._CAUSAL, varlen._GROUPED = {"window_size": (-1, 0)}, True
+    try:
+        yield
+    finally:
+        varlen.varlen_attn, varlen._CAUSAL, varlen._GROUPED = kept
 
 
 # SmolLM2-135M's shape.

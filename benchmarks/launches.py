@@ -32,7 +32,7 @@ from benchmarks.plain_training import PlainModel, pad_to
 from hsft.data.dataset import CachedEmbeddingTrainDataset, TrainCollate
 from hsft.data.interactions import Interactions
 from hsft.data.split import leave_one_out
-from hsft.model import attention, norms
+from hsft.model import norms, varlen
 from hsft.model.backbone import LoraSettings, add_lora, load_decoder
 from hsft.model.item_table import ItemTable
 from hsft.model.norms import fuse_norms
@@ -123,12 +123,12 @@ def as_on_a_gpu() -> Iterator[None]:
         result: Tensor = _rms_norm(x, module.weight)
         return result
 
-    kept = attention.varlen_attn, norms.RMSNorm.forward
-    attention.varlen_attn, norms.RMSNorm.forward = attend, norm  # type: ignore
+    kept = varlen.varlen_attn, norms.RMSNorm.forward
+    varlen.varlen_attn, norms.RMSNorm.forward = attend, norm  # type: ignore
     try:
         yield
     finally:
-        attention.varlen_attn, norms.RMSNorm.forward = kept  # type: ignore[method-assign]
+        varlen.varlen_attn, norms.RMSNorm.forward = kept  # type: ignore[method-assign]
 
 
 def make_data(folder: Path, layers: int) -> CachedEmbeddingTrainDataset:

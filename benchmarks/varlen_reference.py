@@ -14,7 +14,7 @@ def reference_varlen_attn(
     key: Tensor,
     value: Tensor,
     cu_seq_q: Tensor,
-    cu_seq_k: Tensor,
+    cu_seq_k: Tensor | None,
     max_q: int,
     max_k: int,
     *,
@@ -26,8 +26,9 @@ def reference_varlen_attn(
 
     Args:
         query: [T, H, d].
-        key, value: [T, Hkv, d].
-        cu_seq_q, cu_seq_k: int32 [S + 1].
+        key, value: [K, Hkv, d].
+        cu_seq_q, cu_seq_k: int32 [S + 1]; a sequence may have more keys than queries, and its last
+            query stands beside its last key.
         max_q, max_k: most positions of a sequence; longer ones are refused.
         scale: of the scores; 1 / sqrt(d) when None.
         window_size: positions seen to the left and right, -1 for all of them.
@@ -38,16 +39,21 @@ def reference_varlen_attn(
     """
     if not enable_gqa and query.shape[1] != key.shape[1]:
         raise ValueError("query and key have different numbers of heads")
-    bounds = cu_seq_q.tolist()
+    bounds = itertools.pairwise(cu_seq_q.tolist())
+    key_bounds = itertools.pairwise((cu_seq_q if cu_seq_k is None else cu_seq_k).tolist())
     parts = []
-    for start, end in itertools.pairwise(bounds):
-        if end - start > max_q:
-            raise ValueError(f"a sequence of {end - start} positions is longer than {max_q}")
-        q, k, v = (part[start:end].transpose(0, 1) for part in (query, key, value))
+    for (start, end), (first, last) in zip(bounds, key_bounds, strict=True):
+        if end - start > max_q or last - first > max_k:
+            raise ValueError(
+                f"a sequence of {end - start} positions and {last - first} keys is longer than "
+                f"{max_q} and {max_k}"
+            )
         if start == end:
             continue
-        numbers = torch.arange(end - start, device=query.device)
-        behind = numbers[:, None] - numbers
+        q = query[start:end].transpose(0, 1)
+        k, v = (part[first:last].transpose(0, 1) for part in (key, value))
+        keys = torch.arange(last - first, device=query.device)
+        behind = keys[start - end :, None] - keys
         left, right = window_size
         seen = torch.ones_like(behind, dtype=torch.bool)
         if left >= 0:

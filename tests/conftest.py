@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,10 +10,19 @@ from pathlib import Path
 import pytest
 
 from benchmarks.varlen_reference import reference_varlen_attn
-from hsft.model import attention
+from hsft.model import varlen
 from hsft.utils.program import run_program
 from main import main
 from tests.helpers import ROOT, make_cache, make_dataset, make_llama
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Keep this program's records, of subprocesses too, out of the user's cache folder."""
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LOCALAPPDATA" if sys.platform == "win32" else "XDG_CACHE_HOME", str(folder))
+        yield folder
 
 
 @pytest.fixture(scope="session")
@@ -25,9 +35,9 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def emulated_varlen() -> Iterator[None]:
     """Put the reference in the place of torch's variable-length kernel, which wants a GPU."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(attention, "varlen_attn", reference_varlen_attn)
-        patch.setattr(attention, "_CAUSAL", {"window_size": (-1, 0)})
-        patch.setattr(attention, "_GROUPED", True)
+        patch.setattr(varlen, "varlen_attn", reference_varlen_attn)
+        patch.setattr(varlen, "_CAUSAL", {"window_size": (-1, 0)})
+        patch.setattr(varlen, "_GROUPED", True)
         yield
 
 

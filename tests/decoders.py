@@ -10,10 +10,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from hsft.model.backbone import LoraSettings, add_lora, decoder_config, load_decoder
+from hsft.model.backbone import LoraSettings, add_lora, load_decoder
 from hsft.model.item_table import ItemTable
+from hsft.model.meta import read_structure
 from hsft.model.norms import fuse_norms
 from hsft.model.recommender import LossSettings, Recommender
+from hsft.model.structure import DecoderSource
 from hsft.model.user_llm import UserLLM
 from hsft.report.memory import TrainingShape
 
@@ -41,7 +43,7 @@ def build(
 def shape(folder: Path, **more: Any) -> TrainingShape:
     """Return the shape of a QLoRA training of a model folder."""
     base = TrainingShape(
-        model_config=decoder_config(folder),
+        decoder=read_structure(DecoderSource(folder)),
         quant_type="nf4",
         lora_rank=RANK,
         lora_targets=("q_proj", "v_proj"),

@@ -461,6 +461,6 @@ def test_a_full_disk_is_one_line(project: Project, monkeypatch: pytest.MonkeyPat
     assert "Traceback" not in err
     monkeypatch.undo()
     monkeypatch.chdir(project.root)
-    monkeypatch.setattr(build_cache, "encode_batch", None)
+    monkeypatch.setattr(build_cache, "encode_batches", None)
     code, _, err = project.call(cache_main, [*project.arguments, *where])
     assert code == 0, err

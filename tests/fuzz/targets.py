@@ -16,7 +16,7 @@ from hsft.config.schema import Config
 from hsft.data.cache import encode_ids, open_cache
 from hsft.data.interactions import read_interactions
 from hsft.data.item_text import read_item_texts
-from hsft.model.backbone import load_model_config, read_extra
+from hsft.model.backbone import load_model_config, model_kind, read_extra
 from hsft.model.folder import check_decoder, check_files, check_shapes
 from hsft.report.compare import load_comparison
 from hsft.report.comparison_files import markdown
@@ -144,7 +144,7 @@ def _model_folder(folder: Path) -> list[Target]:
         target.write_bytes(data)
         try:
             found = load_model_config(model)
-            check_decoder(found, model)
+            check_decoder(model_kind(found), model)
             check_shapes(found, check_files(model), model)
             read_extra(model)
         finally:

@@ -12,12 +12,14 @@ import torch
 from lightning.fabric import Fabric
 from torch import nn
 
+from hsft.config import Config
 from hsft.data.dataset import CachedEmbeddingTrainDataset, TrainBatch, TrainCollate
 from hsft.data.dataset.packing import Buckets
 from hsft.data.interactions import Interactions
 from hsft.data.split import leave_one_out
 from hsft.model.accelerate import (
     Acceleration,
+    EncodingGraphs,
     StepGraphs,
     _Captured,
     choose_acceleration,
@@ -27,6 +29,7 @@ from hsft.model.backbone import load_decoder
 from hsft.model.item_table import ItemTable
 from hsft.model.recommender import LossSettings, Recommender
 from hsft.model.user_llm import UserLLM
+from hsft.run.train_and_rank import captures_encoding
 from tests.conftest import Project
 
 CPU = torch.device("cpu")
@@ -184,7 +187,7 @@ def test_a_whole_run_in_single_rows_is_that_of_masked_rows(
     results = []
     for kernel in ("sdpa", "varlen"):
         if kernel == "varlen":
-            monkeypatch.setattr("hsft.model.backbone.varlen_obstacle", lambda *_: None)
+            monkeypatch.setattr("hsft.model.attention.varlen_obstacle", lambda *_: None)
         run = ("--attn_implementation", kernel, "--run_name", kernel)
         code, _, err = project.run(*common, *run)
         assert code == 0, err
@@ -236,3 +239,58 @@ def test_a_bucket_counts_positions_exactly_under_mixed_precision(llama: Path) ->
     fabric = Fabric(accelerator="cpu", devices=1, precision="bf16-mixed")
     wrapped = fabric.setup(recommender(llama))
     torch.testing.assert_close(wrapped(padded), wrapped(plain), rtol=1e-4, atol=0)
+
+
+class EmulatedEncodings(EncodingGraphs):
+    """Captures nothing: a replay computes into the result's memory."""
+
+    def _capture(self, fixed: list[torch.Tensor]) -> Any:
+        result = torch.full_like(self._function(*fixed), torch.nan)
+
+        class Replay:
+            def replay(_) -> None:
+                result.copy_(self._function(*fixed))
+
+        return Replay(), fixed, result
+
+
+@pytest.mark.usefixtures("emulated_varlen")
+@torch.no_grad()
+def test_user_vectors_from_captured_encodings(llama: Path) -> None:
+    model = recommender(llama).eval()
+    given = [(batch.history, batch.positions, batch.cu_lengths) for batch in batches()]
+    wanted = [model.row_user_vectors(*parts) for parts in given]
+    graphs = EmulatedEncodings(model.row_user_vectors, CPU)
+    # All at once, so that a result that the next replay overwrites would be seen.
+    found = [graphs(*parts) for parts in given * 3]
+    assert graphs.graphs >= 1
+    for own, other in zip(found, wanted * 3, strict=True):
+        assert torch.equal(own, other)
+    graphs.release()
+    assert graphs.graphs == 0
+    assert torch.equal(graphs(*given[0]), wanted[0])
+
+
+def test_an_encoding_that_cannot_be_captured_costs_a_line(caplog: pytest.LogCaptureFixture) -> None:
+    # Without a GPU a capture fails.
+    graphs = EncodingGraphs(torch.neg, CPU)
+    values = torch.arange(3.0)
+    for _ in range(6):
+        assert torch.equal(graphs(values), -values)
+    assert not graphs.enabled
+    assert sum("could not be captured" in line for line in caplog.messages) == 1
+
+
+def test_which_evaluations_are_captured() -> None:
+    def captures(compile_key: str, count: int, device: str = "cuda", strategy: str = "ddp") -> bool:
+        keys: Any = {"compile": compile_key, "strategy": strategy}
+        config = Config.model_construct(**keys)
+        return captures_encoding(config, count, torch.device(device))
+
+    assert captures("auto", 200)
+    assert not captures("auto", 199)
+    assert captures("graph", 1)
+    assert not captures("off", 1000)
+    assert not captures("layers", 1000)
+    assert not captures("auto", 1000, device="cpu")
+    assert not captures("auto", 1000, strategy="deepspeed")

@@ -16,10 +16,11 @@ from transformers import LlamaConfig, MistralConfig
 from benchmarks.varlen_reference import reference_varlen_attn
 from hsft.data.dataset.packing import Buckets, one_row
 from hsft.model import attention
-from hsft.model.attention import causal_setting, varlen_attention_forward, varlen_obstacle
-from hsft.model.backbone import choose_attention, load_decoder
+from hsft.model.attention import choose_attention, varlen_obstacle
+from hsft.model.backbone import load_decoder, model_kind
 from hsft.model.item_table import ItemTable
 from hsft.model.user_llm import UserLLM
+from hsft.model.varlen import causal_setting, varlen_attention_forward
 
 LENGTHS = st.lists(st.integers(1, 9), min_size=1, max_size=6)
 CUDA = torch.device("cuda")
@@ -148,20 +149,21 @@ def test_a_bucket_fixes_every_shape(
 def test_what_keeps_a_model_from_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    llama = LlamaConfig(hidden_size=64, num_attention_heads=4)
+    llama = model_kind(LlamaConfig(hidden_size=64, num_attention_heads=4))
     assert varlen_obstacle(llama, CUDA, half=True) is None
     assert choose_attention("auto", True, CUDA, True, llama) == "varlen"
     assert choose_attention("varlen", True, CUDA, True, llama) == "varlen"
     assert varlen_obstacle(llama, torch.device("cpu"), half=True) == "a CUDA device"
     assert varlen_obstacle(llama, CUDA, half=False) == "a 16-bit precision"
-    assert "windows" in str(varlen_obstacle(MistralConfig(sliding_window=8), CUDA, half=True))
-    assert varlen_obstacle(MistralConfig(sliding_window=None), CUDA, half=True) is None
-    narrow = LlamaConfig(hidden_size=24, num_attention_heads=2)
+    windowed, whole = (model_kind(MistralConfig(sliding_window=size)) for size in (8, None))
+    assert "windows" in str(varlen_obstacle(windowed, CUDA, half=True))
+    assert varlen_obstacle(whole, CUDA, half=True) is None
+    narrow = model_kind(LlamaConfig(hidden_size=24, num_attention_heads=2))
     assert "heads" in str(varlen_obstacle(narrow, CUDA, half=True))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     assert "8.0" in str(varlen_obstacle(llama, CUDA, half=True))
     assert choose_attention("auto", False, CUDA, True, llama) == "sdpa"
-    monkeypatch.setattr(attention, "varlen_attn", None)
+    monkeypatch.setattr(attention, "has_varlen_kernel", lambda: False)
     assert "2.10" in str(varlen_obstacle(llama, CUDA, half=True))
 
 

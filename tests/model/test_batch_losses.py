@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from hsft.data.dataset import CachedEmbeddingTrainDataset, TrainBatch, TrainCollate
+from hsft.data.dataset.packing import Buckets
 from hsft.data.interactions import Interactions
 from hsft.data.negatives import NegativeSampler
 from hsft.data.split import leave_one_out
@@ -29,13 +30,21 @@ THRESHOLD = 0.99
 class RunningMean(SequenceEncoder):
     """State t is a trainable matrix times the mean of items 0..t: small enough to do by hand."""
 
-    def __init__(self, table: Tensor, matrix: Tensor) -> None:
+    def __init__(self, table: Tensor, matrix: Tensor, adapter: Tensor | None = None) -> None:
         super().__init__()
-        self.items = ItemTable(table)
+        self.items = ItemTable(table, "none" if adapter is None else "linear")
+        if adapter is not None:
+            self.items.adapter.weight.data = adapter  # type: ignore[union-attr]
         self.matrix = nn.Parameter(matrix)
 
-    def forward(self, history: Tensor, positions: Tensor | None = None) -> Tensor:
-        vectors = self.items(history)
+    def forward(
+        self,
+        history: Tensor,
+        positions: Tensor | None = None,
+        cu_lengths: Tensor | None = None,
+        vectors: Tensor | None = None,
+    ) -> Tensor:
+        vectors = self.items(history) if vectors is None else vectors
         steps = torch.arange(1, history.shape[1] + 1).reshape(1, -1, 1)
         return (vectors.cumsum(dim=1) / steps) @ self.matrix
 
@@ -175,3 +184,72 @@ def test_a_batch_costs_what_the_formula_says(kind: LossSettings, users: int, see
         slope = (value(matrix, 1.3 + step) - value(matrix, 1.3 - step)) / (2 * step)
         assert model.logit_scale.grad is not None
         assert model.logit_scale.grad.item() == pytest.approx(slope, rel=2e-3, abs=2e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: f"{kind.loss}-{kind.negatives}")
+@pytest.mark.parametrize("listed", [False, True])
+def test_an_adapter_applied_once_an_item_has_the_gradient_of_one_applied_at_every_use(
+    kind: LossSettings, listed: bool
+) -> None:
+    rng = np.random.default_rng(3)
+    data = interactions(rng, 6)
+    dataset = CachedEmbeddingTrainDataset(leave_one_out(data), LENGTH)
+    sampler = (
+        NegativeSampler(data, held_out=2, exclude="none") if kind.negatives == "sampled" else None
+    )
+    collate = TrainCollate(dataset, sampler=sampler, num_negatives=3, list_items=listed)
+    batch: TrainBatch = collate(list(range(len(dataset))))
+    table = np.concatenate([np.zeros((1, DIM)), rng.normal(size=(ITEMS, DIM))])
+    matrix, adapter = rng.normal(size=(DIM, DIM)), 0.3 * rng.normal(size=(DIM, DIM))
+    encoder = RunningMean(
+        torch.tensor(table).float(), torch.tensor(matrix).float(), torch.tensor(adapter).float()
+    )
+    rows: list[int] = []
+    assert encoder.items.adapter is not None
+    encoder.items.adapter.register_forward_hook(
+        lambda module, inputs, output: rows.append(inputs[0][..., 0].numel())
+    )
+    model = Recommender(encoder, kind, logit_scale=1.3)
+    loss = model(batch)
+    loss.backward()
+
+    pairs = transitions(data)
+    drawn = kind.negatives == "sampled"
+    pool = batch.negatives.reshape(-1).tolist() if drawn else [target for _, target in pairs]
+    used = {item for history, target in pairs for item in (*history, target)}
+    once = [1 + len(used)]
+    more = {"in_batch": [], "sampled": [len(pool)], "catalogue": [ITEMS]}[kind.negatives]
+    assert rows == once + more if listed else len(rows) == 2 + (kind.negatives == "sampled")
+
+    def value(weight: np.ndarray) -> float:
+        return reference(pairs, table + table @ weight.T, matrix, pool, kind, 1.3)
+
+    assert loss.item() == pytest.approx(value(adapter), rel=1e-4)
+    step = 1e-5
+    expected = np.zeros_like(adapter)
+    for place in np.ndindex(adapter.shape):
+        shift = np.zeros_like(adapter)
+        shift[place] = step
+        expected[place] = (value(adapter + shift) - value(adapter - shift)) / (2 * step)
+    (weight,) = encoder.items.adapter.parameters()
+    assert weight.grad is not None
+    np.testing.assert_allclose(weight.grad.numpy(), expected, rtol=2e-3, atol=2e-4)
+
+
+def test_a_bucket_lists_as_many_items_whatever_is_in_it() -> None:
+    dataset = CachedEmbeddingTrainDataset(
+        leave_one_out(interactions(np.random.default_rng(5), 8)), LENGTH
+    )
+    buckets = Buckets(step=16, sequences=4, max_length=LENGTH)
+    collate = TrainCollate(dataset, single_row=True, buckets=buckets, list_items=True)
+    sizes: dict[int, set[int]] = {}
+    for start in range(len(dataset) - 4):
+        batch = collate([start, start + 1, start + 2, start + 3][: 3 + start % 2])
+        sizes.setdefault(batch.history.shape[1], set()).add(len(batch.items))
+        assert (batch.items.diff() >= 0).all()
+        assert batch.items[0] == 0
+        uses = torch.cat([batch.history.flatten(), batch.targets.flatten()])
+        assert set(batch.items.tolist()) == {0, *uses.tolist()}
+    # By hand: 16 positions, one item more for each of 4 sequences, and one 0.
+    assert sizes[16] == {21}
+    assert all(len(found) == 1 for found in sizes.values())

@@ -25,13 +25,13 @@ from transformers import (
 )
 
 from hsft.data.cache import open_cache
+from hsft.model.attention import choose_attention
 from hsft.model.backbone import (
     LoraSettings,
     add_lora,
-    choose_attention,
-    decoder_config,
     load_decoder,
     load_model_config,
+    model_kind,
 )
 from hsft.model.folder import check_files
 from hsft.model.item_table import ItemTable
@@ -93,7 +93,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def load(folder: Path, lora: LoraSettings | None = None, **more: Any) -> Any:
-    kernel = choose_attention("auto", True, CPU, False, load_model_config(folder))
+    kind = model_kind(load_model_config(folder))
+    kernel = choose_attention("auto", True, CPU, False, kind)
     return load_decoder(folder, dtype=torch.float32, attention=kernel, lora=lora, **more)
 
 
@@ -181,9 +182,7 @@ def test_estimates_hold_for_other_families(tmp_path: Path, family: str, kind: An
         shape(folder, quant_type=kind, lora_targets=(target,), masked_row=40), attention=attention
     )
     model = real_model(folder, wanted)
-    assert memory.weight_bytes(memory.meta_decoder(wanted.model_config), wanted) == (
-        real_weight_bytes(model)
-    )
+    assert memory.weight_bytes(wanted) == real_weight_bytes(model)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     # And the logit scale.
     assert memory.estimate(wanted, 4).adapters == 4 * (trained + 1)
@@ -205,13 +204,12 @@ def test_llamas_target_names_are_refused(
 
 
 def test_targets_are_matched_as_peft_does(folders: dict[str, Path]) -> None:
-    config = decoder_config(folders["gpt2"])
     for wanted in (("all-linear",), ("attn.c_proj",), ("c_proj",), ("h.1.mlp.c_fc", "c_attn")):
         settings = LoraSettings(4, 8, 0.0, wanted, "none")
         adapted = add_lora(load(folders["gpt2"]), settings, False)
         real = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
-        counted = shape(folders["gpt2"], lora_targets=wanted, model_config=config)
-        assert sum(memory.trained_sizes(memory.meta_decoder(config), counted)) == real + 1
+        counted = shape(folders["gpt2"], lora_targets=wanted)
+        assert sum(memory.trained_sizes(counted)) == real + 1
 
 
 def test_a_target_may_name_its_layer(project: Project, folders: dict[str, Path]) -> None:
@@ -224,9 +222,9 @@ def test_a_target_may_name_its_layer(project: Project, folders: dict[str, Path])
 
 def test_attention_follows_what_the_model_has(project: Project, folders: dict[str, Path]) -> None:
     for family, folder in folders.items():
-        config = load_model_config(folder)
+        kind = model_kind(load_model_config(folder))
         wanted = "eager" if family in WITHOUT_SDPA else "sdpa"
-        assert choose_attention("auto", True, CPU, False, config) == wanted
+        assert choose_attention("auto", True, CPU, False, kind) == wanted
     where = ("--user_pretrain_dir", str(folders["gemma2"]), "--val_only", "True")
     code, _, err = project.run(*where)
     assert code == 0

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +12,13 @@ import torch
 from transformers import AutoModel, LlamaConfig
 
 from hsft.encoding.item_tower import freeze
-from hsft.model.backbone import load_model_config
 from hsft.model.item_table import ItemTable
+from hsft.model.meta import meta_decoder, read_structure
 from hsft.model.recommender import LossSettings, Recommender
+from hsft.model.structure import DecoderSource
 from hsft.model.user_llm import UserLLM
 from hsft.report import memory
-from hsft.run.dry_run import TINYLLAMA
+from hsft.run.dry_run import TINYLLAMA, _trained_part
 from tests.conftest import Project
 from tests.decoders import real_model, real_weight_bytes, saved_by_autograd, shape
 from tests.helpers import make_cache, make_llama
@@ -35,7 +35,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_weight_bytes_are_exact(folder: Path, kind: Any, double: bool) -> None:
     wanted = shape(folder, quant_type=kind)
     model = real_model(folder, wanted, double)
-    counted = memory.weight_bytes(memory.meta_decoder(wanted.model_config), wanted)
+    counted = memory.weight_bytes(wanted)
     assert counted == real_weight_bytes(model)
 
 
@@ -232,7 +232,7 @@ def test_dry_run_without_a_model_folder_takes_tinyllamas_shape(project: Project)
 
 def test_tinyllamas_shape_is_tinyllamas() -> None:
     config = LlamaConfig(**TINYLLAMA)
-    decoder = memory.meta_decoder(config)
+    decoder = meta_decoder(config)
     # TinyLlama-1.1B has 1,100,048,384 weights; 32,000 x 2,048 of them are the output head.
     assert sum(p.numel() for p in decoder.parameters()) == 1_100_048_384 - 32_000 * 2048
 
@@ -272,13 +272,11 @@ def test_a_trained_item_llm_is_counted(project: Project) -> None:
 
 
 def test_the_item_llm_s_weights_and_states_are_exact(folder: Path) -> None:
-    wanted = shape(folder, lora_rank=None, quant_type="none", items=None)
-    config = load_model_config(folder)
-    model = memory.meta_decoder(config)
-    freeze(model, 1, embeddings=False)
-    held, chunk = memory.item_llm_bytes(replace(wanted, model_config=config), model, 100)
+    decoder = read_structure(DecoderSource(folder, keep_token_embedding=True))
+    wanted = shape(folder, lora_rank=None, quant_type="none", items=None, decoder=decoder)
+    held, chunk = memory.item_llm_bytes(wanted, _trained_part(decoder, 0, True), 100)
     real = AutoModel.from_pretrained(folder)
-    freeze(real, 1, embeddings=False)
+    freeze(real, 0, embeddings=True)
     every = sum(weight.numel() for weight in real.parameters())
     trained = sum(weight.numel() for weight in real.parameters() if weight.requires_grad)
     assert 0 < trained < every

@@ -175,9 +175,9 @@ class Config(_Section):
     dry_run: Bool = _key(
         False,
         "run",
-        "print the estimated GPU memory and the largest train_batch_size for cards of 6 to 24 GiB, "
-        "then stop; loads no weights, and says what it assumes where the model folder, item cache "
-        "or interactions are not there yet",
+        "print the estimated GPU memory, and the largest train_batch_size and the time of an epoch for "
+        "cards of 6 to 24 GiB, then stop; loads no weights, and says what it assumes where the model "
+        "folder, item cache or interactions are not there yet",
     )
     seed: Int = _key(2020, "run", "seed of every random choice", ge=0, le=2**31 - 1)
     checkpoint_dir: Text = _key("saved", "run", "folder that holds one folder per run")
@@ -435,7 +435,8 @@ class Config(_Section):
         "UserLLM",
         "fewer kernel launches in training: layers compiles the decoder layers with torch.compile; "
         "graph captures whole steps as CUDA graphs (one process, attn_implementation: varlen, no "
-        "gradient_checkpointing); auto: graph where it can run and the run is not too short, else off",
+        "gradient_checkpointing), and the encoding of users in evaluation; auto: graph where it can "
+        "run and the run, or the evaluation, is not too short, else off",
     )
     use_ft_flash_attn: Bool = _key(
         True, "UserLLM", "HLLM's switch: False keeps attn_implementation auto from flash-attn"

@@ -7,8 +7,8 @@ import heapq
 import json
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -152,9 +152,9 @@ def encode_tokens(
     assigned = _assigned(groups, owners)
     result = torch.zeros((len(tokens), encoder.dim), dtype=DTYPES[job.dtype])
     with _meter(batches, assigned, tokens, encoder, show_progress) as bar:
-        for number in assigned:
+        for number, embeddings in encode_batches(encoder, tokens, batches, assigned, job, item_ids):
             rows = batches.all[number]
-            result[torch.from_numpy(rows)] = encode_batch(encoder, tokens, rows, job, item_ids)
+            result[torch.from_numpy(rows)] = embeddings
             bar.advance(len(rows), _tokens_of(rows, tokens, encoder))
     if world_size() > 1:
         for owner, group in zip(owners.tolist(), groups, strict=True):
@@ -280,17 +280,16 @@ class CacheBuilder:
             before * alone,
         ) as bar:
             try:
-                with writer.writing_rest():
+                stream = encode_batches(
+                    work.encoder, work.tokens, work.batches, assigned, work.job, work.item_ids
+                )
+                with closing(stream), writer.writing_rest():
                     for number in assigned:
-                        rows = work.batches.all[number]
-                        # A signal waits for the batch: what is encoded is not thrown away.
+                        # A signal waits for the batch: what is encoded is not thrown away. On a GPU
+                        # the batch after it, which is computed meanwhile, is.
                         with self.defer_signals():
-                            writer.add(
-                                number,
-                                encode_batch(
-                                    work.encoder, work.tokens, rows, work.job, work.item_ids
-                                ),
-                            )
+                            writer.add(*next(stream))
+                        rows = work.batches.all[number]
                         bar.advance(len(rows), _tokens_of(rows, work.tokens, work.encoder))
             finally:
                 self.kept = before + writer.items if alone else None
@@ -324,35 +323,43 @@ class CacheBuilder:
             ) from error
 
 
-def encode_batch(
+def encode_batches(
     encoder: ItemEncoder,
     tokens: Tokens,
-    rows: np.ndarray,
+    batches: Batches,
+    numbers: Sequence[int],
     job: EncodingJob,
     item_ids: Sequence[str],
-) -> Tensor:
-    """Encode a batch: [b, D] in the job's dtype.
+) -> Generator[tuple[int, Tensor]]:
+    """Encode batch after batch.
 
     Args:
         encoder: the ItemLLM.
         tokens: of the whole catalogue.
-        rows: int64 [b], item numbers.
+        batches: the job's.
+        numbers: of the batches to encode, in this order.
         job: for the dtype.
         item_ids: to name an item in an error; its number is given where they are not at hand.
+
+    Yields:
+        The batch's number, and [b, D] in the job's dtype on the CPU.
 
     Raises:
         InputError: an embedding does not fit in the dtype.
     """
-    done = encoder.encode([tokens[int(row)] for row in rows]).to(DTYPES[job.dtype])
-    bad = (~done.isfinite().all(dim=1)).nonzero()
-    if len(bad):
-        row = int(rows[int(bad[0])])
-        item = f"item '{item_ids[row]}'" if item_ids else f"item number {row + 1}"
-        raise InputError(
-            f"the embedding of {item} does not fit in {job.dtype}; use --item_cache_dtype bfloat16 "
-            f"or float32."
-        )
-    return done
+    texts = ([tokens[row] for row in batches.all[number].tolist()] for number in numbers)
+    with closing(encoder.encode_all(texts)) as stream:
+        for number, embeddings in zip(numbers, stream, strict=True):
+            done = embeddings.to(DTYPES[job.dtype])
+            bad = (~done.isfinite().all(dim=1)).nonzero()
+            if len(bad):
+                row = int(batches.all[number][int(bad[0])])
+                item = f"item '{item_ids[row]}'" if item_ids else f"item number {row + 1}"
+                raise InputError(
+                    f"the embedding of {item} does not fit in {job.dtype}; use --item_cache_dtype "
+                    f"bfloat16 or float32."
+                )
+            yield number, done
 
 
 def plan_batches(tokens: Tokens, job: EncodingJob, encoder: ItemEncoder) -> Batches:

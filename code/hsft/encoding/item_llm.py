@@ -4,28 +4,53 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
-from hsft.encoding.prefix import Prefix, encode_prefix
+from hsft.encoding.packed import PackedTexts, pack_texts
+from hsft.model.accelerate import compile_layers
+from hsft.model.attention import VARLEN
 from hsft.model.backbone import LoraSettings, add_lora, load_decoder, read_extra
 from hsft.model.norms import fuse_norms
-from hsft.utils.errors import InputError, brief
+from hsft.utils.errors import InputError, brief, one_line
 from hsft.utils.files import is_file
+from hsft.utils.host_copy import HostCopy
+from hsft.utils.prefetch import prefetch
+from hsft.utils.records import remember
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from hsft.encoding.prefix import Prefix
 
 log = logging.getLogger(__name__)
 
 _MODEL_FILES = (".safetensors", ".bin", ".json", ".model", ".txt")
 _READ_WHOLE = 1 << 20
 _PAGE = 4096
+# How far rounding may move an embedding between two kernels, as a share of its length. A kernel that
+# aligns queries and keys otherwise moves it further.
+_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.01}
+# What a tokenizer is not made of, and how many bytes of the other files are read to know them again.
+_WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack")
+_QUICKLY_READ = 64 << 20
+_TOKENIZER_PACKAGES = ("tokenizers", "sentencepiece", "tiktoken", "protobuf")
 
 Pooling = Literal["emb_token", "mean", "sentence"]
+
+
+class _PaddedTexts(NamedTuple):
+    """Texts in padded rows: their numbers in the batch, and what `ItemEncoder.embed` takes."""
+
+    rows: np.ndarray
+    padded: np.ndarray
+    lengths: np.ndarray
+    after_prefix: bool
 
 
 class ItemEncoder:
@@ -34,13 +59,17 @@ class ItemEncoder:
     With `emb_token` pooling the learned embedding `item_emb_tokens` is appended after the text's
     tokens, and its last hidden state (after the final norm) is the item's embedding. With `mean`
     pooling it is the mean of the last hidden states of the text's tokens. Attention is causal and
-    rows are padded on the right, so no position sees another item or a padding position.
+    rows are padded on the right, so no position sees another item or a padding position. A model
+    with `varlen` attention reads the texts of a batch in a single row.
 
     Args:
         model: a decoder with its token embedding.
         tokenizer: its tokenizer.
         emb_token: [D] learned embedding for `emb_token` pooling, None for `mean`.
         max_text_length: longest text in tokens.
+
+    Attributes:
+        packed: whether the texts of a batch are read in a single row.
     """
 
     def __init__(
@@ -51,6 +80,9 @@ class ItemEncoder:
         self.emb_token = emb_token
         self.max_text_length = max_text_length
         self.dim = int(model.config.hidden_size)
+        # Set back by `share_prefix` where the kernel does not give what padded rows give.
+        self.packed = getattr(model.config, "_attn_implementation", None) == VARLEN
+        self._compiled = False
         self._forward: Callable[..., Any] = model
         self._prefix: Prefix | None = None
 
@@ -61,7 +93,11 @@ class ItemEncoder:
 
     def compile(self) -> None:
         """Run the model through torch.compile (`item_compile`)."""
-        self._forward = torch.compile(self.model, dynamic=True)
+        if self.packed:
+            compile_layers(self.model)
+        else:
+            self._forward = torch.compile(self.model, dynamic=True)
+        self._compiled = True
 
     def tokenize(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Return each text's token ids, cut to `max_text_length`: int64 [0..max_text_length]."""
@@ -75,9 +111,36 @@ class ItemEncoder:
 
         Texts that begin otherwise are encoded whole.
         """
+        # Imported here, as transformers takes seconds that --check need not wait for.
+        from hsft.encoding.prefix import encode_prefix
+
         # torch.compile would trace the key-value cache again for each of its sizes.
-        compiled = self._forward is not self.model
-        self._prefix = None if compiled else encode_prefix(self.model, tokens)
+        self._prefix = None if self._compiled else encode_prefix(self.model, tokens)
+        if self.packed:
+            self._try_packed(tokens)
+
+    def _try_packed(self, tokens: np.ndarray) -> None:
+        """Encode a few tokens packed and padded, and stay with padded rows where they differ."""
+        few = np.array([*tokens, 0, 1, 2], dtype=np.int64)
+        texts = [few[: len(few) - cut] for cut in (2, 0, 1)] + [few[len(tokens) :]]
+        reason = ""
+        try:
+            packed = self.encode(texts)
+            self.packed = False
+            padded = self.encode(texts)
+            self.packed = True
+            furthest = float((packed - padded).norm(dim=1).max() / padded.norm(dim=1).max())
+            if not furthest < _TOLERANCE[self.model.dtype]:
+                reason = f"embeddings differ by {furthest:.2g} of their length"
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # kernels, and models that take no such arguments, raise many
+            reason = one_line(error, 160)
+        if reason:
+            self.packed = False
+            log.warning(
+                "texts are padded: variable-length attention does not work here (%s).", reason
+            )
 
     @torch.inference_mode()
     def encode(self, tokens: Sequence[np.ndarray]) -> Tensor:
@@ -90,22 +153,93 @@ class ItemEncoder:
         Returns:
             float32 [B, D] on the CPU.
         """
-        prefix = self._prefix
+        return self._compute(self._prepare(tokens)).cpu()
+
+    def encode_all(self, batches: Iterable[Sequence[np.ndarray]]) -> Generator[Tensor]:
+        """Encode batch after batch, in the given order, each as `encode` does.
+
+        On a GPU the next batch is prepared while one is computed, and a batch's embeddings are
+        waited for after the next one has been launched.
+
+        Args:
+            batches: token ids of texts.
+        """
+        if self.model.device.type != "cuda":
+            # Preparing takes less than a thousandth of the time there, and a thread a core.
+            yield from map(self.encode, batches)
+        else:
+            yield from self._encode_ahead(batches)
+
+    def _encode_ahead(self, batches: Iterable[Sequence[np.ndarray]]) -> Generator[Tensor]:
+        waiting: HostCopy | None = None
+        for prepared in prefetch(map(self._prepare, batches)):
+            with torch.inference_mode():
+                started = HostCopy(self._compute(prepared))
+            if waiting is not None:
+                yield waiting.read()
+            waiting = started
+        if waiting is not None:
+            yield waiting.read()
+
+    def _prepare(self, tokens: Sequence[np.ndarray]) -> PackedTexts | list[_PaddedTexts]:
+        """Lay a batch's texts out; of padded ones, those that begin with the prefix apart."""
+        prefix = None if self._prefix is None else self._prefix.tokens
+        if self.packed:
+            packed = pack_texts(tokens, prefix, emb_token=self.emb_token is not None)
+            return packed.pin_memory() if self.model.device.type == "cuda" else packed
         if prefix is None:
-            return self._encode(tokens, None)
+            return [_PaddedTexts(np.arange(len(tokens)), *pad(tokens), after_prefix=False)]
         size = len(prefix)
-        shared = np.array([np.array_equal(ids[:size], prefix.tokens) for ids in tokens], dtype=bool)
-        embeddings = torch.empty((len(tokens), self.dim))
-        for rows, part in ((np.flatnonzero(shared), prefix), (np.flatnonzero(~shared), None)):
+        begins = np.array([np.array_equal(ids[:size], prefix) for ids in tokens], dtype=bool)
+        parts = []
+        for rows, cut in ((np.flatnonzero(begins), size), (np.flatnonzero(~begins), 0)):
             if len(rows):
-                cut = len(part) if part else 0
                 rest = [tokens[row][cut:] for row in rows.tolist()]
-                embeddings[torch.from_numpy(rows)] = self._encode(rest, part)
+                parts.append(_PaddedTexts(rows, *pad(rest), after_prefix=cut > 0))
+        return parts
+
+    def _compute(self, texts: PackedTexts | list[_PaddedTexts]) -> Tensor:
+        """Encode what `_prepare` returns: float32 [B, D] on the device."""
+        device = self.model.device
+        if isinstance(texts, PackedTexts):
+            return self._embed_row(texts.to(device))
+        embedded = [
+            self.embed(part.padded, part.lengths, self._prefix if part.after_prefix else None)
+            for part in texts
+        ]
+        if len(texts) == 1:
+            return embedded[0]
+        embeddings = torch.empty((sum(map(len, embedded)), self.dim), device=device)
+        for part, rows in zip(texts, embedded, strict=True):
+            embeddings[to_device(part.rows, device)] = rows
         return embeddings
 
-    def _encode(self, tokens: Sequence[np.ndarray], prefix: Prefix | None) -> Tensor:
-        """Encode what comes after the prefix in each text."""
-        return self.embed(*pad(tokens), prefix).cpu()
+    def _embed_row(self, texts: PackedTexts) -> Tensor:
+        inputs = self.model.get_input_embeddings()(texts.ids)
+        if self.emb_token is not None:
+            inputs = torch.where(
+                texts.is_emb_token.unsqueeze(-1), self.emb_token.to(inputs), inputs
+            )
+        prefix = self._prefix
+        given = {"use_cache": False} if prefix is None else prefix.given_for_row(texts.key_index)
+        states = self._forward(
+            inputs_embeds=inputs,
+            position_ids=texts.positions,
+            cu_seq_lens_q=texts.cu_lengths,
+            cu_seq_lens_k=texts.cu_keys,
+            max_length_q=texts.longest,
+            max_length_k=texts.longest_keys,
+            **given,
+        ).last_hidden_state[0]
+        pooled = widened(states[texts.pooled])
+        width = torch.arange(pooled.shape[1], device=pooled.device)
+        counted = width < texts.counts.unsqueeze(1)
+        summed = pooled.masked_fill(~counted.unsqueeze(-1), 0.0).sum(dim=1)
+        counts = texts.counts
+        if prefix is not None and self.emb_token is None:
+            summed = summed + prefix.summed * (texts.before > 0).unsqueeze(1)
+            counts = counts + texts.before
+        return summed / counts.clamp_min(1).unsqueeze(-1)
 
     def embed(
         self, padded: np.ndarray, lengths: np.ndarray, prefix: Prefix | None = None
@@ -130,7 +264,7 @@ class ItemEncoder:
         rows = torch.arange(len(lengths), device=device)
         if self.emb_token is not None:
             inputs[rows, ends] = self.emb_token.to(inputs)
-        given = {"use_cache": False} if prefix is None else {"use_cache": True, **prefix.given}
+        given = {"use_cache": False} if prefix is None else prefix.given
         states = self._forward(inputs_embeds=inputs, **given).last_hidden_state
         if self.emb_token is not None:
             return widened(states[rows, ends])
@@ -229,6 +363,8 @@ def load_tokenizer(
     Raises:
         InputError: there is none, or it does not work.
     """
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
     saved = Path(folder) / "tokenizer.json"
     try:
         if as_saved and is_file(saved):
@@ -243,6 +379,37 @@ def load_tokenizer(
             f"model folder {folder} has no usable tokenizer ({brief(error, 160)}); fetch the model again."
         ) from error
     return tokenizer
+
+
+def check_tokenizer(folder: Path, trust_remote_code: bool = False) -> None:
+    """Load a tokenizer to see that it works, unless the same files are known to.
+
+    Raises:
+        InputError: as `load_tokenizer`.
+    """
+
+    def load() -> bool:
+        load_tokenizer(folder, trust_remote_code)
+        return True
+
+    files = None if trust_remote_code else _small_files(folder)
+    remember("tokenizer works", files, load, packages=_TOKENIZER_PACKAGES)
+
+
+def _small_files(folder: Path) -> dict[str, str] | None:
+    """Return the SHA-256 of each file that is no weights, None where they cannot be read quickly."""
+    digests = {}
+    size = 0
+    try:
+        for path in sorted(folder.iterdir()):
+            if path.is_file() and path.suffix not in _WEIGHT_FILES:
+                size += path.stat().st_size
+                if size > _QUICKLY_READ:
+                    return None
+                digests[path.name] = hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError:
+        return None
+    return digests
 
 
 def no_emb_token(folder: str | Path) -> str:

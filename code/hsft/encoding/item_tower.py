@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -196,18 +196,37 @@ def freeze(model: nn.Module, layers: int, embeddings: bool) -> None:
     Raises:
         InputError: it has no layer beyond those that are kept.
     """
-    matches = [_LAYER.search(name) for name, _ in model.named_parameters()]
-    numbers = [int(match[1]) if match else None for match in matches]
-    count = 1 + max((number for number in numbers if number is not None), default=-1)
-    if layers >= count:
-        raise InputError(
-            f"item_freeze_layers {layers} leaves none of the ItemLLM's {count} layers to train; "
-            f"lower it."
-        )
-    for (name, weight), number in zip(model.named_parameters(), numbers, strict=True):
+    check_frozen_layers((name for name, _ in model.named_parameters()), layers)
+    for name, weight in model.named_parameters():
+        number = layer_number(name)
         if number is not None:
             kept = number < layers
         else:
             kept = any(part in name for part in _EMBEDDINGS) and (embeddings or layers > 0)
         if kept:
             weight.requires_grad_(False)
+
+
+def check_frozen_layers(names: Iterable[str], layers: int) -> None:
+    """Refuse to keep all layers of an ItemLLM.
+
+    Args:
+        names: of its weights or linear layers.
+        layers: the first of its layers are kept.
+
+    Raises:
+        InputError: it has no layer beyond those.
+    """
+    numbers = [number for number in map(layer_number, names) if number is not None]
+    count = 1 + max(numbers, default=-1)
+    if layers >= count:
+        raise InputError(
+            f"item_freeze_layers {layers} leaves none of the ItemLLM's {count} layers to train; "
+            f"lower it."
+        )
+
+
+def layer_number(name: str) -> int | None:
+    """Return which layer a weight of this name belongs to, from 0; None for the others."""
+    match = _LAYER.search(name)
+    return int(match[1]) if match else None

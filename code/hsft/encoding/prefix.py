@@ -42,23 +42,59 @@ class _PrefixLayer(DynamicLayer):
         )
 
 
+class _PackedPrefixLayer(_PrefixLayer):
+    """The same for texts one after the other in a single row, some of which begin with the prefix.
+
+    Args:
+        keys, values: [1, H, P, d].
+        key_index: int64 [K], as in `PackedTexts`.
+    """
+
+    def __init__(self, keys: Tensor, values: Tensor, key_index: Tensor) -> None:
+        super().__init__(keys, values)
+        self._key_index = key_index
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        return (
+            torch.cat([self.keys, key_states], dim=2).index_select(2, self._key_index),
+            torch.cat([self.values, value_states], dim=2).index_select(2, self._key_index),
+        )
+
+
 @dataclass(frozen=True)
 class Prefix:
     """The first tokens of many texts, encoded.
 
     Attributes:
         tokens: int64 [P].
-        given: the decoder's arguments that hand it the prefix's keys and values, for any number
-            of rows and any number of times.
+        argument: name of the decoder's argument for keys and values of earlier positions.
+        layers: keys and values of the prefix, one a decoder layer.
         summed: float32 [1, D], the sum of the last hidden states at these positions.
     """
 
     tokens: np.ndarray
-    given: dict[str, Any]
+    argument: str
+    layers: list[_PrefixLayer]
     summed: Tensor
 
     def __len__(self) -> int:
         return len(self.tokens)
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """The decoder's arguments that put the prefix before any number of rows, padded texts."""
+        return {"use_cache": True, self.argument: Cache(layers=list(self.layers))}
+
+    def given_for_row(self, key_index: Tensor) -> dict[str, Any]:
+        """Return the arguments that put the prefix before texts in a single row.
+
+        Args:
+            key_index: int64 [K], as in `PackedTexts`.
+        """
+        layers = [_PackedPrefixLayer(part.keys, part.values, key_index) for part in self.layers]
+        return {"use_cache": True, self.argument: Cache(layers=layers)}
 
 
 @torch.inference_mode()
@@ -87,6 +123,7 @@ def encode_prefix(model: PreTrainedModel, tokens: np.ndarray) -> Prefix | None:
         return None
     return Prefix(
         tokens=tokens,
-        given={name: Cache(layers=[_PrefixLayer(layer.keys, layer.values) for layer in layers])},
+        argument=name,
+        layers=[_PrefixLayer(layer.keys, layer.values) for layer in layers],
         summed=output.last_hidden_state.float().sum(dim=1),
     )

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -18,15 +18,17 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoModel, PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from hsft.encoding.item_llm import ItemEncoder, Pooling, load_tokenizer, to_device, widened
-from hsft.encoding.prefix import Prefix
 from hsft.model.backbone import LoraSettings, add_lora, load_model_config
 from hsft.model.folder import check_files
 from hsft.utils.errors import InputError, brief, one_line
 from hsft.utils.files import is_file, read_json
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from hsft.encoding.prefix import Prefix
 
 MODULES = "modules.json"
 # In the order in which sentence-transformers puts several of them side by side.
@@ -74,6 +76,8 @@ def is_sentence_encoder(folder: str | Path, trust_remote_code: bool = False) -> 
     """
     if is_file(Path(folder) / MODULES):
         return True
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
     config = load_model_config(folder, trust_remote_code)
     kind = getattr(config, "model_type", None)
     return (
@@ -301,6 +305,8 @@ def load_sentence_encoder(
     Raises:
         InputError: a file is missing, damaged or of a kind that is not supported.
     """
+    from transformers import AutoModel
+
     if lora is not None and lora.quant_type != "none":
         raise InputError(
             f"{folder} is a sentence encoder, which is not quantised; use item_quant_type: none."

@@ -15,16 +15,22 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from hsft.data.dataset import CachedEmbeddingEvalDataset, EvalBatch, EvalCollate
+from hsft.data.dataset.packing import Buckets
 from hsft.data.interactions import PAD
 from hsft.data.negatives import NegativeSampler
 from hsft.evaluator import metrics, ranking
 from hsft.utils.errors import InputError
 from hsft.utils.host_copy import HostCopy
+from hsft.utils.prefetch import prefetch
 
 log = logging.getLogger(__name__)
 
 # Candidate lists get a stream of their own, so that they do not depend on what else was drawn.
 _CANDIDATE_STREAM = {"valid": 1, "test": 2}
+
+
+# Takes a function of tensors and returns one that gives the same.
+Capture = Callable[[Callable[..., Tensor]], Callable[..., Tensor]]
 
 
 class Scorer(Protocol):
@@ -195,6 +201,7 @@ class Evaluator:
         all_reduce: Callable[[np.ndarray], np.ndarray] = lambda values: values,
         on_batch: Callable[[int], None] = lambda users: None,
         autocast: Callable[[], Any] | None = None,
+        capture: Capture | None = None,
     ) -> Evaluation:
         """Rank every user's target and average the metrics.
 
@@ -204,12 +211,14 @@ class Evaluator:
             all_reduce: returns the sum of an int64 array over all processes.
             on_batch: called with the number of users just encoded.
             autocast: context manager factory for the model's forward pass.
+            capture: returns what computes a function of tensors faster, such as CUDA graphs. Single
+                rows are then padded to a few sizes.
         """
         began = time.perf_counter()
         ranks = np.zeros(len(self.dataset), dtype=np.int64)
         covered = {k: np.zeros(scorer.num_items + 1, dtype=bool) for k in self._coverage_cuts()}
         waiting: HostCopy | None = None
-        for group in self._groups(scorer, device, on_batch, autocast):
+        for group in self._groups(scorer, device, on_batch, autocast, capture):
             started = HostCopy(torch.stack([group.rows, self._rank(scorer, group, covered)]))
             # A group late, so that the device has the next one before this one is waited for.
             _write_ranks(waiting, ranks)
@@ -261,7 +270,13 @@ class Evaluator:
             ranks = all_reduce(counted)
         return ranks
 
-    def _batches(self, single_row: bool) -> Iterator[EvalBatch]:
+    @property
+    def num_batches(self) -> int:
+        """Batches that each process encodes."""
+        share = -(-len(self.dataset) // self.world_size)
+        return -(-share // self._batch_size)
+
+    def _batches(self, single_row: bool, buckets: Buckets | None = None) -> Iterator[EvalBatch]:
         """Gather this process's users, batch after batch.
 
         Padded rows come from the longest history to the shortest, so that those of a batch are
@@ -270,12 +285,13 @@ class Evaluator:
 
         Args:
             single_row: put the histories of a batch into one row.
+            buckets: sizes that such a row is padded up to.
         """
         samples = np.resize(np.append(self._share, 0), -(-len(self.dataset) // self.world_size))
         if not single_row:
             samples = samples[np.argsort(-self.dataset.lengths[samples], kind="stable")]
         collate = EvalCollate(self.dataset, self._candidates)
-        collate.single_row = single_row
+        collate.single_row, collate.buckets = single_row, buckets
         yield from DataLoader(
             self.dataset,
             batch_size=self._batch_size,
@@ -294,6 +310,7 @@ class Evaluator:
         device: torch.device,
         on_batch: Callable[[int], None],
         autocast: Callable[[], Any] | None,
+        capture: Capture | None = None,
     ) -> Iterator[_Group]:
         """Encode batch after batch and yield them in groups.
 
@@ -303,13 +320,28 @@ class Evaluator:
         waiting: list[tuple[Tensor, EvalBatch]] = []
         count = 0
         single_row = bool(getattr(scorer, "reads_rows", False))
-        for batch in self._batches(single_row):
-            moved = batch.to(device)
+        buckets = None
+
+        def encode_row(row: Tensor, positions: Tensor, cu_lengths: Tensor) -> Tensor:
+            reader: Any = scorer
             with nullcontext() if autocast is None else autocast():
-                if single_row:
-                    encode: Any = scorer
-                    users = encode.row_user_vectors(moved.row, moved.positions, moved.cu_lengths)
-                else:
+                vectors: Tensor = reader.row_user_vectors(row, positions, cu_lengths)
+            return vectors.float()
+
+        encode = encode_row
+        if single_row and capture is not None:
+            encode = capture(encode_row)
+            lengths = self.dataset.lengths
+            buckets = Buckets.of(lengths, self._batch_size, self.dataset.max_length)
+        batches = self._batches(single_row, buckets)
+        if device.type == "cuda":
+            batches = prefetch(batch.pin_memory() for batch in batches)
+        for batch in batches:
+            moved = batch.to(device)
+            if single_row:
+                users = encode(moved.row, moved.positions, moved.cu_lengths)[: len(moved.rows)]
+            else:
+                with nullcontext() if autocast is None else autocast():
                     users = scorer.user_vectors(moved.history, moved.lengths)
                 users = users.float()
             on_batch(len(users))

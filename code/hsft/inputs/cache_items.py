@@ -30,7 +30,10 @@ from hsft.encoding.sentence_encoder import (
     read_sentence_folder,
 )
 from hsft.hub.manifest import origin
-from hsft.model.backbone import LoraSettings, load_model_config
+from hsft.model.attention import varlen_obstacle
+from hsft.model.backbone import LoraSettings
+from hsft.model.meta import read_kind
+from hsft.model.structure import DecoderSource
 from hsft.trainer.fabric import attention_kernel, choose_device, compute_dtype
 from hsft.utils.distributed import init_process_group, is_rank_zero, local_rank, run_on_rank_zero
 from hsft.utils.errors import InputError, Interrupted, one_line, refuse
@@ -57,7 +60,7 @@ def with_encoder(config: Config) -> Config:
     """
     if config.encoder is None:
         return config
-    load_model_config(read_sentence_folder(config.encoder).transformer, config.trust_remote_code)
+    read_kind(sentence_source(config.encoder, config.trust_remote_code))
     changes = {
         "item_pretrain_dir": config.encoder,
         "encoder": None,
@@ -66,6 +69,16 @@ def with_encoder(config: Config) -> Config:
         "item_emb_token_n": 0,
     }
     return config.model_copy(update=changes)
+
+
+def sentence_source(encoder: str, trust_remote_code: bool) -> DecoderSource:
+    """Return where the configuration of a sentence encoder's transformer is.
+
+    Raises:
+        InputError: the folder's configuration files are damaged.
+    """
+    transformer = read_sentence_folder(encoder).transformer
+    return DecoderSource(transformer, trust_remote_code=trust_remote_code)
 
 
 def write_item_cache(config: Config) -> Path:
@@ -351,15 +364,17 @@ def load_encoder(
         if config.item_compile and lora is None:
             sentences.compile()
         return sentences
-    # Texts come in rows of alike length, and share what they begin with: no row holds several.
-    model = load_model_config(folder, config.trust_remote_code)
+    kind = read_kind(DecoderSource(Path(folder), trust_remote_code=config.trust_remote_code))
+    # Elsewhere a row holds one text: rows of alike length have little padding and need no mask.
+    half = dtype in (torch.bfloat16, torch.float16)
+    packed = lora is None and varlen_obstacle(kind, device, half) is None
     encoder = load_item_encoder(
         folder,
         item_emb_token_n=config.item_emb_token_n,
         max_text_length=config.MAX_TEXT_LENGTH,
         device=device,
         dtype=dtype,
-        attention=attention_kernel(config, device, model, rows=False),
+        attention=attention_kernel(config, device, kind, rows=packed),
         trust_remote_code=config.trust_remote_code,
         tokenizer_as_saved=config.text_format == "hllm",
         lora=lora,

@@ -1,4 +1,4 @@
-"""Fewer launches in training: compiled decoder layers, and whole steps captured as CUDA graphs.
+"""Fewer launches: compiled decoder layers, and whole training steps or encodings as CUDA graphs.
 
 A training step of a decoder launches thousands of small kernels, and on a fast GPU their launching
 takes longer than their work. `torch.compile` fuses many of a layer's; a CUDA graph
@@ -31,6 +31,8 @@ _WARM_UP = 2
 _MOST_GRAPHS = 16
 # Optimizer steps below which captures do not earn back what they take.
 SHORTEST_GRAPH = 50
+# Batches of an evaluation below which captures, one a bucket, do not.
+SHORTEST_ENCODING = 200
 
 
 @dataclass(frozen=True)
@@ -206,7 +208,8 @@ class StepGraphs:
         # Once a graph is there, kernels are chosen and layers compiled.
         enough = self._seen[shape] > _WARM_UP or self.graphs > 0
         # Padded to a bucket, or it would hardly come again.
-        return self.enabled and enough and self.graphs < _MOST_GRAPHS and shape[-1][0] > 0
+        padded = shape[TrainBatch._fields.index("counted")][0] > 0
+        return self.enabled and enough and self.graphs < _MOST_GRAPHS and padded
 
     def _plain(self, batch: TrainBatch, weight: float) -> Tensor:
         try:
@@ -272,6 +275,82 @@ class StepGraphs:
 
     def release(self) -> None:
         """Give up all graphs and their memory; from now on batches are computed as usual."""
+        self.enabled = False
+        self._captured.clear()
+        self._pool = None
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+class EncodingGraphs:
+    """Computes a function of tensors, without gradients, by CUDA graphs where their shapes were captured.
+
+    Tensors whose shapes come up for the first time are given to the function. After a failed
+    capture all are; the log says so once.
+
+    Args:
+        function: tensors on the device -> a tensor.
+        device: a CUDA device.
+    """
+
+    def __init__(self, function: Callable[..., Tensor], device: torch.device) -> None:
+        self._function, self._device = function, device
+        self._seen: dict[tuple[torch.Size, ...], int] = {}
+        self._captured: dict[tuple[torch.Size, ...], tuple[Any, list[Tensor], Tensor]] = {}
+        self._pool: Any = None
+        self.enabled = True
+        self.seconds = 0.0
+
+    @property
+    def graphs(self) -> int:
+        """Number of shapes that have been captured."""
+        return len(self._captured)
+
+    def __call__(self, *given: Tensor) -> Tensor:
+        """Return what the function gives for tensors on the device."""
+        shape = tuple(part.shape for part in given)
+        if shape not in self._captured and self._is_due(shape):
+            self._try_capture(given, shape)
+        captured = self._captured.get(shape)
+        if captured is None:
+            return self._function(*given)
+        graph, fixed, result = captured
+        for place, part in zip(fixed, given, strict=True):
+            place.copy_(part, non_blocking=True)
+        graph.replay()
+        # The next replay overwrites it.
+        return result.clone()
+
+    def _is_due(self, shape: tuple[torch.Size, ...]) -> bool:
+        self._seen[shape] = self._seen.get(shape, 0) + 1
+        enough = self._seen[shape] > _WARM_UP or self.graphs > 0
+        return self.enabled and enough and self.graphs < _MOST_GRAPHS
+
+    def _try_capture(self, given: tuple[Tensor, ...], shape: tuple[torch.Size, ...]) -> None:
+        began = time.perf_counter()
+        try:
+            self._captured[shape] = self._capture([part.clone() for part in given])
+        except Exception as error:  # CUDA refuses a capture for many reasons, all RuntimeErrors
+            self.release()
+            log.warning(
+                "compile: a CUDA graph of the encoding could not be captured (%s); kernels are "
+                "launched one by one.",
+                one_line(error, 160),
+            )
+        self.seconds += time.perf_counter() - began
+
+    def _capture(self, fixed: list[Tensor]) -> tuple[Any, list[Tensor], Tensor]:
+        torch.cuda.synchronize(self._device)
+        gc.collect()
+        torch.cuda.empty_cache()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            result = self._function(*fixed)
+        self._pool = graph.pool()
+        return graph, fixed, result
+
+    def release(self) -> None:
+        """Give up all graphs and their memory; from now on the function is called."""
         self.enabled = False
         self._captured.clear()
         self._pool = None

@@ -1,111 +1,85 @@
-"""Variable-length attention of torch (`torch.nn.attention.varlen`) as an attention of transformers.
-
-Sequences stand one after the other in a single row; their cumulative lengths come with the call, as
-transformers hands them to the flash-attn package, and no mask is made. Grouped key and value heads
-are not repeated.
-"""
+"""Which attention kernel a model runs with."""
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Collection
+import importlib.util
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-from transformers import AttentionInterface
 
+from hsft.model.structure import ModelKind
+from hsft.utils.errors import InputError, one_line
 
-def _kernel() -> Callable[..., Any] | None:
-    try:
-        from torch.nn.attention.varlen import varlen_attn
-    except ImportError:
-        return None
-    return varlen_attn
-
-
-# torch 2.10 and later have it. Looked up once: torch.compile cannot trace an import.
-varlen_attn = _kernel()
 VARLEN = "varlen"
 
 # The flash kernels take heads of up to 256 numbers, a multiple of 8.
 _WIDEST_HEAD, _HEAD_MULTIPLE = 256, 8
 
 
-def varlen_attention_forward(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    cu_seq_lens_q: Tensor | None = None,
-    max_length_q: int | None = None,
-    **_: Any,
-) -> tuple[Tensor, None]:
-    """Attend causally within each sequence of a row, in the form that transformers calls.
+def choose_attention(
+    requested: str,
+    allow_flash: bool,
+    device: torch.device,
+    half: bool,
+    kind: ModelKind | None = None,
+    allow_varlen: bool = True,
+) -> str:
+    """Resolve `attn_implementation: auto`, and refuse what cannot run.
 
-    Without `cu_seq_lens_q` every row is one sequence, padded on the right at most, and torch's
-    scaled_dot_product_attention computes it.
+    `auto` is torch's variable-length kernel, flash-attn, sdpa or eager, the first of them that runs
+    here and that the model has.
 
     Args:
-        module: the attention layer; not used.
-        query: [B, H, T, d]; B is 1 where `cu_seq_lens_q` is given.
-        key, value: [B, Hkv, T, d], H a multiple of Hkv.
-        attention_mask: not used.
-        dropout: must be 0 with `cu_seq_lens_q`: the kernel has none.
-        scaling: of the scores; 1 / sqrt(d) when None.
-        cu_seq_lens_q: int32 [S + 1], 0, the ends of the sequences, T last.
-        max_length_q: most positions of a sequence.
+        requested: `auto`, `varlen`, `sdpa`, `flash_attention_2` or `eager`.
+        allow_flash: False keeps `auto` from flash-attn.
+        device: where the model runs.
+        half: whether it computes in bfloat16 or float16, as flash-attn needs.
+        kind: of the model; None: one that has every kernel.
+        allow_varlen: False keeps `auto` from `varlen`.
 
-    Returns:
-        [B, T, H, d], and None in place of the attention weights.
+    Raises:
+        InputError: `varlen` or `flash_attention_2` was asked for and cannot run here, or the model
+            lacks the kernel.
     """
-    if cu_seq_lens_q is None:
-        length, seen = query.shape[2], key.shape[2]
-        mask = None
-        if length not in (1, seen):
-            # Keys of positions before these: torch's is_causal would align the first of both.
-            mask = torch.ones(length, seen, dtype=torch.bool, device=query.device)
-            mask = mask.tril(seen - length)
-        out = F.scaled_dot_product_attention(
-            query,
-            key,
-            value,
-            attn_mask=mask,
-            dropout_p=dropout,
-            is_causal=mask is None and length > 1,
-            scale=scaling,
-            enable_gqa=query.shape[1] != key.shape[1],
+    obstacle = varlen_obstacle(kind, device, half)
+    installed = importlib.util.find_spec("flash_attn") is not None
+    runs = installed and half and device.type == "cuda"
+    lacking = () if kind is None else kind.lacking_kernels
+    if obstacle is None and VARLEN in lacking:
+        obstacle = "a model that takes transformers' attention functions"
+    if requested == VARLEN and obstacle is not None:
+        raise InputError(
+            f"attn_implementation: varlen needs {obstacle}; set --attn_implementation auto."
         )
-        return out.transpose(1, 2), None
-    assert varlen_attn is not None
-    # [1, H, T, d] -> [T, H, d]: views, as the kernel reads any strides of the first two.
-    q, k, v = (part[0].transpose(0, 1) for part in (query, key, value))
-    lengths = (cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q)
-    grouped = {"enable_gqa": True} if _GROUPED and q.shape[1] != k.shape[1] else {}
-    scale = {} if scaling is None else {"scale": scaling}
-    return varlen_attn(q, k, v, *lengths, **_CAUSAL, **grouped, **scale).unsqueeze(0), None
+    if requested == "auto" and obstacle is None and allow_varlen:
+        return VARLEN
+    if requested == "auto":
+        flash = runs and allow_flash and "flash_attention_2" not in lacking
+        return "flash_attention_2" if flash else "eager" if "sdpa" in lacking else "sdpa"
+    if kind is not None and requested in lacking:
+        raise InputError(
+            f"attn_implementation: models of type {one_line(kind.model_type, 40)} do not "
+            f"run with {requested}; set --attn_implementation auto or eager."
+        )
+    if requested == "flash_attention_2" and not runs:
+        lacks = (
+            "a CUDA device"
+            if device.type != "cuda"
+            else "the package flash-attn"
+            if not installed
+            else "a 16-bit precision"
+        )
+        raise InputError(
+            f"attn_implementation: flash_attention_2 needs {lacks}; use auto or sdpa instead."
+        )
+    return requested
 
 
-def causal_setting(parameters: Collection[str]) -> dict[str, Any]:
-    """Return the argument that makes `varlen_attn` causal: torch 2.13 renamed it."""
-    return {"is_causal": True} if "is_causal" in parameters else {"window_size": (-1, 0)}
-
-
-_PARAMETERS = frozenset(inspect.signature(varlen_attn).parameters) if varlen_attn else frozenset()
-_CAUSAL = causal_setting(_PARAMETERS)
-# Before it had the argument, the kernel took grouped heads without being told.
-_GROUPED = "enable_gqa" in _PARAMETERS
-
-
-def varlen_obstacle(model_config: Any, device: torch.device, half: bool) -> str | None:
+def varlen_obstacle(kind: ModelKind | None, device: torch.device, half: bool) -> str | None:
     """Say what keeps a model from variable-length attention, in words that follow "needs".
 
     Args:
-        model_config: as `load_model_config` gives; None: a model without peculiarities.
+        kind: of the model; None: one without peculiarities.
         device: where the model runs.
         half: whether it computes in bfloat16 or float16.
 
@@ -114,7 +88,7 @@ def varlen_obstacle(model_config: Any, device: torch.device, half: bool) -> str 
     """
     if device.type != "cuda":
         return "a CUDA device"
-    if varlen_attn is None:
+    if not has_varlen_kernel():
         return "torch 2.10 or later"
     # ROCm's build has no kernel behind it that was tried.
     if torch.version.hip is not None:
@@ -123,10 +97,20 @@ def varlen_obstacle(model_config: Any, device: torch.device, half: bool) -> str 
         return "a GPU of compute capability 8.0 or later"
     if not half:
         return "a 16-bit precision"
-    return None if model_config is None else _peculiarity(model_config)
+    return None if kind is None else kind.varlen_obstacle
 
 
-def _peculiarity(model_config: Any) -> str | None:
+def has_varlen_kernel() -> bool:
+    """Say whether torch has the kernel, as 2.10 and later have; importing it takes seconds."""
+    return importlib.util.find_spec("torch.nn.attention.varlen") is not None
+
+
+def varlen_peculiarity(model_config: Any) -> str | None:
+    """Say what in a model's configuration keeps it from the kernel, as `varlen_obstacle` does.
+
+    Args:
+        model_config: as `load_model_config` gives.
+    """
     kinds = set(getattr(model_config, "layer_types", None) or ())
     windowed = bool(getattr(model_config, "sliding_window", None)) and getattr(
         model_config, "use_sliding_window", True
@@ -139,13 +123,9 @@ def _peculiarity(model_config: Any) -> str | None:
         return "a model without attention dropout"
     heads = getattr(model_config, "num_attention_heads", None)
     width = getattr(model_config, "head_dim", None)
-    if width is None and heads:
-        width = model_config.hidden_size // heads
-    if width is None or width > _WIDEST_HEAD or width % _HEAD_MULTIPLE:
+    hidden = getattr(model_config, "hidden_size", None)
+    if width is None and isinstance(hidden, int) and isinstance(heads, int) and heads:
+        width = hidden // heads
+    if not isinstance(width, int) or width > _WIDEST_HEAD or width % _HEAD_MULTIPLE:
         return f"attention heads of a multiple of {_HEAD_MULTIPLE} numbers, {_WIDEST_HEAD} at most"
     return None
-
-
-# Not registered with AttentionMaskInterface: transformers then makes no mask, and does not look for
-# sequences in the positions, which would wait for the GPU.
-AttentionInterface.register(VARLEN, varlen_attention_forward)

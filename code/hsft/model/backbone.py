@@ -1,23 +1,25 @@
-"""Load an LLM's decoder from a model folder: whole or first layers, plain or quantised, with LoRA."""
+"""Load an LLM's decoder from a model folder: whole or first layers, plain or quantised, with LoRA.
+
+Transformers takes seconds to import; the functions that need it do so.
+"""
 
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import logging
-from collections.abc import Sequence
+import struct
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, BitsAndBytesConfig, PreTrainedModel
-from transformers.pytorch_utils import Conv1D
-from transformers.utils import logging as transformers_logging
 
 from hsft.data.files import require_model_folder
-from hsft.model.attention import VARLEN, varlen_obstacle
+from hsft.model.attention import VARLEN, varlen_peculiarity
 from hsft.model.folder import (
     EMBEDDING_KEYS,
     EXTRA_FILE,
@@ -26,11 +28,17 @@ from hsft.model.folder import (
     check_embeddings,
     check_files,
     check_shapes,
+    config_digest,
     layer_number,
-    model_class,
+    weights_digest,
 )
+from hsft.model.structure import ModelKind
 from hsft.utils.errors import InputError, brief, one_line
 from hsft.utils.files import is_file, is_folder
+from hsft.utils.records import remember
+
+if TYPE_CHECKING:
+    from transformers import BitsAndBytesConfig, PreTrainedModel
 
 log = logging.getLogger(__name__)
 
@@ -72,6 +80,8 @@ def load_model_config(folder: str | Path, trust_remote_code: bool = False) -> An
     Raises:
         InputError: the folder or its config.json is missing or is not a transformers config.
     """
+    from transformers import AutoConfig
+
     folder = Path(folder)
     require_model_folder(folder)
     try:
@@ -89,26 +99,67 @@ def load_model_config(folder: str | Path, trust_remote_code: bool = False) -> An
         ) from error
 
 
-def decoder_config(
-    folder: str | Path,
-    layers: int | None = None,
-    keep_token_embedding: bool = False,
-    trust_remote_code: bool = False,
-) -> Any:
-    """Read a model folder's config, cut to the first `layers` layers and, unless it is kept, to a
-    vocabulary of one token.
+def model_kind(config: Any) -> ModelKind:
+    """Return what a configuration tells, as `load_model_config` gives it."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
-    Raises:
-        InputError: as `load_model_config`, or it is no decoder, or has fewer layers.
-    """
-    config = load_model_config(folder, trust_remote_code)
-    check_decoder(config, Path(folder), layers)
-    cut_decoder(config, layers, keep_token_embedding)
-    return config
+    name = str(getattr(config, "model_type", "unknown"))
+    encoder = name in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False)
+    built = _model_class(config)
+    flags = {
+        "sdpa": "_supports_sdpa",
+        "flash_attention_2": "_supports_flash_attn",
+        VARLEN: "_supports_attention_backend",
+    }
+    return ModelKind(
+        model_type=name,
+        hidden_size=_count(config, "hidden_size"),
+        num_hidden_layers=_count(config, "num_hidden_layers"),
+        quantization=_quantization_saved(config),
+        looks_ahead=bool(
+            encoder
+            or getattr(config, "is_encoder_decoder", False)
+            or getattr(config, "use_bidirectional_attention", False)
+            or getattr(config, "is_causal", True) is False
+        ),
+        takes_vectors=built is None
+        or "inputs_embeds" in inspect.signature(built.forward).parameters,
+        lacking_kernels=tuple(
+            kernel for kernel, flag in flags.items() if built and not getattr(built, flag, True)
+        ),
+        varlen_obstacle=varlen_peculiarity(config),
+    )
+
+
+def _count(config: Any, name: str) -> int | None:
+    value = getattr(config, name, None)
+    return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else None
+
+
+def _quantization_saved(config: Any) -> dict[str, Any] | None:
+    settings = getattr(config, "quantization_config", None)
+    if settings is None:
+        return None
+    if not isinstance(settings, dict):
+        settings = getattr(settings, "to_dict", dict)()
+    method = settings.get("quant_method")
+    return {
+        "quant_method": None if method is None else str(getattr(method, "value", method)),
+        "load_in_8bit": bool(settings.get("load_in_8bit")),
+    }
+
+
+def _model_class(config: Any) -> Any | None:
+    """Return the class that transformers builds for a configuration, None where it knows none."""
+    from transformers import AutoModel
+
+    model = AutoModel._model_mapping.get(type(config), None)
+    return model if isinstance(model, type) else None
 
 
 def cut_decoder(config: Any, layers: int | None, keep_token_embedding: bool = False) -> None:
-    """Cut a model configuration as `decoder_config` does."""
+    """Cut a model configuration to the first `layers` layers and, unless it is kept, to a vocabulary
+    of one token."""
     if layers is not None:
         keep_layers(config, layers)
     if not keep_token_embedding:
@@ -148,6 +199,9 @@ def load_decoder(
     """
     folder = Path(folder)
     kwargs: dict[str, Any] = {}
+    if attention == VARLEN:
+        # Its import makes the kernel known to transformers.
+        importlib.import_module("hsft.model.varlen")
     if lora is not None and lora.quant_type != "none":
         kwargs["quantization_config"] = _quantization(lora)
         kwargs["device_map"] = {"": device if device is not None else torch.device("cpu")}
@@ -160,7 +214,7 @@ def load_decoder(
         trust_remote_code=trust_remote_code,
         **kwargs,
     )
-    check_embeddings(model, folder)
+    check_embeddings(embedding_width(model), model.config.hidden_size, folder)
     model.config.use_cache = False
     if not keep_token_embedding:
         # One unused row is left of it: DDP waits for a gradient of everything that is trainable.
@@ -186,7 +240,8 @@ def check_weights(
         InputError: as `load_decoder`.
     """
     folder = Path(folder)
-    if check_files(folder).shapes:
+
+    def compare() -> bool:
         _read_decoder(
             folder,
             layers,
@@ -195,6 +250,29 @@ def check_weights(
             attn_implementation="eager",  # every model has it, and nothing is computed
             trust_remote_code=trust_remote_code,
         )
+        return True
+
+    if check_files(folder).shapes:
+        remember(
+            "weights fit",
+            _headers(folder, layers, keep_token_embedding, trust_remote_code),
+            compare,
+        )
+
+
+def _headers(
+    folder: Path, layers: int | None, keep_token_embedding: bool, trust_remote_code: bool
+) -> dict[str, Any] | None:
+    """Return what `check_weights` depends on, None where nothing may be kept of it."""
+    config = None if trust_remote_code else config_digest(folder)
+    if config is None:
+        return None
+    try:
+        weights = weights_digest(folder)
+    except (OSError, ValueError, struct.error):
+        return None
+    cut = {"layers": layers, "keep_token_embedding": keep_token_embedding}
+    return {"config": config, "weights": weights, **cut}
 
 
 def _read_decoder(
@@ -206,8 +284,11 @@ def _read_decoder(
     **kwargs: Any,
 ) -> PreTrainedModel:
     """Read a decoder through transformers, refusing weights that lack, misfit or are left over."""
+    from transformers import AutoModel
+    from transformers.utils import logging as transformers_logging
+
     config = load_model_config(folder, trust_remote_code)
-    check_decoder(config, folder, layers)
+    check_decoder(model_kind(config), folder, layers)
     stored_layers = config.num_hidden_layers
     cut_decoder(config, layers, keep_token_embedding)
     check_shapes(config, check_files(folder), folder)
@@ -286,7 +367,8 @@ def add_lora(model: PreTrainedModel, lora: LoraSettings, gradient_checkpointing:
     try:
         adapted = get_peft_model(model, settings)
     except ValueError as error:
-        raise InputError(_target_problem(targets, model, lora.part)) from error
+        problem = _target_problem(targets, linear_layers(model), lora.part)
+        raise InputError(problem) from error
     if gradient_checkpointing:
         enable_checkpointing(model)
     return adapted
@@ -306,11 +388,29 @@ def computes_in_bfloat16(model: nn.Module) -> bool:
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
     """Return a model's linear layers by name: quantised ones, and GPT-2's Conv1D, included."""
+    from transformers.pytorch_utils import Conv1D
+
     return {
         name: part
         for name, part in model.named_modules()
         if isinstance(part, nn.Linear | Conv1D) or "Linear" in type(part).__name__
     }
+
+
+def layer_widths(layer: nn.Module) -> tuple[int, int]:
+    """Return how many numbers a linear layer reads and gives."""
+    weight: Any = layer.weight
+    if isinstance(layer, nn.Linear):
+        return layer.in_features, layer.out_features
+    # GPT-2's Conv1D holds the transpose of a linear layer's matrix.
+    read, given = weight.shape
+    return read, given
+
+
+def embedding_width(model: Any) -> int:
+    """Return how wide the vectors are that a decoder reads."""
+    width = getattr(model.get_input_embeddings(), "embedding_dim", model.config.hidden_size)
+    return int(width)
 
 
 def is_target(name: str, targets: Sequence[str]) -> bool:
@@ -320,18 +420,26 @@ def is_target(name: str, targets: Sequence[str]) -> bool:
     )
 
 
-def check_lora_targets(model: nn.Module, targets: Sequence[str], part: LlmPart = "UserLLM") -> None:
+def check_lora_targets(
+    layers: Iterable[str], targets: Sequence[str], part: LlmPart = "UserLLM"
+) -> None:
     """Refuse target names that no linear layer has.
+
+    Args:
+        layers: the linear layers' names.
+        targets: as `qlora_target_modules`.
+        part: whose they are.
 
     Raises:
         InputError: says which there are.
     """
-    if not any(is_target(name, targets) for name in linear_layers(model)):
-        raise InputError(_target_problem(targets, model, part))
+    layers = list(layers)
+    if not any(is_target(name, targets) for name in layers):
+        raise InputError(_target_problem(targets, layers, part))
 
 
-def _target_problem(targets: Sequence[str], model: nn.Module, part: LlmPart) -> str:
-    names = sorted({name.rpartition(".")[2] for name in linear_layers(model)})
+def _target_problem(targets: Sequence[str], layers: Iterable[str], part: LlmPart) -> str:
+    names = sorted({name.rpartition(".")[2] for name in layers})
     return (
         f"{_LORA_KEYS[part]}_target_modules {list(targets)} names no linear layer of the {part}; its "
         f"linear layers are {', '.join(names)}, or write [all-linear]."
@@ -341,75 +449,6 @@ def _target_problem(targets: Sequence[str], model: nn.Module, part: LlmPart) -> 
 def enable_checkpointing(model: PreTrainedModel) -> None:
     """Recompute the decoder layers' activations in the backward pass."""
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-
-
-def choose_attention(
-    requested: str,
-    allow_flash: bool,
-    device: torch.device,
-    half: bool,
-    model_config: Any = None,
-    allow_varlen: bool = True,
-) -> str:
-    """Resolve `attn_implementation: auto`, and refuse what cannot run.
-
-    `auto` is torch's variable-length kernel, flash-attn, sdpa or eager, the first of them that runs
-    here and that the model has.
-
-    Args:
-        requested: `auto`, `varlen`, `sdpa`, `flash_attention_2` or `eager`.
-        allow_flash: False keeps `auto` from flash-attn.
-        device: where the model runs.
-        half: whether it computes in bfloat16 or float16, as flash-attn needs.
-        model_config: as `load_model_config` gives; None: a model that has every kernel.
-        allow_varlen: False keeps `auto` from `varlen`.
-
-    Raises:
-        InputError: `varlen` or `flash_attention_2` was asked for and cannot run here, or the model
-            lacks the kernel.
-    """
-    obstacle = varlen_obstacle(model_config, device, half)
-    installed = importlib.util.find_spec("flash_attn") is not None
-    runs = installed and half and device.type == "cuda"
-    lacking = _lacking_kernels(model_config)
-    if obstacle is None and VARLEN in lacking:
-        obstacle = "a model that takes transformers' attention functions"
-    if requested == VARLEN and obstacle is not None:
-        raise InputError(
-            f"attn_implementation: varlen needs {obstacle}; set --attn_implementation auto."
-        )
-    if requested == "auto" and obstacle is None and allow_varlen:
-        return VARLEN
-    if requested == "auto":
-        flash = runs and allow_flash and "flash_attention_2" not in lacking
-        return "flash_attention_2" if flash else "eager" if "sdpa" in lacking else "sdpa"
-    if requested in lacking:
-        raise InputError(
-            f"attn_implementation: models of type {one_line(model_config.model_type, 40)} do not "
-            f"run with {requested}; set --attn_implementation auto or eager."
-        )
-    if requested == "flash_attention_2" and not runs:
-        lacks = (
-            "a CUDA device"
-            if device.type != "cuda"
-            else "the package flash-attn"
-            if not installed
-            else "a 16-bit precision"
-        )
-        raise InputError(
-            f"attn_implementation: flash_attention_2 needs {lacks}; use auto or sdpa instead."
-        )
-    return requested
-
-
-def _lacking_kernels(model_config: Any) -> set[str]:
-    kind = None if model_config is None else model_class(model_config)
-    has = {
-        "sdpa": "_supports_sdpa",
-        "flash_attention_2": "_supports_flash_attn",
-        VARLEN: "_supports_attention_backend",
-    }
-    return {name for name, flag in has.items() if kind and not getattr(kind, flag, True)}
 
 
 def read_extra(folder: str | Path) -> dict[str, Tensor]:
@@ -499,6 +538,8 @@ def check_quantization(quant_type: str, device: str, part: LlmPart = "UserLLM") 
 
 
 def _quantization(lora: LoraSettings) -> BitsAndBytesConfig:
+    from transformers import BitsAndBytesConfig
+
     if lora.quant_type == "int8":
         return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(

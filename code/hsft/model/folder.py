@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
 import math
 import re
@@ -14,10 +13,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from safetensors import SafetensorError, safe_open
-from torch import nn
-from transformers import AutoModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
+from hsft.model.structure import DecoderStructure, ModelKind
 from hsft.utils.errors import InputError, one_line
 from hsft.utils.files import is_file, read_json
 
@@ -64,6 +61,46 @@ class Weights:
             if vocabulary or not any(part in name for part in _VOCABULARY):
                 total += math.prod(shape)
         return total
+
+
+def config_digest(folder: Path) -> str | None:
+    """Return the SHA-256 of a folder's `config.json`.
+
+    Returns:
+        None where transformers would not go by this file alone, or would refuse it.
+    """
+    path = folder / "config.json"
+    if not is_file(path):
+        return None
+    try:
+        config = read_json(path)
+        content = path.read_bytes()
+    except (InputError, OSError):
+        return None
+    # Without a type, transformers guesses one from the folder's name; `configuration_files` leads to
+    # other files.
+    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
+        return None
+    return None if "configuration_files" in config else hashlib.sha256(content).hexdigest()
+
+
+def weights_digest(folder: Path) -> str:
+    """Return a SHA-256 of the headers of a folder's safetensors files, and of its indexes.
+
+    Raises:
+        InputError: as `check_files`.
+        OSError, ValueError: a file cannot be read.
+    """
+    digest = hashlib.sha256()
+    files = sorted(folder.glob("*.safetensors"))
+    for path in [*files, *(folder / name for name in _INDEXES if is_file(folder / name))]:
+        digest.update(f"{path.name}\0".encode())
+        with path.open("rb") as file:
+            if path.suffix == ".json":
+                digest.update(file.read())
+            else:
+                digest.update(_header(file, path.name))
+    return digest.hexdigest()
 
 
 def check_files(folder: Path) -> Weights:
@@ -148,7 +185,7 @@ def _read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
         ) from error
 
 
-def check_decoder(config: Any, folder: Path, layers: int | None = None) -> None:
+def check_decoder(kind: ModelKind, folder: Path, layers: int | None = None) -> None:
     """Refuse a model that is no decoder reading vectors from left to right.
 
     An encoder would run, but every position would see the items that it has to predict.
@@ -157,53 +194,42 @@ def check_decoder(config: Any, folder: Path, layers: int | None = None) -> None:
         InputError: says what is wrong with the kind of model, its weights are quantised, or
             `layers` are more than it has.
     """
-    check_unquantised(config, folder)
-    kind = one_line(getattr(config, "model_type", "unknown"), 40)
+    check_unquantised(kind, folder)
+    name = one_line(kind.model_type, 40)
     remedy = "name the folder of a decoder such as Llama, Qwen or Mistral"
-    for name in ("hidden_size", "num_hidden_layers"):
-        value = getattr(config, name, None)
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+    for key in ("hidden_size", "num_hidden_layers"):
+        if getattr(kind, key) is None:
             raise InputError(
-                f"{folder / 'config.json'} describes a model of type {kind} without {name}, which "
+                f"{folder / 'config.json'} describes a model of type {name} without {key}, which "
                 f"is no text decoder; {remedy}."
             )
-    looks_ahead = (
-        getattr(config, "is_encoder_decoder", False)
-        or (kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False))
-        or getattr(config, "use_bidirectional_attention", False)
-        or getattr(config, "is_causal", True) is False
-    )
-    if looks_ahead:
+    if kind.looks_ahead:
         raise InputError(
-            f"the model in {folder} is of type {kind}, an encoder whose positions see later ones; "
+            f"the model in {folder} is of type {name}, an encoder whose positions see later ones; "
             f"{remedy}."
         )
-    built = model_class(config)
-    if built and "inputs_embeds" not in inspect.signature(built.forward).parameters:
+    if not kind.takes_vectors:
         raise InputError(
-            f"the model in {folder} is of type {kind}, which takes no vectors (inputs_embeds); {remedy}."
+            f"the model in {folder} is of type {name}, which takes no vectors (inputs_embeds); {remedy}."
         )
-    if layers is not None and layers > config.num_hidden_layers:
+    if layers is not None and layers > (kind.num_hidden_layers or 0):
         raise InputError(
             f"user_llm_layers is {layers}, but the model in {folder} has only "
-            f"{config.num_hidden_layers} layers; lower it."
+            f"{kind.num_hidden_layers} layers; lower it."
         )
 
 
-def model_class(config: Any) -> Any | None:
-    """Return the class that transformers builds for a configuration, None where it knows none."""
-    model = AutoModel._model_mapping.get(type(config), None)
-    return model if isinstance(model, type) else None
-
-
-def check_embeddings(model: Any, folder: Path) -> None:
+def check_embeddings(width: int, hidden: int, folder: Path) -> None:
     """Refuse a decoder that reads vectors of another width than it gives (OPT-350m).
+
+    Args:
+        width: of the vectors that it reads.
+        hidden: of those that it gives.
+        folder: its folder, for the message.
 
     Raises:
         InputError: they differ.
     """
-    hidden = model.config.hidden_size
-    width = getattr(model.get_input_embeddings(), "embedding_dim", hidden)
     if width != hidden:
         raise InputError(
             f"the model in {folder} reads vectors of {width} numbers into layers of {hidden}; name "
@@ -211,11 +237,11 @@ def check_embeddings(model: Any, folder: Path) -> None:
         )
 
 
-def check_positions(model: Any, length: int, folder: Path, key: str) -> None:
+def check_positions(decoder: DecoderStructure, length: int, folder: Path, key: str) -> None:
     """Refuse rows longer than a table of learned positions (GPT-2, OPT); rotary ones have no end.
 
     Args:
-        model: the decoder, on any device.
+        decoder: the decoder.
         length: of the longest row.
         folder: its folder, for the message.
         key: the configuration key that says the length.
@@ -223,13 +249,8 @@ def check_positions(model: Any, length: int, folder: Path, key: str) -> None:
     Raises:
         InputError: there are fewer positions.
     """
-    tables = [
-        part
-        for part in model.modules()
-        if isinstance(part, nn.Embedding) and part is not model.get_input_embeddings()
-    ]
-    most = getattr(model.config, "max_position_embeddings", None)
-    if tables and isinstance(most, int) and most < length:
+    most = decoder.learned_positions
+    if most is not None and most < length:
         raise InputError(
             f"the model in {folder} has learned {most} positions, {key} asks for {length}; lower {key}."
         )
@@ -261,21 +282,19 @@ def layer_number(weight: str) -> int | None:
     return int(match.group(1)) if match else None
 
 
-def check_unquantised(config: Any, folder: Path) -> None:
+def check_unquantised(kind: ModelKind, folder: Path) -> None:
     """Refuse a model that was saved quantised: it can be neither cut, retrained nor merged here.
 
     Args:
-        config: as `load_model_config` gives.
+        kind: of the model.
         folder: its folder, for the message.
 
     Raises:
         InputError: `config.json` has a `quantization_config`.
     """
-    settings = getattr(config, "quantization_config", None)
+    settings = kind.quantization
     if settings is None:
         return
-    if not isinstance(settings, dict):
-        settings = getattr(settings, "to_dict", dict)()
     method = one_line(settings.get("quant_method") or "unknown", 40)
     remedy = "name the folder of the original, unquantised model"
     if method == "bitsandbytes":
@@ -335,14 +354,19 @@ def fingerprint(folder: str | Path) -> str:
 def _layout(path: Path) -> Iterator[tuple[str, tuple[str, int, int]]]:
     """Read a safetensors header: yield each tensor's name, and (type and shape, first byte, bytes)."""
     with path.open("rb") as file:
-        (length,) = struct.unpack("<Q", file.read(8))
-        if length > _MOST_HEADER_BYTES:
-            raise ValueError(f"{path.name} has a header of {length} bytes")
-        header = json.loads(file.read(length))
-    for name, entry in header.items():
+        encoded = _header(file, path.name)
+    for name, entry in json.loads(encoded).items():
         if name != "__metadata__":
             start, end = entry["data_offsets"]
-            yield name, (f"{entry['dtype']} {entry['shape']}", 8 + length + start, end - start)
+            first = 8 + len(encoded) + start
+            yield name, (f"{entry['dtype']} {entry['shape']}", first, end - start)
+
+
+def _header(file: BinaryIO, name: str) -> bytes:
+    (length,) = struct.unpack("<Q", file.read(8))
+    if length > _MOST_HEADER_BYTES:
+        raise ValueError(f"{name} has a header of {length} bytes")
+    return file.read(length)
 
 
 def _sample(digest: Any, file: BinaryIO, start: int, size: int, samples: int) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,6 +17,22 @@ from hsft.data.interactions import PAD
 
 # Rows that a projection is fitted on.
 _PCA_ROWS = 16_384
+
+
+class AdaptedItems(NamedTuple):
+    """Items whose embeddings went through the adapter once, whatever the number of their uses.
+
+    Attributes:
+        numbers: int64 [U], sorted item numbers; every item that is asked for is among them.
+        vectors: float32 [U, D], without id vectors.
+    """
+
+    numbers: Tensor
+    vectors: Tensor
+
+    def gather(self, items: Tensor) -> Tensor:
+        """Return the vectors of item numbers: int64 [...] -> float32 [..., D]."""
+        return F.embedding(torch.searchsorted(self.numbers, items), self.vectors)
 
 
 class ItemTable(nn.Module):
@@ -86,13 +102,23 @@ class ItemTable(nn.Module):
         """Number of items I, the padding item not counted."""
         return self.embeddings.shape[0] - 1
 
-    def forward(self, items: Tensor) -> Tensor:
-        """Return the vectors of item numbers: int64 [...] -> float32 [..., D]."""
-        vectors = self._adapt(self._read(items))
+    def adapt(self, numbers: Tensor) -> AdaptedItems:
+        """Put the embeddings of some items through the adapter: int64 [U], sorted."""
+        return AdaptedItems(numbers, self._adapt(self._read(numbers)))
+
+    def forward(self, items: Tensor, adapted: AdaptedItems | None = None) -> Tensor:
+        """Return the vectors of item numbers: int64 [...] -> float32 [..., D].
+
+        Args:
+            items: item numbers.
+            adapted: these items, and perhaps others, with the adapter applied already; None: it is
+                applied here.
+        """
+        vectors = adapted.gather(items) if adapted else self._adapt(self._read(items))
         if self.id_vectors is None:
             return vectors
         known = items < len(self.id_vectors)
-        if self._drops_ids:
+        if self.is_random:
             known &= torch.rand(items.shape, device=items.device) >= self.id_dropout
         # The padding item's vector is 0 and, as `padding_idx`, gets no gradient.
         rows = items.masked_fill(~known, PAD)
@@ -122,7 +148,7 @@ class ItemTable(nn.Module):
         # One split, not many slices: each slice's gradient would be a whole [I, D] of zeros.
         pieces = list(known.split(size)) + [known[:0]] * len(bounds)
         kept: list[Tensor | None] = [None] * len(bounds)
-        if self._drops_ids:
+        if self.is_random:
             drawn = torch.rand(len(known), 1, device=known.device) >= self.id_dropout
             kept = [*drawn.split(size), *kept]
         return [
@@ -135,8 +161,9 @@ class ItemTable(nn.Module):
         return _add_to_first(vectors, ids if keep is None else ids * keep)
 
     @property
-    def _drops_ids(self) -> bool:
-        return self.training and self.id_dropout > 0
+    def is_random(self) -> bool:
+        """Whether id vectors are dropped, so that two calls give an item different vectors."""
+        return self.id_vectors is not None and self.training and self.id_dropout > 0
 
     @contextmanager
     def reading(self, items: Tensor, vectors: Tensor) -> Iterator[None]:

@@ -65,7 +65,7 @@ def info_nce(
     Args:
         queries: [T, D] user vectors.
         positives: [T, D] item vectors of the next items.
-        pool: [P, D] item vectors of the negatives.
+        pool: [P, D] item vectors of the negatives; the very tensor `positives` is normalised once.
         logit_scale: scalar, log of the factor; the caller keeps it in [0, ln 100].
         nce_thres: cosine above which a negative is masked.
         excluded: bool [T, P] further (position, negative) pairs to mask, or None.
@@ -80,8 +80,10 @@ def info_nce(
     Returns:
         Scalar float32; 0 when no position counts.
     """
+    same = pool is positives
     scored = normalize if cosine else Tensor.float
-    queries, positives, pool = scored(queries), scored(positives), scored(pool)
+    queries, positives = scored(queries), scored(positives)
+    pool = positives if same else scored(pool)
 
     def block(
         q: Tensor,

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from hsft.data.dataset import TrainBatch
 from hsft.data.interactions import PAD
 from hsft.model import losses
-from hsft.model.item_table import ItemTable
+from hsft.model.item_table import AdaptedItems, ItemTable
 from hsft.model.proposal import Proposal
 from hsft.utils.distributed import all_gather_ids, all_reduce, world_size
 
@@ -40,7 +40,8 @@ class SequenceEncoder(nn.Module):
             positions: int64 [B, T] when rows hold several histories: each item's number in its
                 own, which starts where 0 stands and must not be read by the others. An encoder
                 that cannot do this is trained with `pack_sequences: False`. An encoder that is
-                trained on single rows takes `cu_lengths`, int32 [S + 1], after it.
+                trained on single rows takes `cu_lengths`, int32 [S + 1], after it, and one whose
+                items are adapted `vectors`, float32 [B, T, D], those of the history.
 
         Returns:
             [B, T, D]; position t has read items 0..t. Values at padded positions are undefined.
@@ -121,7 +122,13 @@ class Recommender(nn.Module):
         the gradient of the mean over all positions, as in one process with the whole batch.
         """
         where = [part for part in (batch.positions, batch.cu_lengths) if part.numel()]
-        states = self.encoder(batch.history, *where).flatten(0, 1)
+        adapted, given = None, {}
+        if batch.items.numel():
+            # Targets are scored in float32, so the adapter's products are.
+            with torch.autocast(device_type=batch.items.device.type, enabled=False):
+                adapted = self.encoder.items.adapt(batch.items)
+            given = {"vectors": self.encoder.items(batch.history, adapted)}
+        states = self.encoder(batch.history, *where, **given).flatten(0, 1)
         targets = batch.targets.flatten()
         # Indices from the host: a mask's True entries would have to be counted on the device first.
         scored = batch.scored if batch.scored.numel() else batch.loss_mask.flatten().nonzero()[:, 0]
@@ -131,7 +138,7 @@ class Recommender(nn.Module):
         # The loss is exact arithmetic on small vectors; autocast would round its logits.
         with torch.autocast(device_type=states.device.type, enabled=False):
             counts = torch.zeros_like(self.negative_counts)
-            mean, terms = self._loss(states, targets, batch, counts)
+            mean, terms = self._loss(states, targets, batch, adapted, counts)
             if world_size() > 1:
                 weight = 1 if self.settings.mean == "batches" else terms
                 mean, counts = _mean_over_processes(mean, weight, counts)
@@ -139,7 +146,12 @@ class Recommender(nn.Module):
             return mean
 
     def _loss(
-        self, states: Tensor, targets: Tensor, batch: TrainBatch, counts: Tensor
+        self,
+        states: Tensor,
+        targets: Tensor,
+        batch: TrainBatch,
+        adapted: AdaptedItems | None,
+        counts: Tensor,
     ) -> tuple[Tensor, int | Tensor]:
         """Return the mean over this process's batch, and the number of terms in it.
 
@@ -167,7 +179,13 @@ class Recommender(nn.Module):
         if settings.negatives == "sampled":
             drawn = all_gather_ids(batch.negatives.reshape(-1))
         pool_ids = torch.cat([in_batch, drawn])
-        positives, pool = items(targets), items(pool_ids)
+        positives = items(targets) if adapted is None else items(targets, adapted)
+        # The same vectors, unless id vectors are dropped by occurrence.
+        shared = in_batch is targets and not items.is_random
+        if not shared:
+            pool = items(pool_ids)
+        else:
+            pool = torch.cat([positives, items(drawn)]) if len(drawn) else positives
         # What fills a bucket up is neither a position nor a negative.
         fillers = None if weights is None else (pool_ids == PAD).expand(len(targets), -1)
         if settings.loss == "bce":

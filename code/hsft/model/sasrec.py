@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from hsft.config import Config
 from hsft.data.interactions import PAD
-from hsft.model.item_table import ItemTable
+from hsft.model.item_table import AdaptedItems, ItemTable
 from hsft.model.losses import split_chunks
 from hsft.model.recommender import LossSettings, Recommender, SequenceEncoder
 
@@ -34,8 +34,8 @@ class IdTable(ItemTable):
         """Number of items I, the padding item not counted."""
         return len(self.weight) - 1
 
-    def forward(self, items: Tensor) -> Tensor:
-        """Return the vectors of item numbers: int64 [...] -> float32 [..., D]."""
+    def forward(self, items: Tensor, adapted: AdaptedItems | None = None) -> Tensor:
+        """Return the vectors of item numbers: int64 [...] -> float32 [..., D]; none is adapted."""
         return self.weight[items]
 
     def slice(self, start: int, end: int) -> Tensor:

@@ -51,10 +51,15 @@ class UserLLM(SequenceEncoder):
         self.item_dropout = item_dropout
 
     def forward(
-        self, history: Tensor, positions: Tensor | None = None, cu_lengths: Tensor | None = None
+        self,
+        history: Tensor,
+        positions: Tensor | None = None,
+        cu_lengths: Tensor | None = None,
+        vectors: Tensor | None = None,
     ) -> Tensor:
         """Encode every prefix of each history: int64 [B, T] -> [B, T, D]."""
-        vectors = F.dropout(self.items(history), self.item_dropout, self.training)
+        vectors = self.items(history) if vectors is None else vectors
+        vectors = F.dropout(vectors, self.item_dropout, self.training)
         return self._states(vectors.to(self._dtype), positions, cu_lengths)
 
     @property

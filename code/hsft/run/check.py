@@ -12,7 +12,6 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import psutil
@@ -35,19 +34,16 @@ from hsft.data.files import (
 from hsft.data.interactions import Interactions, load_interactions
 from hsft.data.item_text import ItemTexts, read_item_texts, unfit_texts
 from hsft.data.split import Phase, Split, leave_one_out
-from hsft.encoding.item_llm import emb_token, load_tokenizer, no_emb_token
-from hsft.encoding.item_tower import freeze
-from hsft.encoding.sentence_encoder import read_sentence_folder
+from hsft.encoding.item_llm import check_tokenizer, emb_token, no_emb_token
+from hsft.encoding.item_tower import check_frozen_layers
 from hsft.evaluator.evaluator import Evaluator
 from hsft.hub.manifest import pretraining_overlap
-from hsft.inputs.cache_items import cache_warnings, with_encoder
+from hsft.inputs.cache_items import cache_warnings, sentence_source, with_encoder
 from hsft.inputs.load_tower import refuse_other_item_llm
 from hsft.model.backbone import (
     check_lora_targets,
     check_quantization,
     check_weights,
-    keep_layers,
-    load_model_config,
     read_extra,
 )
 from hsft.model.folder import (
@@ -60,7 +56,9 @@ from hsft.model.folder import (
 )
 from hsft.model.item_adapter import adapter_shape, check_width
 from hsft.model.item_ids import read_id_vectors
-from hsft.report.memory import GIB, estimate, meta_decoder
+from hsft.model.meta import read_kind, read_structure
+from hsft.model.structure import DecoderSource
+from hsft.report.memory import GIB, estimate
 from hsft.run.dry_run import training_shape
 from hsft.run.quant_type import resolve_quant_type
 from hsft.run.run_dir import choose_run_dir
@@ -299,13 +297,20 @@ def _user_model(config: Config, findings: Findings) -> int | None:
         folder = user_llm_folder(config)
     if folder is None:
         return None
+    source = DecoderSource(
+        folder, config.user_llm_layers, trust_remote_code=config.trust_remote_code
+    )
     with findings.collect():
-        model = load_model_config(folder, config.trust_remote_code)
-        check_decoder(model, folder, config.user_llm_layers)
-        hidden = int(model.hidden_size)
+        kind = read_kind(source)
+        check_decoder(kind, folder, source.layers)
+        hidden = kind.hidden_size
         weights = check_files(folder)
-        check_shapes(model, weights, folder)
-        _one_layer(config, folder, model)
+        check_shapes(kind, weights, folder)
+        decoder = read_structure(source)
+        check_embeddings(decoder.embedding_width, decoder.hidden_size, folder)
+        check_positions(decoder, config.MAX_ITEM_LIST_LENGTH, folder, "MAX_ITEM_LIST_LENGTH")
+        if config.use_qlora and not config.val_only:
+            check_lora_targets(decoder.linear, config.qlora_target_modules)
         check_weights(
             folder, layers=config.user_llm_layers, trust_remote_code=config.trust_remote_code
         )
@@ -323,61 +328,51 @@ def _user_model(config: Config, findings: Findings) -> int | None:
     return hidden
 
 
-def _one_layer(config: Config, folder: Path, model: Any) -> None:
-    """Check what the UserLLM's first layer tells; the others are like it."""
-    # A target such as h.3.attn.c_attn names its layer.
-    named = any("." in target for target in config.qlora_target_modules)
-    keep_layers(model, (config.user_llm_layers or model.num_hidden_layers) if named else 1)
-    decoder = meta_decoder(model, config.trust_remote_code)
-    check_embeddings(decoder, folder)
-    check_positions(decoder, config.MAX_ITEM_LIST_LENGTH, folder, "MAX_ITEM_LIST_LENGTH")
-    if config.use_qlora and not config.val_only:
-        check_lora_targets(decoder, config.qlora_target_modules)
-
-
 def _item_model(config: Config, findings: Findings) -> None:
     if config.encoder is not None:
         with findings.collect():
-            transformer = read_sentence_folder(config.encoder).transformer
-            load_model_config(transformer, config.trust_remote_code)
-            check_files(transformer)
-            load_tokenizer(transformer, config.trust_remote_code)
-            _item_training(config, load_model_config(transformer, config.trust_remote_code))
+            source = sentence_source(config.encoder, config.trust_remote_code)
+            read_kind(source)
+            check_files(source.folder)
+            check_tokenizer(source.folder, config.trust_remote_code)
+            _item_training(config, source)
         return
     folder = None
     with findings.collect():
         folder = item_llm_folder(config)
     if folder is None:
         return
+    source = DecoderSource(
+        folder, keep_token_embedding=True, trust_remote_code=config.trust_remote_code
+    )
     with findings.collect():
-        model = load_model_config(folder, config.trust_remote_code)
-        check_decoder(model, folder)
-        check_shapes(model, check_files(folder), folder)
-        load_tokenizer(folder, config.trust_remote_code)
-        token = emb_token(folder, config.item_emb_token_n, int(model.hidden_size))
+        kind = read_kind(source)
+        check_decoder(kind, folder)
+        check_shapes(kind, check_files(folder), folder)
+        check_tokenizer(folder, config.trust_remote_code)
+        token = emb_token(folder, config.item_emb_token_n, kind.hidden_size or 0)
         if token is None and config.item_emb_token_n:
             findings.notes.append(no_emb_token(folder))
-        _item_training(config, model)
-        keep_layers(model, 1)
-        decoder = meta_decoder(model, config.trust_remote_code)
-        check_embeddings(decoder, folder)
+        _item_training(config, source)
+        decoder = read_structure(source)
+        check_embeddings(decoder.embedding_width, decoder.hidden_size, folder)
         # The emb token comes after the longest text.
         longest = config.MAX_TEXT_LENGTH + (0 if token is None else 1)
         check_positions(decoder, longest, folder, "MAX_TEXT_LENGTH")
         check_weights(folder, keep_token_embedding=True, trust_remote_code=config.trust_remote_code)
     with findings.collect():
-        model = load_model_config(folder, config.trust_remote_code)
-        attention_kernel(config, torch.device(choose_device(config)), model, rows=False)
+        device = torch.device(choose_device(config))
+        attention_kernel(config, device, read_kind(source), rows=False)
 
 
-def _item_training(config: Config, model_config: Any) -> None:
+def _item_training(config: Config, source: DecoderSource) -> None:
     """Check that what `train_item_llm` asks for fits an ItemLLM's configuration."""
     if not config.trains_items:
         return
-    model = meta_decoder(model_config, config.trust_remote_code)
+    layers = read_structure(source).linear
     if config.trains_item_lora:
-        check_lora_targets(model, config.item_lora_target_modules, "ItemLLM")
-    freeze(model, config.item_freeze_layers, config.item_freeze_embeddings)
+        check_lora_targets(layers, config.item_lora_target_modules, "ItemLLM")
+    check_frozen_layers(layers, config.item_freeze_layers)
 
 
 def _cache_header(config: Config, hidden: int | None) -> None:
@@ -456,10 +451,11 @@ def _training_space(config: Config, weights: Weights) -> None:
 
 def _caching_space(config: Config, items: int, findings: Findings) -> None:
     with findings.collect():
-        folder = Path(config.item_pretrain_dir or "")
+        trusted = config.trust_remote_code
+        source = DecoderSource(Path(config.item_pretrain_dir or ""), trust_remote_code=trusted)
         if config.encoder is not None:
-            folder = read_sentence_folder(config.encoder).transformer
-        dim = int(load_model_config(folder, config.trust_remote_code).hidden_size)
+            source = sentence_source(config.encoder, trusted)
+        dim = read_kind(source).hidden_size or 0
         # The finished parts stay until the cache itself is written.
         needed = 2 * items * dim * DTYPES[config.item_cache_dtype].itemsize
         findings.notes.append(
@@ -490,8 +486,8 @@ def _memory(
     size = 4 if config.item_embedding_transform != "none" else cache.embeddings.element_size()
     table = len(interactions.item_ids) * cache.dim * size
     if config.trains_items:
-        encoder = Path(config.encoder or config.item_pretrain_dir or "")
-        weights += check_files(read_sentence_folder(encoder).transformer).count()
+        encoder = str(item_llm_folder(config))
+        weights += check_files(sentence_source(encoder, config.trust_remote_code).folder).count()
     least = table + weights * compute_dtype(config).itemsize
     if device in ("cuda", "xpu"):
         total = torch.get_device_module(device).get_device_properties(0).total_memory

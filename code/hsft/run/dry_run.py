@@ -7,31 +7,27 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
-from transformers import LlamaConfig
 
 from hsft.config import Config
 from hsft.data.cache import DTYPES, is_native, open_cache, read_header
-from hsft.data.dataset import CachedEmbeddingTrainDataset
+from hsft.data.dataset import CachedEmbeddingEvalDataset, CachedEmbeddingTrainDataset
+from hsft.data.dataset.packing import Buckets
 from hsft.data.files import cache_path, find_cache, has_interactions, interaction_file
 from hsft.data.interactions import Interactions, load_interactions
 from hsft.data.split import leave_one_out
-from hsft.encoding.item_tower import freeze
-from hsft.encoding.sentence_encoder import MODULES, read_sentence_folder
-from hsft.model.attention import VARLEN
-from hsft.model.backbone import (
-    check_lora_targets,
-    choose_attention,
-    cut_decoder,
-    decoder_config,
-    load_model_config,
-    read_extra,
-)
+from hsft.encoding.item_tower import check_frozen_layers, layer_number
+from hsft.inputs.cache_items import sentence_source
+from hsft.model.accelerate import choose_acceleration
+from hsft.model.attention import VARLEN, choose_attention
+from hsft.model.backbone import check_lora_targets, read_extra
 from hsft.model.folder import check_decoder, check_embeddings, check_positions
 from hsft.model.item_adapter import check_width
+from hsft.model.meta import read_kind, read_structure
+from hsft.model.structure import DecoderSource, DecoderStructure
 from hsft.report.memory import (
     GIB,
     MIB,
@@ -39,13 +35,15 @@ from hsft.report.memory import (
     estimate,
     item_llm_bytes,
     largest_batch,
-    meta_decoder,
     rows,
     saved_bytes_per_token,
 )
-from hsft.run.setup import packed_row_length
+from hsft.report.step_time import CARDS, seconds, training_work, validation_work
+from hsft.run.setup import graph_obstacle, packed_row_length
+from hsft.trainer.optim import steps_per_epoch
 from hsft.utils.errors import InputError
 from hsft.utils.files import is_file, is_folder
+from hsft.utils.progress import format_seconds
 
 # TinyLlama-1.1B's config.json, for LlamaConfig: HLLM-1B's UserLLM is fine-tuned from it.
 TINYLLAMA = {
@@ -57,7 +55,6 @@ TINYLLAMA = {
     "num_key_value_heads": 4,
     "max_position_embeddings": 2048,
 }
-CARDS_GIB = (6, 8, 10, 12, 16, 24)
 # How much of a card's free memory a step may be estimated to fill without quantisation: estimates are
 # within 10 % of what was measured, and CUDA graphs take a few percent more.
 FILLED_SHARE = 0.9
@@ -83,6 +80,21 @@ class _Items:
     width: int | None = None
 
 
+@dataclass(frozen=True)
+class RunSize:
+    """How much a run trains and validates on.
+
+    Attributes:
+        lengths: int64 [S], positions of every training sequence.
+        valid_users: users of a validation.
+        valid_positions: positions of their histories, on average.
+    """
+
+    lengths: np.ndarray
+    valid_users: int
+    valid_positions: float
+
+
 def dry_run(config: Config) -> None:
     """Print the estimate for a configuration, as a run on one CUDA card would need it.
 
@@ -91,13 +103,20 @@ def dry_run(config: Config) -> None:
     Raises:
         InputError: what is there is bad or does not fit, or nothing would be fine-tuned.
     """
-    shape, assumed = assumed_shape(config)
-    sys.stdout.write(describe(config, shape, assumed))
+    read = cache(lambda: load_interactions(config))
+    shape, assumed = assumed_shape(config, read)
+    size = _run_size(config, read)
+    sys.stdout.write(describe(config, shape, assumed) + "\n" + describe_times(config, shape, size))
 
 
 def training_shape(config: Config, interactions: Interactions | None = None) -> TrainingShape:
-    """Return what memory depends on, as `assumed_shape`."""
-    return assumed_shape(config, interactions)[0]
+    """Return what memory depends on, as `assumed_shape`.
+
+    Args:
+        config: the configuration.
+        interactions: where they have been read; None: they are read when they are needed.
+    """
+    return assumed_shape(config, None if interactions is None else lambda: interactions)[0]
 
 
 def choose_quant_type(
@@ -128,7 +147,7 @@ def choose_quant_type(
 
 
 def assumed_shape(
-    config: Config, interactions: Interactions | None = None
+    config: Config, read: Callable[[], Interactions] | None = None
 ) -> tuple[TrainingShape, list[str]]:
     """Read what memory depends on from `config.json` and the item cache.
 
@@ -140,7 +159,7 @@ def assumed_shape(
 
     Args:
         config: the configuration.
-        interactions: where they have been read; None: they are read when they are needed.
+        read: gives the interactions; None: they are read from their file, once, when they are needed.
 
     Returns:
         The shape, and a sentence for everything that was assumed for want of a file.
@@ -153,23 +172,22 @@ def assumed_shape(
             "dry_run estimates fine-tuning of the UserLLM; set model: HLLM, not val_only."
         )
     named = config.user_pretrain_dir
-    model_config, assumed = _user_model(config, Path(named) if named else None)
-    # Read where it is needed, once.
-    read = cache(lambda: load_interactions(config) if interactions is None else interactions)
-    items = _items(config, int(model_config.hidden_size), read, known_width=not assumed)
+    decoder, assumed = _user_model(config, Path(named) if named else None)
+    read = read or cache(lambda: load_interactions(config))
+    items = _items(config, decoder.hidden_size, read, known_width=not assumed)
     asked = config.attn_implementation
     kernel = choose_attention(
         "auto" if asked == "flash_attention_2" else asked,
         allow_flash=False,
         device=torch.device("cuda"),
         half=config.precision != "32-true",
-        model_config=model_config,
+        kind=read_kind(decoder.source),
     )
     transformed = config.item_embedding_transform != "none"
     precision = "bf16-mixed" if config.precision == "auto" else config.precision
     lengths = _lengths(config, read) if packed_row_length(config, kernel) else None
     shape = TrainingShape(
-        model_config=model_config,
+        decoder=decoder,
         quant_type="nf4" if config.qlora_quant_type == "auto" else config.qlora_quant_type,
         lora_rank=config.qlora_r if config.use_qlora else None,
         lora_targets=tuple(config.qlora_target_modules),
@@ -203,21 +221,27 @@ def _with_item_llm(config: Config, shape: TrainingShape) -> tuple[TrainingShape,
     """Add the ItemLLM that is trained, of TinyLlama-1.1B's shape where its folder is not there."""
     assumed = []
     folder = Path(config.encoder or config.item_pretrain_dir or "")
-    if is_folder(folder):
-        if is_file(folder / MODULES):
-            folder = read_sentence_folder(folder).transformer
-        model_config = load_model_config(folder, config.trust_remote_code)
-    else:
+    llama = None
+    if not is_folder(folder):
         assumed = [f"no model folder at {folder}: the ItemLLM is taken as TinyLlama-1.1B's shape."]
-        model_config = LlamaConfig(**TINYLLAMA)
-    model = meta_decoder(model_config, config.trust_remote_code)
+        llama = TINYLLAMA
+    else:
+        folder = sentence_source(str(folder), config.trust_remote_code).folder
+    decoder = read_structure(
+        DecoderSource(
+            folder,
+            keep_token_embedding=True,
+            trust_remote_code=config.trust_remote_code,
+            llama=llama,
+        )
+    )
     lora = config.trains_item_lora
     if lora:
-        check_lora_targets(model, config.item_lora_target_modules, "ItemLLM")
-    freeze(model, config.item_freeze_layers, config.item_freeze_embeddings)
+        check_lora_targets(decoder.linear, config.item_lora_target_modules, "ItemLLM")
+    check_frozen_layers(decoder.linear, config.item_freeze_layers)
     item_llm = replace(
         shape,
-        model_config=model_config,
+        decoder=decoder,
         quant_type=config.item_quant_type,
         lora_rank=config.item_lora_r if lora else None,
         lora_targets=tuple(config.item_lora_target_modules),
@@ -230,7 +254,8 @@ def _with_item_llm(config: Config, shape: TrainingShape) -> tuple[TrainingShape,
         mean_length=None,
         masked_row=None,
     )
-    held, chunk = item_llm_bytes(item_llm, model, config.item_chunk_tokens)
+    trained = _trained_part(decoder, config.item_freeze_layers, config.item_freeze_embeddings)
+    held, chunk = item_llm_bytes(item_llm, trained, config.item_chunk_tokens)
     if not config.trains_items_along:
         # It is gone when the UserLLM is trained.
         return replace(shape, item_chunk_bytes=held + chunk), assumed
@@ -240,26 +265,36 @@ def _with_item_llm(config: Config, shape: TrainingShape) -> tuple[TrainingShape,
     return replace(shape, item_llm_bytes=held, item_chunk_bytes=chunk, step_items=each), assumed
 
 
-def _user_model(config: Config, folder: Path | None) -> tuple[Any, list[str]]:
-    """Return the UserLLM's configuration cut to the layers in use, and what was assumed."""
+def _trained_part(decoder: DecoderStructure, layers: int, embeddings: bool) -> DecoderStructure:
+    """Leave out what `freeze` keeps: the first layers' matrices, and the largest table."""
+    linear = {
+        name: widths
+        for name, widths in decoder.linear.items()
+        if (layer_number(name) or 0) >= layers
+    }
+    others = sorted(decoder.other_sizes)
+    kept = others[:-1] if embeddings or layers else others
+    return replace(decoder, linear=linear, other_sizes=tuple(kept))
+
+
+def _user_model(config: Config, folder: Path | None) -> tuple[DecoderStructure, list[str]]:
+    """Return the UserLLM's structure cut to the layers in use, and what was assumed."""
     assumed = []
+    layers = config.user_llm_layers
     if folder is not None and (is_folder(folder) or is_file(folder)):
-        model_config = decoder_config(
-            folder, config.user_llm_layers, trust_remote_code=config.trust_remote_code
-        )
+        source = DecoderSource(folder, layers, trust_remote_code=config.trust_remote_code)
     else:
         where = f"no model folder at {folder}" if folder else "no UserLLM is named"
         folder = Path("TinyLlama-1.1B")
-        model_config = LlamaConfig(**TINYLLAMA)
-        check_decoder(model_config, folder, config.user_llm_layers)
-        cut_decoder(model_config, config.user_llm_layers)
+        source = DecoderSource(folder, layers, llama=TINYLLAMA)
         assumed = [f"{where}: estimated for TinyLlama-1.1B's shape, HLLM-1B's UserLLM."]
-    model = meta_decoder(model_config, config.trust_remote_code)
-    check_embeddings(model, folder)
-    check_positions(model, config.MAX_ITEM_LIST_LENGTH, folder, "MAX_ITEM_LIST_LENGTH")
+    check_decoder(read_kind(source), folder, layers)
+    decoder = read_structure(source)
+    check_embeddings(decoder.embedding_width, decoder.hidden_size, folder)
+    check_positions(decoder, config.MAX_ITEM_LIST_LENGTH, folder, "MAX_ITEM_LIST_LENGTH")
     if config.use_qlora:
-        check_lora_targets(model, config.qlora_target_modules)
-    return model_config, assumed
+        check_lora_targets(decoder.linear, config.qlora_target_modules)
+    return decoder, assumed
 
 
 def _lengths(config: Config, read: Callable[[], Interactions]) -> np.ndarray | None:
@@ -268,6 +303,19 @@ def _lengths(config: Config, read: Callable[[], Interactions]) -> np.ndarray | N
         return None
     dataset = CachedEmbeddingTrainDataset(leave_one_out(read()), config.MAX_ITEM_LIST_LENGTH)
     return dataset.lengths if len(dataset) else None
+
+
+def _run_size(config: Config, read: Callable[[], Interactions]) -> RunSize | None:
+    """Count sequences and users, None where the interactions are not there or train nothing."""
+    lengths = _lengths(config, read)
+    if lengths is None:
+        return None
+    valid = CachedEmbeddingEvalDataset(leave_one_out(read()), "valid", config.MAX_ITEM_LIST_LENGTH)
+    histories = np.minimum(
+        valid.segments.ends - valid.segments.starts - 1, config.MAX_ITEM_LIST_LENGTH
+    )
+    users = min(len(valid), config.valid_users or len(valid))
+    return RunSize(lengths, users, float(histories.mean()) if len(valid) else 0.0)
 
 
 def _items(
@@ -317,7 +365,7 @@ def _cached_items(config: Config, path: Path, width: int, *, known_width: bool) 
 
 
 def _trained_how(shape: TrainingShape) -> str:
-    layers = f"The UserLLM's {shape.model_config.num_hidden_layers} layers"
+    layers = f"The UserLLM's {shape.decoder.layers} layers"
     number = str(shape.dtype).removeprefix("torch.") + " products" * shape.mixed
     name = shape.attention if shape.masked_row or shape.attention == "eager" else "unmasked"
     kernel = f"{number}, {name} attention"
@@ -342,11 +390,11 @@ def _items_trained_how(config: Config) -> list[str]:
     ]
 
 
-def _automatic_type(config: Config, shape: TrainingShape, model: torch.nn.Module) -> list[str]:
+def _automatic_type(config: Config, shape: TrainingShape) -> list[str]:
     if config.qlora_quant_type != "auto" or shape.lora_rank is None:
         return []
     plain = replace(shape, quant_type="none")
-    needed = estimate(plain, config.train_batch_size, model).total
+    needed = estimate(plain, config.train_batch_size).total
     name = str(plain.weight_dtype).removeprefix("torch.")
     return [
         f"qlora_quant_type: auto takes none (plain LoRA) where {needed / FILLED_SHARE / GIB:.2f} GiB "
@@ -359,9 +407,8 @@ def _automatic_type(config: Config, shape: TrainingShape, model: torch.nn.Module
 def describe(config: Config, shape: TrainingShape, assumed: Sequence[str] = ()) -> str:
     """Write the estimate, what was assumed for it, and the table of cards."""
     # Counted once: the same with and without gradient checkpointing, and for every batch size.
-    model = meta_decoder(shape.model_config)
     counted = saved_bytes_per_token(shape)
-    needed = estimate(shape, config.train_batch_size, model, counted)
+    needed = estimate(shape, config.train_batch_size, counted)
     how = "gradient checkpointing" if shape.checkpointing else "no gradient checkpointing"
     counted_rows = [
         (name, size)
@@ -379,13 +426,80 @@ def describe(config: Config, shape: TrainingShape, assumed: Sequence[str] = ()) 
         "",
         *(f"{name:<14}{size / MIB:>10,.0f} MiB" for name, size in counted_rows),
         "",
-        *_automatic_type(config, shape, model),
+        *_automatic_type(config, shape),
         "largest train_batch_size, without and with gradient_checkpointing, "
         f"{_DISPLAY // MIB} MiB left for a display:",
     ]
     both = [replace(shape, checkpointing=value) for value in (False, True)]
-    for card in CARDS_GIB:
-        sizes = [largest_batch(each, card * GIB - _DISPLAY, model, counted) for each in both]
+    for card in CARDS:
+        sizes = [largest_batch(each, card.gib * GIB - _DISPLAY, counted) for each in both]
         cells = [f"{size:,}" if size else "none fits" for size in sizes]
-        lines.append(f"{card:>5} GiB {cells[0]:>12} {cells[1]:>12}")
+        lines.append(f"{card.gib:>5} GiB {cells[0]:>12} {cells[1]:>12}")
     return "\n".join(lines) + "\n"
+
+
+def describe_times(config: Config, shape: TrainingShape, size: RunSize | None) -> str:
+    """Write the estimated time of an epoch and of a validation on a usual card of each size."""
+    if config.trains_items:
+        return "No time is estimated where the ItemLLM is trained.\n"
+    if size is None or shape.items is None:
+        return "No time is estimated without the interactions.\n"
+    counted = saved_bytes_per_token(shape)
+    sequences = min(config.train_batch_size, len(size.lengths))
+    batches = -(-len(size.lengths) // config.train_batch_size)
+    graph = _takes_graphs(config, shape, batches)
+    work = training_work(
+        shape, sequences, *_positions(config, shape, size, sequences, graph=graph), counted
+    )
+    validation = validation_work(
+        shape, size.valid_users, size.valid_positions, config.eval_batch_size, counted
+    )
+    fits = {
+        card: estimate(shape, config.train_batch_size, counted).total <= card.gib * GIB - _DISPLAY
+        for card in CARDS
+    }
+    how = "as CUDA graphs" if graph else "launched kernel by kernel"
+    ranked = "" if config.eval_protocol == "full" else ", as if the whole catalogue were ranked"
+    lines = [
+        f"estimated time of an epoch ({batches:,} batches, {how}) and of a validation "
+        f"({size.valid_users:,} users{ranked}); see docs/performance-gpu.md for how far off:",
+    ]
+    for card in CARDS:
+        times = [
+            format_seconds(batches * seconds(work, card, graph=graph)),
+            format_seconds(seconds(validation, card, graph=False)),
+        ]
+        cells = times if fits[card] else ["does not fit", ""]
+        line = f"{card.gib:>5} GiB {cells[0]:>12} {cells[1]:>12}  {card.name}"
+        lines.append(line)
+    return "\n".join(lines) + "\n"
+
+
+def _takes_graphs(config: Config, shape: TrainingShape, batches: int) -> bool:
+    """Say whether one NVIDIA card would train by CUDA graphs."""
+    steps = config.epochs * steps_per_epoch(batches, config.gradient_accumulation_steps)
+    chosen, _ = choose_acceleration(
+        config.compile,
+        torch.device("cuda"),
+        single_row=config.pack_sequences and shape.masked_row is None,
+        processes=1,
+        steps=steps,
+        obstacle=graph_obstacle(config, config.precision),
+    )
+    return chosen.graph
+
+
+def _positions(
+    config: Config, shape: TrainingShape, size: RunSize, sequences: int, *, graph: bool
+) -> tuple[float, float]:
+    """Return the positions of a batch, padding included, and how many attention spans for each."""
+    lengths = size.lengths.astype(np.float64)
+    if not config.pack_sequences:
+        return sequences * float(shape.length), float(shape.length)
+    positions = sequences * float(lengths.mean())
+    if graph:
+        # A row is padded up by between 1 and `step` positions.
+        step = Buckets.of(size.lengths, config.train_batch_size, shape.length).step
+        positions += (step + 1) / 2
+    span = float(np.square(lengths).sum() / lengths.sum())
+    return positions, span if shape.masked_row is None else float(shape.masked_row)

@@ -7,6 +7,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -33,14 +34,17 @@ from hsft.model.backbone import (
     linear_layers,
     load_decoder,
     load_model_config,
+    model_kind,
     read_extra,
 )
 from hsft.model.item_adapter import adapter_shape, check_width, load_adapter
 from hsft.model.item_ids import load_id_vectors, read_id_vectors
 from hsft.model.item_table import ItemTable, fit_transform, sample_cosines, table_from_cache
+from hsft.model.meta import read_kind
 from hsft.model.norms import fuse_norms
 from hsft.model.proposal import Proposal
 from hsft.model.recommender import LossSettings, Recommender, Similarity
+from hsft.model.structure import DecoderSource
 from hsft.model.user_llm import UserLLM
 from hsft.trainer.fabric import attention_kernel, choose_precision, compute_dtype
 from hsft.trainer.item_training import ItemTraining
@@ -439,14 +443,31 @@ def packed_row_length(config: Config, kernel: str) -> int | None:
     return 4 * config.MAX_ITEM_LIST_LENGTH
 
 
+def graph_obstacle(config: Config, precision: str) -> str:
+    """Say what in a configuration keeps its training steps from CUDA graphs; empty: nothing.
+
+    Args:
+        config: the configuration.
+        precision: its `precision`, `auto` resolved.
+    """
+    if config.trains_items_along:
+        return "CUDA graphs need train_item_llm: none"
+    if config.gradient_checkpointing:
+        return "CUDA graphs need gradient_checkpointing: False"
+    if config.strategy == "deepspeed" or precision == "16-mixed":
+        return "CUDA graphs need strategy: ddp and precision: bf16-mixed"
+    return ""
+
+
 def user_attention(config: Config, device: torch.device) -> str:
     """Return the attention kernel of the configuration's UserLLM.
 
     Raises:
         InputError: as `attention_kernel`, or the model folder is unusable.
     """
-    model = load_model_config(config.user_pretrain_dir or "", config.trust_remote_code)
-    return attention_kernel(config, device, model)
+    folder = Path(config.user_pretrain_dir or "")
+    source = DecoderSource(folder, trust_remote_code=config.trust_remote_code)
+    return attention_kernel(config, device, read_kind(source))
 
 
 def build_user_llm(config: Config, data: Data, fabric: Fabric, *, train: bool) -> Recommender:
@@ -488,7 +509,7 @@ def build_user_llm(config: Config, data: Data, fabric: Fabric, *, train: bool) -
     if attention == VARLEN:
         log.info("attention: torch's variable-length kernel, a batch's sequences in one row.")
     elif config.attn_implementation == "auto" and device.type != "cpu":
-        obstacle = varlen_obstacle(decoder.config, device, half != torch.float32)
+        obstacle = varlen_obstacle(model_kind(decoder.config), device, half != torch.float32)
         log.info(
             "attention: %s; torch's variable-length kernel needs %s.",
             attention,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from hsft.config import Config
@@ -24,7 +25,13 @@ from hsft.evaluator.evaluator import Evaluation, Evaluator, Scorer
 from hsft.evaluator.fingerprint import evaluation_fingerprint
 from hsft.evaluator.metrics import per_user
 from hsft.hub.manifest import exported_from, pretraining_overlap, user_llm_origin
-from hsft.model.accelerate import StepGraphs, choose_acceleration, compile_layers
+from hsft.model.accelerate import (
+    SHORTEST_ENCODING,
+    EncodingGraphs,
+    StepGraphs,
+    choose_acceleration,
+    compile_layers,
+)
 from hsft.model.attention import VARLEN
 from hsft.model.ensemble import weight_grid
 from hsft.model.folder import fingerprint as model_fingerprint
@@ -60,6 +67,7 @@ from hsft.run.setup import (
     check_cosines,
     check_training,
     eval_protocol,
+    graph_obstacle,
     load_data,
     make_evaluator,
     negative_proposal,
@@ -390,8 +398,37 @@ def evaluate(
     """Score the evaluator's users under the run's precision, with progress."""
     if isinstance(scorer, torch.nn.Module):
         scorer.eval()
-    with _scoring(config, evaluator, fabric, task) as given:
-        return evaluator.run(scorer, fabric.device, **given)
+    graphs: list[EncodingGraphs] = []
+
+    def capture(encode: Callable[..., Tensor]) -> EncodingGraphs:
+        graphs.append(EncodingGraphs(encode, fabric.device))
+        return graphs[0]
+
+    captures = captures_encoding(config, evaluator.num_batches, fabric.device)
+    try:
+        with _scoring(config, evaluator, fabric, task) as given:
+            return evaluator.run(
+                scorer, fabric.device, **given, capture=capture if captures else None
+            )
+    finally:
+        for each in graphs:
+            log.debug("%s: %d CUDA graphs, captured in %.1f s.", task, each.graphs, each.seconds)
+            each.release()
+
+
+def captures_encoding(config: Config, batches: int, device: torch.device) -> bool:
+    """Say whether an evaluation's encoding is captured as CUDA graphs, where it reads single rows.
+
+    Args:
+        config: the configuration; ZeRO gathers weights in the forward pass, which no graph holds.
+        batches: that each process encodes.
+        device: where the model is.
+    """
+    if device.type != "cuda" or config.strategy == "deepspeed":
+        return False
+    if config.compile == "auto":
+        return batches >= SHORTEST_ENCODING
+    return config.compile == "graph"
 
 
 @contextmanager
@@ -423,7 +460,14 @@ def _train(
     check_training(config, data.split, dataset)
     if config.negatives_logq:
         model.proposal = negative_proposal(config, dataset).to(fabric.device)
-    loader = make_train_loader(config, dataset, data, fabric, pack=_packs(config, model, fabric))
+    loader = make_train_loader(
+        config,
+        dataset,
+        data,
+        fabric,
+        pack=_packs(config, model, fabric),
+        list_items=model.encoder.items.adapter is not None,
+    )
     steps = config.epochs * steps_per_epoch(len(loader), config.gradient_accumulation_steps)
     if items is not None and items.along:
         model.item_llm = items.tower
@@ -488,20 +532,13 @@ def accelerate(
     assert isinstance(collate, TrainCollate)
     if not isinstance(model.encoder, UserLLM):
         return None
-    obstacle = ""
-    if config.trains_items_along:
-        obstacle = "CUDA graphs need train_item_llm: none"
-    elif config.gradient_checkpointing:
-        obstacle = "CUDA graphs need gradient_checkpointing: False"
-    elif config.strategy == "deepspeed" or choose_precision(config) == "16-mixed":
-        obstacle = "CUDA graphs need strategy: ddp and precision: bf16-mixed"
     chosen, reason = choose_acceleration(
         config.compile,
         fabric.device,
         single_row=collate.single_row,
         processes=world_size(),
         steps=steps,
-        obstacle=obstacle,
+        obstacle=graph_obstacle(config, choose_precision(config)),
     )
     if reason and (config.compile != "auto" or fabric.device.type == "cuda"):
         log.info("%s", reason)
@@ -542,10 +579,17 @@ def make_train_loader(
     fabric: Fabric,
     *,
     pack: bool = True,
+    list_items: bool = False,
 ) -> DataLoader[Any]:
     """Make the loader of training batches for this process.
 
-    `pack`: False gives every sequence a row of its own, whatever `pack_sequences` says.
+    Args:
+        config: the configuration.
+        dataset: the training sequences.
+        data: the interactions, for the negatives.
+        fabric: the processes.
+        pack: False gives every sequence a row of its own, whatever `pack_sequences` says.
+        list_items: see `TrainCollate`; for a model whose items are adapted.
     """
     drawn = config.effective_negatives == "sampled"
     rows = config.train_batch_size * world_size()
@@ -561,6 +605,7 @@ def make_train_loader(
         seed=config.seed,
         row_length=length,
         single_row=single_row,
+        list_items=list_items,
     )
     batches = SequenceBatches(
         dataset.lengths,

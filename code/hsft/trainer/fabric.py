@@ -11,8 +11,8 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from hsft.config import Config
-from hsft.model.attention import VARLEN
-from hsft.model.backbone import choose_attention
+from hsft.model.attention import VARLEN, choose_attention
+from hsft.model.structure import ModelKind
 from hsft.trainer.zero import check_deepspeed, deepspeed_strategy
 from hsft.utils.distributed import TIMEOUT, world_size
 from hsft.utils.errors import InputError
@@ -121,14 +121,14 @@ def check_device(config: Config) -> Device:
 
 
 def attention_kernel(
-    config: Config, device: torch.device, model_config: Any, *, rows: bool = True
+    config: Config, device: torch.device, kind: ModelKind, *, rows: bool = True
 ) -> str:
     """Return the configuration's `attn_implementation`, `auto` resolved for a device and a model.
 
     Args:
         config: the configuration.
         device: where the model runs.
-        model_config: of the model, as `load_model_config` gives.
+        kind: of the model.
         rows: whether a row may hold several sequences; else there is no use for `varlen`: `auto`
             does not take it, and sdpa stands in for it.
 
@@ -141,7 +141,7 @@ def attention_kernel(
         config.use_ft_flash_attn,
         device,
         half=compute_dtype(config) in (torch.bfloat16, torch.float16),
-        model_config=model_config,
+        kind=kind,
         allow_varlen=rows,
     )
 

@@ -11,12 +11,13 @@ import torch
 from hsft.data.dataset.packing import Buckets, one_row, pack
 from hsft.data.dataset.testset import CachedEmbeddingEvalDataset
 from hsft.data.dataset.trainset import CachedEmbeddingTrainDataset
+from hsft.data.interactions import PAD
 from hsft.data.negatives import NegativeSampler
 from hsft.data.split import ragged_positions
 
 # What `positions` is in a batch that is not packed.
 NOT_PACKED = torch.empty((0, 0), dtype=torch.int64)
-# What `cu_lengths`, `scored` and `counted` are in a batch without them.
+# What `cu_lengths`, `scored`, `counted` and `items` are in a batch without them.
 _NO_LENGTHS = torch.empty(0, dtype=torch.int32)
 _NO_INDEX = torch.empty(0, dtype=torch.int64)
 _ALL_COUNTED = torch.empty(0, dtype=torch.bool)
@@ -41,6 +42,8 @@ class TrainBatch(NamedTuple):
         counted: bool [N], False for the entries of `scored` that fill a bucket up; [0] when all
             count. Not float: Fabric converts floating-point inputs to the precision's type, and
             bfloat16 cannot count positions.
+        items: int64 [U], the items of `history` and `targets` in order, each once, after as many 0 as
+            fill a bucket up, at least one; [0] where nothing is to be computed once an item.
     """
 
     history: torch.Tensor
@@ -52,6 +55,7 @@ class TrainBatch(NamedTuple):
     cu_lengths: torch.Tensor = _NO_LENGTHS
     scored: torch.Tensor = _NO_INDEX
     counted: torch.Tensor = _ALL_COUNTED
+    items: torch.Tensor = _NO_INDEX
 
     def to(self, device: torch.device) -> TrainBatch:
         """Copy the batch to a device; from pinned memory without waiting for it."""
@@ -73,7 +77,8 @@ class EvalBatch(NamedTuple):
         row: int64 [1, N], the histories one after the other, for a model that reads rows; [0, 0]
             else. `history` has no columns then.
         positions: int64 [1, N], beside `row`, as in `TrainBatch`.
-        cu_lengths: int32 [B + 1], where each history starts in `row`, and N; [0] without one.
+        cu_lengths: int32 [S + 1], where each history starts in `row`, and N; [0] without one. S = B,
+            but for rows that are padded to a bucket: what fills them stands after the histories.
     """
 
     rows: torch.Tensor
@@ -88,10 +93,14 @@ class EvalBatch(NamedTuple):
     positions: torch.Tensor = NOT_PACKED
     cu_lengths: torch.Tensor = _NO_LENGTHS
 
+    def pin_memory(self) -> EvalBatch:
+        """Copy the batch to pinned memory; what is there already stays."""
+        return EvalBatch(*(part.pin_memory() for part in self))
+
     def to(self, device: torch.device) -> EvalBatch:
         """Copy the batch to a device, to a GPU without waiting for it."""
         if device.type == "cuda":
-            pinned = (part.pin_memory() for part in self)
+            pinned = self.pin_memory()
             return EvalBatch(*(part.to(device, non_blocking=True) for part in pinned))
         return EvalBatch(*(part.to(device) for part in self))
 
@@ -115,6 +124,7 @@ class TrainCollate:
         single_row: put all sequences of a batch into one row, for variable-length attention;
             `row_length` and `pack_below` have no effect then.
         buckets: sizes that such a row is padded up to; None: none.
+        list_items: list a batch's items, for an adapter that maps each once.
     """
 
     def __init__(
@@ -129,8 +139,10 @@ class TrainCollate:
         pack_below: float = 0.9,
         single_row: bool = False,
         buckets: Buckets | None = None,
+        list_items: bool = False,
     ) -> None:
         self.dataset = dataset
+        self.list_items = list_items
         self.single_row, self.buckets = single_row, buckets
         self.row_length, self.pack_below = row_length, pack_below
         self.sampler = sampler
@@ -176,7 +188,19 @@ class TrainCollate:
             negatives=torch.from_numpy(negatives),
             positions=positions,
             scored=torch.from_numpy(np.flatnonzero(loss_mask)),
+            items=self._items(history, targets),
         )
+
+    def _items(
+        self, history: np.ndarray, targets: np.ndarray, size: int | None = None
+    ) -> torch.Tensor:
+        """List the items of a batch; `size`: how many numbers, None: one more than there are."""
+        if not self.list_items:
+            return _NO_INDEX
+        numbers = np.union1d(history, targets)
+        numbers = numbers[numbers != PAD]
+        padding = 1 if size is None else size - len(numbers)
+        return torch.from_numpy(np.pad(numbers, (padding, 0)))
 
     def _one_row(
         self,
@@ -192,13 +216,15 @@ class TrainCollate:
         def row(padded: np.ndarray) -> np.ndarray:
             return np.pad(padded[mask], (0, layout.padding))
 
-        in_loss = row(loss_mask)
+        in_loss, most = row(loss_mask), None
         scored, counted = np.flatnonzero(in_loss), np.empty(0, dtype=bool)
         if self.buckets is not None:
             # Shapes that depend on the bucket alone; a bucket always leaves a position free.
             count = self.buckets.sequences if self.random_split else len(in_loss)
             counted = np.arange(count) < len(scored)
             scored = np.pad(scored, (0, count - len(scored)), constant_values=len(in_loss) - 1)
+            # A sequence has one item more than positions.
+            most = len(in_loss) + self.buckets.sequences + 1
         return TrainBatch(
             history=torch.from_numpy(row(history)[None]),
             attention_mask=torch.from_numpy(row(mask)[None]),
@@ -209,6 +235,7 @@ class TrainCollate:
             cu_lengths=torch.from_numpy(layout.cu_lengths),
             scored=torch.from_numpy(scored),
             counted=torch.from_numpy(counted),
+            items=self._items(history, targets, most),
         )
 
 
@@ -221,12 +248,14 @@ class EvalCollate:
 
     Attributes:
         single_row: put the histories of a batch into one row.
+        buckets: sizes that such a row is padded up to; None: none.
     """
 
     def __init__(
         self, dataset: CachedEmbeddingEvalDataset, candidates: np.ndarray | None = None
     ) -> None:
         self.single_row = False
+        self.buckets: Buckets | None = None
         self.dataset = dataset
         self.candidates = candidates
 
@@ -244,11 +273,10 @@ class EvalCollate:
         rows = {}
         if self.single_row:
             history = np.empty((len(indices), 0), dtype=np.int64)
-            layout = one_row(ends - recent)
+            layout = one_row(ends - recent, self.buckets)
+            row = items[ragged_positions(recent, ends)].astype(np.int64)
             rows = {
-                "row": torch.from_numpy(
-                    items[ragged_positions(recent, ends)][None].astype(np.int64)
-                ),
+                "row": torch.from_numpy(np.pad(row, (0, layout.padding))[None]),
                 "positions": torch.from_numpy(layout.positions),
                 "cu_lengths": torch.from_numpy(layout.cu_lengths),
             }
