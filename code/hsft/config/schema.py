@@ -422,6 +422,19 @@ class Config(_Section):
     user_llm_layers: Int | None = _key(
         None, "UserLLM", "keep the first N decoder layers; default: all of them", ge=1
     )
+    use_timestamps: Bool = _key(
+        False,
+        "UserLLM",
+        "add trained embeddings of every item's date, hour and distance from the item before to what "
+        "the UserLLM reads; timestamps have to be dates",
+    )
+    predict_at: Literal["unknown", "target"] = _key(
+        "unknown",
+        "UserLLM",
+        "with use_timestamps: unknown predicts without knowing for when; target tells every position "
+        "the time of its next item, in evaluation that of the held-out one, as of a request that "
+        "comes then",
+    )
     attn_implementation: Literal["auto", "varlen", "sdpa", "flash_attention_2", "eager"] = _key(
         "auto",
         "UserLLM",
@@ -688,6 +701,12 @@ class Config(_Section):
             raise ValueError("item_id_dropout needs item_id_embedding: True; set it or drop one")
         if self.trains_items:
             self._item_side_agrees()
+        if self.predict_at != "unknown" and not self.use_timestamps:
+            raise ValueError("predict_at needs use_timestamps: True; set it or drop predict_at")
+        if self.use_timestamps and self.model != "HLLM":
+            raise ValueError(f"use_timestamps belongs to model: HLLM, not to {self.model}")
+        if self.use_timestamps and self.val_only:
+            raise ValueError("use_timestamps adds what is trained; drop it or val_only")
         if self.model == "ensemble" and self.runs is None:
             raise ValueError("model: ensemble needs runs: name two or three finished run folders")
         if self.model != "ensemble" and self.runs is not None:

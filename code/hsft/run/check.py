@@ -34,6 +34,7 @@ from hsft.data.files import (
 from hsft.data.interactions import Interactions, load_interactions
 from hsft.data.item_text import ItemTexts, read_item_texts, unfit_texts
 from hsft.data.split import Phase, Split, leave_one_out
+from hsft.data.time_fields import item_times
 from hsft.encoding.item_llm import check_tokenizer, emb_token, no_emb_token
 from hsft.encoding.item_tower import check_frozen_layers
 from hsft.evaluator.evaluator import Evaluator
@@ -433,6 +434,8 @@ def _split(config: Config, split: Split, findings: Findings) -> None:
             findings.notes.append(f"{phase}: {len(dataset)} users are scored")
     if not config.trains:
         return
+    with findings.collect():
+        item_times(config, split.interactions)
     sequences = CachedEmbeddingTrainDataset(split, config.MAX_ITEM_LIST_LENGTH)
     findings.notes.append(
         f"training: {len(sequences)} sequences, {sequences.num_transitions} transitions a pass"

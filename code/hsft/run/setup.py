@@ -22,6 +22,7 @@ from hsft.data.files import cache_path, user_llm_folder
 from hsft.data.interactions import Interactions, drop_items, load_interactions
 from hsft.data.negatives import NegativeSampler
 from hsft.data.split import NEEDED, Split, leave_one_out
+from hsft.data.time_fields import item_times
 from hsft.evaluator.evaluator import EvalProtocol, Evaluator
 from hsft.inputs.cache_items import cache_warnings, encode_in_memory
 from hsft.inputs.load_tower import load_item_tower, read_catalogue, refuse_other_item_llm
@@ -45,6 +46,7 @@ from hsft.model.norms import fuse_norms
 from hsft.model.proposal import Proposal
 from hsft.model.recommender import LossSettings, Recommender, Similarity
 from hsft.model.structure import DecoderSource
+from hsft.model.time_embedding import TimeEmbedding
 from hsft.model.user_llm import UserLLM
 from hsft.trainer.fabric import attention_kernel, choose_precision, compute_dtype
 from hsft.trainer.item_training import ItemTraining
@@ -387,7 +389,8 @@ def make_evaluator(
     Raises:
         InputError: there is nobody to score.
     """
-    dataset = CachedEmbeddingEvalDataset(split, phase, config.MAX_ITEM_LIST_LENGTH)
+    times = item_times(config, split.interactions)
+    dataset = CachedEmbeddingEvalDataset(split, phase, config.MAX_ITEM_LIST_LENGTH, times)
     if sample is not None and sample < len(dataset):
         log.info("%s: a sample of %d of %d users is scored.", phase, sample, len(dataset))
         rng = np.random.default_rng([config.seed, sample])
@@ -534,6 +537,9 @@ def build_user_llm(config: Config, data: Data, fabric: Fabric, *, train: bool) -
     load_adapter(table, extra, trained=train and config.item_adapter != "none")
     if stored is not None:
         load_id_vectors(table, stored, item_ids, trained=train and config.item_id_embedding)
+    time_embedding = None
+    if train and config.use_timestamps:
+        time_embedding = TimeEmbedding(hidden, config.predict_at == "target")
     settings = loss_settings(config, scored_by="cosine" if not train else None)
     model = Recommender(
         UserLLM(
@@ -542,6 +548,7 @@ def build_user_llm(config: Config, data: Data, fabric: Fabric, *, train: bool) -
             max_length=config.MAX_ITEM_LIST_LENGTH,
             autocast=not computes_in_bfloat16(decoder),
             item_dropout=config.item_dropout,
+            times=time_embedding,
         ),
         settings,
         logit_scale=initial_logit_scale(config, extra),

@@ -21,6 +21,7 @@ from hsft.config import Config
 from hsft.config.schema import REFERENCES
 from hsft.data.dataset import CachedEmbeddingTrainDataset, TrainCollate
 from hsft.data.dataset.packing import Buckets
+from hsft.data.time_fields import item_times
 from hsft.evaluator.evaluator import Evaluation, Evaluator, Scorer
 from hsft.evaluator.fingerprint import evaluation_fingerprint
 from hsft.evaluator.metrics import per_user
@@ -456,7 +457,8 @@ def _train(
     run: RunContext, data: Data, model: Recommender, items: ItemTraining | None, fingerprint: str
 ) -> tuple[TrainState, dict[str, Any]]:
     config, fabric = run.config, run.fabric
-    dataset = CachedEmbeddingTrainDataset(data.split, config.MAX_ITEM_LIST_LENGTH)
+    times = item_times(config, data.interactions)
+    dataset = CachedEmbeddingTrainDataset(data.split, config.MAX_ITEM_LIST_LENGTH, times)
     check_training(config, data.split, dataset)
     if config.negatives_logq:
         model.proposal = negative_proposal(config, dataset).to(fabric.device)
