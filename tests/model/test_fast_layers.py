@@ -24,6 +24,9 @@ from hsft.model.item_table import ItemTable
 from hsft.model.norms import RMSNorm, fuse_norms
 from hsft.model.recommender import LossSettings, Recommender
 from hsft.model.user_llm import UserLLM
+from hsft.report.step_time import training_work
+from tests.decoders import shape
+from tests.helpers import make_llama
 
 
 @pytest.mark.parametrize("double", [True, False])
@@ -235,9 +238,19 @@ def test_the_loss_without_autocast_is_that_with_it_to_bfloat16s_rounding(llama: 
     assert torch.cosine_similarity(flat, mixed_flat, dim=0) > 0.99
 
 
-def test_hsft_launches_no_more_than_it_did() -> None:
-    by_way = {row["way"]: row["launches"] for row in launches.measure(layers=4)}
+def test_hsft_launches_no_more_than_it_did(tmp_path: Path) -> None:
+    rows = launches.measure(layers=4)
+    by_way = {row["way"]: row["launches"] for row in rows}
     # Per layer and, the optimizer and the loss included, beside the layers; by count, not by time.
     assert by_way["NF4: HSFT, one row"] <= 4 * 115 + 130
     assert by_way["bfloat16: HSFT, one row"] <= 4 * 98 + 130
     assert by_way["NF4: HSFT, one row"] < by_way["NF4: plain transformers + peft"]
+    # What --dry_run takes these to be.
+    folder = make_llama(tmp_path / "llama", layers=4)
+    for row in rows:
+        kind, _, way = row["way"].partition(": ")
+        if way == "HSFT, one row":
+            quant_type = "nf4" if kind == "NF4" else "none"
+            expected = training_work(shape(folder, quant_type=quant_type), 8, 90, 12, (0, 0))
+            assert row["launches"] == pytest.approx(expected.kernels, rel=0.03)
+            assert row["launches"] + row["views"] == pytest.approx(expected.operations, rel=0.03)

@@ -330,10 +330,11 @@ class Evaluator:
         single_row = bool(getattr(scorer, "reads_rows", False))
         buckets = None
 
-        def encode_row(row: Tensor, positions: Tensor, cu_lengths: Tensor) -> Tensor:
-            reader: Any = scorer
+        reader: Any = scorer
+
+        def encode_row(*row: Tensor) -> Tensor:
             with nullcontext() if autocast is None else autocast():
-                vectors: Tensor = reader.row_user_vectors(row, positions, cu_lengths)
+                vectors: Tensor = reader.row_user_vectors(*row)
             return vectors.float()
 
         encode = encode_row
@@ -346,11 +347,13 @@ class Evaluator:
             batches = prefetch(batch.pin_memory() for batch in batches)
         for batch in batches:
             moved = batch.to(device)
+            times = [moved.times] if getattr(scorer, "reads_times", False) else []
             if single_row:
-                users = encode(moved.row, moved.positions, moved.cu_lengths)[: len(moved.rows)]
+                row = (moved.row, moved.positions, moved.cu_lengths, *times)
+                users = encode(*row)[: len(moved.rows)]
             else:
                 with nullcontext() if autocast is None else autocast():
-                    users = scorer.user_vectors(moved.history, moved.lengths)
+                    users = reader.user_vectors(moved.history, moved.lengths, *times)
                 users = users.float()
             on_batch(len(users))
             if waiting and count + len(users) > self._users_at_a_time(scorer, users.shape[1]):

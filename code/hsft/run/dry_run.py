@@ -14,10 +14,14 @@ import torch
 
 from hsft.config import Config
 from hsft.data.cache import DTYPES, is_native, open_cache, read_header
-from hsft.data.dataset import CachedEmbeddingTrainDataset
+from hsft.data.dataset import CachedEmbeddingEvalDataset, CachedEmbeddingTrainDataset
+from hsft.data.dataset.packing import Buckets
 from hsft.data.files import cache_path, find_cache, has_interactions, interaction_file
 from hsft.data.interactions import Interactions, load_interactions
 from hsft.data.split import leave_one_out
+from hsft.encoding.item_tower import check_frozen_layers, layer_number
+from hsft.inputs.cache_items import sentence_source
+from hsft.model.accelerate import choose_acceleration
 from hsft.model.attention import VARLEN, choose_attention
 from hsft.model.backbone import check_lora_targets, read_extra
 from hsft.model.folder import check_decoder, check_embeddings, check_positions
@@ -29,13 +33,17 @@ from hsft.report.memory import (
     MIB,
     TrainingShape,
     estimate,
+    item_llm_bytes,
     largest_batch,
     rows,
     saved_bytes_per_token,
 )
-from hsft.run.setup import packed_row_length
+from hsft.report.step_time import CARDS, seconds, training_work, validation_work
+from hsft.run.setup import graph_obstacle, packed_row_length
+from hsft.trainer.optim import steps_per_epoch
 from hsft.utils.errors import InputError
 from hsft.utils.files import is_file, is_folder
+from hsft.utils.progress import format_seconds
 
 # TinyLlama-1.1B's config.json, for LlamaConfig: HLLM-1B's UserLLM is fine-tuned from it.
 TINYLLAMA = {
@@ -47,7 +55,6 @@ TINYLLAMA = {
     "num_key_value_heads": 4,
     "max_position_embeddings": 2048,
 }
-CARDS_GIB = (6, 8, 10, 12, 16, 24)
 # How much of a card's free memory a step may be estimated to fill without quantisation: estimates are
 # within 10 % of what was measured, and CUDA graphs take a few percent more.
 FILLED_SHARE = 0.9
@@ -73,6 +80,21 @@ class _Items:
     width: int | None = None
 
 
+@dataclass(frozen=True)
+class RunSize:
+    """How much a run trains and validates on.
+
+    Attributes:
+        lengths: int64 [S], positions of every training sequence.
+        valid_users: users of a validation.
+        valid_positions: positions of their histories, on average.
+    """
+
+    lengths: np.ndarray
+    valid_users: int
+    valid_positions: float
+
+
 def dry_run(config: Config) -> None:
     """Print the estimate for a configuration, as a run on one CUDA card would need it.
 
@@ -81,13 +103,20 @@ def dry_run(config: Config) -> None:
     Raises:
         InputError: what is there is bad or does not fit, or nothing would be fine-tuned.
     """
-    shape, assumed = assumed_shape(config)
-    sys.stdout.write(describe(config, shape, assumed))
+    read = cache(lambda: load_interactions(config))
+    shape, assumed = assumed_shape(config, read)
+    size = _run_size(config, read)
+    sys.stdout.write(describe(config, shape, assumed) + "\n" + describe_times(config, shape, size))
 
 
 def training_shape(config: Config, interactions: Interactions | None = None) -> TrainingShape:
-    """Return what memory depends on, as `assumed_shape`."""
-    return assumed_shape(config, interactions)[0]
+    """Return what memory depends on, as `assumed_shape`.
+
+    Args:
+        config: the configuration.
+        interactions: where they have been read; None: they are read when they are needed.
+    """
+    return assumed_shape(config, None if interactions is None else lambda: interactions)[0]
 
 
 def choose_quant_type(
@@ -118,7 +147,7 @@ def choose_quant_type(
 
 
 def assumed_shape(
-    config: Config, interactions: Interactions | None = None
+    config: Config, read: Callable[[], Interactions] | None = None
 ) -> tuple[TrainingShape, list[str]]:
     """Read what memory depends on from `config.json` and the item cache.
 
@@ -130,7 +159,7 @@ def assumed_shape(
 
     Args:
         config: the configuration.
-        interactions: where they have been read; None: they are read when they are needed.
+        read: gives the interactions; None: they are read from their file, once, when they are needed.
 
     Returns:
         The shape, and a sentence for everything that was assumed for want of a file.
@@ -144,8 +173,7 @@ def assumed_shape(
         )
     named = config.user_pretrain_dir
     decoder, assumed = _user_model(config, Path(named) if named else None)
-    # Read where it is needed, once.
-    read = cache(lambda: load_interactions(config) if interactions is None else interactions)
+    read = read or cache(lambda: load_interactions(config))
     items = _items(config, decoder.hidden_size, read, known_width=not assumed)
     asked = config.attn_implementation
     kernel = choose_attention(
@@ -183,7 +211,70 @@ def assumed_shape(
         budget_bytes=config.logits_budget_mb * MIB,
         attention="eager" if kernel == "eager" else "sdpa",
     )
+    if config.trains_items:
+        shape, sentences = _with_item_llm(config, shape)
+        assumed = [*assumed, *sentences]
     return shape, [*assumed, *items.assumed]
+
+
+def _with_item_llm(config: Config, shape: TrainingShape) -> tuple[TrainingShape, list[str]]:
+    """Add the ItemLLM that is trained, of TinyLlama-1.1B's shape where its folder is not there."""
+    assumed = []
+    folder = Path(config.encoder or config.item_pretrain_dir or "")
+    llama = None
+    if not is_folder(folder):
+        assumed = [f"no model folder at {folder}: the ItemLLM is taken as TinyLlama-1.1B's shape."]
+        llama = TINYLLAMA
+    else:
+        folder = sentence_source(str(folder), config.trust_remote_code).folder
+    decoder = read_structure(
+        DecoderSource(
+            folder,
+            keep_token_embedding=True,
+            trust_remote_code=config.trust_remote_code,
+            llama=llama,
+        )
+    )
+    lora = config.trains_item_lora
+    if lora:
+        check_lora_targets(decoder.linear, config.item_lora_target_modules, "ItemLLM")
+    check_frozen_layers(decoder.linear, config.item_freeze_layers)
+    item_llm = replace(
+        shape,
+        decoder=decoder,
+        quant_type=config.item_quant_type,
+        lora_rank=config.item_lora_r if lora else None,
+        lora_targets=tuple(config.item_lora_target_modules),
+        checkpointing=config.item_gradient_checkpointing,
+        adapter="none",
+        item_width=None,
+        id_vectors=False,
+        # The emb token comes after the longest text.
+        length=config.MAX_TEXT_LENGTH + 1,
+        mean_length=None,
+        masked_row=None,
+    )
+    trained = _trained_part(decoder, config.item_freeze_layers, config.item_freeze_embeddings)
+    held, chunk = item_llm_bytes(item_llm, trained, config.item_chunk_tokens)
+    if not config.trains_items_along:
+        # It is gone when the UserLLM is trained.
+        return replace(shape, item_chunk_bytes=held + chunk), assumed
+    # A history and its last target are one item more than its positions; drawn ones come besides.
+    drawn = config.MAX_ITEM_LIST_LENGTH + 1 if config.negatives == "per_sequence" else 0
+    each = (config.MAX_ITEM_LIST_LENGTH + 1 + drawn) * config.gradient_accumulation_steps
+    return replace(shape, item_llm_bytes=held, item_chunk_bytes=chunk, step_items=each), assumed
+
+
+def _trained_part(decoder: DecoderStructure, layers: int, embeddings: bool) -> DecoderStructure:
+    """Leave out what `freeze` keeps: the first layers' matrices, and the largest table."""
+    linear = {
+        name: widths
+        for name, widths in decoder.linear.items()
+        if (layer_number(name) or 0) >= layers
+    }
+    others = sorted(decoder.other_sizes)
+    kept = others[:-1] if embeddings or layers else others
+    return replace(decoder, linear=linear, other_sizes=tuple(kept))
 
 
 def _user_model(config: Config, folder: Path | None) -> tuple[DecoderStructure, list[str]]:
@@ -212,6 +303,19 @@ def _lengths(config: Config, read: Callable[[], Interactions]) -> np.ndarray | N
         return None
     dataset = CachedEmbeddingTrainDataset(leave_one_out(read()), config.MAX_ITEM_LIST_LENGTH)
     return dataset.lengths if len(dataset) else None
+
+
+def _run_size(config: Config, read: Callable[[], Interactions]) -> RunSize | None:
+    """Count sequences and users, None where the interactions are not there or train nothing."""
+    lengths = _lengths(config, read)
+    if lengths is None:
+        return None
+    valid = CachedEmbeddingEvalDataset(leave_one_out(read()), "valid", config.MAX_ITEM_LIST_LENGTH)
+    histories = np.minimum(
+        valid.segments.ends - valid.segments.starts - 1, config.MAX_ITEM_LIST_LENGTH
+    )
+    users = min(len(valid), config.valid_users or len(valid))
+    return RunSize(lengths, users, float(histories.mean()) if len(valid) else 0.0)
 
 
 def _items(
@@ -272,6 +376,20 @@ def _trained_how(shape: TrainingShape) -> str:
     return f"{layers}: LoRA of rank {shape.lora_rank} on {targets}, over {frozen}, {kernel}."
 
 
+def _items_trained_how(config: Config) -> list[str]:
+    if not config.trains_items:
+        return []
+    how = "all weights trained"
+    if config.trains_item_lora:
+        frozen = "frozen" if config.item_quant_type == "none" else config.item_quant_type
+        how = f"LoRA of rank {config.item_lora_r} over {frozen} weights"
+    again = ", gradient checkpointing" if config.item_gradient_checkpointing else ""
+    return [
+        f"The ItemLLM: {how}, {config.item_chunk_tokens:,} tokens at a time{again}. What it needs when "
+        f"the UserLLM's step is over counts as far as it is more than that."
+    ]
+
+
 def _automatic_type(config: Config, shape: TrainingShape) -> list[str]:
     if config.qlora_quant_type != "auto" or shape.lora_rank is None:
         return []
@@ -295,7 +413,7 @@ def describe(config: Config, shape: TrainingShape, assumed: Sequence[str] = ()) 
     counted_rows = [
         (name, size)
         for name, size in rows(needed)
-        if shape.items is not None or name != "item table"
+        if (shape.items is not None or name != "item table") and (size or name != "item llm")
     ]
     known = "an unknown number of" if shape.items is None else f"{shape.items:,}"
     lines = [
@@ -303,6 +421,7 @@ def describe(config: Config, shape: TrainingShape, assumed: Sequence[str] = ()) 
         f"{shape.length} items ({shape.positions(config.train_batch_size):,} positions), "
         f"{known} items in the catalogue, {how}.",
         _trained_how(shape),
+        *_items_trained_how(config),
         *(f"Assumed: {sentence}" for sentence in assumed),
         "",
         *(f"{name:<14}{size / MIB:>10,.0f} MiB" for name, size in counted_rows),
@@ -312,8 +431,75 @@ def describe(config: Config, shape: TrainingShape, assumed: Sequence[str] = ()) 
         f"{_DISPLAY // MIB} MiB left for a display:",
     ]
     both = [replace(shape, checkpointing=value) for value in (False, True)]
-    for card in CARDS_GIB:
-        sizes = [largest_batch(each, card * GIB - _DISPLAY, counted) for each in both]
+    for card in CARDS:
+        sizes = [largest_batch(each, card.gib * GIB - _DISPLAY, counted) for each in both]
         cells = [f"{size:,}" if size else "none fits" for size in sizes]
-        lines.append(f"{card:>5} GiB {cells[0]:>12} {cells[1]:>12}")
+        lines.append(f"{card.gib:>5} GiB {cells[0]:>12} {cells[1]:>12}")
     return "\n".join(lines) + "\n"
+
+
+def describe_times(config: Config, shape: TrainingShape, size: RunSize | None) -> str:
+    """Write the estimated time of an epoch and of a validation on a usual card of each size."""
+    if config.trains_items:
+        return "No time is estimated where the ItemLLM is trained.\n"
+    if size is None or shape.items is None:
+        return "No time is estimated without the interactions.\n"
+    counted = saved_bytes_per_token(shape)
+    sequences = min(config.train_batch_size, len(size.lengths))
+    batches = -(-len(size.lengths) // config.train_batch_size)
+    graph = _takes_graphs(config, shape, batches)
+    work = training_work(
+        shape, sequences, *_positions(config, shape, size, sequences, graph=graph), counted
+    )
+    validation = validation_work(
+        shape, size.valid_users, size.valid_positions, config.eval_batch_size, counted
+    )
+    fits = {
+        card: estimate(shape, config.train_batch_size, counted).total <= card.gib * GIB - _DISPLAY
+        for card in CARDS
+    }
+    how = "as CUDA graphs" if graph else "launched kernel by kernel"
+    ranked = "" if config.eval_protocol == "full" else ", as if the whole catalogue were ranked"
+    lines = [
+        f"estimated time of an epoch ({batches:,} batches, {how}) and of a validation "
+        f"({size.valid_users:,} users{ranked}); see docs/performance-gpu.md for how far off:",
+    ]
+    for card in CARDS:
+        times = [
+            format_seconds(batches * seconds(work, card, graph=graph)),
+            format_seconds(seconds(validation, card, graph=False)),
+        ]
+        cells = times if fits[card] else ["does not fit", ""]
+        line = f"{card.gib:>5} GiB {cells[0]:>12} {cells[1]:>12}  {card.name}"
+        lines.append(line)
+    return "\n".join(lines) + "\n"
+
+
+def _takes_graphs(config: Config, shape: TrainingShape, batches: int) -> bool:
+    """Say whether one NVIDIA card would train by CUDA graphs."""
+    steps = config.epochs * steps_per_epoch(batches, config.gradient_accumulation_steps)
+    chosen, _ = choose_acceleration(
+        config.compile,
+        torch.device("cuda"),
+        single_row=config.pack_sequences and shape.masked_row is None,
+        processes=1,
+        steps=steps,
+        obstacle=graph_obstacle(config, config.precision),
+    )
+    return chosen.graph
+
+
+def _positions(
+    config: Config, shape: TrainingShape, size: RunSize, sequences: int, *, graph: bool
+) -> tuple[float, float]:
+    """Return the positions of a batch, padding included, and how many attention spans for each."""
+    lengths = size.lengths.astype(np.float64)
+    if not config.pack_sequences:
+        return sequences * float(shape.length), float(shape.length)
+    positions = sequences * float(lengths.mean())
+    if graph:
+        # A row is padded up by between 1 and `step` positions.
+        step = Buckets.of(size.lengths, config.train_batch_size, shape.length).step
+        positions += (step + 1) / 2
+    span = float(np.square(lengths).sum() / lengths.sum())
+    return positions, span if shape.masked_row is None else float(shape.masked_row)
