@@ -175,7 +175,13 @@ def check_run(config: Config) -> None:
             with findings.collect():
                 refuse_unlike_members(config, split)
         trains_nce = config.model == "HLLM" and config.trains and config.loss == "nce"
-        if trains_nce and cache is not None and not findings.problems:
+        # Pretraining changes the vectors.
+        if (
+            trains_nce
+            and not config.item_pretrain_epochs
+            and cache is not None
+            and not findings.problems
+        ):
             with findings.collect():
                 note, high = check_cosines(config, cache, interactions)
                 findings.notes.append(note)
@@ -365,7 +371,7 @@ def _item_training(config: Config, source: DecoderSource) -> None:
     if not config.trains_items:
         return
     layers = read_structure(source).linear
-    if config.train_item_llm == "lora":
+    if config.trains_item_lora:
         check_lora_targets(layers, config.item_lora_target_modules, "ItemLLM")
     check_frozen_layers(layers, config.item_freeze_layers)
 
@@ -482,13 +488,17 @@ def _memory(
     weights = check_files(folder).count(config.user_llm_layers, vocabulary=False)
     size = 4 if config.item_embedding_transform != "none" else cache.embeddings.element_size()
     table = len(interactions.item_ids) * cache.dim * size
+    if config.trains_items:
+        encoder = str(item_llm_folder(config))
+        weights += check_files(sentence_source(encoder, config.trust_remote_code).folder).count()
     least = table + weights * compute_dtype(config).itemsize
     if device in ("cuda", "xpu"):
         total = torch.get_device_module(device).get_device_properties(0).total_memory
     else:
         total = psutil.virtual_memory().total
     findings.notes.append(
-        f"memory: {least / GIB:.2f} GiB for the UserLLM and the item table alone, of "
+        f"memory: {least / GIB:.2f} GiB for the {'LLMs' if config.trains_items else 'UserLLM'} and "
+        f"the item table alone, of "
         f"{total / GIB:.1f} GiB ({device})"
     )
     with findings.collect():

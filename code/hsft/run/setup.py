@@ -48,7 +48,12 @@ from hsft.model.recommender import LossSettings, Recommender, Similarity
 from hsft.model.structure import DecoderSource
 from hsft.model.time_embedding import TimeEmbedding
 from hsft.model.user_llm import UserLLM
-from hsft.trainer.fabric import attention_kernel, choose_precision, compute_dtype
+from hsft.trainer.fabric import (
+    attention_kernel,
+    choose_device,
+    choose_precision,
+    compute_dtype,
+)
 from hsft.trainer.item_training import ItemTraining
 from hsft.trainer.masked_negatives import HIGH_MASKED_SHARE
 from hsft.utils.distributed import global_rank, is_rank_zero, world_size
@@ -371,6 +376,7 @@ def eval_protocol(config: Config) -> EvalProtocol:
         candidates=config.eval_neg_sample_num,
         seed=config.seed,
         budget_bytes=config.logits_budget_mb << 20,
+        tensor_cores=config.ranking_precision == "tensor_cores" and choose_device(config) == "cuda",
     )
 
 
@@ -453,7 +459,7 @@ def graph_obstacle(config: Config, precision: str) -> str:
         config: the configuration.
         precision: its `precision`, `auto` resolved.
     """
-    if config.trains_items:
+    if config.trains_items_along:
         return "CUDA graphs need train_item_llm: none"
     if config.gradient_checkpointing:
         return "CUDA graphs need gradient_checkpointing: False"
@@ -558,36 +564,60 @@ def build_user_llm(config: Config, data: Data, fabric: Fabric, *, train: bool) -
 
 
 def build_item_training(
-    config: Config, data: Data, fabric: Fabric, table: ItemTable
+    config: Config,
+    data: Data,
+    fabric: Fabric,
+    table: ItemTable,
+    pretrained: ItemTraining | None = None,
 ) -> ItemTraining:
-    """Load the ItemLLM that is trained.
+    """Load the ItemLLM that is trained along with a model, or was before.
 
     A fixed map of its vectors (`item_embedding_transform`) is fitted on the cache that the run
     starts from, and stays as it is.
 
     Args:
-        config: of a run with `train_item_llm`.
+        config: of a run that trains the ItemLLM.
         data: the data, with a cache.
         fabric: says where.
         table: the item table of the model that is trained.
+        pretrained: as `build_pretraining` returned it, trained; `data` has its vectors.
 
     Raises:
         InputError: the ItemLLM or the item information is unusable, or another ItemLLM made the cache.
     """
     assert data.cache is not None
+    items = build_pretraining(config, data, fabric) if pretrained is None else pretrained
     kind = config.item_embedding_transform
-    item_ids = data.interactions.item_ids
-    fitted = None
     if kind != "none":
-        fitted = fit_transform(kind, table_from_cache(data.cache, item_ids)[1:].float())
-    texts, source = read_catalogue(config, item_ids[1:])
-    tower, job = load_item_tower(
-        config, texts, fabric.device, fabric.autocast, transform=fitted, information=source
-    )
+        vectors = table_from_cache(data.cache, data.interactions.item_ids)[1:]
+        items.tower.transform = fit_transform(kind, vectors.float()).to(fabric.device)
+    items.table = table
+    if not config.trains_items_along:
+        # As the run's own cache will hold them.
+        items.use(items.tower.mapped(data.cache))
+        items.along = False
+        items.tower.cpu()
+    return items
+
+
+def build_pretraining(config: Config, data: Data, fabric: Fabric) -> ItemTraining:
+    """Load an ItemLLM to be trained, with a table of its own.
+
+    Args:
+        config: of a run that trains the ItemLLM.
+        data: the data, with a cache.
+        fabric: says where.
+
+    Raises:
+        InputError: the ItemLLM or the item information is unusable, or another ItemLLM made the cache.
+    """
+    assert data.cache is not None
+    texts, source = read_catalogue(config, data.interactions.item_ids[1:])
+    tower, job = load_item_tower(config, texts, fabric.device, fabric.autocast, information=source)
     refuse_other_item_llm(config, data.cache, tower.dim)
-    return ItemTraining(
-        tower, table, job, texts.item_ids, fabric.device, config.show_progress and is_rank_zero()
-    )
+    table = ItemTable(torch.zeros(len(texts) + 1, tower.dim, device=fabric.device))
+    shown = config.show_progress and is_rank_zero()
+    return ItemTraining(tower, table, job, texts.item_ids, fabric.device, shown)
 
 
 def initial_logit_scale(config: Config, extra: Mapping[str, torch.Tensor]) -> float | None:
