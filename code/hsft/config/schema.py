@@ -600,6 +600,12 @@ class Config(_Section):
 
     # --- evaluation
     eval_batch_size: PositiveInt = _key(256, "evaluation", "users scored at a time", le=1_000_000)
+    ranking_precision: Literal["float32", "tensor_cores"] = _key(
+        "float32",
+        "evaluation",
+        "products of full ranking: float32, or on CUDA tensor_cores, TF32 with float64 for the items "
+        "whose score is too near the target's to tell; ranks are exact either way",
+    )
     topk: Annotated[list[PositiveInt], Field(min_length=1), AfterValidator(_not_repeated)] = _key(
         [5, 10, 20], "evaluation", "cut-offs K of the metrics"
     )

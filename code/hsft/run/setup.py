@@ -48,7 +48,12 @@ from hsft.model.recommender import LossSettings, Recommender, Similarity
 from hsft.model.structure import DecoderSource
 from hsft.model.time_embedding import TimeEmbedding
 from hsft.model.user_llm import UserLLM
-from hsft.trainer.fabric import attention_kernel, choose_precision, compute_dtype
+from hsft.trainer.fabric import (
+    attention_kernel,
+    choose_device,
+    choose_precision,
+    compute_dtype,
+)
 from hsft.trainer.item_training import ItemTraining
 from hsft.trainer.masked_negatives import HIGH_MASKED_SHARE
 from hsft.utils.distributed import global_rank, is_rank_zero, world_size
@@ -371,6 +376,7 @@ def eval_protocol(config: Config) -> EvalProtocol:
         candidates=config.eval_neg_sample_num,
         seed=config.seed,
         budget_bytes=config.logits_budget_mb << 20,
+        tensor_cores=config.ranking_precision == "tensor_cores" and choose_device(config) == "cuda",
     )
 
 

@@ -180,9 +180,14 @@ def _run(run: RunContext) -> None:
         log.warning("device %s: HSFT has not been tried on it yet.", fabric.device.type)
     if fabric.device.type == "cuda":
         log.info(
-            "precision %s; float32 products, as of losses and scores, are not rounded to TF32.",
+            "precision %s; float32 products, as of losses and scores, are not rounded to TF32%s.",
             choose_precision(config),
+            ""
+            if config.ranking_precision == "float32"
+            else ", but for a first pass of full ranking",
         )
+    elif config.ranking_precision == "tensor_cores":
+        log.info("ranking_precision: tensor_cores needs a CUDA device; scores are float32.")
     data = load_data(config, need_cache=config.reads_embeddings)
     if config.model == "HLLM" and config.user_pretrain_dir:
         run = replace(run, user_llm_fingerprint=model_fingerprint(config.user_pretrain_dir))
