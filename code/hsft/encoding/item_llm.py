@@ -263,7 +263,8 @@ class ItemEncoder:
         ends = to_device(lengths, device)
         rows = torch.arange(len(lengths), device=device)
         if self.emb_token is not None:
-            inputs[rows, ends] = self.emb_token.to(inputs)
+            # Not in place: with gradient checkpointing the embeddings require a gradient.
+            inputs = inputs.index_put((rows, ends), self.emb_token.to(inputs))
         given = {"use_cache": False} if prefix is None else prefix.given
         states = self._forward(inputs_embeds=inputs, **given).last_hidden_state
         if self.emb_token is not None:
