@@ -35,6 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "code"))
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from transformers import LlamaConfig, LlamaModel
 
 from benchmarks.padding_data import PIXEL_ITEMS, pixel_like, sequences
@@ -47,6 +48,8 @@ from hsft.data.dataset import TrainBatch, TrainCollate
 from hsft.data.interactions import Interactions
 from hsft.data.split import leave_one_out
 from hsft.encoding.item_llm import ItemEncoder, length_batches
+from hsft.evaluator import ranking
+from hsft.evaluator.tensor_cores import tensor_core_ranks
 from hsft.model import varlen
 from hsft.model.accelerate import compile_layers
 from hsft.model.attention import VARLEN
@@ -704,6 +707,9 @@ def evaluation(bench: Bench) -> None:
         ("one row, 1,024 users, CUDA graph", {"eval_batch_size": 1024, "compile": "graph"}, False),
         ("one row, 1,024 users, logits_budget_mb 2,048",
          {"eval_batch_size": 1024, "logits_budget_mb": 2048}, False),
+        ("one row, 1,024 users, logits_budget_mb 2,048, ranking on tensor cores",
+         {"eval_batch_size": 1024, "logits_budget_mb": 2048, "ranking_precision": "tensor_cores"},
+         False),
         ("one row, 1,024 users, compiled layers",
          {"eval_batch_size": 1024, "logits_budget_mb": 2048}, True),
     ):  # fmt: skip
@@ -715,6 +721,67 @@ def evaluation(bench: Bench) -> None:
             label,
             partial(rank_all, bench, config, layers, reference),
         )
+
+    for label, near in (("targets near the top", True), ("targets anywhere", False)):
+        bench.attempt("evaluation", f"ranking alone, {label}", partial(rank_alone, bench, near))
+
+
+def rank_alone(bench: Bench, near: bool) -> dict[str, Any]:
+    """Time the ranking of random unit vectors, in float32 and on tensor cores, and compare ranks.
+
+    Args:
+        bench: the sizes and the device.
+        near: users stand near their targets, which then rank first or nearly so, as those of a
+            trained model; else targets are items like any other.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    count, dim, users = (2000, 64, 50) if bench.tiny else (PIXEL_ITEMS, 2048, 2048)
+    draw = torch.Generator().manual_seed(0)
+    items = F.normalize(torch.randn(count + 1, dim, generator=draw), dim=-1).to(device)
+    targets = torch.randint(1, count + 1, (users,), generator=draw).to(device)
+    vectors = torch.randn(users, dim, generator=draw).to(device) / dim**0.5
+    if near:
+        vectors += 0.1 * items[targets]
+    vectors = F.normalize(vectors, dim=-1)
+    nothing = torch.empty(0, dtype=torch.int64, device=device)
+    budget = 1 << 28
+    at_a_time = ranking.items_at_a_time(dim, budget, device)
+
+    def item_slice(start: int, end: int) -> torch.Tensor:
+        return items[start:end]
+
+    def in_float32() -> torch.Tensor:
+        scores = ranking.full_scores(vectors, item_slice, count, at_a_time)
+        return ranking.full_ranks(scores, targets, nothing, nothing)
+
+    def on_tensor_cores() -> torch.Tensor | None:
+        return tensor_core_ranks(
+            vectors,
+            item_slice,
+            count,
+            targets,
+            (nothing, nothing),
+            items_at_a_time=at_a_time,
+            budget_bytes=budget,
+        )
+
+    rates, found = [], []
+    for way in (in_float32, on_tensor_cores):
+        way()
+        synchronize(device)
+        began = time.perf_counter()
+        found.append(way())
+        synchronize(device)
+        rates.append(users / (time.perf_counter() - began))
+    exact, placed = found
+    assert exact is not None
+    return {
+        "float32_users_per_s": rates[0],
+        "tensor_cores_users_per_s": rates[1],
+        "left_to_float32": placed is None,
+        "ranks_equal": None if placed is None else float((placed == exact).float().mean()),
+        "mean_rank": float(exact.double().mean()),
+    }
 
 
 def rank_all(

@@ -164,11 +164,39 @@ def test_compare_works_without_torch(project: Project) -> None:
     assert (project.root / "saved/tiny-random/comparison.png").is_file()
 
 
-@pytest.mark.parametrize("flag", ["--check", "--dry_run"])
-def test_looking_ahead_does_not_wait_for_lightning(project: Project, flag: str) -> None:
+LOADED = """
+import runpy, sys
+sys.path.insert(0, {code!r})
+sys.argv = ["hsft", *sys.argv[1:]]
+try:
+    runpy.run_module("hsft", run_name="__main__")
+finally:
+    sys.stderr.write(f"\\nloaded: {{sorted(sys.modules.keys() & set({packages!r}))}}\\n")
+"""
+SLOW = ("transformers", "peft", "bitsandbytes", "lightning")
+
+
+@pytest.mark.parametrize("flag", ["--check", "--dry_run", "cache --check"])
+def test_a_known_model_is_looked_at_without_the_slow_packages(project: Project, flag: str) -> None:
     words = [*project.arguments, "--use_qlora", flag]
-    done = without("lightning", "train", *words, cwd=project.root)
+    name = "train"
+    if flag.startswith("cache"):
+        name = "cache"
+        words = [*project.arguments, "--item_pretrain_dir", str(project.llama), "--check"]
+    # What is asked of the model's class is kept from this first time on.
+    code, expected, err = project.call(program(name), words)
+    assert code == 0, err
+    source = LOADED.format(code=str(ROOT / "code"), packages=SLOW)
+    done = subprocess.run(
+        [sys.executable, "-c", source, name, *words],
+        cwd=project.root,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
+    assert done.stdout == expected
+    assert done.stderr.endswith("\nloaded: []\n")
 
 
 def test_evaluate_trains_nothing(project: Project) -> None:

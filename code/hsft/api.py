@@ -266,6 +266,7 @@ class Run:
         topk: int = 10,
         exclude_seen: bool = True,
         model: str | None = None,
+        predict_at: str | int | None = None,
     ) -> pd.DataFrame:
         """Recommend items to a user of the data, or for a history.
 
@@ -277,6 +278,8 @@ class Run:
             topk: number of items.
             exclude_seen: leave the items of the history out.
             model: a row of `metrics`; by default the last one, the fine-tuned where there is one.
+            predict_at: when the recommendations are for, with a run of `predict_at: target`: a date
+                in ISO 8601 or a number as in the data's timestamps; None: now.
 
         Returns:
             Columns `item_id`, `title` and `score` under the index `rank`, from 1.
@@ -287,6 +290,8 @@ class Run:
         """
         if (user is None) == (history is None):
             raise InputError("give either user or history, and not both.")
+        if predict_at is not None and user is None:
+            raise InputError("predict_at has no meaning with history, whose items have no times.")
         if topk < 1:
             raise InputError(f"topk is {topk}; give a number of at least 1.")
         from hsft.finished.recommend import recommendations
@@ -298,12 +303,16 @@ class Run:
                 if history is None
                 else opened.item_numbers([str(item) for item in history])
             )
+            times = None
+            if user is not None:
+                at = None if predict_at is None else str(predict_at)
+                times = opened.history_times(str(user), at)
             if not len(items):
                 raise InputError("history is empty; name at least one item id.")
             name = model or opened.models[-1]
             if name not in self._models:
                 self._models[name] = opened.build(name)
-            rows = recommendations(opened, self._models[name], items, topk, exclude_seen)
+            rows = recommendations(opened, self._models[name], items, topk, exclude_seen, times)
         columns = ["rank", "item_id", "title", "score"]
         return pd.DataFrame.from_records(rows, columns=columns).set_index("rank")
 

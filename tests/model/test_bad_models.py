@@ -6,6 +6,7 @@ import json
 import pickle
 import shutil
 import struct
+import sys
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
@@ -422,13 +423,37 @@ BAD_MODELS: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
 }
 
 
+def expect_refusal_in_any_case(
+    project: Project,
+    run: Callable[[], tuple[int, str, str]],
+    words: list[str],
+    records: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Expect the same line with what is kept of the folder before it was spoilt, and without."""
+    line = expect_refusal(project, run, words)
+    monkeypatch.setenv(
+        "LOCALAPPDATA" if sys.platform == "win32" else "XDG_CACHE_HOME", str(records)
+    )
+    assert expect_refusal(project, run, words) == line
+
+
 @pytest.mark.parametrize("case", BAD_MODELS)
-def test_bad_model_folders_are_one_line(project: Project, case: str) -> None:
+def test_bad_model_folders_are_one_line(
+    project: Project,
+    case: str,
+    tmp_path_factory: pytest.TempPathFactory,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     spoil, words = BAD_MODELS[case]
     folder = copy_of(project.llama, project.root / "model")
+    more = ("--val_only", "True", "--user_pretrain_dir", "model", "--check", "True")
+    assert project.run(*more)[0] == 0
     spoil(folder)
-    more = ("--val_only", "True", "--user_pretrain_dir", "model")
-    expect_refusal(project, lambda: project.run(*more), words)
+    records = tmp_path_factory.mktemp("records")
+    expect_refusal_in_any_case(
+        project, lambda: project.run(*more[:-2]), words, records, monkeypatch
+    )
 
 
 BAD_ITEM_MODELS: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
@@ -458,11 +483,22 @@ BAD_ITEM_MODELS: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
 
 
 @pytest.mark.parametrize("case", BAD_ITEM_MODELS)
-def test_bad_item_models_are_one_line(project: Project, case: str) -> None:
+def test_bad_item_models_are_one_line(
+    project: Project,
+    case: str,
+    tmp_path_factory: pytest.TempPathFactory,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     spoil, words = BAD_ITEM_MODELS[case]
-    spoil(copy_of(project.llama, project.root / "model"))
+    folder = copy_of(project.llama, project.root / "model")
     more = ["--item_pretrain_dir", "model", "--item_cache_path", "new.safetensors"]
-    expect_refusal(project, lambda: project.call(cache_main, [*project.arguments, *more]), words)
+    argv = [*project.arguments, *more]
+    assert project.call(cache_main, [*argv, "--check"])[0] == 0
+    spoil(folder)
+    records = tmp_path_factory.mktemp("records")
+    expect_refusal_in_any_case(
+        project, lambda: project.call(cache_main, argv), words, records, monkeypatch
+    )
 
 
 def test_a_known_model_with_code_beside_it_does_not_run_the_code(project: Project) -> None:

@@ -36,7 +36,7 @@ def test_scores_are_the_weighted_sum_of_z_scores(
 ) -> None:
     # The deviation comes from the covariance, or of the wider model from all scores, in slices.
     monkeypatch.setattr(module, "_WIDEST_COVARIANCE", widest)
-    monkeypatch.setattr(module, "_ITEMS_AT_A_TIME", 7)
+    monkeypatch.setattr(module, "_VALUES_AT_A_TIME", 35)
     first, second = Table(40, 5, 1), Table(40, 3, 2)
     history, lengths = torch.tensor([[3, 9, 4, 7], [12, 5, 0, 0]]), torch.tensor([4, 2])
     ensemble = Ensemble([Member(first, 10), Member(second, 2)], [0.3, 0.7])

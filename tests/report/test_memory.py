@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig
+from transformers import AutoModel, LlamaConfig
 
+from hsft.encoding.item_tower import freeze
 from hsft.model.item_table import ItemTable
-from hsft.model.meta import meta_decoder
+from hsft.model.meta import meta_decoder, read_structure
 from hsft.model.recommender import LossSettings, Recommender
+from hsft.model.structure import DecoderSource
 from hsft.model.user_llm import UserLLM
 from hsft.report import memory
-from hsft.run.dry_run import TINYLLAMA
+from hsft.run.dry_run import TINYLLAMA, _trained_part
 from tests.conftest import Project
 from tests.decoders import real_model, real_weight_bytes, saved_by_autograd, shape
 from tests.helpers import make_cache, make_llama
@@ -246,3 +249,37 @@ def test_packed_batches_are_counted_by_their_lengths(project: Project) -> None:
     assert "(32 positions)" in out
     (project.root / "dataset/tiny.csv").unlink()
     assert "(32 positions)" in project.run(*DRY, "--train_batch_size", "4")[1]
+
+
+def test_a_trained_item_llm_is_counted(project: Project) -> None:
+    make_llama(project.root / "items", layers=3)
+    frozen = ("--use_qlora", "True", "--num_negatives", "4", "--dry_run", "True")
+    trained = (*frozen, "--item_pretrain_dir", "items", "--train_item_llm")
+    code, out, err = project.run(*frozen)
+    assert code == 0, err
+    assert "item llm" not in out
+    sizes = {}
+    for how in (("lora",), ("full",), ("full", "--item_freeze_embeddings", "True")):
+        code, out, err = project.run(*trained, *how)
+        assert code == 0, err
+        assert "2,048 tokens at a time" in out
+        sizes[how] = float(re.search(r"^item llm +([\d,.]+) MiB$", out, re.MULTILINE)[1])  # type: ignore[index]
+    # Hidden size 64: too small to be told apart in MiB but for the activations of 2,048 tokens.
+    assert sizes[("full",)] >= sizes[("lora",)] > 0
+    code, out, err = project.run(*trained, "lora", "--item_pretrain_dir", "nowhere")
+    assert code == 0, err
+    assert "Assumed: no model folder at nowhere" in out
+
+
+def test_the_item_llm_s_weights_and_states_are_exact(folder: Path) -> None:
+    decoder = read_structure(DecoderSource(folder, keep_token_embedding=True))
+    wanted = shape(folder, lora_rank=None, quant_type="none", items=None, decoder=decoder)
+    held, chunk = memory.item_llm_bytes(wanted, _trained_part(decoder, 0, True), 100)
+    real = AutoModel.from_pretrained(folder)
+    freeze(real, 0, embeddings=True)
+    every = sum(weight.numel() for weight in real.parameters())
+    trained = sum(weight.numel() for weight in real.parameters() if weight.requires_grad)
+    assert 0 < trained < every
+    # A gradient and two states for each trained number, logit_scale counted with them.
+    assert held == 4 * every + 12 * (trained + 1)
+    assert chunk > 100 * 3 * 192 * 4

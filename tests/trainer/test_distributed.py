@@ -194,6 +194,8 @@ QLORA = ("--use_qlora", "True", "--item_adapter", "linear", "--gradient_accumula
 ITEMS = (
     *("--train_item_llm", "lora", "--item_lora_dropout", "0", "--item_chunk_tokens", "64"),
     *("--use_item_cache", "False", "--item_cache_dtype", "float32", "--nce_thres", "1.01"),
+    # The tiny Llama's items are nearly alike: larger steps would make ties of rounding.
+    *("--item_pretrain_epochs", "1", "--optim_args.learning_rate", "1e-3"),
 )
 # 31 users and as many sequences: neither 2 processes nor batches of 8 divide them evenly.
 RUNS: dict[str, tuple[str, ...]] = {
@@ -227,7 +229,8 @@ def arguments(llama: Path, run: str, batch: int) -> list[str]:
             *("--config_file", f"{ROOT}/code/overall/LLM_ddp.yaml", f"{ROOT}/code/HLLM/HLLM.yaml"),
             *("--dataset", "tiny", "--user_pretrain_dir", str(llama), *COMMON),
             *("--item_pretrain_dir", str(llama), "--num_threads", "1"),
-            *("--run_name", run, "--train_batch_size", str(batch), *RUNS[run]),
+            *("--run_name", run, "--train_batch_size", str(batch)),
+            *("--item_pretrain_batch_size", str(5 * batch), *RUNS[run]),
         ]
     )
 

@@ -30,7 +30,7 @@ READS_EMBEDDINGS = ("HLLM", "item_knn")
 # What the names of the keys of the ItemLLM's training begin with.
 ITEM_TRAINING_KEYS = (
     *("train_item_", "item_lora_", "item_quant_", "item_lr_", "item_freeze_", "item_gradient_"),
-    "item_chunk_",
+    *("item_chunk_", "item_pretrain_epochs", "item_pretrain_batch_size"),
 )
 # Models without training.
 REFERENCES = ("pop", "random", "item_knn", "tfidf")
@@ -352,6 +352,21 @@ class Config(_Section):
         "emb token, full every weight. Each validation encodes the catalogue, and that of the best "
         "epoch is kept in the run's folder",
     )
+    item_pretrain_epochs: Int = _key(
+        0,
+        "training the ItemLLM",
+        "before anything else, train the ItemLLM alone for N epochs: items that follow each other in a "
+        "training history are alike, the others of the batch are not; LoRA, or every weight with "
+        "train_item_llm: full. The catalogue is then encoded once",
+        ge=0,
+        le=100_000,
+    )
+    item_pretrain_batch_size: PositiveInt = _key(
+        256,
+        "training the ItemLLM",
+        "pairs of items per process and optimizer step of item_pretrain_epochs",
+        le=1_000_000,
+    )
     item_lora_r: PositiveInt = _key(8, "training the ItemLLM", "LoRA rank", le=4096)
     item_lora_alpha: PositiveInt = _key(
         16, "training the ItemLLM", "LoRA alpha; the update is scaled by alpha/r"
@@ -406,6 +421,19 @@ class Config(_Section):
     user_pretrain_dir: Text | None = _key(None, "UserLLM", "model folder of the UserLLM")
     user_llm_layers: Int | None = _key(
         None, "UserLLM", "keep the first N decoder layers; default: all of them", ge=1
+    )
+    use_timestamps: Bool = _key(
+        False,
+        "UserLLM",
+        "add trained embeddings of every item's date, hour and distance from the item before to what "
+        "the UserLLM reads; timestamps have to be dates",
+    )
+    predict_at: Literal["unknown", "target"] = _key(
+        "unknown",
+        "UserLLM",
+        "with use_timestamps: unknown predicts without knowing for when; target tells every position "
+        "the time of its next item, in evaluation that of the held-out one, as of a request that "
+        "comes then",
     )
     attn_implementation: Literal["auto", "varlen", "sdpa", "flash_attention_2", "eager"] = _key(
         "auto",
@@ -572,6 +600,12 @@ class Config(_Section):
 
     # --- evaluation
     eval_batch_size: PositiveInt = _key(256, "evaluation", "users scored at a time", le=1_000_000)
+    ranking_precision: Literal["float32", "tensor_cores"] = _key(
+        "float32",
+        "evaluation",
+        "products of full ranking: float32, or on CUDA tensor_cores, TF32 with float64 for the items "
+        "whose score is too near the target's to tell; ranks are exact either way",
+    )
     topk: Annotated[list[PositiveInt], Field(min_length=1), AfterValidator(_not_repeated)] = _key(
         [5, 10, 20], "evaluation", "cut-offs K of the metrics"
     )
@@ -673,6 +707,12 @@ class Config(_Section):
             raise ValueError("item_id_dropout needs item_id_embedding: True; set it or drop one")
         if self.trains_items:
             self._item_side_agrees()
+        if self.predict_at != "unknown" and not self.use_timestamps:
+            raise ValueError("predict_at needs use_timestamps: True; set it or drop predict_at")
+        if self.use_timestamps and self.model != "HLLM":
+            raise ValueError(f"use_timestamps belongs to model: HLLM, not to {self.model}")
+        if self.use_timestamps and self.val_only:
+            raise ValueError("use_timestamps adds what is trained; drop it or val_only")
         if self.model == "ensemble" and self.runs is None:
             raise ValueError("model: ensemble needs runs: name two or three finished run folders")
         if self.model != "ensemble" and self.runs is not None:
@@ -685,34 +725,53 @@ class Config(_Section):
 
     def _item_side_agrees(self) -> None:
         key = f"train_item_llm: {self.train_item_llm}"
+        if self.train_item_llm == "none":
+            key = f"item_pretrain_epochs: {self.item_pretrain_epochs}"
         if self.model != "HLLM" or self.val_only:
             raise ValueError(f"{key} belongs to the training of model: HLLM; drop it")
         if self.item_pretrain_dir is None and self.encoder is None:
             raise ValueError(
                 f"{key} needs the ItemLLM that made the item cache; name it with item_pretrain_dir"
             )
-        if self.effective_negatives == "catalogue":
-            raise ValueError(
-                f"{key} encodes the items of a batch, not the whole catalogue that negatives: "
-                f"catalogue needs in every step; use negatives: in_batch, or num_negatives"
-            )
         if self.strategy == "deepspeed":
             raise ValueError(f"{key} runs under strategy: ddp only")
-        if self.compile == "graph":
+        if self.item_pretrain_epochs and self.precision == "16-mixed":
             raise ValueError(
-                f"{key} has steps of changing shapes, which compile: graph cannot capture; use "
-                f"compile: auto"
+                "item_pretrain_epochs does not scale losses, as precision: 16-mixed needs; use "
+                "bf16-mixed or 32-true"
             )
         if self.train_item_llm == "full" and self.item_quant_type != "none":
             raise ValueError(
                 "train_item_llm: full trains every weight, which quantised ones cannot be; use "
                 "train_item_llm: lora, or item_quant_type: none"
             )
+        if not self.trains_items_along:
+            return
+        if self.effective_negatives == "catalogue":
+            raise ValueError(
+                f"{key} encodes the items of a batch, not the whole catalogue that negatives: "
+                f"catalogue needs in every step; use negatives: in_batch, or num_negatives"
+            )
+        if self.compile == "graph":
+            raise ValueError(
+                f"{key} has steps of changing shapes, which compile: graph cannot capture; use "
+                f"compile: auto"
+            )
+
+    @property
+    def trains_items_along(self) -> bool:
+        """Whether the ItemLLM is trained along with the UserLLM."""
+        return self.train_item_llm != "none"
 
     @property
     def trains_items(self) -> bool:
         """Whether the ItemLLM is trained, so that the run has an item cache of its own."""
-        return self.train_item_llm != "none"
+        return self.trains_items_along or self.item_pretrain_epochs > 0
+
+    @property
+    def trains_item_lora(self) -> bool:
+        """Whether that is done with LoRA, and not all of its weights."""
+        return self.trains_items and self.train_item_llm != "full"
 
     @property
     def reads_embeddings(self) -> bool:

@@ -6,6 +6,7 @@ import copy
 import re
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -120,9 +121,14 @@ class ItemTower(nn.Module):
                 )
         finally:
             self.train(training)
-        if self.transform is not None:
-            vectors = copy.deepcopy(self.transform).cpu()(vectors.float()).to(vectors.dtype)
-        return ItemCache(item_ids, vectors, {**job.metadata(), **job.origin()})
+        return self.mapped(ItemCache(item_ids, vectors, {**job.metadata(), **job.origin()}))
+
+    def mapped(self, cache: ItemCache) -> ItemCache:
+        """Return a cache with the fixed map applied to its vectors."""
+        if self.transform is None:
+            return cache
+        vectors = copy.deepcopy(self.transform).cpu()(cache.embeddings.float())
+        return replace(cache, embeddings=vectors.to(cache.embeddings.dtype))
 
     def trained_state(self) -> dict[str, Tensor]:
         """Return the trained weights by name, and the fixed map's numbers, on the CPU."""
@@ -192,7 +198,7 @@ def freeze(model: nn.Module, layers: int, embeddings: bool) -> None:
     """
     check_frozen_layers((name for name, _ in model.named_parameters()), layers)
     for name, weight in model.named_parameters():
-        number = _layer_number(name)
+        number = layer_number(name)
         if number is not None:
             kept = number < layers
         else:
@@ -211,15 +217,16 @@ def check_frozen_layers(names: Iterable[str], layers: int) -> None:
     Raises:
         InputError: it has no layer beyond those.
     """
-    numbers = [number for number in map(_layer_number, names) if number is not None]
+    numbers = [number for number in map(layer_number, names) if number is not None]
     count = 1 + max(numbers, default=-1)
     if layers >= count:
         raise InputError(
             f"item_freeze_layers {layers} leaves none of the ItemLLM's {count} layers to train; "
-            f"lower it, or set train_item_llm: none."
+            f"lower it."
         )
 
 
-def _layer_number(name: str) -> int | None:
+def layer_number(name: str) -> int | None:
+    """Return which layer a weight of this name belongs to, from 0; None for the others."""
     match = _LAYER.search(name)
     return int(match[1]) if match else None

@@ -19,6 +19,7 @@ from hsft.data.dataset.packing import Buckets
 from hsft.data.interactions import PAD
 from hsft.data.negatives import NegativeSampler
 from hsft.evaluator import metrics, ranking
+from hsft.evaluator.tensor_cores import tensor_core_ranks
 from hsft.utils.errors import InputError
 from hsft.utils.host_copy import HostCopy
 from hsft.utils.prefetch import prefetch
@@ -69,6 +70,9 @@ class EvalProtocol:
         candidates: drawn items per user of `sampled`.
         seed: seed of the candidate lists.
         budget_bytes: largest score matrix held at once.
+        tensor_cores: full ranking by TF32 products, with exact scores near the target's; not where
+            Coverage needs the scores of all items. No rank depends on it but for ties of float32's
+            rounding, so that it is not part of what evaluations are compared by.
     """
 
     kind: str
@@ -77,6 +81,7 @@ class EvalProtocol:
     candidates: int = 99
     seed: int = 2020
     budget_bytes: int = 1 << 28
+    tensor_cores: bool = False
 
     def describe(self) -> str:
         """Say the protocol in a few words, for tables."""
@@ -185,6 +190,8 @@ class Evaluator:
             candidates = draw_candidates(dataset, protocol)
         self._candidates = candidates
         self._batch_size, self._num_workers = batch_size, num_workers
+        # Given up in an evaluation where they do not pay.
+        self._tensor_cores = protocol.tensor_cores
 
     @property
     def own_users(self) -> int:
@@ -215,6 +222,7 @@ class Evaluator:
                 rows are then padded to a few sizes.
         """
         began = time.perf_counter()
+        self._tensor_cores = self.protocol.tensor_cores
         ranks = np.zeros(len(self.dataset), dtype=np.int64)
         covered = {k: np.zeros(scorer.num_items + 1, dtype=bool) for k in self._coverage_cuts()}
         waiting: HostCopy | None = None
@@ -322,10 +330,11 @@ class Evaluator:
         single_row = bool(getattr(scorer, "reads_rows", False))
         buckets = None
 
-        def encode_row(row: Tensor, positions: Tensor, cu_lengths: Tensor) -> Tensor:
-            reader: Any = scorer
+        reader: Any = scorer
+
+        def encode_row(*row: Tensor) -> Tensor:
             with nullcontext() if autocast is None else autocast():
-                vectors: Tensor = reader.row_user_vectors(row, positions, cu_lengths)
+                vectors: Tensor = reader.row_user_vectors(*row)
             return vectors.float()
 
         encode = encode_row
@@ -335,14 +344,16 @@ class Evaluator:
             buckets = Buckets.of(lengths, self._batch_size, self.dataset.max_length)
         batches = self._batches(single_row, buckets)
         if device.type == "cuda":
-            batches = prefetch(batch.pin_memory() for batch in batches)
+            batches = prefetch((batch.pin_memory() for batch in batches), device)
         for batch in batches:
             moved = batch.to(device)
+            times = [moved.times] if getattr(scorer, "reads_times", False) else []
             if single_row:
-                users = encode(moved.row, moved.positions, moved.cu_lengths)[: len(moved.rows)]
+                row = (moved.row, moved.positions, moved.cu_lengths, *times)
+                users = encode(*row)[: len(moved.rows)]
             else:
                 with nullcontext() if autocast is None else autocast():
-                    users = scorer.user_vectors(moved.history, moved.lengths)
+                    users = reader.user_vectors(moved.history, moved.lengths, *times)
                 users = users.float()
             on_batch(len(users))
             if waiting and count + len(users) > self._users_at_a_time(scorer, users.shape[1]):
@@ -373,10 +384,29 @@ class Evaluator:
         ranks = []
         for start in range(0, len(users), size):
             part = slice(start, start + size)
+            seen = group.seen(start, size)
+            if self._tensor_cores and not covered:
+                placed = tensor_core_ranks(
+                    users[part],
+                    scorer.item_slice,
+                    scorer.num_items,
+                    group.targets[part],
+                    seen,
+                    items_at_a_time=at_a_time,
+                    budget_bytes=self.protocol.budget_bytes,
+                    out=buffer,
+                )
+                if placed is not None:
+                    ranks.append(placed)
+                    continue
+                self._tensor_cores = False
+                log.info(
+                    "ranking_precision: too many items score too near the targets to be told apart "
+                    "by tensor cores; from here on scores are computed in float32."
+                )
             scores = ranking.full_scores(
                 users[part], scorer.item_slice, scorer.num_items, at_a_time, buffer
             )
-            seen = group.seen(start, size)
             ranks.append(ranking.full_ranks(scores, group.targets[part], *seen))
             if covered:
                 self._cover(scores, covered)

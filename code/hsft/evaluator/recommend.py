@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hsft.data.dataset.collate_fn import gather_padded
 from hsft.data.interactions import PAD
+from hsft.data.time_fields import ItemTimes
 from hsft.evaluator import ranking
 from hsft.evaluator.evaluator import Scorer
 
@@ -39,6 +40,8 @@ def recommend(
     exclude_seen: bool = True,
     batch_size: int = 256,
     budget_bytes: int = 1 << 28,
+    times: Sequence[np.ndarray] | None = None,
+    of_next: bool = False,
 ) -> Recommendations:
     """Score the whole catalogue for each history and keep the best items.
 
@@ -52,13 +55,17 @@ def recommend(
         exclude_seen: leave out every item of the history, as full ranking does.
         batch_size: users encoded at a time.
         budget_bytes: largest score matrix held at once.
+        times: for a model that reads times, int64 [n + 1] of each history of n items: seconds since
+            1970 of its items and, last, of the request.
+        of_next: whether the model reads the request's time.
     """
     topk = min(topk, scorer.num_items)
     starts = np.cumsum([0, *(len(history) for history in histories)])
     flat = np.concatenate([np.asarray(history, dtype=np.int64) for history in histories])
+    item_times = None if times is None else ItemTimes(np.concatenate(times), of_next)
     parts = [
         _best(scorer, flat, starts[first : first + batch_size + 1], topk, max_length, device,
-              exclude_seen, budget_bytes)
+              exclude_seen, budget_bytes, item_times, first)
         for first in range(0, len(histories), batch_size)
     ]  # fmt: skip
     items = torch.cat([part[0] for part in parts]).numpy(force=True)
@@ -75,13 +82,19 @@ def _best(
     device: torch.device,
     exclude_seen: bool,
     budget_bytes: int,
+    times: ItemTimes | None,
+    first_history: int,
 ) -> tuple[Tensor, Tensor]:
     starts, ends = bounds[:-1], bounds[1:]
     recent = np.maximum(starts, ends - max_length)
     history, _ = gather_padded(flat, recent, ends)
-    vectors = scorer.user_vectors(
-        torch.from_numpy(history).to(device), torch.from_numpy(ends - recent).to(device)
-    ).float()
+    given = [torch.from_numpy(history).to(device), torch.from_numpy(ends - recent).to(device)]
+    if times is not None:
+        # Every history before has one time more than items.
+        before = first_history + np.arange(len(starts))
+        fields = times.fields(recent + before, ends + before)
+        given.append(torch.from_numpy(fields).to(device))
+    vectors = scorer.user_vectors(*given).float()
     dim = vectors.shape[1]
     size = ranking.users_at_a_time(scorer.num_items, budget_bytes, dim)
     seen = torch.from_numpy(flat[starts[0] : ends[-1]]).to(device)

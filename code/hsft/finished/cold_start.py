@@ -17,6 +17,7 @@ from hsft.data.dataset import CachedEmbeddingEvalDataset
 from hsft.data.files import information_file
 from hsft.data.interactions import Interactions, load_interactions, renumber
 from hsft.data.split import leave_one_out
+from hsft.data.time_fields import item_times
 from hsft.evaluator.evaluator import EvalProtocol, Evaluator, Scorer
 from hsft.evaluator.intervals import interval
 from hsft.evaluator.metrics import per_user
@@ -57,9 +58,14 @@ class ColdOnly:
         """Number of items I, the others included."""
         return self._scorer.num_items
 
-    def user_vectors(self, history: Tensor, lengths: Tensor) -> Tensor:
-        """Int64 [B, T] and [B] -> float32 [B, D + 1]."""
-        vectors = self._scorer.user_vectors(history, lengths).float()
+    @property
+    def reads_times(self) -> bool:
+        """Whether `user_vectors` takes the times of the items too, as the other scorer's does."""
+        return bool(getattr(self._scorer, "reads_times", False))
+
+    def user_vectors(self, history: Tensor, lengths: Tensor, *times: Tensor) -> Tensor:
+        """Int64 [B, T] and [B], and uint8 [B, T, F] of `reads_times` -> float32 [B, D + 1]."""
+        vectors = self._scorer.user_vectors(history, lengths, *times).float()
         return torch.cat([vectors, vectors.new_ones((len(vectors), 1))], dim=1)
 
     def item_slice(self, start: int, end: int) -> Tensor:
@@ -220,7 +226,8 @@ def _embeddings(run: OpenRun, cold: Sequence[str], name: str) -> ItemCache:
 
 def _cold_targets(run: OpenRun, full: Interactions, name: str) -> CachedEmbeddingEvalDataset:
     split = leave_one_out(renumber(full, run.data.interactions.item_ids))
-    everyone = CachedEmbeddingEvalDataset(split, "test", run.config.MAX_ITEM_LIST_LENGTH)
+    times = item_times(run.config, split.interactions)
+    everyone = CachedEmbeddingEvalDataset(split, "test", run.config.MAX_ITEM_LIST_LENGTH, times)
     dataset = everyone.keep(everyone.targets > run.own_items)
     if not len(dataset):
         raise InputError(

@@ -138,7 +138,12 @@ def score(
     """
     log.info("examples: %s of %s.", model, run.folder)
     scorer = run.build(model)
-    best = run.recommend(scorer, [dataset[int(row)][:-1] for row in chosen], topk=LISTED)
+    histories, times = [dataset[int(row)][:-1] for row in chosen], None
+    if dataset.times is not None:
+        # The last time is the held-out item's, which a run of predict_at: target alone reads.
+        segments, seconds = dataset.segments, dataset.times.seconds
+        times = [seconds[segments.starts[row] : segments.ends[row]] for row in chosen]
+    best = run.recommend(scorer, histories, topk=LISTED, times=times)
     ranks = None
     # It draws another order at every scoring.
     if model != "random":

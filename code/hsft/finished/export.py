@@ -219,6 +219,11 @@ class _TrainedRun:
                 f"the table of {self.folder} was measured with its adapter as it is; leave out "
                 f"--evaluate, which scores what --format merged writes."
             )
+        if config.use_timestamps:
+            raise InputError(
+                f"{self.folder} was trained with use_timestamps, for which a model folder has no "
+                f"place; recommend with the run itself, or export a run without."
+            )
         if not any(row["name"] == TUNED for row in self.result["rows"]):
             raise InputError(f"{self.folder}/result.json has no row '{TUNED}'; run it again.")
         refuse_other_user_llm(self.folder, config)

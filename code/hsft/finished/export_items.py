@@ -89,7 +89,7 @@ def _write_item_llm(
     tower, _ = load_item_tower(plain, ItemTexts([], [], ""), torch.device("cpu"))
     tower.load(best)
     model: Any = tower.model
-    if config.train_item_llm == "lora":
+    if config.trains_item_lora:
         model = model.merge_and_unload()
     # Turned off for training alone.
     model.config.use_cache = getattr(load_model_config(base), "use_cache", True)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from datetime import UTC
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +20,8 @@ from hsft.data.cache import ItemCache
 from hsft.data.dataset import CachedEmbeddingEvalDataset
 from hsft.data.files import information_file, interaction_file
 from hsft.data.item_text import read_item_titles
+from hsft.data.prepare.dates import parse_date
+from hsft.data.time_fields import item_times, unit_scale
 from hsft.evaluator.evaluator import EvalProtocol, Scorer
 from hsft.evaluator.fingerprint import differing_parts, evaluation_fingerprint
 from hsft.evaluator.recommend import Recommendations, recommend
@@ -25,7 +30,7 @@ from hsft.run.run_dir import CONFIG_FILE
 from hsft.run.saved_model import build_model, model_names, run_config, with_trained_items
 from hsft.run.setup import Data, load_data
 from hsft.trainer.fabric import make_fabric
-from hsft.utils.errors import InputError
+from hsft.utils.errors import InputError, one_line
 from hsft.utils.files import is_file
 
 if TYPE_CHECKING:
@@ -156,8 +161,24 @@ class OpenRun:
         histories: Sequence[np.ndarray],
         topk: int,
         exclude_seen: bool = True,
+        times: Sequence[np.ndarray] | None = None,
     ) -> Recommendations:
-        """Return the best items for histories of item numbers, under the run's precision."""
+        """Return the best items for histories of item numbers, under the run's precision.
+
+        Args:
+            scorer: one of the run's models.
+            histories, topk, exclude_seen, times: as for `recommend`; `times` is read by a model
+                that was trained with `use_timestamps`.
+
+        Raises:
+            InputError: the model reads times and there are none.
+        """
+        reads_times = bool(getattr(scorer, "reads_times", False))
+        if reads_times and times is None:
+            raise InputError(
+                f"{self.folder} was trained with use_timestamps, so a history needs the times of its "
+                f"items; name a user of the data (--user), or a run without use_timestamps."
+            )
         with self.fabric.autocast():
             return recommend(
                 scorer,
@@ -168,6 +189,8 @@ class OpenRun:
                 exclude_seen=exclude_seen,
                 batch_size=self.config.eval_batch_size,
                 budget_bytes=self.config.logits_budget_mb << 20,
+                times=times if reads_times else None,
+                of_next=self.config.predict_at == "target",
             )
 
     def history(self, user_id: str) -> np.ndarray:
@@ -176,6 +199,49 @@ class OpenRun:
         Raises:
             InputError: the data has no such user.
         """
+        return self.data.interactions.items[self._range(user_id)]
+
+    def history_times(self, user_id: str, at: str | None = None) -> np.ndarray | None:
+        """Return when a user's items were interacted with, for `recommend`.
+
+        Args:
+            user_id: a user of the data.
+            at: the time of the request, a date in ISO 8601 or a number in the unit of the data;
+                None: now.
+
+        Returns:
+            int64 [n + 1], seconds since 1970, the request's last; None for a run that reads no
+            times.
+
+        Raises:
+            InputError: there is no such user, or `at` is no time, or has no meaning here.
+        """
+        if at is not None and self.config.predict_at != "target":
+            raise InputError(
+                f"{self.folder} does not know for when it predicts (predict_at: "
+                f"{self.config.predict_at}), so that --predict_at has no meaning; leave it out."
+            )
+        times = item_times(self.config, self.data.interactions)
+        if times is None:
+            return None
+        asked = int(time.time()) if at is None else self._seconds(at)
+        return np.append(times.seconds[self._range(user_id)], asked)
+
+    def _seconds(self, text: str) -> int:
+        scale = unit_scale(self.data.interactions, self.config.dataset)
+        try:
+            if re.fullmatch("[0-9]{1,18}", text):
+                return int(text) // scale
+            date = parse_date(text)
+            return int((date if date.tzinfo else date.replace(tzinfo=UTC)).timestamp())
+        except (ValueError, OverflowError) as error:
+            raise InputError(
+                f"--predict_at '{one_line(text, 40)}' is no time; write a date such as "
+                f"2024-05-31T18:00, or a number as in the data's timestamps."
+            ) from error
+
+    def _range(self, user_id: str) -> slice:
+        """Return where a user's items are among the interactions."""
         data = self.data.interactions
         rows = np.flatnonzero(data.user_ids == user_id)
         if not len(rows):
@@ -183,8 +249,7 @@ class OpenRun:
             raise InputError(
                 f"{self.config.dataset} has no user '{user_id}'; its users are, for example, {some}."
             )
-        user = rows[0]
-        return data.items[data.offsets[user] : data.offsets[user + 1]]
+        return slice(data.offsets[rows[0]], data.offsets[rows[0] + 1])
 
     def item_numbers(self, item_ids: Sequence[str]) -> np.ndarray:
         """Return the numbers of item ids: int64 [n].

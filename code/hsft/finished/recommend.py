@@ -40,7 +40,12 @@ def run_recommend(options: argparse.Namespace) -> None:
     if options.serve is not None:
         serve(run, options.serve, options.host, options.topk)
         return
-    history = run.history(options.user) if asked is None else run.item_numbers(asked)
+    times = None
+    if asked is None:
+        history = run.history(options.user)
+        times = run.history_times(options.user, options.predict_at)
+    else:
+        history = run.item_numbers(asked)
     model = options.model or run.models[-1]
     adding = options.add_items is not None
     candidates = recommendations(
@@ -49,6 +54,7 @@ def run_recommend(options: argparse.Namespace) -> None:
         history,
         run.data.interactions.num_items if adding else options.topk,
         options.exclude_seen,
+        times,
     )
     answer = {
         "run": str(options.run),
@@ -68,7 +74,8 @@ def run_recommend(options: argparse.Namespace) -> None:
 
 
 def _refuse_contradictions(options: argparse.Namespace) -> None:
-    one_answer = {name: getattr(options, name) for name in ("user", "history", "model")}
+    names = ("user", "history", "model", "predict_at")
+    one_answer = {name: getattr(options, name) for name in names}
     given = [name for name, value in one_answer.items() if value is not None]
     if options.serve is not None and (given or options.json):
         raise InputError(
@@ -78,6 +85,11 @@ def _refuse_contradictions(options: argparse.Namespace) -> None:
         raise InputError(
             "name either a user (--user ID) or a history (--history ID,ID,...), and not both; or "
             "open a page with --serve PORT."
+        )
+    if options.history is not None and options.predict_at is not None:
+        raise InputError(
+            "--predict_at has no meaning with --history, whose items have no times; name a user "
+            "with --user, or leave it out."
         )
 
 
@@ -105,7 +117,12 @@ def described(run: OpenRun, items: np.ndarray) -> list[dict[str, str]]:
 
 
 def recommendations(
-    run: OpenRun, scorer: Scorer, history: np.ndarray, topk: int, exclude_seen: bool = True
+    run: OpenRun,
+    scorer: Scorer,
+    history: np.ndarray,
+    topk: int,
+    exclude_seen: bool = True,
+    times: np.ndarray | None = None,
 ) -> list[dict[str, Any]]:
     """Return the best items for one history, best first, as plain data.
 
@@ -115,11 +132,12 @@ def recommendations(
         history: int [n], n >= 1, item numbers, oldest first.
         topk: items at most; fewer when the catalogue runs out.
         exclude_seen: leave the history's items out.
+        times: as `OpenRun.history_times` returns.
 
     Returns:
         `rank` from 1, `item_id`, `title`, `score`, and `new`: True for an item added to the run.
     """
-    best = run.recommend(scorer, [history], topk, exclude_seen)
+    best = run.recommend(scorer, [history], topk, exclude_seen, None if times is None else [times])
     items = best.items[0][best.items[0] != PAD]
     scores = best.scores[0][: len(items)]
     return [

@@ -65,6 +65,11 @@ def make_server(run: OpenRun, port: int, host: str = "127.0.0.1", topk: int = 10
         InputError: as `serve`.
     """
     require_packages()
+    if run.config.use_timestamps:
+        raise InputError(
+            f"{run.folder} was trained with use_timestamps, and the histories of the page have no "
+            f"times; recommend to users with --user, or serve a run without use_timestamps."
+        )
     from hsft.finished.serve_app import RunServer, make_app
 
     bound = _bind(host, port)

@@ -11,6 +11,7 @@ from hsft.config import Config
 from hsft.config.schema import READS_EMBEDDINGS
 from hsft.data.dataset import CachedEmbeddingEvalDataset
 from hsft.data.split import Phase, train_item_counts
+from hsft.data.time_fields import item_times
 from hsft.finished.cold_start import check_cold_start, cold_start
 from hsft.finished.example_users import (
     Scored,
@@ -273,7 +274,8 @@ def _evaluation_users(
     """
     result = read_result(run_dir)
     phase: Phase = "valid" if result["phase"] == "valid" else "test"
-    dataset = CachedEmbeddingEvalDataset(data.split, phase, config.MAX_ITEM_LIST_LENGTH)
+    times = item_times(config, data.interactions)
+    dataset = CachedEmbeddingEvalDataset(data.split, phase, config.MAX_ITEM_LIST_LENGTH, times)
     then, now = result.get("data", {}), data.summary()
     changed = [key for key in now if key in then and then[key] != now[key]]
     if changed:

@@ -20,7 +20,6 @@ from hsft.encoding.item_tower import Autocast, ItemTower, freeze
 from hsft.encoding.tokens import tokenize_in_memory
 from hsft.inputs.cache_items import encoding_job, load_encoder, with_encoder
 from hsft.model.backbone import LoraSettings, computes_in_bfloat16, enable_checkpointing
-from hsft.model.item_table import FixedMap
 from hsft.trainer.fabric import choose_precision, compute_dtype
 from hsft.utils.errors import InputError, refuse
 
@@ -66,7 +65,6 @@ def load_item_tower(
     device: torch.device,
     autocast: Autocast = nullcontext,
     *,
-    transform: FixedMap | None = None,
     information: str = "",
 ) -> tuple[ItemTower, EncodingJob]:
     """Load the configuration's ItemLLM with the parts that `train_item_llm` trains.
@@ -76,14 +74,13 @@ def load_item_tower(
         texts: of items 1..I.
         device: where it runs.
         autocast: makes the context of the run's precision.
-        transform: a fixed map of its vectors.
         information: where the texts were read.
 
     Raises:
         InputError: the model folder is unusable, or LoRA or `item_freeze_layers` do not fit it.
     """
     config = with_encoder(config)
-    lora = item_lora_settings(config) if config.train_item_llm == "lora" else None
+    lora = item_lora_settings(config) if config.trains_item_lora else None
     # As in `build_user_llm`: what is trained whole stays in float32 under mixed precision.
     whole = lora is None and choose_precision(config) != "bf16-true"
     dtype = torch.float32 if whole else compute_dtype(config)
@@ -102,7 +99,6 @@ def load_item_tower(
         tokenize_in_memory(encoder.tokenize, texts.texts),
         autocast=nullcontext if computes_in_bfloat16(model) else autocast,
         chunk_tokens=config.item_chunk_tokens,
-        transform=transform,
         train_emb_token=config.item_freeze_layers == 0,
     )
     job = encoding_job(config, encoder, texts.fingerprint, information)
@@ -125,8 +121,8 @@ def refuse_other_item_llm(config: Config, cache: ItemCache, dim: int | None = No
     if dim not in (None, cache.dim) or made_by not in (None, model_fingerprint(folder)):
         raise InputError(
             f"the item cache {cache.path or 'made now'} was not made by the ItemLLM in {folder}, "
-            f"which train_item_llm: {config.train_item_llm} is to train; make it again with "
-            f"item_caching.py, or name the ItemLLM that made it."
+            f"which is to be trained; make it again with item_caching.py, or name the ItemLLM that made "
+            f"it."
         )
     if made_by is None:
         log.warning(

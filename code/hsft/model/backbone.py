@@ -560,10 +560,11 @@ def _refuse_incomplete(info: dict[str, Any], folder: Path, keep_token_embedding:
             f"model folder {folder} lacks the weight {missing[0]} ({len(missing)} in all); "
             f"fetch it again."
         )
-    mismatched = [entry for entry in info.get("mismatched_keys", []) if not allowed(str(entry[0]))]
+    mismatched = sorted(str(entry[0]) for entry in info.get("mismatched_keys", []))
+    mismatched = [key for key in mismatched if not allowed(key)]
     if mismatched:
         raise InputError(
-            f"model folder {folder}: weight {mismatched[0][0]} does not have the shape that its "
+            f"model folder {folder}: weight {mismatched[0]} does not have the shape that its "
             f"config.json says ({len(mismatched)} in all); fetch it again."
         )
 

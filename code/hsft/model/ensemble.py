@@ -13,7 +13,8 @@ from torch import Tensor
 from hsft.data.interactions import PAD
 from hsft.evaluator.evaluator import Scorer
 
-_ITEMS_AT_A_TIME = 4096
+# Numbers of item vectors held at once, in float64.
+_VALUES_AT_A_TIME = 1 << 23
 # Up to this width a covariance is cheaper than the scores of the whole catalogue.
 _WIDEST_COVARIANCE = 2048
 # Of the product of two vectors' lengths: scores that differ by less are equal in float32.
@@ -104,12 +105,11 @@ def score_deviation(scorer: Scorer) -> Callable[[Tensor], Tensor]:
         rounding, so that a model without an opinion has no say.
     """
     count, (mean, length) = scorer.num_items, _item_moments(scorer)
+    starts = _slice_starts(scorer)
 
     def centred(start: int) -> Tensor:
-        stop = min(start + _ITEMS_AT_A_TIME, count + 1)
-        return _exact(scorer.item_slice(start, stop)) - mean
+        return _exact(scorer.item_slice(start, min(start + starts.step, count + 1))) - mean
 
-    starts = range(1, count + 1, _ITEMS_AT_A_TIME)
     covariance = mean.new_zeros((len(mean), len(mean)) if len(mean) <= _WIDEST_COVARIANCE else 0)
     for start in starts if len(covariance) else ():
         part = centred(start)
@@ -119,7 +119,9 @@ def score_deviation(scorer: Scorer) -> Callable[[Tensor], Tensor]:
         if len(covariance):
             variance = (users @ covariance * users).sum(dim=-1)
         else:
-            squares = [((centred(start) @ users.T) ** 2).sum(dim=0) for start in starts]
+            # In float32, as the scores themselves are: the products are the cost of a ranking.
+            scores = (centred(start).float() @ users.float().T for start in starts)
+            squares = [(part.double() ** 2).sum(dim=0) for part in scores]
             variance = torch.stack(squares).sum(dim=0) / count
         least = _ROUNDING * length * users.norm(dim=-1)
         return torch.where(variance > least**2, variance.sqrt(), torch.inf)
@@ -129,14 +131,20 @@ def score_deviation(scorer: Scorer) -> Callable[[Tensor], Tensor]:
 
 def _item_moments(scorer: Scorer) -> tuple[Tensor, Tensor]:
     """Return the mean of a model's item vectors, float64 [D], and their root mean square length."""
-    stop = scorer.num_items + 1
+    stop, starts = scorer.num_items + 1, _slice_starts(scorer)
     sums, squares = [], []
-    for start in range(1, stop, _ITEMS_AT_A_TIME):
-        part = _exact(scorer.item_slice(start, min(start + _ITEMS_AT_A_TIME, stop)))
+    for start in starts:
+        part = _exact(scorer.item_slice(start, min(start + starts.step, stop)))
         sums.append(part.sum(dim=0))
         squares.append((part**2).sum())
     mean = torch.stack(sums).sum(dim=0) / scorer.num_items
     return mean, (torch.stack(squares).sum() / scorer.num_items).sqrt()
+
+
+def _slice_starts(scorer: Scorer) -> range:
+    """Return where slices of the catalogue begin; the step is how many items a slice has."""
+    width = scorer.item_slice(0, 1).shape[1]
+    return range(1, scorer.num_items + 1, max(1, _VALUES_AT_A_TIME // width))
 
 
 def _exact(vectors: Tensor) -> Tensor:

@@ -28,9 +28,11 @@ class SequenceEncoder(nn.Module):
 
     Attributes:
         items: the table of item vectors; its `forward` and `slice` give item vectors.
+        reads_times: whether `forward` takes `times` too, uint8 [B, T, F], see `ItemTimes`.
     """
 
     items: ItemTable
+    reads_times = False
 
     def forward(self, history: Tensor, positions: Tensor | None = None) -> Tensor:
         """Encode every prefix of each history.
@@ -122,12 +124,14 @@ class Recommender(nn.Module):
         the gradient of the mean over all positions, as in one process with the whole batch.
         """
         where = [part for part in (batch.positions, batch.cu_lengths) if part.numel()]
-        adapted, given = None, {}
+        adapted = None
+        given: dict[str, Tensor] = {}
         if batch.items.numel():
             # Targets are scored in float32, so the adapter's products are.
             with torch.autocast(device_type=batch.items.device.type, enabled=False):
                 adapted = self.encoder.items.adapt(batch.items)
             given = {"vectors": self.encoder.items(batch.history, adapted)}
+        given |= _given(batch.times)
         states = self.encoder(batch.history, *where, **given).flatten(0, 1)
         targets = batch.targets.flatten()
         # Indices from the host: a mask's True entries would have to be counted on the device first.
@@ -238,17 +242,18 @@ class Recommender(nn.Module):
             self.logit_scale.clamp_(0.0, math.log(100))
         return self.logit_scale[0]
 
-    def user_vectors(self, history: Tensor, lengths: Tensor) -> Tensor:
+    def user_vectors(self, history: Tensor, lengths: Tensor, times: Tensor | None = None) -> Tensor:
         """Encode users for scoring.
 
         Args:
             history: int64 [B, T], right-padded with 0.
             lengths: int64 [B], real items in each row.
+            times: uint8 [B, T, F] for a model that reads them (`reads_times`).
 
         Returns:
             float32 [B, D], of unit length under cosine similarity.
         """
-        states = self.encoder(history)
+        states = self.encoder(history, **_given(times))
         last = states[torch.arange(len(history), device=states.device), lengths - 1].float()
         return self._as_query(last)
 
@@ -257,18 +262,30 @@ class Recommender(nn.Module):
         """Whether `row_user_vectors` can be called: the encoder reads many histories in a row."""
         return bool(getattr(self.encoder, "varlen", False))
 
-    def row_user_vectors(self, row: Tensor, positions: Tensor, cu_lengths: Tensor) -> Tensor:
+    @property
+    def reads_times(self) -> bool:
+        """Whether users are encoded from the times of their items too."""
+        return self.encoder.reads_times
+
+    def row_user_vectors(
+        self,
+        row: Tensor,
+        positions: Tensor,
+        cu_lengths: Tensor,
+        times: Tensor | None = None,
+    ) -> Tensor:
         """Encode users for scoring, their histories one after the other in a single row.
 
         Args:
             row: int64 [1, N].
             positions: int64 [1, N], each item's number in its own history.
             cu_lengths: int32 [B + 1], where each history starts, and N.
+            times: uint8 [1, N, F], as for `user_vectors`.
 
         Returns:
             As `user_vectors`.
         """
-        states = self.encoder(row, positions, cu_lengths)[0]
+        states = self.encoder(row, positions, cu_lengths, **_given(times))[0]
         return self._as_query(states.index_select(0, cu_lengths[1:] - 1).float())
 
     def _as_query(self, last: Tensor) -> Tensor:
@@ -293,6 +310,10 @@ class Recommender(nn.Module):
     def num_items(self) -> int:
         """Number of items I, the padding item not counted."""
         return self.encoder.items.num_items
+
+
+def _given(times: Tensor | None) -> dict[str, Tensor]:
+    return {} if times is None or not times.numel() else {"times": times}
 
 
 def _mean_over_processes(

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from hsft.model.attention import VARLEN
 from hsft.model.item_table import ItemTable
 from hsft.model.recommender import SequenceEncoder
+from hsft.model.time_embedding import TimeEmbedding
 
 
 class UserLLM(SequenceEncoder):
@@ -32,6 +33,7 @@ class UserLLM(SequenceEncoder):
         autocast: False runs the decoder outside of autocast: its weights are bfloat16 throughout.
         item_dropout: dropout probability of every number of the item vectors that are read, in
             training mode; the vectors that are scored are whole.
+        times: embeds the times of items, which are added to their vectors; None: times are not read.
     """
 
     def __init__(
@@ -42,6 +44,7 @@ class UserLLM(SequenceEncoder):
         max_length: int | None = None,
         autocast: bool = True,
         item_dropout: float = 0.0,
+        times: TimeEmbedding | None = None,
     ) -> None:
         super().__init__()
         self.decoder = decoder
@@ -49,17 +52,31 @@ class UserLLM(SequenceEncoder):
         self.max_length = max_length
         self.autocast = autocast
         self.item_dropout = item_dropout
+        self.times = times
+
+    @property
+    def reads_times(self) -> bool:  # type: ignore[override]
+        """Whether `forward` takes the times of the items."""
+        return self.times is not None
 
     def forward(
         self,
         history: Tensor,
         positions: Tensor | None = None,
         cu_lengths: Tensor | None = None,
+        times: Tensor | None = None,
         vectors: Tensor | None = None,
     ) -> Tensor:
-        """Encode every prefix of each history: int64 [B, T] -> [B, T, D]."""
+        """Encode every prefix of each history: int64 [B, T] -> [B, T, D].
+
+        `times` is uint8 [B, T, F], given if and only if the model reads times.
+        """
+        if (times is None) != (self.times is None):
+            raise ValueError("times are given to a model that reads them, and to no other")
         vectors = self.items(history) if vectors is None else vectors
         vectors = F.dropout(vectors, self.item_dropout, self.training)
+        if self.times is not None:
+            vectors = vectors + self.times(times)
         return self._states(vectors.to(self._dtype), positions, cu_lengths)
 
     @property

@@ -46,7 +46,8 @@ def serve(argv: Sequence[str]) -> int:
     _add_shared(parser)
     add_location_options(parser)
     # The options of `recommend` that have no meaning here, as its parser leaves them.
-    parser.set_defaults(user=None, history=None, model=None, json=False, exclude_seen=True)
+    parser.set_defaults(user=None, history=None, model=None, predict_at=None)
+    parser.set_defaults(json=False, exclude_seen=True)
     return _run(parser.parse_args(argv))
 
 
@@ -82,6 +83,12 @@ def _add_options(parser: Parser) -> None:
         metavar="NAME",
         help="which of the run's models: untrained or fine-tuned (default: fine-tuned, where the "
         "run has one)",
+    )
+    parser.add_argument(
+        "--predict_at",
+        metavar="TIME",
+        help="when the recommendations are for, with a run of predict_at: target: a date in ISO 8601 "
+        "(UTC without a zone) or a number as in the data's timestamps (default: now)",
     )
     add_flag(parser, "--json", "print JSON and nothing else")
     page = parser.add_argument_group("a page to look at, instead of one answer")

@@ -285,6 +285,7 @@ def _settings(result: Mapping[str, Any], row: str) -> str:
         keys += ["user_llm_layers", "loss", "negatives", "num_negatives", "negatives_logq"]
         keys += ["precision"]
         keys += ["item_embedding_transform", "item_adapter", "use_qlora"]
+        keys += ["use_timestamps", "predict_at"] if config.get("use_timestamps") else []
         if config.get("use_qlora"):
             keys += [key for key in config if key.startswith("qlora_")]
     else:

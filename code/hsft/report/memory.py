@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Literal
 
 import torch
@@ -60,6 +60,8 @@ class TrainingShape:
         negatives: as `LossSettings`; num_negatives: drawn per forward pass, 0: L + 1 per sequence;
             negatives_logq: the batch's targets are negatives beside drawn ones.
         budget_bytes: of logits.
+        item_llm_bytes, item_chunk_bytes: of an ItemLLM that is trained, as `item_llm_bytes` gives;
+            step_items: most items that a sequence brings into a step, 0 where it is not trained.
     """
 
     decoder: DecoderStructure
@@ -85,6 +87,9 @@ class TrainingShape:
     mean_length: float | None = None
     length_deviation: float = 0.0
     negatives_logq: bool = False
+    item_llm_bytes: int = 0
+    item_chunk_bytes: int = 0
+    step_items: int = 0
 
     def positions(self, batch_size: int) -> int:
         """Return the positions of a large batch: of a thousand, one or two have more."""
@@ -129,6 +134,7 @@ class Memory:
     activations: int
     logits: int
     workspace: int
+    item_llm: int = 0
     cuda_context: int = CUDA_CONTEXT
 
     @property
@@ -255,7 +261,7 @@ def estimate(
     sizes = trained_sizes(shape)
     trained = sum(sizes)
     width = 4 if shape.lora_rank is not None or shape.mixed else shape.dtype.itemsize
-    return Memory(
+    memory = Memory(
         weights=weight_bytes(shape),
         # Where all weights are trained, `weights` has them.
         adapters=width * trained if shape.lora_rank is not None else 0,
@@ -266,6 +272,40 @@ def estimate(
         logits=_logit_bytes(shape, batch_size),
         workspace=_workspace_bytes(shape, tokens),
     )
+    return replace(memory, item_llm=_item_llm_bytes(shape, batch_size, memory))
+
+
+def item_llm_bytes(
+    shape: TrainingShape, trained: DecoderStructure, chunk_tokens: int
+) -> tuple[int, int]:
+    """Estimate what an ItemLLM that is trained takes.
+
+    Args:
+        shape: the ItemLLM in a UserLLM's place, with its token embedding, `length` its longest text.
+        trained: the parts of it that are not kept as they are.
+        chunk_tokens: positions that go through it at a time.
+
+    Returns:
+        Bytes of its weights, gradients and optimizer states, and those that a chunk needs besides.
+    """
+    sizes = trained_sizes(replace(shape, decoder=trained, items=None))
+    width = 4 if shape.lora_rank is not None or shape.mixed else shape.dtype.itemsize
+    copies = 1 if shape.lora_rank is None else 2
+    held = weight_bytes(shape) + copies * width * sum(sizes)
+    held += optimizer_bytes(sizes, shape.optimizer_8bit) * width // 4
+    activations = _activation_bytes(shape, chunk_tokens, *saved_bytes_per_token(shape))
+    return held, activations + _workspace_bytes(shape, chunk_tokens)
+
+
+def _item_llm_bytes(shape: TrainingShape, batch_size: int, memory: Memory) -> int:
+    """Return what a trained ItemLLM adds to the peak: a chunk comes when the UserLLM's step is over."""
+    items = batch_size * shape.step_items + shape.num_negatives * (shape.step_items > 0)
+    if shape.items is not None:
+        items = min(items, shape.items)
+    # The vectors, their gradients, and the table's gathered copies.
+    vectors = 12 * items * (shape.item_width or shape.decoder.hidden_size)
+    step = memory.activations + memory.logits + memory.workspace
+    return shape.item_llm_bytes + vectors + max(0, shape.item_chunk_bytes - step)
 
 
 def _activation_bytes(shape: TrainingShape, tokens: int, layer: float, rest: float) -> int:

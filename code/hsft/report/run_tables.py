@@ -74,8 +74,10 @@ def applies(key: str, config: Mapping[str, Any]) -> bool:
 
 
 def _user_llm_key_applies(name: str, config: Mapping[str, Any], trains: bool) -> bool:
-    if name in ("use_qlora", "gradient_checkpointing"):
+    if name in ("use_qlora", "gradient_checkpointing", "use_timestamps"):
         return trains
+    if name == "predict_at":
+        return bool(config.get("use_timestamps"))
     return not name.startswith("qlora_") or (trains and bool(config.get("use_qlora")))
 
 

@@ -34,6 +34,7 @@ from hsft.data.files import (
 from hsft.data.interactions import Interactions, load_interactions
 from hsft.data.item_text import ItemTexts, read_item_texts, unfit_texts
 from hsft.data.split import Phase, Split, leave_one_out
+from hsft.data.time_fields import item_times
 from hsft.encoding.item_llm import check_tokenizer, emb_token, no_emb_token
 from hsft.encoding.item_tower import check_frozen_layers
 from hsft.evaluator.evaluator import Evaluator
@@ -174,7 +175,13 @@ def check_run(config: Config) -> None:
             with findings.collect():
                 refuse_unlike_members(config, split)
         trains_nce = config.model == "HLLM" and config.trains and config.loss == "nce"
-        if trains_nce and cache is not None and not findings.problems:
+        # Pretraining changes the vectors.
+        if (
+            trains_nce
+            and not config.item_pretrain_epochs
+            and cache is not None
+            and not findings.problems
+        ):
             with findings.collect():
                 note, high = check_cosines(config, cache, interactions)
                 findings.notes.append(note)
@@ -364,7 +371,7 @@ def _item_training(config: Config, source: DecoderSource) -> None:
     if not config.trains_items:
         return
     layers = read_structure(source).linear
-    if config.train_item_llm == "lora":
+    if config.trains_item_lora:
         check_lora_targets(layers, config.item_lora_target_modules, "ItemLLM")
     check_frozen_layers(layers, config.item_freeze_layers)
 
@@ -427,6 +434,8 @@ def _split(config: Config, split: Split, findings: Findings) -> None:
             findings.notes.append(f"{phase}: {len(dataset)} users are scored")
     if not config.trains:
         return
+    with findings.collect():
+        item_times(config, split.interactions)
     sequences = CachedEmbeddingTrainDataset(split, config.MAX_ITEM_LIST_LENGTH)
     findings.notes.append(
         f"training: {len(sequences)} sequences, {sequences.num_transitions} transitions a pass"
@@ -479,13 +488,17 @@ def _memory(
     weights = check_files(folder).count(config.user_llm_layers, vocabulary=False)
     size = 4 if config.item_embedding_transform != "none" else cache.embeddings.element_size()
     table = len(interactions.item_ids) * cache.dim * size
+    if config.trains_items:
+        encoder = str(item_llm_folder(config))
+        weights += check_files(sentence_source(encoder, config.trust_remote_code).folder).count()
     least = table + weights * compute_dtype(config).itemsize
     if device in ("cuda", "xpu"):
         total = torch.get_device_module(device).get_device_properties(0).total_memory
     else:
         total = psutil.virtual_memory().total
     findings.notes.append(
-        f"memory: {least / GIB:.2f} GiB for the UserLLM and the item table alone, of "
+        f"memory: {least / GIB:.2f} GiB for the {'LLMs' if config.trains_items else 'UserLLM'} and "
+        f"the item table alone, of "
         f"{total / GIB:.1f} GiB ({device})"
     )
     with findings.collect():

@@ -19,6 +19,8 @@ from hsft.data.dataset.packing import Buckets
 from hsft.data.files import cache_path, find_cache, has_interactions, interaction_file
 from hsft.data.interactions import Interactions, load_interactions
 from hsft.data.split import leave_one_out
+from hsft.encoding.item_tower import check_frozen_layers, layer_number
+from hsft.inputs.cache_items import sentence_source
 from hsft.model.accelerate import choose_acceleration
 from hsft.model.attention import VARLEN, choose_attention
 from hsft.model.backbone import check_lora_targets, read_extra
@@ -31,6 +33,7 @@ from hsft.report.memory import (
     MIB,
     TrainingShape,
     estimate,
+    item_llm_bytes,
     largest_batch,
     rows,
     saved_bytes_per_token,
@@ -208,7 +211,70 @@ def assumed_shape(
         budget_bytes=config.logits_budget_mb * MIB,
         attention="eager" if kernel == "eager" else "sdpa",
     )
+    if config.trains_items:
+        shape, sentences = _with_item_llm(config, shape)
+        assumed = [*assumed, *sentences]
     return shape, [*assumed, *items.assumed]
+
+
+def _with_item_llm(config: Config, shape: TrainingShape) -> tuple[TrainingShape, list[str]]:
+    """Add the ItemLLM that is trained, of TinyLlama-1.1B's shape where its folder is not there."""
+    assumed = []
+    folder = Path(config.encoder or config.item_pretrain_dir or "")
+    llama = None
+    if not is_folder(folder):
+        assumed = [f"no model folder at {folder}: the ItemLLM is taken as TinyLlama-1.1B's shape."]
+        llama = TINYLLAMA
+    else:
+        folder = sentence_source(str(folder), config.trust_remote_code).folder
+    decoder = read_structure(
+        DecoderSource(
+            folder,
+            keep_token_embedding=True,
+            trust_remote_code=config.trust_remote_code,
+            llama=llama,
+        )
+    )
+    lora = config.trains_item_lora
+    if lora:
+        check_lora_targets(decoder.linear, config.item_lora_target_modules, "ItemLLM")
+    check_frozen_layers(decoder.linear, config.item_freeze_layers)
+    item_llm = replace(
+        shape,
+        decoder=decoder,
+        quant_type=config.item_quant_type,
+        lora_rank=config.item_lora_r if lora else None,
+        lora_targets=tuple(config.item_lora_target_modules),
+        checkpointing=config.item_gradient_checkpointing,
+        adapter="none",
+        item_width=None,
+        id_vectors=False,
+        # The emb token comes after the longest text.
+        length=config.MAX_TEXT_LENGTH + 1,
+        mean_length=None,
+        masked_row=None,
+    )
+    trained = _trained_part(decoder, config.item_freeze_layers, config.item_freeze_embeddings)
+    held, chunk = item_llm_bytes(item_llm, trained, config.item_chunk_tokens)
+    if not config.trains_items_along:
+        # It is gone when the UserLLM is trained.
+        return replace(shape, item_chunk_bytes=held + chunk), assumed
+    # A history and its last target are one item more than its positions; drawn ones come besides.
+    drawn = config.MAX_ITEM_LIST_LENGTH + 1 if config.negatives == "per_sequence" else 0
+    each = (config.MAX_ITEM_LIST_LENGTH + 1 + drawn) * config.gradient_accumulation_steps
+    return replace(shape, item_llm_bytes=held, item_chunk_bytes=chunk, step_items=each), assumed
+
+
+def _trained_part(decoder: DecoderStructure, layers: int, embeddings: bool) -> DecoderStructure:
+    """Leave out what `freeze` keeps: the first layers' matrices, and the largest table."""
+    linear = {
+        name: widths
+        for name, widths in decoder.linear.items()
+        if (layer_number(name) or 0) >= layers
+    }
+    others = sorted(decoder.other_sizes)
+    kept = others[:-1] if embeddings or layers else others
+    return replace(decoder, linear=linear, other_sizes=tuple(kept))
 
 
 def _user_model(config: Config, folder: Path | None) -> tuple[DecoderStructure, list[str]]:
@@ -310,6 +376,20 @@ def _trained_how(shape: TrainingShape) -> str:
     return f"{layers}: LoRA of rank {shape.lora_rank} on {targets}, over {frozen}, {kernel}."
 
 
+def _items_trained_how(config: Config) -> list[str]:
+    if not config.trains_items:
+        return []
+    how = "all weights trained"
+    if config.trains_item_lora:
+        frozen = "frozen" if config.item_quant_type == "none" else config.item_quant_type
+        how = f"LoRA of rank {config.item_lora_r} over {frozen} weights"
+    again = ", gradient checkpointing" if config.item_gradient_checkpointing else ""
+    return [
+        f"The ItemLLM: {how}, {config.item_chunk_tokens:,} tokens at a time{again}. What it needs when "
+        f"the UserLLM's step is over counts as far as it is more than that."
+    ]
+
+
 def _automatic_type(config: Config, shape: TrainingShape) -> list[str]:
     if config.qlora_quant_type != "auto" or shape.lora_rank is None:
         return []
@@ -333,7 +413,7 @@ def describe(config: Config, shape: TrainingShape, assumed: Sequence[str] = ()) 
     counted_rows = [
         (name, size)
         for name, size in rows(needed)
-        if shape.items is not None or name != "item table"
+        if (shape.items is not None or name != "item table") and (size or name != "item llm")
     ]
     known = "an unknown number of" if shape.items is None else f"{shape.items:,}"
     lines = [
@@ -341,6 +421,7 @@ def describe(config: Config, shape: TrainingShape, assumed: Sequence[str] = ()) 
         f"{shape.length} items ({shape.positions(config.train_batch_size):,} positions), "
         f"{known} items in the catalogue, {how}.",
         _trained_how(shape),
+        *_items_trained_how(config),
         *(f"Assumed: {sentence}" for sentence in assumed),
         "",
         *(f"{name:<14}{size / MIB:>10,.0f} MiB" for name, size in counted_rows),

@@ -141,6 +141,11 @@ def member_runs(config: Config) -> list[MemberRun]:
                 f"{folder} is a run on {member.dataset}, not on {config.dataset}; name runs of one "
                 f"dataset in --runs."
             )
+        if member.use_timestamps:
+            raise InputError(
+                f"{folder} reads timestamps, which an ensemble does not hand on; name runs without "
+                f"use_timestamps in --runs."
+            )
         members.append(MemberRun(folder, member, result))
     return members
 

@@ -22,6 +22,7 @@ from hsft.data.files import cache_path, user_llm_folder
 from hsft.data.interactions import Interactions, drop_items, load_interactions
 from hsft.data.negatives import NegativeSampler
 from hsft.data.split import NEEDED, Split, leave_one_out
+from hsft.data.time_fields import item_times
 from hsft.evaluator.evaluator import EvalProtocol, Evaluator
 from hsft.inputs.cache_items import cache_warnings, encode_in_memory
 from hsft.inputs.load_tower import load_item_tower, read_catalogue, refuse_other_item_llm
@@ -45,8 +46,14 @@ from hsft.model.norms import fuse_norms
 from hsft.model.proposal import Proposal
 from hsft.model.recommender import LossSettings, Recommender, Similarity
 from hsft.model.structure import DecoderSource
+from hsft.model.time_embedding import TimeEmbedding
 from hsft.model.user_llm import UserLLM
-from hsft.trainer.fabric import attention_kernel, choose_precision, compute_dtype
+from hsft.trainer.fabric import (
+    attention_kernel,
+    choose_device,
+    choose_precision,
+    compute_dtype,
+)
 from hsft.trainer.item_training import ItemTraining
 from hsft.trainer.masked_negatives import HIGH_MASKED_SHARE
 from hsft.utils.distributed import global_rank, is_rank_zero, world_size
@@ -369,6 +376,7 @@ def eval_protocol(config: Config) -> EvalProtocol:
         candidates=config.eval_neg_sample_num,
         seed=config.seed,
         budget_bytes=config.logits_budget_mb << 20,
+        tensor_cores=config.ranking_precision == "tensor_cores" and choose_device(config) == "cuda",
     )
 
 
@@ -387,7 +395,8 @@ def make_evaluator(
     Raises:
         InputError: there is nobody to score.
     """
-    dataset = CachedEmbeddingEvalDataset(split, phase, config.MAX_ITEM_LIST_LENGTH)
+    times = item_times(config, split.interactions)
+    dataset = CachedEmbeddingEvalDataset(split, phase, config.MAX_ITEM_LIST_LENGTH, times)
     if sample is not None and sample < len(dataset):
         log.info("%s: a sample of %d of %d users is scored.", phase, sample, len(dataset))
         rng = np.random.default_rng([config.seed, sample])
@@ -450,7 +459,7 @@ def graph_obstacle(config: Config, precision: str) -> str:
         config: the configuration.
         precision: its `precision`, `auto` resolved.
     """
-    if config.trains_items:
+    if config.trains_items_along:
         return "CUDA graphs need train_item_llm: none"
     if config.gradient_checkpointing:
         return "CUDA graphs need gradient_checkpointing: False"
@@ -534,6 +543,9 @@ def build_user_llm(config: Config, data: Data, fabric: Fabric, *, train: bool) -
     load_adapter(table, extra, trained=train and config.item_adapter != "none")
     if stored is not None:
         load_id_vectors(table, stored, item_ids, trained=train and config.item_id_embedding)
+    time_embedding = None
+    if train and config.use_timestamps:
+        time_embedding = TimeEmbedding(hidden, config.predict_at == "target")
     settings = loss_settings(config, scored_by="cosine" if not train else None)
     model = Recommender(
         UserLLM(
@@ -542,6 +554,7 @@ def build_user_llm(config: Config, data: Data, fabric: Fabric, *, train: bool) -
             max_length=config.MAX_ITEM_LIST_LENGTH,
             autocast=not computes_in_bfloat16(decoder),
             item_dropout=config.item_dropout,
+            times=time_embedding,
         ),
         settings,
         logit_scale=initial_logit_scale(config, extra),
@@ -551,36 +564,60 @@ def build_user_llm(config: Config, data: Data, fabric: Fabric, *, train: bool) -
 
 
 def build_item_training(
-    config: Config, data: Data, fabric: Fabric, table: ItemTable
+    config: Config,
+    data: Data,
+    fabric: Fabric,
+    table: ItemTable,
+    pretrained: ItemTraining | None = None,
 ) -> ItemTraining:
-    """Load the ItemLLM that is trained.
+    """Load the ItemLLM that is trained along with a model, or was before.
 
     A fixed map of its vectors (`item_embedding_transform`) is fitted on the cache that the run
     starts from, and stays as it is.
 
     Args:
-        config: of a run with `train_item_llm`.
+        config: of a run that trains the ItemLLM.
         data: the data, with a cache.
         fabric: says where.
         table: the item table of the model that is trained.
+        pretrained: as `build_pretraining` returned it, trained; `data` has its vectors.
 
     Raises:
         InputError: the ItemLLM or the item information is unusable, or another ItemLLM made the cache.
     """
     assert data.cache is not None
+    items = build_pretraining(config, data, fabric) if pretrained is None else pretrained
     kind = config.item_embedding_transform
-    item_ids = data.interactions.item_ids
-    fitted = None
     if kind != "none":
-        fitted = fit_transform(kind, table_from_cache(data.cache, item_ids)[1:].float())
-    texts, source = read_catalogue(config, item_ids[1:])
-    tower, job = load_item_tower(
-        config, texts, fabric.device, fabric.autocast, transform=fitted, information=source
-    )
+        vectors = table_from_cache(data.cache, data.interactions.item_ids)[1:]
+        items.tower.transform = fit_transform(kind, vectors.float()).to(fabric.device)
+    items.table = table
+    if not config.trains_items_along:
+        # As the run's own cache will hold them.
+        items.use(items.tower.mapped(data.cache))
+        items.along = False
+        items.tower.cpu()
+    return items
+
+
+def build_pretraining(config: Config, data: Data, fabric: Fabric) -> ItemTraining:
+    """Load an ItemLLM to be trained, with a table of its own.
+
+    Args:
+        config: of a run that trains the ItemLLM.
+        data: the data, with a cache.
+        fabric: says where.
+
+    Raises:
+        InputError: the ItemLLM or the item information is unusable, or another ItemLLM made the cache.
+    """
+    assert data.cache is not None
+    texts, source = read_catalogue(config, data.interactions.item_ids[1:])
+    tower, job = load_item_tower(config, texts, fabric.device, fabric.autocast, information=source)
     refuse_other_item_llm(config, data.cache, tower.dim)
-    return ItemTraining(
-        tower, table, job, texts.item_ids, fabric.device, config.show_progress and is_rank_zero()
-    )
+    table = ItemTable(torch.zeros(len(texts) + 1, tower.dim, device=fabric.device))
+    shown = config.show_progress and is_rank_zero()
+    return ItemTraining(tower, table, job, texts.item_ids, fabric.device, shown)
 
 
 def initial_logit_scale(config: Config, extra: Mapping[str, torch.Tensor]) -> float | None:

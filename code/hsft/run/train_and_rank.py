@@ -21,6 +21,7 @@ from hsft.config import Config
 from hsft.config.schema import REFERENCES
 from hsft.data.dataset import CachedEmbeddingTrainDataset, TrainCollate
 from hsft.data.dataset.packing import Buckets
+from hsft.data.time_fields import item_times
 from hsft.evaluator.evaluator import Evaluation, Evaluator, Scorer
 from hsft.evaluator.fingerprint import evaluation_fingerprint
 from hsft.evaluator.metrics import per_user
@@ -62,6 +63,7 @@ from hsft.run.saved_model import build_ensemble, member_runs
 from hsft.run.setup import (
     Data,
     build_item_training,
+    build_pretraining,
     build_user_llm,
     check_cosines,
     check_training,
@@ -83,6 +85,7 @@ from hsft.trainer.fabric import (
     choose_precision,
     make_fabric,
 )
+from hsft.trainer.item_pretraining import pretrain_items
 from hsft.trainer.item_training import ItemTraining
 from hsft.trainer.loop import train
 from hsft.trainer.optim import steps_per_epoch
@@ -177,9 +180,14 @@ def _run(run: RunContext) -> None:
         log.warning("device %s: HSFT has not been tried on it yet.", fabric.device.type)
     if fabric.device.type == "cuda":
         log.info(
-            "precision %s; float32 products, as of losses and scores, are not rounded to TF32.",
+            "precision %s; float32 products, as of losses and scores, are not rounded to TF32%s.",
             choose_precision(config),
+            ""
+            if config.ranking_precision == "float32"
+            else ", but for a first pass of full ranking",
         )
+    elif config.ranking_precision == "tensor_cores":
+        log.info("ranking_precision: tensor_cores needs a CUDA device; scores are float32.")
     data = load_data(config, need_cache=config.reads_embeddings)
     if config.model == "HLLM" and config.user_pretrain_dir:
         run = replace(run, user_llm_fingerprint=model_fingerprint(config.user_pretrain_dir))
@@ -242,7 +250,7 @@ def _evaluate_models(
         evaluation = evaluate(config, _for_evaluation(model, fabric), final, fabric)
         session.lap("evaluation")
         return {UNTRAINED: evaluation}, {}
-    if config.loss == "nce" and data.cache is not None:
+    if config.loss == "nce" and data.cache is not None and not config.item_pretrain_epochs:
         warn(check_cosines(config, data.cache, data.interactions)[1])
     evaluations = {}
     if config.eval_baseline:
@@ -301,23 +309,47 @@ def _train_and_evaluate_model(
     run: RunContext, data: Data, final: Evaluator
 ) -> tuple[dict[str, Evaluation], dict[str, Any]]:
     config, fabric = run.config, run.fabric
-    items = None
+    items = pretrained = None
+    fingerprint = data.fingerprint
     if config.model == "sasrec":
         name = "sasrec"
         model = build_sasrec(config, data.interactions.num_items)
         model.to(fabric.device)
     else:
         name = TUNED
-        warn_of_plain_items(config, data.cache)
+        if config.item_pretrain_epochs:
+            data, pretrained = _pretrain(run, data)
+        else:
+            warn_of_plain_items(config, data.cache)
         model = build_user_llm(config, data, fabric, train=True)
         if config.trains_items:
-            items = build_item_training(config, data, fabric, model.encoder.items)
+            items = build_item_training(config, data, fabric, model.encoder.items, pretrained)
+            fingerprint = f"{fingerprint} {items.fingerprint}"
     run.session.lap("model")
-    state, training = _train(run, data, model, items)
+    state, training = _train(run, data, model, items, fingerprint)
     run.session.lap("training")
     evaluation = evaluate(config, model, final, fabric)
     run.session.lap("evaluation")
     return {name: evaluation}, {**training, **state.summary()}
+
+
+def _pretrain(run: RunContext, data: Data) -> tuple[Data, ItemTraining]:
+    """Train the ItemLLM alone and encode the catalogue with it.
+
+    Returns:
+        The data with these vectors as the cache, and the ItemLLM.
+    """
+    config = run.config
+    items = build_pretraining(config, data, run.fabric)
+    items.agree()
+    run.session.lap("model")
+    pretrain_items(run, items, data.split, f"{data.fingerprint} {items.fingerprint}")
+    items.encode_catalogue()
+    run.session.lap("item pretraining")
+    assert items.cache is not None
+    if config.loss == "nce":
+        warn(check_cosines(config, items.cache, data.interactions)[1])
+    return replace(data, cache=items.cache), items
 
 
 def _weigh_and_evaluate_ensemble(
@@ -427,10 +459,11 @@ def _scoring(
 
 
 def _train(
-    run: RunContext, data: Data, model: Recommender, items: ItemTraining | None
+    run: RunContext, data: Data, model: Recommender, items: ItemTraining | None, fingerprint: str
 ) -> tuple[TrainState, dict[str, Any]]:
     config, fabric = run.config, run.fabric
-    dataset = CachedEmbeddingTrainDataset(data.split, config.MAX_ITEM_LIST_LENGTH)
+    times = item_times(config, data.interactions)
+    dataset = CachedEmbeddingTrainDataset(data.split, config.MAX_ITEM_LIST_LENGTH, times)
     check_training(config, data.split, dataset)
     if config.negatives_logq:
         model.proposal = negative_proposal(config, dataset).to(fabric.device)
@@ -443,7 +476,7 @@ def _train(
         list_items=model.encoder.items.adapter is not None,
     )
     steps = config.epochs * steps_per_epoch(len(loader), config.gradient_accumulation_steps)
-    if items is not None:
+    if items is not None and items.along:
         model.item_llm = items.tower
     # Before ZeRO stage 3 takes the parameters apart.
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -460,7 +493,7 @@ def _train(
     valid = make_evaluator(config, data.split, "valid", fabric, config.valid_users)
 
     def validate() -> Evaluation:
-        if items is not None:
+        if items is not None and items.along:
             items.encode_catalogue()
         try:
             return evaluate(config, model, valid, fabric, "validation")
@@ -472,7 +505,6 @@ def _train(
         graphs.release()
         return evaluate(config, model, valid, fabric, "validation")
 
-    fingerprint = data.fingerprint if items is None else f"{data.fingerprint} {items.fingerprint}"
     state = train(run, replace(learner, graphs=graphs), loader, validate, fingerprint)
     return state, {
         "item_cache": None if items is None or items.cache is None else items.cache.metadata,

@@ -45,6 +45,7 @@ class ItemTraining:
         item_ids: of items 1..I.
         device: where both are.
         show_progress: show a bar while the catalogue is encoded.
+        along: the ItemLLM is trained along with the model; else its vectors stay as they are.
         cache: the catalogue's vectors as they were encoded or loaded last; None before.
     """
 
@@ -54,6 +55,7 @@ class ItemTraining:
     item_ids: list[str]
     device: torch.device
     show_progress: bool = True
+    along: bool = True
     cache: ItemCache | None = None
 
     @property
@@ -85,6 +87,9 @@ class ItemTraining:
         Raises:
             InputError: a chunk does not fit the GPU's memory.
         """
+        if not self.along:
+            yield
+            return
         items = self._items(batches)
         chunks = self.tower.chunks(self._share(items))
         rows = [to_device(np.searchsorted(items, chunk) + 1, self.device) for chunk in chunks]
@@ -144,11 +149,11 @@ class ItemTraining:
 
     def encode_catalogue(self) -> None:
         """Encode every item with the ItemLLM as it is, and score with these vectors. Collective."""
-        # Parameters do not change while it is used: no gradient is computed through the table.
         tokens = self.tower.tokens
-        self._use(self.tower.encode(tokens, self.job, self.item_ids, self.show_progress))
+        self.use(self.tower.encode(tokens, self.job, self.item_ids, self.show_progress))
 
-    def _use(self, cache: ItemCache) -> None:
+    def use(self, cache: ItemCache) -> None:
+        """Score with vectors of the catalogue: those of `item_ids`, after the fixed map."""
         self.cache = cache
         self.table.embeddings = F.pad(cache.embeddings, (0, 0, 1, 0)).to(self.device)
 
@@ -179,7 +184,7 @@ class ItemTraining:
                 f"{folder / ITEM_CACHE_FILE} holds the vectors of another catalogue; put the data of "
                 f"the run back."
             )
-        self._use(cache)
+        self.use(cache)
 
 
 def trained_fingerprint(base: str, folder: Path) -> str:

@@ -61,7 +61,7 @@ class MaskedNegatives:
                 )
 
     def _remedy(self) -> str:
-        if self._config.trains_items and self._config.loss == "nce":
+        if self._config.trains_items_along and self._config.loss == "nce":
             return (
                 "what the ItemLLM has made alike is not told apart any more: lower --item_lr_mult, or "
                 "set --nce_thres 1.01, which masks no negative"

@@ -50,6 +50,7 @@ def split_batch(batch: TrainBatch, rows: int | None, settings: LossSettings) -> 
                 targets=batch.targets[rows_of],
                 loss_mask=batch.loss_mask[rows_of],
                 negatives=batch.negatives,
+                times=batch.times[rows_of],
             )
         )
     terms = [loss_terms(part, settings) for part in parts]
@@ -76,7 +77,7 @@ def unpack(batch: TrainBatch) -> TrainBatch:
     shape = (int(owners[-1]) + 1, int(numbers.max()) + 1)
 
     def spread(packed: Tensor) -> Tensor:
-        padded = packed.new_zeros(shape)
+        padded = packed.new_zeros((*shape, *packed.shape[2:]))
         padded[owners, numbers] = packed[real]
         return padded
 
@@ -86,6 +87,7 @@ def unpack(batch: TrainBatch) -> TrainBatch:
         targets=spread(batch.targets),
         loss_mask=spread(batch.loss_mask),
         negatives=batch.negatives,
+        times=spread(batch.times) if batch.times.numel() else batch.times,
     )
 
 

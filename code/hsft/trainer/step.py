@@ -99,7 +99,7 @@ def make_learner(
     Raises:
         InputError: nothing is trainable, or the optimizer cannot run on this device.
     """
-    if items is not None:
+    if items is not None and items.along:
         items.agree()
         # Its gradients do not come from the model's forward pass, which is what DDP waits for.
         names = [*dict(model.named_parameters()), *dict(model.named_buffers())]

@@ -20,6 +20,7 @@ NOT_PACKED = torch.empty((0, 0), dtype=torch.int64)
 # What `cu_lengths`, `scored`, `counted` and `items` are in a batch without them.
 _NO_LENGTHS = torch.empty(0, dtype=torch.int32)
 _NO_INDEX = torch.empty(0, dtype=torch.int64)
+_NO_TIMES = torch.empty((0, 0, 0), dtype=torch.uint8)
 _ALL_COUNTED = torch.empty(0, dtype=torch.bool)
 
 
@@ -37,6 +38,8 @@ class TrainBatch(NamedTuple):
             stands; [0, 0] when every row is one sequence.
         cu_lengths: int32 [S + 1], where the sequences of a single row (R = 1) start and the last
             one ends, for variable-length attention; [0] in batches of other layouts.
+        times: uint8 [R, T, F], fields of each position's time, see `ItemTimes`; [0, 0, 0] for a model
+            that reads none.
         scored: int64 [N], where `loss_mask` is True, as indices into the flattened [R, T]: made
             here, since a GPU would have to be waited for. [0]: to be taken from `loss_mask`.
         counted: bool [N], False for the entries of `scored` that fill a bucket up; [0] when all
@@ -53,6 +56,7 @@ class TrainBatch(NamedTuple):
     negatives: torch.Tensor
     positions: torch.Tensor = NOT_PACKED
     cu_lengths: torch.Tensor = _NO_LENGTHS
+    times: torch.Tensor = _NO_TIMES
     scored: torch.Tensor = _NO_INDEX
     counted: torch.Tensor = _ALL_COUNTED
     items: torch.Tensor = _NO_INDEX
@@ -79,6 +83,8 @@ class EvalBatch(NamedTuple):
         positions: int64 [1, N], beside `row`, as in `TrainBatch`.
         cu_lengths: int32 [S + 1], where each history starts in `row`, and N; [0] without one. S = B,
             but for rows that are padded to a bucket: what fills them stands after the histories.
+        times: uint8 [B, T, F] beside `history`, or [1, N, F] beside `row`: fields of each item's time;
+            [0, 0, 0] for a model that reads none.
     """
 
     rows: torch.Tensor
@@ -92,6 +98,7 @@ class EvalBatch(NamedTuple):
     row: torch.Tensor = NOT_PACKED
     positions: torch.Tensor = NOT_PACKED
     cu_lengths: torch.Tensor = _NO_LENGTHS
+    times: torch.Tensor = _NO_TIMES
 
     def pin_memory(self) -> EvalBatch:
         """Copy the batch to pinned memory; what is there already stays."""
@@ -161,7 +168,9 @@ class TrainCollate:
         segments = self.dataset.segments
         starts, ends = segments.starts[indices], segments.ends[indices]
         history, targets, mask = gather_pairs(self.dataset.interactions.items, starts, ends)
-        loss_mask = mask
+        loss_mask, times = mask, None
+        if self.dataset.times is not None:
+            times = self.dataset.times.fields(starts, ends - 1)
         negatives = np.empty((len(indices), 0), dtype=np.int64)
         if self.random_split or self.sampler:
             rng = np.random.default_rng([self.seed, self.epoch, int(indices[0]), len(indices)])
@@ -171,13 +180,16 @@ class TrainCollate:
             if self.sampler:
                 negatives = self.sampler.draw(segments.users[indices], self.num_negatives, rng)
         if self.single_row:
-            return self._one_row(ends - starts - 1, history, targets, mask, loss_mask, negatives)
+            return self._one_row(
+                ends - starts - 1, history, targets, mask, loss_mask, negatives, times
+            )
         positions = NOT_PACKED
         if self.row_length is not None and mask.mean() < self.pack_below:
             layout = pack(ends - starts - 1, self.row_length)
             history, targets, loss_mask = (
                 layout.scatter(padded, mask) for padded in (history, targets, loss_mask)
             )
+            times = None if times is None else layout.scatter(times, mask)
             mask = layout.scatter(mask, mask)
             positions = torch.from_numpy(layout.positions)
         return TrainBatch(
@@ -187,6 +199,7 @@ class TrainCollate:
             loss_mask=torch.from_numpy(loss_mask),
             negatives=torch.from_numpy(negatives),
             positions=positions,
+            times=_NO_TIMES if times is None else torch.from_numpy(times),
             scored=torch.from_numpy(np.flatnonzero(loss_mask)),
             items=self._items(history, targets),
         )
@@ -210,11 +223,13 @@ class TrainCollate:
         mask: np.ndarray,
         loss_mask: np.ndarray,
         negatives: np.ndarray,
+        times: np.ndarray | None,
     ) -> TrainBatch:
         layout = one_row(lengths, self.buckets)
 
         def row(padded: np.ndarray) -> np.ndarray:
-            return np.pad(padded[mask], (0, layout.padding))
+            real = padded[mask]
+            return np.pad(real, [(0, layout.padding)] + [(0, 0)] * (real.ndim - 1))
 
         in_loss, most = row(loss_mask), None
         scored, counted = np.flatnonzero(in_loss), np.empty(0, dtype=bool)
@@ -233,6 +248,7 @@ class TrainCollate:
             negatives=torch.from_numpy(negatives),
             positions=torch.from_numpy(layout.positions),
             cu_lengths=torch.from_numpy(layout.cu_lengths),
+            times=_NO_TIMES if times is None else torch.from_numpy(row(times)[None]),
             scored=torch.from_numpy(scored),
             counted=torch.from_numpy(counted),
             items=self._items(history, targets, most),
@@ -271,10 +287,16 @@ class EvalCollate:
         starts, ends = segments.starts[indices], segments.ends[indices] - 1
         recent = np.maximum(starts, ends - self.dataset.max_length)
         rows = {}
+        times = None
+        if self.dataset.times is not None:
+            times = self.dataset.times.fields(recent, ends)
         if self.single_row:
             history = np.empty((len(indices), 0), dtype=np.int64)
             layout = one_row(ends - recent, self.buckets)
             row = items[ragged_positions(recent, ends)].astype(np.int64)
+            if times is not None:
+                real = times[np.arange(times.shape[1]) < (ends - recent)[:, None]]
+                times = np.pad(real, ((0, layout.padding), (0, 0)))[None]
             rows = {
                 "row": torch.from_numpy(np.pad(row, (0, layout.padding))[None]),
                 "positions": torch.from_numpy(layout.positions),
@@ -296,6 +318,7 @@ class EvalCollate:
             seen_rows=torch.from_numpy(np.repeat(np.arange(len(indices)), ends - starts)),
             seen_items=torch.from_numpy(items[ragged_positions(starts, ends)].astype(np.int64)),
             candidates=torch.from_numpy(drawn),
+            times=_NO_TIMES if times is None else torch.from_numpy(times),
             **rows,
         )
 

@@ -28,9 +28,13 @@ class PackedLayout:
     positions: np.ndarray
 
     def scatter(self, padded: np.ndarray, mask: np.ndarray) -> np.ndarray:
-        """Move the values of [B, T] where `mask` is True into the rows: [R, W], 0 elsewhere."""
-        packed = np.zeros(self.shape, dtype=padded.dtype)
-        packed.reshape(-1)[self.flat_index] = padded[mask]
+        """Move the values of [B, T, ...] where `mask`, [B, T], is True into the rows: [R, W, ...].
+
+        They are 0 elsewhere.
+        """
+        rest = padded.shape[2:]
+        packed = np.zeros((*self.shape, *rest), dtype=padded.dtype)
+        packed.reshape(-1, *rest)[self.flat_index] = padded[mask]
         return packed
 
 

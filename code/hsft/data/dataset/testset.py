@@ -10,6 +10,7 @@ from torch.utils.data import Dataset
 
 from hsft.data.interactions import Interactions
 from hsft.data.split import Phase, Segments, Split, ragged_positions
+from hsft.data.time_fields import ItemTimes
 
 
 class CachedEmbeddingEvalDataset(Dataset[np.ndarray]):
@@ -19,6 +20,7 @@ class CachedEmbeddingEvalDataset(Dataset[np.ndarray]):
         split: the leave-one-out split.
         phase: `valid` or `test`.
         max_length: `MAX_ITEM_LIST_LENGTH`; the model reads the last L items, all are "seen".
+        times: of the interactions, for a model that reads them; None: batches have none.
 
     Attributes:
         interactions: the arrays that samples point into.
@@ -27,11 +29,14 @@ class CachedEmbeddingEvalDataset(Dataset[np.ndarray]):
         phase: the phase.
     """
 
-    def __init__(self, split: Split, phase: Phase, max_length: int) -> None:
+    def __init__(
+        self, split: Split, phase: Phase, max_length: int, times: ItemTimes | None = None
+    ) -> None:
         self.interactions: Interactions = split.interactions
         self.segments: Segments = split.eval_segments(phase)
         self.max_length = max_length
         self.phase = phase
+        self.times = times
 
     def keep(self, samples: np.ndarray) -> CachedEmbeddingEvalDataset:
         """Return the dataset with some of its users only.

@@ -9,6 +9,7 @@ from torch.utils.data import Dataset
 
 from hsft.data.interactions import Interactions
 from hsft.data.split import Segments, Split, ragged_positions
+from hsft.data.time_fields import ItemTimes
 
 
 class CachedEmbeddingTrainDataset(Dataset[np.ndarray]):
@@ -20,6 +21,7 @@ class CachedEmbeddingTrainDataset(Dataset[np.ndarray]):
     Args:
         split: the leave-one-out split.
         max_length: `MAX_ITEM_LIST_LENGTH`, the longest history L in items.
+        times: of the interactions, for a model that reads them; None: batches have none.
 
     Attributes:
         interactions: the arrays that samples point into.
@@ -27,10 +29,11 @@ class CachedEmbeddingTrainDataset(Dataset[np.ndarray]):
         max_length: L.
     """
 
-    def __init__(self, split: Split, max_length: int) -> None:
+    def __init__(self, split: Split, max_length: int, times: ItemTimes | None = None) -> None:
         self.interactions: Interactions = split.interactions
         self.segments: Segments = split.train_segments(max_length)
         self.max_length = max_length
+        self.times = times
 
     def __len__(self) -> int:
         return len(self.segments)
