@@ -77,7 +77,7 @@ class ItemEncoder:
     ) -> None:
         self.model = model.eval()
         self.tokenizer = tokenizer
-        self.emb_token = emb_token
+        self.emb_token = None if emb_token is None else emb_token.to(model.device)
         self.max_text_length = max_text_length
         self.dim = int(model.config.hidden_size)
         # Set back by `share_prefix` where the kernel does not give what padded rows give.
@@ -172,7 +172,7 @@ class ItemEncoder:
 
     def _encode_ahead(self, batches: Iterable[Sequence[np.ndarray]]) -> Generator[Tensor]:
         waiting: HostCopy | None = None
-        for prepared in prefetch(map(self._prepare, batches)):
+        for prepared in prefetch(map(self._prepare, batches), self.model.device):
             with torch.inference_mode():
                 started = HostCopy(self._compute(prepared))
             if waiting is not None:
