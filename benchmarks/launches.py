@@ -6,18 +6,25 @@ On a GPU nearly every operation that is no view launches a kernel, and at about 
 them take longer than their work. How many there are does not depend on the widths, so a narrow model
 of as many layers is counted, in bfloat16 and with attention as on a GPU: torch's variable-length kernel
 is one operation, and so are its RMS norm and one quantised layer's 4-bit weight, dequantised.
+
+Where layers are compiled, the kernels in the code that Inductor writes for a layer's forward and backward
+pass are counted: those that it generates, and the library's that this code calls. It is written for the
+CPU; for a GPU Inductor fuses much the same.
 """
 
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "code"))
@@ -25,6 +32,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "code"))
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch._inductor import config as inductor_config
+from torch._inductor.async_compile import AsyncCompile
+from torch._inductor.utils import run_and_get_code
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaModel
 
@@ -33,6 +43,7 @@ from hsft.data.dataset import CachedEmbeddingTrainDataset, TrainCollate
 from hsft.data.interactions import Interactions
 from hsft.data.split import leave_one_out
 from hsft.model import norms, varlen
+from hsft.model.accelerate import compile_layers
 from hsft.model.backbone import LoraSettings, add_lora, load_decoder
 from hsft.model.item_table import ItemTable
 from hsft.model.norms import fuse_norms
@@ -89,6 +100,11 @@ def _attention_backward(g: Tensor, q: Tensor, k: Tensor, v: Tensor) -> list[Tens
     return [g.clone(), k.clone(), v.clone()]
 
 
+# What torch.compile asks of operations that it does not look into.
+_attention.register_fake(lambda q, k, v: torch.empty_like(q))
+_attention_backward.register_fake(
+    lambda g, q, k, v: [torch.empty_like(tensor) for tensor in (g, k, v)]
+)
 _attention.register_autograd(
     lambda ctx, g: tuple(_attention_backward(g, *ctx.saved_tensors)),
     setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
@@ -216,6 +232,85 @@ def _step(model: nn.Module, loss: Callable[[], Tensor]) -> Callable[[], None]:
     return step
 
 
+@dataclass(frozen=True)
+class LayerKernels:
+    """Kernels of a compiled layer, its forward and backward pass.
+
+    Attributes:
+        generated: that Inductor writes.
+        called: of libraries: products, attention, dequantisation, seeds.
+    """
+
+    generated: int
+    called: int
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return self.generated + self.called
+
+
+# Calls in the code that Inductor writes.
+_GENERATED = re.compile(r"^ +(?:cpp|triton)_\w+\(", re.MULTILINE)
+_CALLED = re.compile(r"(?:extern_kernels|torch\.ops|aten)\.[\w.]+\(")
+
+
+def compiled_layer(kind: str) -> LayerKernels:
+    """Compile a layer as `compile: layers` does, and count the kernels of the code.
+
+    The layer's input has a gradient, as that of every layer but the first. No C++ is compiled, and
+    nothing that the layer computes is real.
+
+    Args:
+        kind: of quantisation, as `qlora_quant_type`.
+    """
+    lora = LoraSettings(8, 16, 0.05, ("q_proj", "v_proj"), kind)
+    with tempfile.TemporaryDirectory() as name, ExitStack() as patches:
+        dataset = make_data(Path(name), 1)
+        decoder = load_decoder(name, dtype=torch.bfloat16, attention="varlen", lora=lora)
+        fuse_norms(decoder)
+        encoder = UserLLM(
+            add_lora(decoder, lora, False), _table(), max_length=LENGTH, autocast=False
+        ).train()
+        batch = TrainCollate(dataset, single_row=True)(np.arange(BATCH))
+        vectors = torch.randn(*batch.history.shape, WIDTH).requires_grad_()
+        # Norms are real here: Inductor fuses them.
+        attend = mock.patch.object(
+            varlen, "varlen_attn", lambda q, k, v, *_, **__: _attention(q, k, v)
+        )
+        # In a kernel's place: what computes nothing.
+        nothing = mock.patch.object(
+            AsyncCompile, "cpp_pybinding", return_value=mock.Mock(return_value=None)
+        )
+        for patch in (attend, nothing, inductor_config.patch(force_disable_caches=True)):
+            patches.enter_context(patch)
+        assert compile_layers(encoder.decoder) == 1
+
+        def step() -> None:
+            states = encoder(batch.history, batch.positions, batch.cu_lengths, vectors)
+            states.float().sum().backward()
+
+        _, codes = run_and_get_code(step)
+    bodies = [code[code.index("def call(") :] for code in codes]
+    return LayerKernels(
+        sum(len(_GENERATED.findall(body)) for body in bodies),
+        sum(len(_CALLED.findall(body)) for body in bodies),
+    )
+
+
+def compiled_step(kind: str, layers: int) -> int:
+    """Return the kernels of a training step with compiled layers, the rest of it as dispatched."""
+    beside = []
+    for number in (1, 2):
+        with tempfile.TemporaryDirectory() as name:
+            dataset = make_data(Path(name), number)
+            step = ours(Path(name), dataset, kind, rows=True)
+            with as_on_a_gpu():
+                beside.append(count(step).launches)
+    # Every layer launches the same, so that the rest is what a model without layers would.
+    return 2 * beside[0] - beside[1] + layers * compiled_layer(kind).total
+
+
 def count(step: Callable[[], None]) -> Dispatched:
     """Count what a step dispatches, after one that sets the optimizer up."""
     step()
@@ -253,6 +348,14 @@ def measure(layers: int = LAYERS) -> list[dict[str, Any]]:
     return found
 
 
+def measure_compiled(layers: int = LAYERS) -> list[dict[str, Any]]:
+    """Count the kernels with compiled layers: way, launches; views and conversions are inside."""
+    return [
+        {"way": f"{name}: HSFT, one row, compiled layers", "launches": compiled_step(kind, layers)}
+        for name, kind in (("NF4", "nf4"), ("bfloat16", "none"))
+    ]
+
+
 def markdown(rows: Sequence[dict[str, Any]], layers: int) -> str:
     """Write the counts as a Markdown table."""
     lines = [
@@ -262,7 +365,9 @@ def markdown(rows: Sequence[dict[str, Any]], layers: int) -> str:
         "| --- | ---: | ---: | ---: |",
     ]
     lines += [
-        f"| {row['way']} | {row['launches']:,} | {row['views']:,} | {row['conversions']:,} |"
+        f"| {row['way']} | {row['launches']:,} | "
+        + " | ".join(f"{row[key]:,}" if key in row else "" for key in ("views", "conversions"))
+        + " |"
         for row in rows
     ]
     return "\n".join(lines) + "\n"
@@ -275,7 +380,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     args = parser.parse_args(argv)
     set_up_logging(quiet=True)
-    rows = measure(args.layers)
+    rows = measure(args.layers) + measure_compiled(args.layers)
     page = markdown(rows, args.layers)
     write_json(args.out / "launches.json", rows)
     write_text(args.out / "launches.md", page)

@@ -18,6 +18,7 @@ from hsft.config.loader import load_config, parse_command_line
 from hsft.data.cache import open_cache, save_cache
 from hsft.encoding import build_cache
 from hsft.encoding.build_cache import share_out
+from hsft.encoding.item_llm import ItemEncoder
 from hsft.encoding.parts import Batches, Parts, PartWriter
 from hsft.run.next_step import command_after_caching
 from item_caching import main as cache_main
@@ -461,6 +462,6 @@ def test_a_full_disk_is_one_line(project: Project, monkeypatch: pytest.MonkeyPat
     assert "Traceback" not in err
     monkeypatch.undo()
     monkeypatch.chdir(project.root)
-    monkeypatch.setattr(build_cache, "encode_batches", None)
+    monkeypatch.setattr(ItemEncoder, "encode", None)
     code, _, err = project.call(cache_main, [*project.arguments, *where])
     assert code == 0, err

@@ -176,3 +176,30 @@ def test_a_run_reads_a_sentence_cache_that_states_little(project: Project) -> No
     code, _, err = project.run("--item_adapter", "linear", "--val_only", "True")
     assert code == 0, err
     assert "was not made with" not in err
+
+
+def test_a_sentence_encoder_is_trained_along(project: Project) -> None:
+    make_sentence_folder(project.root / "encoder", {"pooling_mode_mean_tokens": True}, dense=True)
+    code, _, err = project.run(
+        *("--encoder", "encoder", "--use_item_cache", "False", "--train_item_llm", "lora"),
+        *("--item_lora_target_modules", "[query,value]", "--item_adapter", "linear"),
+        *("--use_qlora", "True", "--qlora_quant_type", "none", "--eval_baseline", "False"),
+        *("--epochs", "1", "--optim_args.learning_rate", "1e-2", "--nce_thres", "1.01"),
+        *("--item_gradient_checkpointing", "True", "--item_pretrain_epochs", "1"),
+        *("--run_name", "run"),
+    )
+    assert code == 0, err
+    run = open_run("saved/run")
+    cache = run.data.cache
+    assert cache is not None
+    weights = load_file("saved/run/best/item_llm.safetensors")
+    trained = [name for name in weights if "lora_B" in name]
+    assert len(trained) == 4
+    assert all(weights[name].abs().max() > 0 for name in trained)
+    Path("new.csv").write_text("item_id,title,tag,description\nn1,item 19,3,5\n")
+    extended = add_items(run, "new.csv").data.cache
+    assert extended is not None
+    row = extended.item_ids.index("i19")
+    torch.testing.assert_close(
+        extended.embeddings[-1], extended.embeddings[row], rtol=1e-3, atol=1e-3
+    )

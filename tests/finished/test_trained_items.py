@@ -21,6 +21,7 @@ from hsft.finished.open_run import open_run
 from hsft.report.result import read_ranks
 from item_caching import main as cache_main
 from recommend import main as recommend_main
+from report import main as report_main
 from tests.conftest import Project
 from tests.helpers import make_llama
 
@@ -133,6 +134,22 @@ def test_everything_after_reads_the_trained_item_llm(
     assert code == 0, err
     again = read_ranks(project.root / "saved" / "again", "untrained")[1]
     assert again.tolist() == read_ranks(folder, "fine-tuned")[1].tolist()
+
+
+def test_the_pages_and_an_ensemble_read_it_too(project: Project) -> None:
+    folder = train(project, "--train_item_llm", "lora", "--eval_baseline", "True")
+    code, _, err = project.call(report_main, ["saved/run", "--out", "page.html"])
+    assert code == 0, err
+    assert "All ranks computed now equal the recorded ones." in Path("page.html").read_text()
+    knn = ("--dataset", "warm", "--model", "item_knn", "--item_cache_path", "cache.safetensors")
+    code, _, err = project.run(*knn, "--run_name", "knn")
+    assert code == 0, err
+    runs = ("--model", "ensemble", "--runs", "[saved/run,saved/knn]", "--dataset", "warm")
+    code, _, err = project.run(*runs, "--run_name", "both")
+    assert code == 0, err
+    ensemble: Any = open_run("saved/both").build("ensemble")
+    table = ensemble.parts[0].encoder.items.embeddings
+    assert torch.equal(table[1:], open_cache(folder / "best/item_cache.safetensors").embeddings)
 
 
 def test_new_items_are_those_of_the_same_texts(project: Project) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -254,3 +255,17 @@ def test_hsft_launches_no_more_than_it_did(tmp_path: Path) -> None:
             expected = training_work(shape(folder, quant_type=quant_type), 8, 90, 12, (0, 0))
             assert row["launches"] == pytest.approx(expected.kernels, rel=0.03)
             assert row["launches"] + row["views"] == pytest.approx(expected.operations, rel=0.03)
+
+
+@pytest.mark.skipif(
+    not any(map(shutil.which, ("g++", "clang++", "c++"))),
+    reason="no C++ compiler: torch.compile writes no code for the CPU without one",
+)
+def test_a_compiled_layer_launches_no_more_than_it_did() -> None:
+    kernels = launches.compiled_layer("nf4")
+    # Called: 7 products each way, 4 of two LoRA adapters forward and 8 backward, attention each way,
+    # random numbers, and 7 weights dequantised.
+    assert 14 + 12 + 2 + 7 <= kernels.called <= 36
+    assert 0 < kernels.generated <= 22
+    # A step of TinyLlama's 22 layers, with about 91 kernels beside them; 2,511 without compilation.
+    assert 22 * kernels.total + 91 <= 1_370

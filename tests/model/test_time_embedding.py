@@ -228,7 +228,9 @@ def test_what_has_no_times_is_refused(project: Project) -> None:
         code, _, err = project.run(*more)
         assert code == 2
         assert sentence in err
-    assert project.run(*TRAIN, *TIMES, "--epochs", "1", "--run_name", "run")[0] == 0
+    code, out, err = project.run(*TRAIN, *TIMES, "--epochs", "1", "--run_name", "run")
+    assert code == 0, err
+    assert out.endswith("--run saved/run --user ID\n")
     assert project.run("--model", "pop", "--run_name", "pop")[0] == 0
     run = ["--run", "saved/run"]
     for program, argv, sentence in (

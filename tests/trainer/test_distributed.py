@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -23,6 +24,7 @@ from torch import Tensor
 from hsft.data.dataset import TrainBatch
 from hsft.model import recommender
 from hsft.model.item_table import ItemTable
+from hsft.model.proposal import Proposal
 from hsft.model.recommender import LossSettings, Recommender, SequenceEncoder
 from hsft.utils.program import run_program
 from item_caching import main as cache_main
@@ -169,6 +171,47 @@ def test_processes_weigh_the_same_where_batches_do(
     for name in one:
         mean = (alone[0][name] + alone[1][name]) / 2
         torch.testing.assert_close((one[name] + two[name]) / 2, mean, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("negatives", ["in_batch", "sampled"])
+def test_corrected_negatives_are_one_sample_over_all_processes(negatives: Any) -> None:
+    settings = LossSettings("nce", negatives, 1.01, 1 << 20, "cosine")
+    batch = make_batch(7)
+    parts = [share(batch, rank, 2) for rank in range(2)]
+    targets = torch.cat([part.targets[part.loss_mask] for part in parts])
+    drawn = torch.cat([part.negatives.reshape(-1) for part in parts])
+    shares = np.random.default_rng(0).dirichlet(np.ones(13), size=2)
+
+    def corrected() -> Recommender:
+        model = toy(settings)
+        model.proposal = Proposal(*shares)
+        return model
+
+    def gather(own: Tensor) -> Tensor:
+        return drawn if any(own.equal(part.negatives.reshape(-1)) for part in parts) else targets
+
+    whole = corrected()
+    loss = whole(batch)
+    loss.backward()
+    sent: list[Tensor] = []
+
+    def note(values: Tensor) -> Tensor:
+        sent.append(values)
+        return values
+
+    models = [corrected(), corrected()]
+    with pytest.MonkeyPatch.context() as patch, playing(None, note):
+        patch.setattr(recommender, "all_gather_ids", gather)
+        for part in parts:
+            corrected()(part)
+        patch.setattr(recommender, "all_reduce", lambda values: sent[0] + sent[1])
+        for model, part in zip(models, parts, strict=True):
+            value = model(part)
+            value.backward()
+            assert value.item() == pytest.approx(loss.item(), rel=1e-5)
+    one, two = map(gradients, models)
+    for name, expected in gradients(whole).items():
+        torch.testing.assert_close((one[name] + two[name]) / 2, expected, rtol=1e-4, atol=1e-6)
 
 
 def test_a_nan_in_one_process_reaches_all() -> None:

@@ -19,7 +19,7 @@ from hsft.encoding.build_cache import EncodingJob
 from hsft.encoding.item_llm import load_item_encoder, model_fingerprint
 from hsft.encoding.item_tower import ItemTower, freeze
 from hsft.encoding.tokens import tokenize_in_memory
-from hsft.model.backbone import LoraSettings
+from hsft.model.backbone import LoraSettings, enable_checkpointing
 from hsft.model.item_table import ItemTable, fit_standardize
 from hsft.trainer import loop
 from hsft.trainer.item_training import ItemTraining
@@ -164,6 +164,22 @@ def test_parts_that_are_frozen_have_no_gradient(item_llm: Path) -> None:
     found = gradients(items.tower)
     assert not any("layers.0." in name or "embed_tokens" in name for name in found)
     assert any("layers.1." in name for name in found)
+
+
+def test_recomputed_activations_change_no_gradient(item_llm: Path) -> None:
+    lora = LoraSettings(4, 8, 0.4, ("q_proj", "v_proj"), "none", torch.float32)
+    found = []
+    for again in (False, True):
+        items = training(item_llm, 24, lora=lora)
+        if again:
+            enable_checkpointing(items.tower.encoder.model)
+        torch.manual_seed(7)
+        with items.encoded([batch()]):
+            loss_of(items.table, [batch()]).backward()
+        found.append(gradients(items.tower))
+    assert found[0].keys() == found[1].keys()
+    for name, value in found[0].items():
+        torch.testing.assert_close(found[1][name], value, rtol=1e-5, atol=1e-7)
 
 
 def test_the_catalogue_is_encoded_and_kept(item_llm: Path, tmp_path: Path) -> None:

@@ -77,7 +77,7 @@ class ItemEncoder:
     ) -> None:
         self.model = model.eval()
         self.tokenizer = tokenizer
-        self.emb_token = emb_token
+        self.emb_token = None if emb_token is None else emb_token.to(model.device)
         self.max_text_length = max_text_length
         self.dim = int(model.config.hidden_size)
         # Set back by `share_prefix` where the kernel does not give what padded rows give.
@@ -172,7 +172,7 @@ class ItemEncoder:
 
     def _encode_ahead(self, batches: Iterable[Sequence[np.ndarray]]) -> Generator[Tensor]:
         waiting: HostCopy | None = None
-        for prepared in prefetch(map(self._prepare, batches)):
+        for prepared in prefetch(map(self._prepare, batches), self.model.device):
             with torch.inference_mode():
                 started = HostCopy(self._compute(prepared))
             if waiting is not None:
@@ -263,7 +263,8 @@ class ItemEncoder:
         ends = to_device(lengths, device)
         rows = torch.arange(len(lengths), device=device)
         if self.emb_token is not None:
-            inputs[rows, ends] = self.emb_token.to(inputs)
+            # Not in place: with gradient checkpointing the embeddings require a gradient.
+            inputs = inputs.index_put((rows, ends), self.emb_token.to(inputs))
         given = {"use_cache": False} if prefix is None else prefix.given
         states = self._forward(inputs_embeds=inputs, **given).last_hidden_state
         if self.emb_token is not None:

@@ -344,7 +344,7 @@ class Evaluator:
             buckets = Buckets.of(lengths, self._batch_size, self.dataset.max_length)
         batches = self._batches(single_row, buckets)
         if device.type == "cuda":
-            batches = prefetch(batch.pin_memory() for batch in batches)
+            batches = prefetch((batch.pin_memory() for batch in batches), device)
         for batch in batches:
             moved = batch.to(device)
             times = [moved.times] if getattr(scorer, "reads_times", False) else []

@@ -61,7 +61,9 @@ def commands_after_run(config: Config, folder: Path) -> str:
         f"a page to look at: {command('report')} {run_dir}",
     ]
     if config.trains and config.model == "HLLM":
-        lines.append(f"recommendations: {command('recommend')} --run {run_dir} --serve 8000")
+        # The page's histories have no times.
+        how = "--user ID" if config.use_timestamps else "--serve 8000"
+        lines.append(f"recommendations: {command('recommend')} --run {run_dir} {how}")
     return "\n".join(lines) + "\n"
 
 

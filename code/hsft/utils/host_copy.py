@@ -25,7 +25,8 @@ class HostCopy:
         self._values = values.to("cpu", non_blocking=values.is_cuda)
         if values.is_cuda:
             self._event = torch.cuda.Event()
-            self._event.record()
+            # Of the tensor's device, which need not be the current one.
+            self._event.record(torch.cuda.current_stream(values.device))
 
     def read(self) -> Tensor:
         """Wait for the copy and return it, on the CPU."""
