@@ -1,4 +1,4 @@
-"""Run the demo: the programs a user runs, one after the other, on MovieLens-100K and SmolLM2-135M."""
+"""Run the demo: the programs a user runs, one after the other, on MovieLens-100K."""
 
 from __future__ import annotations
 
@@ -45,6 +45,7 @@ def steps(full: bool) -> list[list[str]]:
     runs = {name: f"ml-100k-{name}" for name in ROWS}
     return [
         ["demo/prepare_data.py"],
+        ["demo/prepare_encoder.py"],
         ["demo/prepare_llm.py"],
         ["item_caching.py", "--config_file", *hllm],
         *(

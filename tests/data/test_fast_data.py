@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hsft.data import interactions as reading
+from hsft.data import plain_csv
 from hsft.data.cache import ItemCache, open_cache, save_cache
 from hsft.data.dataset import (
     CachedEmbeddingEvalDataset,
@@ -337,3 +338,13 @@ def test_scores_into_a_larger_matrix_equal_new_ones() -> None:
 def test_rows_of_finds_rows_and_misses() -> None:
     cache = ItemCache(["b", "a", "01"], torch.zeros(3, 1))
     assert cache.rows_of(["a", "1", "01", "b", "x"]).tolist() == [1, -1, 2, 0, -1]
+
+
+@pytest.mark.parametrize("most_sorted", [0, 1_000_000])
+def test_values_are_numbered_by_first_appearance(
+    monkeypatch: pytest.MonkeyPatch, most_sorted: int
+) -> None:
+    monkeypatch.setattr(plain_csv, "_MOST_SORTED", most_sorted)
+    values = np.array([7, 3, 7, 2**63, 0, 3], dtype=np.uint64)
+    codes, distinct = plain_csv._factorize(values)
+    assert (codes.tolist(), distinct) == ([0, 1, 0, 2, 3, 1], 4)

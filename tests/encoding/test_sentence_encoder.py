@@ -9,12 +9,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Whitespace
-from tokenizers.processors import TemplateProcessing
-from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+from safetensors.torch import load_file
+from transformers import BertModel
 
 from hsft.data.cache import open_cache, save_cache
 from hsft.encoding.sentence_encoder import load_sentence_encoder, read_sentence_folder
@@ -23,7 +19,8 @@ from hsft.finished.open_run import open_run
 from hsft.utils.errors import InputError
 from item_caching import main as caching_main
 from tests.conftest import Project
-from tests.helpers import WORDS, make_cache
+from tests.encoders import make_bert, make_sentence_folder
+from tests.helpers import make_cache
 
 TEXTS = ["item 3. 2. 4", "item", "", "title 7 item 8 item 9 item 1 item 2", "item 3. 2"]
 ALL = {
@@ -34,65 +31,6 @@ ALL = {
     "pooling_mode_weightedmean_tokens": True,
     "pooling_mode_lasttoken": True,
 }
-
-
-def make_bert(folder: Path) -> Path:
-    """Save a random BERT of hidden size 24 with a word tokenizer that adds [CLS] and [SEP]."""
-    torch.manual_seed(3)
-    config = BertConfig(
-        vocab_size=len(WORDS) + 4,
-        hidden_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=48,
-        max_position_embeddings=64,
-    )
-    BertModel(config, add_pooling_layer=False).save_pretrained(folder)
-    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
-    words = {word: number for number, word in enumerate([*special, *WORDS])}
-    tokenizer = Tokenizer(WordLevel(words, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = Whitespace()
-    tokenizer.post_processor = TemplateProcessing(
-        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
-    )
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        unk_token="[UNK]",
-        pad_token="[PAD]",
-        cls_token="[CLS]",
-        sep_token="[SEP]",
-        model_max_length=64,
-    ).save_pretrained(folder)
-    return folder
-
-
-def make_sentence_folder(
-    folder: Path, pooling: dict[str, Any], *, dense: bool = False, **settings: Any
-) -> Path:
-    """Save a sentence encoder in sentence-transformers' layout."""
-    make_bert(folder)
-    kinds = ["Transformer", "Pooling", *["Dense"] * dense, "Normalize"]
-    paths = ["", *(f"{place}_{kind}" for place, kind in enumerate(kinds) if place)]
-    modules = [
-        {"idx": place, "path": path, "type": f"sentence_transformers.models.{kind}"}
-        for place, (kind, path) in enumerate(zip(kinds, paths, strict=True))
-    ]
-    (folder / "modules.json").write_text(json.dumps(modules))
-    (folder / "1_Pooling").mkdir()
-    (folder / "1_Pooling" / "config.json").write_text(json.dumps(pooling))
-    (folder / "sentence_bert_config.json").write_text(json.dumps({"max_seq_length": 7}))
-    if dense:
-        (folder / "2_Dense").mkdir()
-        stated = {"activation_function": "torch.nn.modules.activation.Tanh"}
-        (folder / "2_Dense" / "config.json").write_text(json.dumps(stated))
-        weight = torch.randn(5, 24 * sum(map(bool, pooling.values())))
-        save_file(
-            {"linear.weight": weight, "linear.bias": torch.randn(5)},
-            folder / "2_Dense" / "model.safetensors",
-        )
-    if settings:
-        (folder / "config_sentence_transformers.json").write_text(json.dumps(settings))
-    return folder
 
 
 def load(folder: Path, longest: int = 64) -> Any:

@@ -148,7 +148,7 @@ def test_the_pages_and_an_ensemble_read_it_too(project: Project) -> None:
     code, _, err = project.run(*runs, "--run_name", "both")
     assert code == 0, err
     ensemble: Any = open_run("saved/both").build("ensemble")
-    table = ensemble.parts[0].scorer.encoder.items.embeddings
+    table = ensemble.parts[0].encoder.items.embeddings
     assert torch.equal(table[1:], open_cache(folder / "best/item_cache.safetensors").embeddings)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import Project
+from tests.encoders import make_sentence_folder
 from tests.helpers import ROOT
 
 NOTEBOOK = ROOT / "demo" / "demo.ipynb"
@@ -29,9 +30,10 @@ def test_the_notebook_is_saved_without_outputs() -> None:
 @pytest.mark.slow
 def test_the_notebook_runs(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     (project.root / "dataset/tiny_item_embeddings.safetensors").unlink()
+    encoder = make_sentence_folder(project.root / "encoder", {"pooling_mode_mean_tokens": True})
     keys = {
         "dataset": "tiny",
-        "item_pretrain_dir": str(project.llama),
+        "encoder": str(encoder),
         "user_pretrain_dir": str(project.llama),
         "qlora_quant_type": "none",
         "precision": "32-true",
@@ -61,7 +63,7 @@ def test_the_notebook_runs(project: Project, monkeypatch: pytest.MonkeyPatch) ->
     assert "epoch 2: loss" in lines
     assert "Warning" not in lines
     assert (project.root / "runs/demo/notebook-qlora/export/config.json").is_file()
-    assert written_in(project.root) <= {"dataset", "information", "runs", "ipython"}
+    assert written_in(project.root) <= {"dataset", "information", "runs", "ipython", "encoder"}
 
 
 def written_in(folder: Path) -> set[str]:

@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 
 from hsft import __version__
+from tests.encoders import make_sentence_folder
 from tests.helpers import ROOT, make_cache, make_dataset
 
 NEEDED = ("build", "setuptools")
@@ -167,6 +168,9 @@ def small_demo(tmp_path: Path, llama: Path) -> Path:
     interactions.write_text(interactions.read_text().replace(",u1,", ",196,"))
     (tmp_path / "model_checkpoints").mkdir()
     (tmp_path / "model_checkpoints/SmolLM2-135M-Instruct").symlink_to(llama)
+    make_sentence_folder(
+        tmp_path / "model_checkpoints/all-MiniLM-L6-v2", {"pooling_mode_mean_tokens": True}
+    )
     (tmp_path / "demo").mkdir()
     shutil.copy(ROOT / "demo/demo.yaml", tmp_path / "demo")
     return tmp_path

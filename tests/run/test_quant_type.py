@@ -53,6 +53,10 @@ def test_a_cards_free_memory_decides(
     assert resolved.qlora_quant_type == expected
     assert f"auto takes {expected}" in sentence
     assert f"of the {free / GIB:.2f} GiB that are free" in sentence
+    along = config.model_copy(update={"train_item_llm": "lora"})
+    resolved, sentence = resolve_quant_type(along, interactions, torch.device("cuda"))
+    assert resolved.qlora_quant_type == "nf4"
+    assert "trained along" in sentence
     given = config.model_copy(update={"qlora_quant_type": "fp4"})
     assert resolve_quant_type(given, interactions, torch.device("cuda")) == (given, "")
     monkeypatch.setattr(quant_type, "quantization_obstacle", lambda device: f"no {device}")

@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import torch
 from safetensors import SafetensorError, safe_open
 
@@ -66,9 +65,9 @@ class ItemCache:
 
     def rows_of(self, item_ids: Sequence[str] | np.ndarray) -> np.ndarray:
         """Return the row of each id, -1 where the cache has none: int64 [len(item_ids)]."""
-        return pd.Index(np.asarray(self.item_ids, dtype=object)).get_indexer(
-            pd.Index(np.asarray(item_ids, dtype=object))
-        )
+        rows = {item: row for row, item in enumerate(self.item_ids)}
+        asked = (rows.get(item, -1) for item in item_ids)
+        return np.fromiter(asked, dtype=np.int64, count=len(item_ids))
 
 
 def is_native(path: Path) -> bool:

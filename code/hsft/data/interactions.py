@@ -8,10 +8,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
-import pandas as pd
 import torch
 
 from hsft.config import Config
@@ -30,12 +29,14 @@ from hsft.data.time_checks import Ties, check_time_texts, check_times, count_tie
 from hsft.utils.errors import InputError, one_line
 from hsft.utils.files import require_file
 
+if TYPE_CHECKING:
+    import pandas as pd
+
 COLUMNS = ("item_id", "user_id", "timestamp")
 PAD = 0
 
 _WHOLE = re.compile(r"[ \t]*[+-]?[0-9]{1,40}[ \t]*")
 _DECIMAL = re.compile(r"[ \t]*[+-]?[0-9]{1,20}(?:\.[0-9]{0,20})?(?:[eE][+-]?[0-9]{1,2})?[ \t]*")
-_PARSER_ERRORS = (pd.errors.ParserError, pd.errors.ParserWarning)
 
 
 @dataclass(frozen=True)
@@ -166,7 +167,7 @@ def read_item_ids(path: Path) -> tuple[np.ndarray, list[str]]:
         row_of = partial(line_of_row, path)
         try:
             cells = _parse(path, header)
-        except (ValueError, *_PARSER_ERRORS) as error:
+        except ValueError as error:
             explain(path, {"item_id": id_problem}, str(error))
         codes, item_ids = _factorize(cells["item_id"])
     if not len(item_ids):
@@ -183,8 +184,10 @@ def with_catalogue(interactions: Interactions, item_ids: np.ndarray) -> Interact
         interactions: what to renumber.
         item_ids: str [n], none repeated.
     """
-    more = pd.Index(interactions.item_ids[1:]).difference(pd.Index(item_ids), sort=False)
-    return renumber(interactions, np.concatenate([interactions.item_ids[:1], item_ids, more]))
+    padding, *own = interactions.item_ids
+    known = set(item_ids)
+    more = [item for item in own if item not in known]
+    return renumber(interactions, np.array([padding, *item_ids, *more], dtype=object))
 
 
 def drop_items(interactions: Interactions, keep: np.ndarray) -> Interactions:
@@ -227,9 +230,9 @@ def renumber(interactions: Interactions, item_ids: np.ndarray) -> Interactions:
         interactions: what to renumber.
         item_ids: str [J + 1], entry 0 the padding item; has every item of the interactions.
     """
-    numbers = pd.Index(item_ids[1:]).get_indexer(pd.Index(interactions.item_ids[1:])) + 1
-    assert (numbers > PAD).all()
-    numbers = np.concatenate([[PAD], numbers]).astype(np.int32)
+    number_of = {item: number for number, item in enumerate(item_ids[1:], start=1)}
+    own = (number_of[item] for item in interactions.item_ids[1:])
+    numbers = np.fromiter((PAD, *own), dtype=np.int32)
     return replace(interactions, item_ids=item_ids, items=numbers[interactions.items])
 
 
@@ -292,7 +295,7 @@ def _read_with_pandas(path: Path, header: list[str]) -> PlainColumns:
     """Read any CSV, or say which rows of it are wrong."""
     try:
         frame = _parse(path, header)
-    except (ValueError, OverflowError, *_PARSER_ERRORS) as error:
+    except (ValueError, OverflowError) as error:
         explain(path, _CHECKS, str(error))
     if frame.empty:
         raise InputError(f"{path} has no interactions below its header line.")
@@ -303,22 +306,32 @@ def _read_with_pandas(path: Path, header: list[str]) -> PlainColumns:
 
 
 def _parse(path: Path, header: list[str]) -> pd.DataFrame:
+    """Read any CSV as it is.
+
+    Raises:
+        ValueError: pandas cannot read it, or warns of it.
+    """
     # Ids are read as text. pandas' `category` would be quicker, but turns ids that all look like
     # numbers into numbers: `1`, `01` and `1.0` would be one user. All columns are read, since with
     # `usecols` pandas says nothing of a row with too many fields and shifts them.
+    import pandas as pd
+
     texts = dict.fromkeys((name for name in header if name != "timestamp"), "object")
     with python_warnings.catch_warnings():
         python_warnings.simplefilter("error", pd.errors.ParserWarning)
-        return pd.read_csv(
-            path,
-            dtype=texts,
-            encoding="utf-8-sig",
-            keep_default_na=False,
-            na_filter=False,
-            skipinitialspace=False,
-            index_col=False,
-            low_memory=False,
-        )
+        try:
+            return pd.read_csv(
+                path,
+                dtype=texts,
+                encoding="utf-8-sig",
+                keep_default_na=False,
+                na_filter=False,
+                skipinitialspace=False,
+                index_col=False,
+                low_memory=False,
+            )
+        except pd.errors.ParserWarning as warning:
+            raise ValueError(str(warning)) from warning
 
 
 def _whole_numbers(column: pd.Series, path: Path) -> np.ndarray:
@@ -338,6 +351,8 @@ def _whole_numbers(column: pd.Series, path: Path) -> np.ndarray:
         explain(
             path, _CHECKS, "timestamps of more than 15 digits stand among ones with a decimal point"
         )
+    import pandas as pd
+
     # The numbers no longer tell whether their last digits were written.
     texts = pd.read_csv(path, usecols=["timestamp"], dtype=str, encoding="utf-8-sig")["timestamp"]
     rounded = check_time_texts(texts)
@@ -348,6 +363,8 @@ def _whole_numbers(column: pd.Series, path: Path) -> np.ndarray:
 
 def _factorize(column: pd.Series) -> tuple[np.ndarray, np.ndarray]:
     """Number a column's values by first appearance: int64 codes [N] and str ids [n]."""
+    import pandas as pd
+
     codes, ids = pd.factorize(column.to_numpy(dtype=object))
     return codes, np.asarray(ids, dtype=object)
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import pandas as pd
 
 from hsft.data.column_checks import check_ids, find_twins, sentences, spelling_problem
 from hsft.data.csv_rows import (
@@ -109,6 +108,8 @@ def _hllm_bodies(path: Path, text_keys: Sequence[str], count: int) -> list[str]:
         text_keys: its columns.
         count: its rows.
     """
+    import pandas as pd
+
     frame = pd.read_csv(path, dtype={"item_id": str})
     if len(frame) != count:
         raise InputError(

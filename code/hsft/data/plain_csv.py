@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-import pandas as pd
 
 _BOM = b"\xef\xbb\xbf"
 _NEWLINE, _COMMA = ord("\n"), ord(",")
 _LONGEST_ID = 64
 _LONGEST_NUMBER = 16
+# So many numbers are sorted before pandas, which hashes them, would have been imported.
+_MOST_SORTED = 1_000_000
 # _KEEP[n] keeps the first n of 8 bytes; the first byte of a field is the lowest of its word.
 _KEEP = np.array([(1 << (8 * n)) - 1 for n in range(9)], dtype=np.uint64)
 
@@ -169,6 +170,19 @@ def _parse_digits(words: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, n
     return value.astype(np.int64), good
 
 
+def _factorize(values: np.ndarray) -> tuple[np.ndarray, int]:
+    """Number values by first appearance: int64 codes [N], and how many distinct ones there are."""
+    if len(values) > _MOST_SORTED:
+        import pandas as pd
+
+        codes, distinct = pd.factorize(values)
+        return codes, len(distinct)
+    _, first, places = np.unique(values, return_index=True, return_inverse=True)
+    numbers = np.empty(len(first), dtype=np.int64)
+    numbers[np.argsort(first)] = np.arange(len(first))
+    return numbers[places], len(first)
+
+
 def _number_ids(parts: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     """Number ids by first appearance: int64 codes [N] and str ids [n].
 
@@ -186,8 +200,8 @@ def _number_ids(parts: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
             ]
         )
         columns.append(column)
-        here, distinct = pd.factorize(column)
-        codes = here if codes is None else pd.factorize(codes * len(distinct) + here)[0]
+        here, distinct = _factorize(column)
+        codes = here if codes is None else _factorize(codes * distinct + here)[0]
     assert codes is not None
     reached = np.maximum.accumulate(codes)
     first = np.flatnonzero(np.diff(reached, prepend=-1))

@@ -357,18 +357,10 @@ def sample_cosines(
     n = len(vectors)
     if n <= 64:
         rows, columns = np.triu_indices(n, 1)
-    else:
-        steps = np.unique(np.geomspace(1, n // 2, 16).astype(np.int64))
-        rows = np.repeat(np.arange(n), len(steps))
-        columns = (rows + np.tile(steps, n)) % n
-    cosines = torch.cat(
-        [(vectors[rows[at]] * vectors[columns[at]]).sum(dim=-1) for at in _blocks(len(rows))]
-    )
-    return cosines.numpy()
-
-
-def _blocks(count: int, size: int = 4096) -> list[slice]:
-    return [slice(start, start + size) for start in range(0, count, size)]
+        return (vectors[rows] * vectors[columns]).sum(dim=-1).numpy()
+    steps = np.unique(np.geomspace(1, n // 2, 16).astype(np.int64)).tolist()
+    shifted = [(vectors * vectors.roll(-step, dims=0)).sum(dim=-1) for step in steps]
+    return torch.stack(shifted, dim=1).flatten().numpy()
 
 
 def fit_transform(kind: str, rows: Tensor) -> FixedMap:

@@ -56,6 +56,11 @@ def _choose(config: Config, interactions: Interactions, device: torch.device) ->
         return "none", f"qlora_quant_type: auto takes none (plain LoRA): {obstacle}."
     if device.type != "cuda":
         return "nf4", "qlora_quant_type: auto takes nf4; memory is looked at on CUDA only."
+    if config.trains_items_along:
+        return "nf4", (
+            "qlora_quant_type: auto takes nf4; the memory of an ItemLLM that is trained along is not "
+            "estimated."
+        )
     known = config.model_copy(update={"precision": choose_precision(config)})
     free = min(all_gather(_free_bytes(device)))
     return choose_quant_type(training_shape(known, interactions), config.train_batch_size, free)
