@@ -295,6 +295,13 @@ def test_a_cache_of_another_item_llm_is_refused(project: Project) -> None:
     assert not (project.root / "saved").exists()
 
 
+def test_items_that_are_all_alike_are_pretrained(project: Project) -> None:
+    where = ("--item_pretrain_dir", str(project.llama), "--use_item_cache", "False")
+    code, _, err = project.run(*where, "--train_item_llm", "lora")
+    assert code == 2
+    assert err.splitlines()[-1].endswith("or --item_pretrain_epochs 1.")
+
+
 def test_it_is_trained_only_by_its_name() -> None:
     with pytest.raises(ValueError, match="needs the ItemLLM that made the item cache"):
         Config(train_item_llm="lora")
