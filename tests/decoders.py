@@ -89,11 +89,11 @@ def state_tensors(weight: Any) -> list[torch.Tensor]:
     state = getattr(weight, "quant_state", None)
     if state is None:
         return []
-    found = [state.absmax, state.code]
+    actual = [state.absmax, state.code]
     if state.nested:
         offset = torch.as_tensor(state.offset)
-        found += [state.state2.absmax, state.state2.code, offset.reshape(1).float()]
-    return found
+        actual += [state.state2.absmax, state.state2.code, offset.reshape(1).float()]
+    return actual
 
 
 def saved_by_autograd(model: nn.Module, mixed: bool, packed: bool) -> int:

@@ -65,9 +65,9 @@ class _Handler(BaseHTTPRequestHandler):
     def answer(self, body: bool) -> None:
         asked = self.headers.get("Range", "")
         self.hub.requests.append(f"{self.command} {self.path} {asked}".strip())
-        found = _RESOLVE.fullmatch(unquote(self.path))
-        if found:
-            self.resolve(found["repo"], found["revision"], found["name"], body)
+        actual = _RESOLVE.fullmatch(unquote(self.path))
+        if actual:
+            self.resolve(actual["repo"], actual["revision"], actual["name"], body)
         else:
             self.refuse(404, "EntryNotFound")
 

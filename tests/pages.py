@@ -60,8 +60,8 @@ def read_page(path: Path) -> Page:
 
 def anchors(path: Path) -> set[str]:
     """Return the anchors of a page's headings, as GitHub and the site make them."""
-    found: list[str] = []
+    actual: list[str] = []
     for heading in re.findall(r"^#+ (.+)$", _FENCE.sub("", path.read_text("utf-8")), re.MULTILINE):
         text = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading).replace("`", "")
-        found.append(re.sub(r"[^\w\- ]", "", text.strip().lower()).replace(" ", "-"))
-    return set(found)
+        actual.append(re.sub(r"[^\w\- ]", "", text.strip().lower()).replace(" ", "-"))
+    return set(actual)

@@ -54,10 +54,10 @@ def lowest(lines: Iterable[str]) -> Iterator[str]:
 def pinned(name: str) -> str:
     """Return the version that constraints.txt has for a package."""
     text = CONSTRAINTS.read_text(encoding="utf-8")
-    found = re.search(rf"^{re.escape(canonicalize_name(name))}==(\S+)$", text, re.MULTILINE)
-    if found is None:
+    actual = re.search(rf"^{re.escape(canonicalize_name(name))}==(\S+)$", text, re.MULTILINE)
+    if actual is None:
         raise ValueError(f"constraints.txt has no version of {name}")
-    return found[1]
+    return actual[1]
 
 
 def files() -> dict[Path, str]:

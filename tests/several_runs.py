@@ -24,9 +24,9 @@ def divide_everything() -> None:
     plain = zero.zero_settings
 
     def settings(config: Any, device: str) -> dict[str, Any]:
-        found = plain(config, device)
-        found["zero_optimization"]["stage3_param_persistence_threshold"] = 0
-        return found
+        actual = plain(config, device)
+        actual["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+        return actual
 
     zero.zero_settings = settings
 

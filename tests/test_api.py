@@ -126,9 +126,9 @@ def test_a_whole_walk(project: Project) -> None:
     pd.testing.assert_frame_equal(again.metrics, run.metrics)
     assert again.config == run.config
 
-    found = again.recommend(user="u3", topk=4)
-    assert found.index.tolist() == [1, 2, 3, 4]
-    assert found["score"].is_monotonic_decreasing
+    actual = again.recommend(user="u3", topk=4)
+    assert actual.index.tolist() == [1, 2, 3, 4]
+    assert actual["score"].is_monotonic_decreasing
     seen = {f"i{n}" for n in range(20)} - set(again.recommend(user="u3", topk=20)["item_id"])
     data = again.data.interactions
     row = data.user_ids.tolist().index("u3")

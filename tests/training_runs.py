@@ -59,11 +59,11 @@ def result(project: Project, run: str = "run") -> dict[str, Any]:
 
 
 def outcome(project: Project, run: str = "run") -> dict[str, Any]:
-    found = result(project, run)
+    actual = result(project, run)
     adapter = folder(project, run) / "best/adapter/adapter_model.safetensors"
     return {
-        "metrics": [row["metrics"] for row in found["rows"]],
-        "history": found["training"]["history"],
+        "metrics": [row["metrics"] for row in actual["rows"]],
+        "history": actual["training"]["history"],
         "adapter": adapter.read_bytes(),
     }
 

@@ -96,8 +96,8 @@ def test_good_interactions_mean_what_they_say(project: Project, case: str) -> No
     assert list(zip(items, read.timestamps[own].tolist(), strict=True)) == expected
     code, _, err = project.run(*POP, "--run_name", "run")
     assert code == 0, err
-    found = json.loads((project.root / "saved/run/result.json").read_text())
-    assert found["data"]["interactions"] == len(read)
+    actual = json.loads((project.root / "saved/run/result.json").read_text())
+    assert actual["data"]["interactions"] == len(read)
 
 
 def test_ids_that_stand_for_empty_cells_give_a_warning_a_column(project: Project) -> None:

@@ -68,13 +68,15 @@ SOUND = {
 @pytest.mark.parametrize("case", CERTAIN)
 def test_ids_that_cannot_be_right(case: str) -> None:
     ids, words = CERTAIN[case]
-    assert [(words in found.text, found.certain) for found in findings(ids)][:1] == [(True, True)]
+    assert [(words in actual.text, actual.certain) for actual in findings(ids)][:1] == [
+        (True, True)
+    ]
 
 
 @pytest.mark.parametrize("case", POSSIBLE)
 def test_ids_that_may_be_wrong(case: str) -> None:
     ids, words = POSSIBLE[case]
-    texts = [found.text for found in findings(ids) if not found.certain]
+    texts = [actual.text for actual in findings(ids) if not actual.certain]
     assert any(words in text for text in texts), texts
     assert len(texts) == len(findings(ids))
 
@@ -88,18 +90,18 @@ def test_ids_that_went_through_a_float_column() -> None:
     exact = np.random.default_rng(0).integers(2**60, 2**62, 50)
     assert findings([str(value) for value in exact]) == []
     rounded = pd.Series(exact).astype(float).astype("int64").astype(str)
-    (found,) = findings(list(rounded))
-    assert not found.certain
-    assert "all 50 values of item_id with 16 or more digits" in found.text
-    assert "floating-point column can hold" in found.text
+    (actual,) = findings(list(rounded))
+    assert not actual.certain
+    assert "all 50 values of item_id with 16 or more digits" in actual.text
+    assert "floating-point column can hold" in actual.text
 
 
 def test_rows_are_counted_and_the_first_is_named() -> None:
     ids = np.array(["a", "nan", "b", "null"], dtype=object)
-    (found,) = check_ids("user_id", ids, np.array([0, 2, 1, 0, 3, 1]))
-    assert (found.index, found.certain) == (2, False)
-    assert found.text.startswith("user_id 'nan', 'null' (3 rows) may be")
-    assert sentences("x.csv", [found], lambda index: index + 2)[0].startswith(
+    (actual,) = check_ids("user_id", ids, np.array([0, 2, 1, 0, 3, 1]))
+    assert (actual.index, actual.certain) == (2, False)
+    assert actual.text.startswith("user_id 'nan', 'null' (3 rows) may be")
+    assert sentences("x.csv", [actual], lambda index: index + 2)[0].startswith(
         "x.csv, row 4: user_id"
     )
 

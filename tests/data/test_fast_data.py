@@ -77,15 +77,15 @@ def test_plain_reader_and_pandas_agree_on_any_file(
     text = "item_id,user_id,timestamp\n" + "\n".join(map(",".join, rows)) + tail
     path = write(tmp_path / "rows.csv", text)
     with patch.object(reading, "read_plain", lambda *_: None):
-        wanted = outcome(path)
+        expected = outcome(path)
     in_pieces = partial(read_plain, chunk_bytes=chunk)
     with patch.object(reading, "read_plain", in_pieces):
-        found = outcome(path)
-    if isinstance(wanted, str):
-        assert found == wanted
+        actual = outcome(path)
+    if isinstance(expected, str):
+        assert actual == expected
     else:
-        assert isinstance(found, Interactions)
-        same(found, wanted)
+        assert isinstance(actual, Interactions)
+        same(actual, expected)
 
 
 @quick
@@ -106,20 +106,20 @@ def test_plain_reader_reads_plain_files_itself(
 ) -> None:
     lines = [f"x,{number},{user},{item}" for item, user, number in rows]
     path = write(tmp_path / "plain.csv", "\n".join(["note,timestamp,user_id,item_id", *lines]))
-    found = read_plain(path, ("item_id", "user_id"), "timestamp", chunk)
-    assert found is not None
+    actual = read_plain(path, ("item_id", "user_id"), "timestamp", chunk)
+    assert actual is not None
     for place in (0, 1):
         values = [row[place] for row in rows]
-        assert found.ids[place].tolist() == list(dict.fromkeys(values))
-        assert [found.ids[place][code] for code in found.codes[place]] == values
-    assert found.numbers.tolist() == [row[2] for row in rows]
+        assert actual.ids[place].tolist() == list(dict.fromkeys(values))
+        assert [actual.ids[place][code] for code in actual.codes[place]] == values
+    assert actual.numbers.tolist() == [row[2] for row in rows]
 
 
 def test_ids_stay_text(tmp_path: Path) -> None:
     path = write(tmp_path / "x.csv", "item_id,user_id,timestamp\n1,1,1\n01,1.0,2\n+1,1,3\n")
-    found = read_interactions(path)
-    assert found.item_ids.tolist() == ["[PAD]", "1", "01", "+1"]
-    assert found.user_ids.tolist() == ["1", "1.0"]
+    actual = read_interactions(path)
+    assert actual.item_ids.tolist() == ["[PAD]", "1", "01", "+1"]
+    assert actual.user_ids.tolist() == ["1", "1.0"]
 
 
 def test_a_byte_order_mark_is_not_part_of_the_header(tmp_path: Path) -> None:
@@ -137,8 +137,8 @@ def test_rows_are_ordered_as_by_lexsort(rows: list[tuple[int, int]], far: bool) 
     users = np.array([user for user, _ in rows], dtype=np.int64)
     # Far apart, user and time do not fit into one integer.
     times = np.array([time for _, time in rows], dtype=np.int64) * (10**17 if far else 1)
-    wanted = np.lexsort((times, users))
-    np.testing.assert_array_equal(reading._by_user_and_time(users, times), wanted)
+    expected = np.lexsort((times, users))
+    np.testing.assert_array_equal(reading._by_user_and_time(users, times), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
@@ -202,24 +202,24 @@ def test_draws_are_those_of_a_loop_over_users(
     seen = [items_of(data, user) for user in users]
     own = [set(items[: len(items) - held_out]) for items in seen]
     assert sampler.available[users].tolist() == [30 - len(items) for items in own]
-    found = sampler.draw(users, 6, np.random.default_rng(seed), distinct)
+    actual = sampler.draw(users, 6, np.random.default_rng(seed), distinct)
     # The simple way, with the same stream: draw all, then draw the bad ones again until none is.
     rng = np.random.default_rng(seed)
-    wanted = rng.integers(1, 31, size=(5, 6))
+    expected = rng.integers(1, 31, size=(5, 6))
     while True:
         bad = [
             (row, place)
             for row in range(5)
             for place in range(6)
-            if wanted[row, place] in own[row]
-            or (distinct and wanted[row, place] in wanted[row, :place])
+            if expected[row, place] in own[row]
+            or (distinct and expected[row, place] in expected[row, :place])
         ]
         if not bad:
             break
         again = rng.integers(1, 31, size=len(bad))
         for (row, place), item in zip(bad, again, strict=True):
-            wanted[row, place] = item
-    np.testing.assert_array_equal(found, wanted)
+            expected[row, place] = item
+    np.testing.assert_array_equal(actual, expected)
     every = np.broadcast_to(np.arange(1, 31), (5, 30))
     owned = sampler.owns(np.broadcast_to(users[:, None], (5, 30)), every)
     assert [set(every[row][owned[row]].tolist()) for row in range(5)] == own
@@ -251,15 +251,15 @@ def test_batches_are_those_of_a_loop_over_samples(
     test = CachedEmbeddingEvalDataset(split, "test", length)
     if len(test):
         rows = np.random.default_rng(seed).integers(0, len(test), size=4)
-        found = EvalCollate(test)(rows)
-        width = int(found.lengths.max())
+        actual = EvalCollate(test)(rows)
+        width = int(actual.lengths.max())
         for place, row in enumerate(rows):
             items = test[row].tolist()
             recent = items[:-1][-length:]
-            assert found.history[place].tolist() == recent + [0] * (width - len(recent))
-            assert int(found.lengths[place]) == len(recent)
-            assert int(found.targets[place]) == items[-1]
-            assert found.seen_items[found.seen_rows == place].tolist() == items[:-1]
+            assert actual.history[place].tolist() == recent + [0] * (width - len(recent))
+            assert int(actual.lengths[place]) == len(recent)
+            assert int(actual.targets[place]) == items[-1]
+            assert actual.seen_items[actual.seen_rows == place].tolist() == items[:-1]
 
 
 class Vectors:
@@ -300,13 +300,13 @@ def test_ranks_are_those_of_a_loop_over_users_whatever_the_groups(
     scorer = Vectors(30, 4)
     protocol = EvalProtocol("full", (5,), ("Recall", "Coverage"), budget_bytes=budget)
     encoded: list[int] = []
-    found = Evaluator(dataset, protocol, batch_size=batch_size).run(
+    actual = Evaluator(dataset, protocol, batch_size=batch_size).run(
         scorer, torch.device("cpu"), on_batch=encoded.append
     )
     assert sum(encoded) == len(dataset)
     assert scorer.largest <= max(1, budget // (16 * 4))
     listed = set()
-    for row, rank in enumerate(found.ranks):
+    for row, rank in enumerate(actual.ranks):
         *seen, target = dataset[row].tolist()
         user = scorer.table[seen[-5:]].sum(dim=0)
         scores = {item: float(scorer.table[item] @ user) for item in range(1, 31)}
@@ -315,8 +315,8 @@ def test_ranks_are_those_of_a_loop_over_users_whatever_the_groups(
         # A target that the user has seen is masked, so it has no rank.
         assert rank == (UNRANKED if masked[target] == -np.inf else 1 + sum(rivals))
         listed |= {item for item, score in masked.items() if score > -np.inf}
-    assert found.metrics["Recall@5"] == pytest.approx(np.mean(found.ranks <= 5))
-    assert found.metrics["Coverage@5"] <= len(listed) / 30
+    assert actual.metrics["Recall@5"] == pytest.approx(np.mean(actual.ranks <= 5))
+    assert actual.metrics["Coverage@5"] <= len(listed) / 30
 
 
 def test_counting_by_bytes_equals_the_sum() -> None:

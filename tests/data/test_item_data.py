@@ -59,8 +59,8 @@ def test_items_of_the_catalogue_are_ranked(project: Project) -> None:
         code, _, err = project.run("--model", "pop", "--run_name", name, *more)
         assert code == 0, err
         ranks[name] = read_ranks(f"saved/{name}", "pop")[1].tolist()
-        found = json.loads((project.root / f"saved/{name}/result.json").read_text())
-        items[name] = found["data"]["items"]
+        actual = json.loads((project.root / f"saved/{name}/result.json").read_text())
+        items[name] = actual["data"]["items"]
     assert items == {"own": 5, "all": 20}
     # i0 is the target, three items are seen, and no candidate has a training interaction: all are
     # level, against the model.

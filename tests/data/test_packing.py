@@ -80,7 +80,7 @@ def test_packing_keeps_every_transition_and_starts_each_sequence_at_zero(
     packed = collated(transitions, seed, row_length, drawn=True, split=split)
     assert torch.equal(packed.negatives, padded.negatives)
     assert (packed.attention_mask == (packed.history > 0)).all()
-    found = []
+    actual = []
     for row in range(len(packed.history)):
         begins = np.flatnonzero(packed.positions[row].numpy() == 0)
         for start, end in zip(begins, [*begins[1:], packed.history.shape[1]], strict=True):
@@ -90,19 +90,19 @@ def test_packing_keeps_every_transition_and_starts_each_sequence_at_zero(
                 for part in (packed.history, packed.targets, packed.loss_mask)
             ]
             if any(columns[0]):
-                found.append(tuple(columns))
+                actual.append(tuple(columns))
             else:
                 assert end == packed.history.shape[1]
                 assert not any(columns[1])
                 assert not any(columns[2])
-    wanted = [
+    expected = [
         tuple(
             tuple(part[n, :size].tolist())
             for part in (padded.history, padded.targets, padded.loss_mask)
         )
         for n, size in enumerate(transitions)
     ]
-    assert sorted(found) == sorted(wanted)
+    assert sorted(actual) == sorted(expected)
 
 
 def test_a_batch_with_little_padding_is_left_padded() -> None:
@@ -150,21 +150,21 @@ def models(request: pytest.FixtureRequest, llama: Path) -> dict[str, Recommender
 def test_the_packed_loss_and_its_gradients_are_the_padded_ones(
     models: dict[str, Recommender], transitions: list[int], seed: int, row_length: int, loss: str
 ) -> None:
-    found = []
+    actual = []
     for length in (None, row_length):
         batch = collated(transitions, seed, length, drawn="sampled" in loss)
         models[loss].zero_grad()
         value = models[loss](batch)
         value.backward()
         gradients = {n: p.grad for n, p in models[loss].named_parameters() if p.requires_grad}
-        found.append((value.detach(), gradients))
-    (value, gradients), (packed_value, packed) = found
+        actual.append((value.detach(), gradients))
+    (value, gradients), (packed_value, packed) = actual
     torch.testing.assert_close(packed_value, value, rtol=1e-5, atol=1e-6)
-    for name, wanted in gradients.items():
-        assert (wanted is None) == (packed[name] is None), name
-        if wanted is not None:
-            scale = max(1.0, wanted.abs().max().item())
-            torch.testing.assert_close(packed[name], wanted, rtol=1e-3, atol=2e-5 * scale)
+    for name, expected in gradients.items():
+        assert (expected is None) == (packed[name] is None), name
+        if expected is not None:
+            scale = max(1.0, expected.abs().max().item())
+            torch.testing.assert_close(packed[name], expected, rtol=1e-3, atol=2e-5 * scale)
 
 
 @given(LENGTHS, st.integers(0, 99), st.sampled_from(list(LOSSES)), st.booleans(), st.booleans())
@@ -183,7 +183,7 @@ def test_a_single_row_has_the_same_loss_and_gradients_in_a_bucket_or_not(
     wanted_batch = collated(transitions, seed, None, drawn=drawn, split=split)
     buckets = Buckets(8, len(transitions) + 2, 9) if padded else None
     batch = collated(transitions, seed, None, drawn=drawn, split=split, one=True, buckets=buckets)
-    found = []
+    actual = []
     config = model.encoder.decoder.config  # type: ignore[union-attr]
     kept = config._attn_implementation  # type: ignore[union-attr]
     for kernel, given_batch in ((kept, wanted_batch), ("varlen", batch)):
@@ -192,14 +192,14 @@ def test_a_single_row_has_the_same_loss_and_gradients_in_a_bucket_or_not(
         value = model(given_batch)
         value.backward()
         gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
-        found.append((value.detach(), gradients))
+        actual.append((value.detach(), gradients))
     config._attn_implementation = kept  # type: ignore[union-attr]
-    (value, gradients), (row_value, row_gradients) = found
+    (value, gradients), (row_value, row_gradients) = actual
     torch.testing.assert_close(row_value, value, rtol=1e-5, atol=1e-6)
     assert gradients.keys() == row_gradients.keys()
-    for name, wanted in gradients.items():
-        scale = max(1.0, wanted.abs().max().item())
-        torch.testing.assert_close(row_gradients[name], wanted, rtol=1e-3, atol=2e-5 * scale)
+    for name, expected in gradients.items():
+        scale = max(1.0, expected.abs().max().item())
+        torch.testing.assert_close(row_gradients[name], expected, rtol=1e-3, atol=2e-5 * scale)
 
 
 def test_sequences_in_one_row_do_not_see_each_other(llama: Path) -> None:
@@ -257,13 +257,13 @@ def test_unpacking_gives_every_sequence_its_own_row_again(
 ) -> None:
     padded = collated(transitions, seed, None, drawn=True, split=True)
     packed = collated(transitions, seed, row_length, drawn=True, split=True)
-    found = unpack(packed)
+    actual = unpack(packed)
     assert count_sequences(packed) == count_sequences(padded) == len(transitions)
-    assert not found.positions.numel()
-    assert torch.equal(found.negatives, padded.negatives)
+    assert not actual.positions.numel()
+    assert torch.equal(actual.negatives, padded.negatives)
 
     def rows(batch: TrainBatch) -> list[list[list[int]]]:
         parts = (batch.history, batch.attention_mask, batch.targets, batch.loss_mask)
         return sorted([part[n].int().tolist() for part in parts] for n in range(len(batch.history)))
 
-    assert rows(found) == rows(padded)
+    assert rows(actual) == rows(padded)

@@ -428,8 +428,8 @@ def test_fractions_of_a_second_choose_the_unit(
     write_times(*times)
     assert run_program(main, PIXEL) == 0
     scale = {"milliseconds": 1000, "microseconds": 10**6}[unit]
-    found = [int(row.split(",")[2]) - 1662033791 * scale for row in rows_of("Pixel200K")]
-    assert found == written
+    actual = [int(row.split(",")[2]) - 1662033791 * scale for row in rows_of("Pixel200K")]
+    assert actual == written
     err = capsys.readouterr().err
     assert f"written as Unix time in {unit}." in err
 
@@ -437,8 +437,8 @@ def test_fractions_of_a_second_choose_the_unit(
 def test_java_s_exponents_are_read_in_full(capsys: pytest.CaptureFixture[str]) -> None:
     write_times("1.588687728923E12", "1.5886877289E12", "1588687728924.0")
     run(PIXEL, capsys)
-    found = [row.split(",")[2] for row in rows_of("Pixel200K")]
-    assert found == ["1588687728923", "1588687728900", "1588687728924"]
+    actual = [row.split(",")[2] for row in rows_of("Pixel200K")]
+    assert actual == ["1588687728923", "1588687728900", "1588687728924"]
 
 
 def test_times_of_before_the_shop_can_be_left_out(capsys: pytest.CaptureFixture[str]) -> None:
@@ -746,10 +746,10 @@ def test_a_file_is_read_as_a_stream() -> None:
     Path("p.csv").write_text("item_id,user_id,timestamp\n" + "".join(lines))
     Path("info.csv").write_text("item_id,title\n")
     download = pixelrec(Path("p.csv"), Path("info.csv"))
-    found = RowProblems(Path("p.csv"))
+    actual = RowProblems(Path("p.csv"))
     tracemalloc.start()
     try:
-        count = sum(1 for _ in download.events(download.interactions, found))
+        count = sum(1 for _ in download.events(download.interactions, actual))
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()

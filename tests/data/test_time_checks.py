@@ -18,8 +18,8 @@ YEAR_1998, YEAR_2020 = 883_612_800, 1_577_836_800
 
 
 def texts(timestamps: list[int]) -> list[tuple[str, bool, int | None]]:
-    found = check_times(np.array(timestamps, dtype=np.int64))
-    return [(finding.text, finding.certain, finding.index) for finding in found]
+    actual = check_times(np.array(timestamps, dtype=np.int64))
+    return [(finding.text, finding.certain, finding.index) for finding in actual]
 
 
 @pytest.mark.parametrize("start", [300_000_000, 600_000_000, YEAR_1998, YEAR_2020])
@@ -71,18 +71,18 @@ def test_times_that_went_through_a_32_bit_column() -> None:
     exact = YEAR_2020 + 61 * np.arange(1500)
     assert check_times(exact) == []
     rounded = pd.Series(exact).astype("float32").astype("int64").to_numpy()
-    (found,) = check_times(rounded)
-    assert "32-bit" in found.text
-    assert not found.certain
+    (actual,) = check_times(rounded)
+    assert "32-bit" in actual.text
+    assert not actual.certain
     assert check_times(exact // 86_400 * 86_400) == []
 
 
 def test_exponents_that_lack_the_last_digit_are_refused() -> None:
-    found = check_time_texts(["1600000000.0", "1.59E+09", "1.6e9"])
-    assert found is not None
-    assert found.certain
-    assert found.index == 1
-    assert "2 timestamps in exponent notation, the first '1.59E+09', lack" in found.text
+    actual = check_time_texts(["1600000000.0", "1.59E+09", "1.6e9"])
+    assert actual is not None
+    assert actual.certain
+    assert actual.index == 1
+    assert "2 timestamps in exponent notation, the first '1.59E+09', lack" in actual.text
     # Java writes whole numbers of more than 7 digits so; one that ends in zeros is among them.
     assert check_time_texts(["1.5886877289E12", "1.588687728923E12"]) is None
     assert check_time_texts(["1588687728923.0", "7"]) is None

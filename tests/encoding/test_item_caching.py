@@ -83,7 +83,7 @@ def uninterrupted(runner: Runner) -> tuple[bytes, float]:
 def test_killed_at_random_moments_the_file_is_the_same(
     runner: Runner, uninterrupted: tuple[bytes, float]
 ) -> None:
-    wanted, seconds = uninterrupted
+    expected, seconds = uninterrupted
     rng = np.random.default_rng(0)
     kill = {"signal": int(signal.SIGKILL)}
     runner.target.unlink()
@@ -94,13 +94,13 @@ def test_killed_at_random_moments_the_file_is_the_same(
     for delay in rng.uniform(0.05, 0.5, size=4) * seconds:
         runner.run(delay=float(delay), **kill)
         if runner.target.exists():
-            assert runner.target.read_bytes() == wanted
+            assert runner.target.read_bytes() == expected
             runner.target.unlink()
     before = runner.whole_parts() if runner.parts.exists() else 0
     code, _ = runner.run()
     assert code == 0, runner.log.read_text()
     assert runner.encoded == ITEMS - before
-    assert runner.target.read_bytes() == wanted
+    assert runner.target.read_bytes() == expected
     assert not runner.parts.exists()
     assert [path.name for path in runner.root.glob(".*")] == []
 
@@ -219,9 +219,9 @@ def test_a_part_is_written_when_it_is_full_old_or_followed_by_a_gap(tmp_path: Pa
         assert add(4, 0) == [range(2), range(2, 3)]
     assert list(writer.written.values()) == [range(2), range(2, 3), range(4, 5)]
     assert writer.items == 8
-    found = parts.find(batches)
-    assert found == writer.written
-    for name, numbers in found.items():
+    actual = parts.find(batches)
+    assert actual == writer.written
+    for name, numbers in actual.items():
         rows = batches.rows(numbers)
         read = parts.read(name, rows)
         assert read is not None
@@ -239,8 +239,8 @@ def test_a_part_is_written_when_it_is_full_old_or_followed_by_a_gap(tmp_path: Pa
 def test_groups_are_of_neighbours(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(build_cache, "ITEMS_PER_PART", 3)
     batches = Batches([np.array([n, n + 10]) for n in range(10)])
-    wanted = [range(0, 2), range(2, 3), range(5, 7), range(8, 9)]
-    assert build_cache.group_batches(batches, [0, 1, 2, 5, 6, 8]) == wanted
+    expected = [range(0, 2), range(2, 3), range(5, 7), range(8, 9)]
+    assert build_cache.group_batches(batches, [0, 1, 2, 5, 6, 8]) == expected
 
 
 def test_a_finished_file_is_left_and_other_texts_are_not_taken_for_it(

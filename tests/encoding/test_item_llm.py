@@ -55,20 +55,20 @@ def alone(folder: Path, text: str, emb_token: torch.Tensor | None) -> torch.Tens
 
 @pytest.mark.parametrize("text", TEXTS[:4])
 def test_mean_pooling_is_the_mean_over_the_text_tokens(llama: Path, text: str) -> None:
-    found = encoder(llama, emb_token_n=0)
-    batch = found.tokenize([*TEXTS, text])
+    actual = encoder(llama, emb_token_n=0)
+    batch = actual.tokenize([*TEXTS, text])
     torch.testing.assert_close(
-        found.encode(batch)[-1], alone(llama, text, None), rtol=1e-4, atol=1e-5
+        actual.encode(batch)[-1], alone(llama, text, None), rtol=1e-4, atol=1e-5
     )
 
 
 @pytest.mark.parametrize("text", TEXTS)
 def test_emb_token_is_appended_in_embedding_space(hllm: Path, text: str) -> None:
-    found = encoder(hllm)
-    assert found.pooling == "emb_token"
-    batch = found.tokenize([*TEXTS, text])
-    wanted = alone(hllm, text, found.emb_token)
-    torch.testing.assert_close(found.encode(batch)[-1], wanted, rtol=1e-4, atol=1e-5)
+    actual = encoder(hllm)
+    assert actual.pooling == "emb_token"
+    batch = actual.tokenize([*TEXTS, text])
+    expected = alone(hllm, text, actual.emb_token)
+    torch.testing.assert_close(actual.encode(batch)[-1], expected, rtol=1e-4, atol=1e-5)
 
 
 def test_a_model_without_emb_token_is_mean_pooled_and_says_so(
@@ -80,20 +80,20 @@ def test_a_model_without_emb_token_is_mean_pooled_and_says_so(
 
 
 def test_text_is_cut_before_the_emb_token_is_appended(hllm: Path) -> None:
-    found = encoder(hllm, max_text_length=3)
+    actual = encoder(hllm, max_text_length=3)
     full = encoder(hllm).tokenize([TEXTS[1]])[0]
-    cut = found.tokenize([TEXTS[1]])[0]
+    cut = actual.tokenize([TEXTS[1]])[0]
     np.testing.assert_array_equal(cut, full[:3])
 
 
 @pytest.mark.parametrize("budget", [1, 16, 10_000])
 def test_embeddings_do_not_depend_on_the_batch_size(hllm: Path, budget: int) -> None:
     items = ItemTexts([str(n) for n in range(len(TEXTS))], TEXTS, "f")
-    found = encoder(hllm)
-    job = EncodingJob("m", ("title",), "", 64, "float32", found.pooling, "f", budget)
-    rows = encode_items(found, items, job, show_progress=False)
-    wanted = torch.stack([found.encode(found.tokenize([text]))[0] for text in TEXTS])
-    torch.testing.assert_close(rows, wanted, rtol=1e-4, atol=1e-5)
+    actual = encoder(hllm)
+    job = EncodingJob("m", ("title",), "", 64, "float32", actual.pooling, "f", budget)
+    rows = encode_items(actual, items, job, show_progress=False)
+    expected = torch.stack([actual.encode(actual.tokenize([text]))[0] for text in TEXTS])
+    torch.testing.assert_close(rows, expected, rtol=1e-4, atol=1e-5)
 
 
 BEGUN = ["title : item 3 tag : 1", "title : item 3", "title : item 3 tag : 2 3 4 5", ""]
@@ -101,22 +101,22 @@ BEGUN = ["title : item 3 tag : 1", "title : item 3", "title : item 3 tag : 2 3 4
 
 @pytest.mark.parametrize("emb_token_n", [0, 1], ids=["mean", "emb_token"])
 def test_a_shared_beginning_changes_nothing(hllm: Path, emb_token_n: int) -> None:
-    found = encoder(hllm, emb_token_n)
-    tokens = found.tokenize([*BEGUN, *TEXTS])
-    wanted = found.encode(tokens)
-    found.share_prefix(tokens[1])
+    actual = encoder(hllm, emb_token_n)
+    tokens = actual.tokenize([*BEGUN, *TEXTS])
+    expected = actual.encode(tokens)
+    actual.share_prefix(tokens[1])
     widths: list[int] = []
-    forward = found._forward
+    forward = actual._forward
 
     def watched(**inputs: Any) -> Any:
         widths.append(inputs["inputs_embeds"].shape[1])
         return forward(**inputs)
 
-    found._forward = watched
-    torch.testing.assert_close(found.encode(tokens), wanted, rtol=1e-4, atol=1e-5)
+    actual._forward = watched
+    torch.testing.assert_close(actual.encode(tokens), expected, rtol=1e-4, atol=1e-5)
     # A second batch, of another size, does not see the first one's keys and values.
-    torch.testing.assert_close(found.encode(tokens[:3]), wanted[:3], rtol=1e-4, atol=1e-5)
-    extra = found.pooling == "emb_token"
+    torch.testing.assert_close(actual.encode(tokens[:3]), expected[:3], rtol=1e-4, atol=1e-5)
+    extra = actual.pooling == "emb_token"
     # Of the longest text, 10 tokens, 4 are the beginning; texts that begin otherwise are read whole.
     assert widths == [6 + extra, 10 + extra, 6 + extra]
 
@@ -124,21 +124,21 @@ def test_a_shared_beginning_changes_nothing(hllm: Path, emb_token_n: int) -> Non
 def test_items_of_one_beginning_are_encoded_as_one_by_one(
     hllm: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found = encoder(hllm)
-    wanted = torch.stack([found.encode(found.tokenize([text]))[0] for text in BEGUN])
+    actual = encoder(hllm)
+    expected = torch.stack([actual.encode(actual.tokenize([text]))[0] for text in BEGUN])
     shared: list[list[int]] = []
-    plain = found.share_prefix
+    plain = actual.share_prefix
 
     def watched(tokens: np.ndarray) -> None:
         shared.append(tokens.tolist())
         plain(tokens)
 
-    monkeypatch.setattr(found, "share_prefix", watched)
+    monkeypatch.setattr(actual, "share_prefix", watched)
     items = ItemTexts([str(n) for n in range(len(BEGUN))], BEGUN, "f")
-    job = EncodingJob("m", ("title",), "", 64, "float32", found.pooling, "f", 10_000)
-    rows = encode_items(found, items, job, show_progress=False)
-    torch.testing.assert_close(rows, wanted, rtol=1e-4, atol=1e-5)
-    assert shared == [found.tokenize(BEGUN)[1].tolist()]
+    job = EncodingJob("m", ("title",), "", 64, "float32", actual.pooling, "f", 10_000)
+    rows = encode_items(actual, items, job, show_progress=False)
+    torch.testing.assert_close(rows, expected, rtol=1e-4, atol=1e-5)
+    assert shared == [actual.tokenize(BEGUN)[1].tolist()]
 
 
 def test_a_model_with_sliding_windows_shares_nothing(tmp_path: Path) -> None:
@@ -160,11 +160,11 @@ def test_an_interrupted_encoding_is_continued(
 ) -> None:
     monkeypatch.setattr("hsft.encoding.build_cache.ITEMS_PER_PART", 2)
     items = ItemTexts([str(n) for n in range(len(TEXTS))], TEXTS, "f")
-    found = encoder(hllm)
-    job = EncodingJob("m", ("title",), "", 64, "float32", found.pooling, "f", 1)
-    whole = encode_items(found, items, job, show_progress=False)
+    actual = encoder(hllm)
+    job = EncodingJob("m", ("title",), "", 64, "float32", actual.pooling, "f", 1)
+    whole = encode_items(actual, items, job, show_progress=False)
     encoded: list[int] = []
-    plain = found.encode
+    plain = actual.encode
 
     def stops(tokens: list[np.ndarray]) -> torch.Tensor:
         if len(encoded) == 3:
@@ -175,9 +175,9 @@ def test_an_interrupted_encoding_is_continued(
     def build() -> None:
         target = tmp_path / "cache.safetensors"
         made = CacheBuilder(target, tmp_path / "parts", show_progress=False)
-        made.build(found, job, items.item_ids, lambda: items.texts)
+        made.build(actual, job, items.item_ids, lambda: items.texts)
 
-    monkeypatch.setattr(found, "encode", stops)
+    monkeypatch.setattr(actual, "encode", stops)
     with pytest.raises(KeyboardInterrupt):
         build()
 
@@ -185,7 +185,7 @@ def test_an_interrupted_encoding_is_continued(
         encoded.append(9)
         return plain(tokens)
 
-    monkeypatch.setattr(found, "encode", counts)
+    monkeypatch.setattr(actual, "encode", counts)
     build()
     again = open_cache(tmp_path / "cache.safetensors").embeddings
     # The third item was alone in a part that was not full when the stop came.

@@ -67,8 +67,8 @@ def test_packed_texts_have_the_embeddings_of_padded_ones(
 ) -> None:
     packed, padded = (encoder(llama, kernel, emb_token) for kernel in ("varlen", "sdpa"))
     prefix = np.random.default_rng(1).integers(1, VOCABULARY, size)
-    for found in (packed, padded):
-        found.share_prefix(prefix)
+    for actual in (packed, padded):
+        actual.share_prefix(prefix)
     assert packed.packed
     assert not padded.packed
     rng = np.random.default_rng(2)
@@ -76,10 +76,10 @@ def test_packed_texts_have_the_embeddings_of_padded_ones(
     cases += [rng.integers(0, 25, rng.integers(1, 9)).tolist() for _ in range(12)]
     for seed, lengths in enumerate(cases):
         texts = texts_of(lengths, prefix, seed)
-        wanted = padded.encode(texts)
-        torch.testing.assert_close(packed.encode(texts), wanted, rtol=1e-4, atol=1e-5)
+        expected = padded.encode(texts)
+        torch.testing.assert_close(packed.encode(texts), expected, rtol=1e-4, atol=1e-5)
         # A text has the same embedding alone.
-        torch.testing.assert_close(packed.encode(texts[:1]), wanted[:1], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(packed.encode(texts[:1]), expected[:1], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.usefixtures("emulated_varlen")
@@ -92,15 +92,15 @@ def test_a_kernel_that_aligns_first_positions_is_not_used(
     def misaligned(q: torch.Tensor, *given: object, **more: object) -> torch.Tensor:
         return plain(q, *given, **{**more, "window_size": (2, 0)})
 
-    found = encoder(llama, "varlen", emb_token=True)
+    actual = encoder(llama, "varlen", emb_token=True)
     prefix = np.arange(1, 7)
     monkeypatch.setattr(varlen, "varlen_attn", misaligned)
-    found.share_prefix(prefix)
-    assert not found.packed
+    actual.share_prefix(prefix)
+    assert not actual.packed
     assert sum("texts are padded" in line for line in caplog.messages) == 1
     texts = texts_of([9, 3, 12], prefix, 0)
     padded = encoder(llama, "sdpa", emb_token=True)
-    torch.testing.assert_close(found.encode(texts), padded.encode(texts), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(actual.encode(texts), padded.encode(texts), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.usefixtures("emulated_varlen")
@@ -108,12 +108,12 @@ def test_batches_prepared_ahead_come_in_their_order(
     llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(PackedTexts, "pin_memory", lambda self: self)
-    found = encoder(llama, "varlen", emb_token=True)
+    actual = encoder(llama, "varlen", emb_token=True)
     batches = [texts_of([length, 2], np.arange(0), length) for length in (5, 3, 8)]
-    wanted = [found.encode(texts) for texts in batches]
-    for own, other in zip(found._encode_ahead(batches), wanted, strict=True):
+    expected = [actual.encode(texts) for texts in batches]
+    for own, other in zip(actual._encode_ahead(batches), expected, strict=True):
         assert torch.equal(own, other)
-    assert list(found._encode_ahead([])) == []
+    assert list(actual._encode_ahead([])) == []
 
 
 @pytest.mark.usefixtures("emulated_varlen")

@@ -47,10 +47,10 @@ def test_vectors_equal_a_float64_reference_text_by_text(tmp_path: Path, dense: b
     # [CLS] and [SEP] count; the longest text is cut to the folder's 7 tokens and keeps [SEP].
     assert [len(ids) for ids in tokens] == [7, 3, 0, 7, 6]
     assert tokens[3][-1] == 3
-    found = encoder.encode(tokens)
-    assert found.shape == (5, encoder.dim) == (5, 5 if dense else 6 * 24)
+    actual = encoder.encode(tokens)
+    assert actual.shape == (5, encoder.dim) == (5, 5 if dense else 6 * 24)
     model = BertModel.from_pretrained(folder, add_pooling_layer=False).double().eval()
-    for ids, vector in zip(tokens, found, strict=True):
+    for ids, vector in zip(tokens, actual, strict=True):
         if not len(ids):
             assert torch.equal(vector, torch.zeros(encoder.dim))
             continue

@@ -61,8 +61,8 @@ FILES = {
 def test_texts_are_those_of_pandas(tmp_path: Path, name: str, keys: list[str]) -> None:
     path = tmp_path / "items.csv"
     path.write_text("\n".join([HEADER, *FILES[name], ""]))
-    found = read_item_texts(path, keys, PROMPT, "hllm")
-    assert found.texts == as_hllm(path, keys, PROMPT, found.item_ids)
+    actual = read_item_texts(path, keys, PROMPT, "hllm")
+    assert actual.texts == as_hllm(path, keys, PROMPT, actual.item_ids)
 
 
 def test_plain_texts_are_the_cells(tmp_path: Path) -> None:
@@ -156,7 +156,7 @@ def test_a_cache_as_hllm_makes_it(
     (project.root / INFORMATION).write_text("\n".join([HEADER, *rows, ""]))
     interactions = [f"i{n},u{u},{u + n}" for u in range(3) for n in range(6)]
     (project.root / CSV).write_text("\n".join(["item_id,user_id,timestamp", *interactions, ""]))
-    found, err = encode(project, folder, "--text_format", "hllm", "--item_prompt", "title : ")
+    actual, err = encode(project, folder, "--text_format", "hllm", "--item_prompt", "title : ")
     items = [f"i{n}" for n in range(6)]
     texts = as_hllm(project.root / INFORMATION, KEYS, "title : ", items)
     assert texts[1] == texts[4] == "title : "
@@ -164,11 +164,11 @@ def test_a_cache_as_hllm_makes_it(
     assert texts[5] == ""
     empty = begin or pooling == "emb_token"
     for item, text in zip(items[: 5 + empty], texts, strict=False):
-        wanted = state(folder, text, as_saved=True)
-        torch.testing.assert_close(found[item], wanted, rtol=1e-4, atol=1e-5)
+        expected = state(folder, text, as_saved=True)
+        torch.testing.assert_close(actual[item], expected, rtol=1e-4, atol=1e-5)
     # What the log says of items without text is what they get.
     if not empty:
-        assert not found["i5"].any()
+        assert not actual["i5"].any()
     given = {
         (True, "mean"): "the embedding of the tokenizer's begin-of-text token",
         (True, "emb_token"): "the embedding of the tokenizer's begin-of-text token",
@@ -180,8 +180,8 @@ def test_a_cache_as_hllm_makes_it(
 
     plain, err = encode(project, folder, "--item_prompt", "title : ")
     assert f"2 of 6 items have no text and get {given}." in err
-    wanted = state(folder, "title : title: Nonedescription: NA", as_saved=False)
-    torch.testing.assert_close(plain["i1"], wanted, rtol=1e-4, atol=1e-5)
+    expected = state(folder, "title : title: Nonedescription: NA", as_saved=False)
+    torch.testing.assert_close(plain["i1"], expected, rtol=1e-4, atol=1e-5)
     assert torch.equal(plain["i4"], plain["i5"])
 
 

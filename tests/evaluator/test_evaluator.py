@@ -57,9 +57,9 @@ def split() -> Split:
 
 @pytest.fixture(scope="module")
 def table() -> Tensor:
-    found = torch.randn(ITEMS + 1, DIM, generator=torch.Generator().manual_seed(4))
-    found[0] = 0.0
-    return found
+    actual = torch.randn(ITEMS + 1, DIM, generator=torch.Generator().manual_seed(4))
+    actual[0] = 0.0
+    return actual
 
 
 def evaluate(
@@ -92,13 +92,13 @@ def by_hand(split: Split, table: Tensor, phase: str) -> tuple[list[int], list[se
 def test_full_ranking_is_what_one_user_at_a_time_gives(
     split: Split, table: Tensor, phase: str, budget: int
 ) -> None:
-    found = evaluate(split, table, replace(FULL, budget_bytes=budget), phase=phase)
+    actual = evaluate(split, table, replace(FULL, budget_bytes=budget), phase=phase)
     ranks, lists = by_hand(split, table, phase)
-    assert len(found.ranks) == len(ranks)
+    assert len(actual.ranks) == len(ranks)
     assert metrics.UNRANKED in ranks
-    assert found.ranks.tolist() == ranks
-    assert found.metrics["Recall@5"] == pytest.approx(np.mean(np.array(ranks) <= 5))
-    assert found.metrics["Coverage@10"] == pytest.approx(len(set.union(*lists)) / ITEMS)
+    assert actual.ranks.tolist() == ranks
+    assert actual.metrics["Recall@5"] == pytest.approx(np.mean(np.array(ranks) <= 5))
+    assert actual.metrics["Coverage@10"] == pytest.approx(len(set.union(*lists)) / ITEMS)
 
 
 @pytest.mark.parametrize("protocol", [FULL, SAMPLED], ids=["full", "sampled"])
@@ -111,10 +111,10 @@ def test_the_batch_size_changes_nothing(
 
 @pytest.mark.parametrize("protocol", [FULL, SAMPLED], ids=["full", "sampled"])
 def test_a_constant_scorer_gets_no_credit(split: Split, protocol: EvalProtocol) -> None:
-    found = evaluate(split, torch.ones(ITEMS + 1, DIM), protocol)
+    actual = evaluate(split, torch.ones(ITEMS + 1, DIM), protocol)
     # The target shares its score with every item that is not masked: it stands behind them all.
-    assert found.ranks.min() >= (10 if protocol is SAMPLED else ITEMS - 14)
-    assert found.metrics["Recall@5"] == 0.0
+    assert actual.ranks.min() >= (10 if protocol is SAMPLED else ITEMS - 14)
+    assert actual.metrics["Recall@5"] == 0.0
 
 
 def test_candidate_lists_are_fixed_by_seed_and_phase_alone(split: Split) -> None:

@@ -35,7 +35,7 @@ def ranks(
     product: Product = tf32_product,
     budget_bytes: int = 1 << 16,
 ) -> list[int] | None:
-    found = tensor_core_ranks(
+    actual = tensor_core_ranks(
         users,
         lambda start, end: items[start:end],
         len(items) - 1,
@@ -45,7 +45,7 @@ def ranks(
         budget_bytes=budget_bytes,
         product=product,
     )
-    return None if found is None else found.tolist()
+    return None if actual is None else actual.tolist()
 
 
 def exact_ranks(users: Tensor, items: Tensor, targets: Tensor) -> list[int]:
@@ -57,8 +57,8 @@ def exact_ranks(users: Tensor, items: Tensor, targets: Tensor) -> list[int]:
 def test_tf32_by_hand() -> None:
     step = 2.0**-10
     given = [1.0, 1 + step, 1 + step / 4, 1 + step / 2, 1 + 1.5 * step, 1 + 0.51 * step, -3.3, 0.0]
-    wanted = [1.0, 1 + step, 1.0, 1.0, 1 + 2 * step, 1 + step, -3.30078125, 0.0]
-    assert to_tf32(torch.tensor(given)).tolist() == wanted
+    expected = [1.0, 1 + step, 1.0, 1.0, 1 + 2 * step, 1 + step, -3.30078125, 0.0]
+    assert to_tf32(torch.tensor(given)).tolist() == expected
     assert to_tf32(torch.tensor([torch.inf, -torch.inf])).tolist() == [torch.inf, -torch.inf]
 
 
@@ -83,18 +83,18 @@ def near_ties(seed: int, dim: int) -> tuple[Tensor, Tensor, Tensor]:
 @pytest.mark.parametrize("seed", range(3))
 def test_near_ties_have_the_ranks_of_exact_scores(seed: int, dim: int) -> None:
     users, items, targets = near_ties(seed, dim)
-    wanted = exact_ranks(users, items, targets)
-    assert ranks(users, items, targets) == wanted
+    expected = exact_ranks(users, items, targets)
+    assert ranks(users, items, targets) == expected
     rounded = (to_tf32(users) @ to_tf32(items).T)[:, 1:]
     alone = (rounded >= rounded.gather(1, targets.unsqueeze(1) - 1)).sum(dim=1).tolist()
-    assert alone != wanted
+    assert alone != expected
 
 
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("share", [1.0, -1.0], ids=["up", "down"])
 def test_no_error_within_the_bound_changes_a_rank(seed: int, share: float) -> None:
     users, items, targets = near_ties(seed, 64)
-    wanted = exact_ranks(users, items, targets)
+    expected = exact_ranks(users, items, targets)
     gamma = accumulation_error(64)
     rounded_users = to_tf32(users)
     at = 0
@@ -111,7 +111,7 @@ def test_no_error_within_the_bound_changes_a_rank(seed: int, share: float) -> No
         at += len(vectors)
         return (exact + share * signs * limit).float()
 
-    assert ranks(users, items, targets, product=worst) == wanted
+    assert ranks(users, items, targets, product=worst) == expected
     # The bound holds for these products, and is not much larger than their error.
     errors = (to_tf32(items) - items).norm(dim=1) + gamma * to_tf32(items).norm(dim=1)
     bound = error_bound(users, errors.max(), items.norm(dim=1).max()).double()
@@ -139,11 +139,11 @@ def test_where_float32_is_exact_the_ranks_are_its_own(seed: int) -> None:
     seen_items = torch.from_numpy(rng.integers(1, 301, 200))
     seen_rows[0], seen_items[0] = 5, targets[5]
     scores = ranking.full_scores(users, lambda start, end: items[start:end], 300, 100)
-    wanted = ranking.full_ranks(scores, targets, seen_rows, seen_items).tolist()
-    assert wanted[5] == UNRANKED
-    assert ranks(users, items, targets, (seen_rows, seen_items)) == wanted
+    expected = ranking.full_ranks(scores, targets, seen_rows, seen_items).tolist()
+    assert expected[5] == UNRANKED
+    assert ranks(users, items, targets, (seen_rows, seen_items)) == expected
     # In pieces of one pair each.
-    assert ranks(users, items, targets, (seen_rows, seen_items), budget_bytes=1) == wanted
+    assert ranks(users, items, targets, (seen_rows, seen_items), budget_bytes=1) == expected
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, 1e37])
@@ -190,11 +190,11 @@ def test_an_evaluation_has_the_same_ranks(equal: bool, caplog: pytest.LogCapture
     dataset = CachedEmbeddingEvalDataset(leave_one_out(data), "test", 5)
     # Groups of a few users.
     protocol = EvalProtocol("full", (5,), ("Recall",), budget_bytes=4 * 301 * 5)
-    found = [
+    actual = [
         Evaluator(dataset, replace(protocol, tensor_cores=cores), batch_size=4)
         .run(Sums(), torch.device("cpu"))
         .ranks.tolist()
         for cores in (False, True)
     ]
-    assert found[0] == found[1]
+    assert actual[0] == actual[1]
     assert sum("too near the targets" in line for line in caplog.messages) == int(equal)

@@ -42,11 +42,11 @@ def warm_run(project: Project, *more: str) -> None:
 
 def histories(root: Path) -> dict[str, list[str]]:
     """User id -> item ids, oldest first; the file is in that order."""
-    found: dict[str, list[str]] = {}
+    actual: dict[str, list[str]] = {}
     for line in (root / "dataset" / "tiny.csv").read_text().splitlines()[1:]:
         item, user, _ = line.split(",")
-        found.setdefault(user, []).append(item)
-    return found
+        actual.setdefault(user, []).append(item)
+    return actual
 
 
 def test_only_cold_items_compete() -> None:
@@ -89,15 +89,15 @@ def test_every_number_by_hand(project: Project) -> None:
             rivals = [item for item in pool if item not in history and item != target]
             ranks[kind].append(1 + sum(score[item] >= score[target] for item in rivals))
     for kind, items in (("all items", 20), ("cold items", 3)):
-        found = np.array(ranks[kind])
+        actual = np.array(ranks[kind])
         row = rows["item_knn", kind]
-        assert (row["users"], row["items"]) == (len(found), items)
-        assert 0 < len(found) < 30
+        assert (row["users"], row["items"]) == (len(actual), items)
+        assert 0 < len(actual) < 30
         for k in (5, 10):
             entry = row["metrics"][f"Recall@{k}"]
-            assert entry["value"] == pytest.approx((found <= k).mean())
+            assert entry["value"] == pytest.approx((actual <= k).mean())
             assert entry["low"] <= entry["value"] <= entry["high"]
-            gain = np.where(found <= k, 1 / np.log2(found + 1), 0).mean()
+            gain = np.where(actual <= k, 1 / np.log2(actual + 1), 0).mean()
             assert row["metrics"][f"NDCG@{k}"]["value"] == pytest.approx(gain)
     # pop counts 0 for every cold item, and ties count against it: the unseen cold items are above.
     pop = np.array(
@@ -131,8 +131,8 @@ def test_the_fine_tuned_model_on_cold_items(project: Project, transform: str) ->
     past = [extended.item_numbers(items[:-1]) for items in users]
     targets = extended.item_numbers([items[-1] for items in users])
     for row in rows[:2]:
-        found = extended.recommend(extended.build(row["model"]), past, topk=5)
-        hits = (found.items == targets[:, None]).any(axis=1)
+        actual = extended.recommend(extended.build(row["model"]), past, topk=5)
+        hits = (actual.items == targets[:, None]).any(axis=1)
         assert row["metrics"]["Recall@5"]["value"] == pytest.approx(hits.mean())
         assert row["users"] == len(users)
 

@@ -112,8 +112,8 @@ def test_a_merged_model_is_the_run(
 
     # As a plain transformers model.
     model = open_run(run).build("fine-tuned")
-    found = run_snippet(out, monkeypatch, project.llama)["user_vector"]
-    torch.testing.assert_close(found, user_vector(model), rtol=1e-4, atol=1e-5)
+    actual = run_snippet(out, monkeypatch, project.llama)["user_vector"]
+    torch.testing.assert_close(actual, user_vector(model), rtol=1e-4, atol=1e-5)
 
 
 def test_training_goes_on_from_an_exported_item_adapter(project: Project) -> None:
@@ -165,7 +165,7 @@ def test_the_merged_model_of_qlora_is_measured(project: Project) -> None:
     header: Any = ModelCard(content).data
     assert header.library_name == "transformers"
     assert header.license is None
-    listed = {found.metric_type: found.metric_value for found in header.eval_results}
+    listed = {actual.metric_type: actual.metric_value for actual in header.eval_results}
     assert listed == {name: round(value, 6) for name, value in measured["metrics"].items()}
 
 
@@ -190,10 +190,10 @@ def test_an_adapter_is_peft_s(project: Project, monkeypatch: pytest.MonkeyPatch)
     assert yaml.safe_load((out / "config.yaml").read_text())["qlora_quant_type"] == "nf4"
     header: Any = ModelCard((out / "README.md").read_text()).data
     assert header.library_name == "peft"
-    assert {found.metric_type for found in header.eval_results} >= {"NDCG@10", "Recall@20"}
+    assert {actual.metric_type for actual in header.eval_results} >= {"NDCG@10", "Recall@20"}
     model = open_run(run).build("fine-tuned")
-    found = run_snippet(out, monkeypatch, project.llama)["user_vector"]
-    torch.testing.assert_close(found.float(), user_vector(model), rtol=1e-3, atol=1e-3)
+    actual = run_snippet(out, monkeypatch, project.llama)["user_vector"]
+    torch.testing.assert_close(actual.float(), user_vector(model), rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("absolute", [False, True])

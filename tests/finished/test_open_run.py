@@ -33,17 +33,17 @@ def knn() -> ItemKNN:
 @pytest.mark.parametrize("budget", [1, 1 << 20])
 def test_the_best_items_by_hand(budget: int) -> None:
     histories = [np.array([3, 1]), np.array([4])]
-    found = recommend(
+    actual = recommend(
         knn(), histories, topk=3, max_length=8, device=torch.device("cpu"), budget_bytes=budget
     )
     # Cosines to item 1: 0.8 (2), 0 (3, seen), -1 (4). To item 4: 0 (3), -0.8 (2), -1 (1).
-    assert found.items.tolist() == [[2, 4, 0], [3, 2, 1]]
-    assert found.scores[1].tolist() == pytest.approx([0, -0.8, -1])
-    assert found.scores[0, 2] == -np.inf
+    assert actual.items.tolist() == [[2, 4, 0], [3, 2, 1]]
+    assert actual.scores[1].tolist() == pytest.approx([0, -0.8, -1])
+    assert actual.scores[0, 2] == -np.inf
 
 
 def test_seen_items_stay_when_asked() -> None:
-    found = recommend(
+    actual = recommend(
         knn(),
         [np.array([3, 1])],
         topk=2,
@@ -51,7 +51,7 @@ def test_seen_items_stay_when_asked() -> None:
         device=torch.device("cpu"),
         exclude_seen=False,
     )
-    assert found.items.tolist() == [[1, 2]]
+    assert actual.items.tolist() == [[1, 2]]
 
 
 def test_only_the_last_items_are_read() -> None:
@@ -85,10 +85,10 @@ def test_every_model_ranks_as_in_the_run(project: Project, more: tuple[str, ...]
     ]
     targets = items[segments.ends - 1]
     for name in run.models:
-        found = run.recommend(run.build(name), histories, topk=20)
+        actual = run.recommend(run.build(name), histories, topk=20)
         users, ranks = read_ranks(run.folder, name)
         assert users.tolist() == segments.users.tolist()
-        at = found.items == targets[:, None]
+        at = actual.items == targets[:, None]
         assert at.sum() > 0
         # Ties count against the model, so a place may be better than the rank but never worse.
         places = np.where(at.any(axis=1), at.argmax(axis=1) + 1, np.iinfo(np.int64).max)

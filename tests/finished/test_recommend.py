@@ -61,14 +61,14 @@ def by_hand(folder: Path, text: str) -> np.ndarray:
 
 def test_a_user_and_the_same_history(project: Project) -> None:
     train(project, "--val_only", "True")
-    found = ask(project, "--user", "u3", "--topk", "4")
-    assert (found["run"], found["model"], found["user"]) == (RUN, "untrained", "u3")
+    actual = ask(project, "--user", "u3", "--topk", "4")
+    assert (actual["run"], actual["model"], actual["user"]) == (RUN, "untrained", "u3")
     rows = (project.root / "dataset" / "tiny.csv").read_text().splitlines()[1:]
     ids = [row.split(",")[0] for row in rows if row.split(",")[1] == "u3"]
-    assert found["history"] == [{"item_id": i, "title": f"item {i[1:]}"} for i in ids]
+    assert actual["history"] == [{"item_id": i, "title": f"item {i[1:]}"} for i in ids]
     run = open_run(RUN)
     expected = run.recommend(run.build("untrained"), [run.history("u3")], 4)
-    best = found["recommendations"]
+    best = actual["recommendations"]
     known = run.data.interactions.item_ids
     assert [entry["item_id"] for entry in best] == known[expected.items[0]].tolist()
     assert [entry["score"] for entry in best] == pytest.approx(expected.scores[0].tolist())
@@ -119,9 +119,9 @@ def test_the_text_has_titles_and_no_control_codes(encoded: Project) -> None:
 
 def test_new_items_are_scored_by_hand(encoded: Project) -> None:
     train(encoded, "--model", "item_knn")
-    found = ask(encoded, "--history", "n2,i3", "--add_items", "new.csv", "--topk", "99")
-    scores = {entry["item_id"]: entry for entry in found["recommendations"]}
-    assert found["history"][0] == {"item_id": "n2", "title": "item 7 item 8"}
+    actual = ask(encoded, "--history", "n2,i3", "--add_items", "new.csv", "--topk", "99")
+    scores = {entry["item_id"]: entry for entry in actual["recommendations"]}
+    assert actual["history"][0] == {"item_id": "n2", "title": "item 7 item 8"}
     new = by_hand(encoded.llama, f"{PROMPT}title: item 31tag: 2description: 5")
     last = by_hand(encoded.llama, f"{PROMPT}title: item 3tag: 3description: 3")
     cosine = new @ last / np.linalg.norm(new) / np.linalg.norm(last)
@@ -130,14 +130,14 @@ def test_new_items_are_scored_by_hand(encoded: Project) -> None:
     assert not scores["i5"]["new"]
     assert "n2" not in scores
     own = scores["n1"]
-    assert found["new_items"] == [
+    assert actual["new_items"] == [
         {key: own[key] for key in ("item_id", "title", "rank", "score")},
         {"item_id": "n2", "title": "item 7 item 8", "rank": None, "score": None},
     ]
-    assert found["candidates"] == len(scores) == 20
+    assert actual["candidates"] == len(scores) == 20
     short = ask(encoded, "--history", "n2,i3", "--add_items", "new.csv", "--topk", "1")
     assert len(short["recommendations"]) == 1
-    assert short["new_items"] == found["new_items"]
+    assert short["new_items"] == actual["new_items"]
     first = ask(encoded, "--history", "i3,n2", "--add_items", "new.csv", "--topk", "99")
     empty_field = by_hand(encoded.llama, f"{PROMPT}title: item 7 item 8tag: 1")
     cosine = new @ empty_field / np.linalg.norm(new) / np.linalg.norm(empty_field)
@@ -177,8 +177,8 @@ def test_old_items_score_as_before(encoded: Project, transform: str) -> None:
     after = ask(encoded, *history, "--add_items", "new.csv")
     assert before["model"] == after["model"] == "fine-tuned"
     old, new = (
-        {entry["item_id"]: entry["score"] for entry in found["recommendations"]}
-        for found in (before, after)
+        {entry["item_id"]: entry["score"] for entry in actual["recommendations"]}
+        for actual in (before, after)
     )
     assert new.keys() - old.keys() == {"n1", "n2"}
     assert [new[item] for item in old] == pytest.approx(list(old.values()), abs=1e-6)

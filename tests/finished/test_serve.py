@@ -187,15 +187,15 @@ def test_recommendations_are_those_of_the_run(
     models = served.recommend(history=history, topk=topk, exclude_seen=exclude_seen)
     assert [model["name"] for model in models] == list(run.models)
     for model in models:
-        found = run.recommend(
+        actual = run.recommend(
             run.build(model["name"]), [run.item_numbers(history)], topk, exclude_seen
         )
-        left = found.items[0] > 0
+        left = actual.items[0] > 0
         assert left.sum() == min(topk, 20 - exclude_seen * len(history))
         assert [item["item_id"] for item in model["items"]] == data.item_ids[
-            found.items[0][left]
+            actual.items[0][left]
         ].tolist()
-        assert [item["score"] for item in model["items"]] == pytest.approx(found.scores[0][left])
+        assert [item["score"] for item in model["items"]] == pytest.approx(actual.scores[0][left])
         assert all(item["title"] == run.titles[item["item_id"]] for item in model["items"])
         assert "found" not in model
     assert models[0]["items"] != models[1]["items"]
@@ -583,13 +583,13 @@ class Page:
             (section) => [section.querySelector("h2").innerText,
                 [...section.querySelectorAll("li")].map((row) =>
                     [".rank", ".text", ".score"].map((part) => row.querySelector(part).innerText))])"""
-        found = self.chrome.execute_script(script)
-        return [(name, [tuple(row) for row in rows]) for name, rows in found]
+        actual = self.chrome.execute_script(script)
+        return [(name, [tuple(row) for row in rows]) for name, rows in actual]
 
     def expect(self, history: list[str], **more: Any) -> Any:
         """Wait until the columns are the API's for these item ids, and return the API's models."""
         models = self.served.recommend(history=history, **more)
-        wanted = [
+        expected = [
             (
                 model["name"],
                 [
@@ -600,8 +600,8 @@ class Page:
             for model in models
         ]
         with suppress(Exception):
-            self.wait(lambda: self.columns() == wanted)
-        assert self.columns() == wanted
+            self.wait(lambda: self.columns() == expected)
+        assert self.columns() == expected
         return models
 
 

@@ -88,17 +88,17 @@ def test_trials_are_compared_on_validation_only(
     names = [f"trial-{number:04d}" for number in range(3)]
     values = {}
     for name in names:
-        found = result(project, name)
-        assert found["phase"] == "valid"
-        assert [row["name"] for row in found["rows"]] == ["fine-tuned"]
-        values[name] = found["rows"][0]["metrics"]["NDCG@5"]
+        actual = result(project, name)
+        assert actual["phase"] == "valid"
+        assert [row["name"] for row in actual["rows"]] == ["fine-tuned"]
+        values[name] = actual["rows"][0]["metrics"]["NDCG@5"]
     best_first = sorted(names, key=lambda name: -values[name])
     table = rows(project)
     assert list(dict.fromkeys(row["run"] for row in table)) == best_first
     for row in table:
-        found = result(project, row["run"])
-        assert float(row["value"]) == pytest.approx(found["rows"][0]["metrics"][row["metric"]])
-        rate = found["config"]["optim_args"]["learning_rate"]
+        actual = result(project, row["run"])
+        assert float(row["value"]) == pytest.approx(actual["rows"][0]["metrics"][row["metric"]])
+        rate = actual["config"]["optim_args"]["learning_rate"]
         assert float(row["optim_args.learning_rate"]) == rate
     written = (project.root / "runs/sweep/sweep.md").read_text()
     assert written in out
@@ -185,13 +185,13 @@ def test_a_grid_takes_each_point_once_and_failures_are_told(project: Project) ->
     code, out, err = sweep(project, plan_of(project, search, sampler="grid", trials=9))
     assert code == 0, err
     table = rows(project)
-    found = {(row["loss"], row["negatives"]): row for row in table}
-    assert len(found) == 4
-    failed = found["bce", "catalogue"]
+    actual = {(row["loss"], row["negatives"]): row for row in table}
+    assert len(actual) == 4
+    failed = actual["bce", "catalogue"]
     assert failed["state"] == "failed"
     assert "is a full softmax and needs loss: nce" in failed["problem"]
     assert f"{failed['run']} failed: " in out
-    assert sum(row["state"] == "complete" for row in found.values()) == 3
+    assert sum(row["state"] == "complete" for row in actual.values()) == 3
 
 
 def test_a_trial_below_the_others_is_ended_early(

@@ -114,8 +114,8 @@ def test_everything_after_reads_the_trained_item_llm(
     asked = ["--run", "saved/run", "--dataset", "tiny", "--json"]
     code, out, err = project.call(cold_start_main, asked)
     assert code == 0, err
-    found = {(row["model"], row["candidates"]) for row in json.loads(out)}
-    assert ("fine-tuned", "cold items") in found
+    actual = {(row["model"], row["candidates"]) for row in json.loads(out)}
+    assert ("fine-tuned", "cold items") in actual
 
     # export: both LLMs, and one more evaluation with what lies in the folder.
     asked = ["--run", "saved/run", "--out", "out", "--dtype", "float32", "--evaluate", "True"]

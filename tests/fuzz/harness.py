@@ -160,10 +160,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not chosen:
             parser.error(f"no target is called {args.target}")
         for target in chosen:
-            found = fuzz(target, folder, seconds=args.seconds, seed=args.seed)
+            actual = fuzz(target, folder, seconds=args.seconds, seed=args.seed)
             sys.stdout.write(
-                f"{target.name}: {found.inputs} inputs, {found.accepted} read, "
-                f"{found.refused} refused\n"
+                f"{target.name}: {actual.inputs} inputs, {actual.accepted} read, "
+                f"{actual.refused} refused\n"
             )
     return 0
 

@@ -29,11 +29,11 @@ def _interactions() -> Target:
     def read(folder: Path, data: bytes) -> None:
         path = folder / "interactions.csv"
         path.write_bytes(data)
-        found = read_interactions(path)
-        assert found.offsets[-1] == len(found.items) == len(found.timestamps)
-        assert found.items.min() >= 1
-        assert found.items.max() <= found.num_items
-        assert len(set(found.user_ids)) == found.num_users
+        actual = read_interactions(path)
+        assert actual.offsets[-1] == len(actual.items) == len(actual.timestamps)
+        assert actual.items.min() >= 1
+        assert actual.items.max() <= actual.num_items
+        assert len(set(actual.user_ids)) == actual.num_users
 
     head = b"item_id,user_id,timestamp\n"
     seeds = [
@@ -50,8 +50,8 @@ def _information() -> Target:
     def read(folder: Path, data: bytes) -> None:
         path = folder / "information.csv"
         path.write_bytes(data)
-        found = read_item_texts(path, ["title", "tag"], "P ")
-        assert len(found.item_ids) == len(found.texts) == len(set(found.item_ids))
+        actual = read_item_texts(path, ["title", "tag"], "P ")
+        assert len(actual.item_ids) == len(actual.texts) == len(set(actual.item_ids))
 
     seeds = [
         b"item_id,title,tag\ni1,A title,drama\ni2,,\n",
@@ -143,9 +143,9 @@ def _model_folder(folder: Path) -> list[Target]:
         kept = target.read_bytes() if target.exists() else None
         target.write_bytes(data)
         try:
-            found = load_model_config(model)
-            check_decoder(model_kind(found), model)
-            check_shapes(found, check_files(model), model)
+            actual = load_model_config(model)
+            check_decoder(model_kind(actual), model)
+            check_shapes(actual, check_files(model), model)
             read_extra(model)
         finally:
             if kept is None:

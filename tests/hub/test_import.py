@@ -123,9 +123,9 @@ def near_hub(
         monkeypatch.setenv(name, "127.0.0.1")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.chdir(tmp_path)
-    found = NearHub(hub, monkeypatch, capsys, tmp_path / "hub")
-    found.move_to(hub.url)
-    return found
+    actual = NearHub(hub, monkeypatch, capsys, tmp_path / "hub")
+    actual.move_to(hub.url)
+    return actual
 
 
 def local(side: str, hllm: TinyHllm, out: Path, *more: str) -> int:
@@ -159,10 +159,10 @@ def flipped(content: bytes) -> bytes:
 
 def weights(folder: Path) -> dict[str, Tensor]:
     """All weights of a model folder, whatever its shards."""
-    found: dict[str, Tensor] = {}
+    actual: dict[str, Tensor] = {}
     for path in folder.glob("model*.safetensors"):
-        found |= load_file(path)
-    return found
+        actual |= load_file(path)
+    return actual
 
 
 # --- from the hub through to an evaluation -------------------------------------------------------
@@ -244,16 +244,16 @@ def test_from_the_hub_to_an_evaluation(hllm: TinyHllm, hub: Hub, project: Projec
     code, _, err = project.run(*flags[len(project.arguments) :], "--val_only", "True")
     assert code == 0, err
 
-    wanted = original_ranks(hllm, root)
+    expected = original_ranks(hllm, root)
     users, ranks = read_ranks(root / "saved" / "tiny-baseline", "untrained")
     names = read_interactions(root / "dataset" / "tiny.csv").user_ids
-    assert {str(names[u]): int(rank) for u, rank in zip(users, ranks, strict=True)} == wanted
-    assert len(set(wanted.values())) > 3
+    assert {str(names[u]): int(rank) for u, rank in zip(users, ranks, strict=True)} == expected
+    assert len(set(expected.values())) > 3
     result = json.loads((root / "saved" / "tiny-baseline" / "result.json").read_text())
     assert result["user_llm"]["source"] == manifest["source"]
     assert result["cache"]["model_source"] == manifest["source"]["sha256"]
     metrics = result["rows"][0]["metrics"]
-    values = np.array(list(wanted.values()))
+    values = np.array(list(expected.values()))
     assert metrics["Recall@5"] == pytest.approx(np.mean(values <= 5))
     gains = np.where(values <= 10, 1 / np.log2(values + 1), 0.0)
     assert metrics["NDCG@10"] == pytest.approx(gains.mean())
@@ -443,16 +443,16 @@ def test_weights_are_the_originals_in_the_dtype(
     out = tmp_path / "out"
     assert local(side, hllm, out, "--dtype", dtype, "--max_shard_size", "60KB") == 0
     original = getattr(hllm, side).model.state_dict()
-    found = weights(out)
+    actual = weights(out)
     if side == "user":
-        assert found["embed_tokens.weight"].shape == (1, 64)
+        assert actual["embed_tokens.weight"].shape == (1, 64)
         original["embed_tokens.weight"] = torch.zeros(1, 64)
-    assert found.keys() == original.keys()
+    assert actual.keys() == original.keys()
     for name, value in original.items():
-        assert torch.equal(found[name], value.to(getattr(torch, dtype)))
+        assert torch.equal(actual[name], value.to(getattr(torch, dtype)))
     index = json.loads((out / "model.safetensors.index.json").read_text())
     assert index["weight_map"].keys() == original.keys()
-    assert index["metadata"]["total_size"] == sum(value.nbytes for value in found.values())
+    assert index["metadata"]["total_size"] == sum(value.nbytes for value in actual.values())
     shards = [path.stat().st_size for path in out.glob("model-*.safetensors")]
     assert len(shards) > 2
     assert max(shards) < 60_000 + 4_000
@@ -473,12 +473,12 @@ def test_transformers_loads_the_folder_with_no_weight_missing(
     assert not info["unexpected_keys"]
     assert not info["mismatched_keys"]
     inputs = torch.randn(2, 5, 64, generator=torch.Generator().manual_seed(0))
-    wanted = getattr(hllm, side).model(inputs_embeds=inputs).last_hidden_state
-    torch.testing.assert_close(model.eval()(inputs_embeds=inputs).last_hidden_state, wanted)
+    expected = getattr(hllm, side).model(inputs_embeds=inputs).last_hidden_state
+    torch.testing.assert_close(model.eval()(inputs_embeds=inputs).last_hidden_state, expected)
     decoder = load_decoder(
         out, dtype=torch.float32, attention="sdpa", keep_token_embedding=side == "item"
     )
-    torch.testing.assert_close(decoder.eval()(inputs_embeds=inputs).last_hidden_state, wanted)
+    torch.testing.assert_close(decoder.eval()(inputs_embeds=inputs).last_hidden_state, expected)
 
 
 @pytest.mark.parametrize(("stored", "used"), [(2.5, 2.5), (7.0, math.log(100)), (-1.0, 0.0)])
@@ -528,9 +528,9 @@ def test_variants_of_the_layout_are_read(hllm: TinyHllm, tmp_path: Path, case: s
     more = ("--from_file", str(tmp_path / "variant.bin"), "--dtype", "float16")
     assert local("user", hllm, tmp_path / "variant", *more) == 0
     assert local("user", hllm, tmp_path / "plain", "--dtype", "float16") == 0
-    found, wanted = weights(tmp_path / "variant"), weights(tmp_path / "plain")
-    assert found.keys() == wanted.keys()
-    assert all(torch.equal(value, found[name]) for name, value in wanted.items())
+    actual, expected = weights(tmp_path / "variant"), weights(tmp_path / "plain")
+    assert actual.keys() == expected.keys()
+    assert all(torch.equal(value, actual[name]) for name, value in expected.items())
 
 
 def test_a_checkpoint_trained_with_mean_pooling_is_mean_pooled(
@@ -557,9 +557,9 @@ def test_a_checkpoint_trained_with_mean_pooling_is_mean_pooled(
     # HLLM: the sum of the last hidden states over the number of tokens.
     tokens = torch.tensor([[3, 5, 7]])
     with torch.no_grad():
-        wanted = hllm.item.model(tokens).last_hidden_state.sum(dim=1) / 3
-    found = encoder.encode([tokens[0].numpy()])
-    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+        expected = hllm.item.model(tokens).last_hidden_state.sum(dim=1) / 3
+    actual = encoder.encode([tokens[0].numpy()])
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
 
 
 # --- what is refused -----------------------------------------------------------------------------
@@ -802,9 +802,9 @@ def test_memory_does_not_grow_with_the_checkpoint(
     )
     where = ("--from_file", str(file), "--base_dir", str(medium / "base"))
     more = ("--dtype", "float32", "--max_shard_size", "12MB", "--out", f"{tmp_path}/medium")
-    found = peak_bytes([*where, *more])
+    actual = peak_bytes([*where, *more])
     # One shard of at most 12 MB mapped and copied, against 134 MB of the side that is written.
-    assert found - plain < 60e6
+    assert actual - plain < 60e6
 
 
 def test_a_terminated_import_leaves_nothing(medium: Path, tmp_path: Path) -> None:

@@ -105,10 +105,10 @@ def trained(llama: Path, captured: bool) -> tuple[list[float], list[torch.Tensor
 
 @pytest.mark.usefixtures("emulated_varlen")
 def test_training_is_the_same(llama: Path) -> None:
-    wanted, weights, _ = trained(llama, captured=False)
-    found, own_weights, graphs = trained(llama, captured=True)
+    expected, weights, _ = trained(llama, captured=False)
+    actual, own_weights, graphs = trained(llama, captured=True)
     assert graphs >= 1
-    assert found == pytest.approx(wanted, rel=1e-5)
+    assert actual == pytest.approx(expected, rel=1e-5)
     for own, other in zip(own_weights, weights, strict=True):
         torch.testing.assert_close(own, other, rtol=1e-5, atol=1e-6)
 
@@ -123,13 +123,13 @@ def test_a_failing_capture_costs_nothing_but_a_line(
     given = batches()[0]
     for _ in range(5):
         loss = graphs.step(given)
-    wanted = model(given)
-    assert loss.item() == pytest.approx(wanted.item())
-    gradients = torch.autograd.grad(wanted, [p for p in model.parameters() if p.requires_grad])
+    expected = model(given)
+    assert loss.item() == pytest.approx(expected.item())
+    gradients = torch.autograd.grad(expected, [p for p in model.parameters() if p.requires_grad])
     own = [p.grad for p in model.parameters() if p.requires_grad]
-    for found, one in zip(own, gradients, strict=True):
-        assert found is not None
-        torch.testing.assert_close(found, 5 * one, rtol=1e-4, atol=1e-5)
+    for actual, one in zip(own, gradients, strict=True):
+        assert actual is not None
+        torch.testing.assert_close(actual, 5 * one, rtol=1e-4, atol=1e-5)
     assert not graphs.enabled
     assert sum("could not be captured" in line for line in caplog.messages) == 1
 
@@ -170,11 +170,11 @@ def test_layers_that_do_not_compile_run_as_they_are(
 
     decoder: nn.Module = load_decoder(llama, dtype=torch.float32, attention="sdpa")
     vectors = torch.randn(1, 4, 64)
-    wanted = decoder(inputs_embeds=vectors).last_hidden_state
+    expected = decoder(inputs_embeds=vectors).last_hidden_state
     names = set(decoder.state_dict())
     monkeypatch.setattr(torch, "compile", broken)
     assert compile_layers(decoder) == 2
-    torch.testing.assert_close(decoder(inputs_embeds=vectors).last_hidden_state, wanted)
+    torch.testing.assert_close(decoder(inputs_embeds=vectors).last_hidden_state, expected)
     assert set(decoder.state_dict()) == names
     assert sum("no compiler" in line for line in caplog.messages) == 1
 
@@ -259,16 +259,16 @@ class EmulatedEncodings(EncodingGraphs):
 def test_user_vectors_from_captured_encodings(llama: Path) -> None:
     model = recommender(llama).eval()
     given = [(batch.history, batch.positions, batch.cu_lengths) for batch in batches()]
-    wanted = [model.row_user_vectors(*parts) for parts in given]
+    expected = [model.row_user_vectors(*parts) for parts in given]
     graphs = EmulatedEncodings(model.row_user_vectors, CPU)
     # All at once, so that a result that the next replay overwrites would be seen.
-    found = [graphs(*parts) for parts in given * 3]
+    actual = [graphs(*parts) for parts in given * 3]
     assert graphs.graphs >= 1
-    for own, other in zip(found, wanted * 3, strict=True):
+    for own, other in zip(actual, expected * 3, strict=True):
         assert torch.equal(own, other)
     graphs.release()
     assert graphs.graphs == 0
-    assert torch.equal(graphs(*given[0]), wanted[0])
+    assert torch.equal(graphs(*given[0]), expected[0])
 
 
 def test_an_encoding_that_cannot_be_captured_costs_a_line(caplog: pytest.LogCaptureFixture) -> None:

@@ -51,7 +51,7 @@ def test_the_reference_attends_within_each_sequence(
     q = rng.normal(size=(total, heads, 8))
     k, v = rng.normal(size=(2, total, kv_heads, 8))
     cu = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32)
-    found = reference_varlen_attn(
+    actual = reference_varlen_attn(
         torch.from_numpy(q),
         torch.from_numpy(k),
         torch.from_numpy(v),
@@ -65,8 +65,8 @@ def test_the_reference_attends_within_each_sequence(
     )
     for start, end in zip(cu[:-1].tolist(), cu[1:].tolist(), strict=True):
         part = slice(start, end)
-        wanted = causal_by_hand(q[part], k[part], v[part], 0.3, window)
-        np.testing.assert_allclose(found[part].numpy(), wanted, rtol=1e-6, atol=1e-9)
+        expected = causal_by_hand(q[part], k[part], v[part], 0.3, window)
+        np.testing.assert_allclose(actual[part].numpy(), expected, rtol=1e-6, atol=1e-9)
 
 
 @given(LENGTHS, st.sampled_from([1, 2, 4]), st.sampled_from([1, 2, 4]), st.integers(0, 99))
@@ -80,17 +80,17 @@ def test_transformers_layout_reaches_the_kernel(
     q = torch.randn(1, heads, total, 8, generator=generator)
     k, v = torch.randn(2, 1, kv_heads, total, 8, generator=generator)
     cu = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32)
-    found, weights = varlen_attention_forward(
+    actual, weights = varlen_attention_forward(
         torch.nn.Identity(), q, k, v, None, 0.0, 0.3, cu_seq_lens_q=cu, max_length_q=9
     )
     assert weights is None
-    assert found.shape == (1, total, heads, 8)
+    assert actual.shape == (1, total, heads, 8)
     for start, end in zip(cu[:-1].tolist(), cu[1:].tolist(), strict=True):
         own_q, own_k, own_v = (x[:, :, start:end] for x in (q, k, v))
-        wanted = F.scaled_dot_product_attention(
+        expected = F.scaled_dot_product_attention(
             own_q, own_k, own_v, is_causal=True, scale=0.3, enable_gqa=True
         )
-        torch.testing.assert_close(found[:, start:end], wanted.transpose(1, 2))
+        torch.testing.assert_close(actual[:, start:end], expected.transpose(1, 2))
 
 
 def test_the_causal_argument_of_either_torch() -> None:
@@ -114,7 +114,7 @@ def test_a_row_of_histories_gives_the_states_of_each_alone(
         layout = one_row(np.array(lengths), buckets)
         padded = F.pad(history, (0, layout.padding))
         with torch.no_grad():
-            found = encoder(
+            actual = encoder(
                 padded, torch.from_numpy(layout.positions), torch.from_numpy(layout.cu_lengths)
             )[0]
             for start, end in zip(
@@ -123,8 +123,8 @@ def test_a_row_of_histories_gives_the_states_of_each_alone(
                 strict=True,
             ):
                 alone = encoder(history[:, start:end])[0]
-                torch.testing.assert_close(found[start:end], alone, rtol=1e-4, atol=1e-5)
-        assert found.isfinite().all()
+                torch.testing.assert_close(actual[start:end], alone, rtol=1e-4, atol=1e-5)
+        assert actual.isfinite().all()
 
 
 @given(LENGTHS, st.integers(1, 40), st.integers(0, 4), st.integers(9, 12))
@@ -174,11 +174,11 @@ def test_the_kernel_computes_what_the_reference_does() -> None:
     cu = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32, device="cuda")
     q = torch.randn(1, 8, 91, 64, generator=generator, device="cuda", dtype=torch.bfloat16)
     k, v = torch.randn(2, 1, 2, 91, 64, generator=generator, device="cuda", dtype=torch.bfloat16)
-    found, _ = varlen_attention_forward(
+    actual, _ = varlen_attention_forward(
         torch.nn.Identity(), q, k, v, None, 0.0, 0.125, cu_seq_lens_q=cu, max_length_q=50
     )
     q, k, v = (part[0].transpose(0, 1).float() for part in (q, k, v))
-    wanted = reference_varlen_attn(
+    expected = reference_varlen_attn(
         q, k, v, cu, cu, 50, 50, scale=0.125, window_size=(-1, 0), enable_gqa=True
     )
-    torch.testing.assert_close(found[0].float(), wanted, rtol=2e-2, atol=1e-2)
+    torch.testing.assert_close(actual[0].float(), expected, rtol=2e-2, atol=1e-2)

@@ -64,7 +64,7 @@ def interactions(rng: np.random.Generator, users: int) -> Interactions:
 
 def transitions(data: Interactions) -> list[tuple[list[int], int]]:
     """Every (history, next item) of the training pieces, cut by hand."""
-    found = []
+    actual = []
     for user in range(data.num_users):
         own = data.items[data.offsets[user] : data.offsets[user + 1] - 2].tolist()
         pieces = [own] if len(own) <= LENGTH else []
@@ -72,8 +72,8 @@ def transitions(data: Interactions) -> list[tuple[list[int], int]]:
             pieces.append(own[-LENGTH - 1 :])
             own = own[: -LENGTH - 1]
         for piece in pieces:
-            found += [(piece[: n + 1], piece[n + 1]) for n in range(len(piece) - 1)]
-    return found
+            actual += [(piece[: n + 1], piece[n + 1]) for n in range(len(piece) - 1)]
+    return actual
 
 
 def cosine(a: np.ndarray, b: np.ndarray) -> float:
@@ -173,13 +173,13 @@ def test_a_batch_costs_what_the_formula_says(kind: LossSettings, users: int, see
     assert model.take_negative_counts().tolist() == reference_counts(pairs, table, pool, kind)
     assert model.take_negative_counts().tolist() == [0, 0, 0, 0]
     step = 1e-5
-    wanted = np.zeros_like(matrix)
+    expected = np.zeros_like(matrix)
     for place in np.ndindex(matrix.shape):
         shift = np.zeros_like(matrix)
         shift[place] = step
-        wanted[place] = (value(matrix + shift) - value(matrix - shift)) / (2 * step)
+        expected[place] = (value(matrix + shift) - value(matrix - shift)) / (2 * step)
     assert encoder.matrix.grad is not None
-    np.testing.assert_allclose(encoder.matrix.grad.numpy(), wanted, rtol=2e-3, atol=2e-4)
+    np.testing.assert_allclose(encoder.matrix.grad.numpy(), expected, rtol=2e-3, atol=2e-4)
     if kind.loss == "nce":
         slope = (value(matrix, 1.3 + step) - value(matrix, 1.3 - step)) / (2 * step)
         assert model.logit_scale.grad is not None
@@ -252,4 +252,4 @@ def test_a_bucket_lists_as_many_items_whatever_is_in_it() -> None:
         assert set(batch.items.tolist()) == {0, *uses.tolist()}
     # By hand: 16 positions, one item more for each of 4 sequences, and one 0.
     assert sizes[16] == {21}
-    assert all(len(found) == 1 for found in sizes.values())
+    assert all(len(actual) == 1 for actual in sizes.values())

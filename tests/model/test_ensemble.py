@@ -49,10 +49,10 @@ def test_scores_are_the_weighted_sum_of_z_scores(
         z = (scores - scores.mean(axis=1, keepdims=True)) / scores.std(axis=1, keepdims=True)
         expected += weight * z
     users = ensemble.user_vectors(history, lengths)
-    found = (users @ ensemble.item_slice(1, 41).T).double().numpy()
+    actual = (users @ ensemble.item_slice(1, 41).T).double().numpy()
     # A constant a user is left out: it changes no ranking.
     np.testing.assert_allclose(
-        found - found.mean(axis=1, keepdims=True), expected, rtol=0, atol=1e-5
+        actual - actual.mean(axis=1, keepdims=True), expected, rtol=0, atol=1e-5
     )
     items = torch.tensor([[4, 0], [40, 1]])
     assert torch.equal(ensemble.item_vectors(items), ensemble.item_slice(0, 41)[items])

@@ -48,13 +48,13 @@ def test_a_dequantised_product_is_bitsandbytes(kind: str, double: bool) -> None:
     layer.to("cpu")
     x = torch.randn(3, 5, 128, requires_grad=True)
     upstream = torch.randn(3, 5, 64)
-    wanted = layer(x)
-    (wanted_grad,) = torch.autograd.grad((wanted * upstream).sum(), x)
+    expected = layer(x)
+    (wanted_grad,) = torch.autograd.grad((expected * upstream).sum(), x)
     dequantize_in_training(layer)
     assert type(layer) is Linear4bit
-    found = layer(x)
-    (grad,) = torch.autograd.grad((found * upstream).sum(), x)
-    torch.testing.assert_close(found, wanted)
+    actual = layer(x)
+    (grad,) = torch.autograd.grad((actual * upstream).sum(), x)
+    torch.testing.assert_close(actual, expected)
     torch.testing.assert_close(grad, wanted_grad)
 
 
@@ -99,8 +99,8 @@ def test_lora_layers_compute_what_pefts_do(llama: Path, kind: str, training: boo
         model.zero_grad()
         states.pow(2).sum().backward()
         results.append((states.detach(), [p.grad for p in model.parameters() if p.requires_grad]))
-    (wanted, gradients), (found, found_gradients) = results
-    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+    (expected, gradients), (actual, found_gradients) = results
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
     for own, other in zip(found_gradients, gradients, strict=True):
         torch.testing.assert_close(own, other, rtol=1e-4, atol=1e-4)
 
@@ -139,12 +139,12 @@ def test_norms_are_replaced_where_they_compute_the_same() -> None:
         if "norm" in name:
             nn.init.normal_(weight, 1.0, 0.3)
     vectors = torch.randn(2, 5, 32)
-    wanted = model(inputs_embeds=vectors).last_hidden_state
+    expected = model(inputs_embeds=vectors).last_hidden_state
     names = set(model.state_dict())
     assert fuse_norms(model) == 5
     assert isinstance(model.norm, RMSNorm)
     assert set(model.state_dict()) == names
-    torch.testing.assert_close(model(inputs_embeds=vectors).last_hidden_state, wanted)
+    torch.testing.assert_close(model(inputs_embeds=vectors).last_hidden_state, expected)
     gemma = AutoModel.from_config(Gemma2Config(**sizes))
     for name, weight in gemma.named_parameters():
         if "norm" in name:

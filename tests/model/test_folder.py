@@ -118,8 +118,8 @@ def test_damaged_weights_are_refused(wide: Path, tmp_path: Path, content: bytes)
 
 
 def test_a_result_records_its_user_llm(project: Project) -> None:
-    for model, wanted in (("HLLM", fingerprint(project.llama)), ("pop", None)):
+    for model, expected in (("HLLM", fingerprint(project.llama)), ("pop", None)):
         code, _, err = project.run("--model", model, "--val_only", "True", "--run_name", model)
         assert code == 0, err
         result = json.loads((project.root / "saved" / model / "result.json").read_text())
-        assert result["user_llm_fingerprint"] == wanted
+        assert result["user_llm_fingerprint"] == expected

@@ -65,8 +65,8 @@ def test_a_narrower_projection_is_the_best_of_its_rank() -> None:
     # numpy's singular vectors give the best approximation of the Gram matrix.
     _, _, directions = np.linalg.svd(unit.numpy(), full_matrices=False)
     best = torch.from_numpy(unit.numpy() @ directions[:3].T)
-    found = unit @ (second @ first).T.double()
-    torch.testing.assert_close(cosines(found), cosines(best), rtol=0, atol=1e-4)
+    actual = unit @ (second @ first).T.double()
+    torch.testing.assert_close(cosines(actual), cosines(best), rtol=0, atol=1e-4)
 
 
 def test_a_low_rank_projection_has_that_rank() -> None:
@@ -105,18 +105,18 @@ def test_id_dropout_leaves_out_whole_vectors_and_is_off_in_evaluation() -> None:
     with torch.no_grad():
         table.id_vectors[1:] = torch.arange(1, 2001).unsqueeze(1)
     items = torch.arange(1, 2001)
-    wanted = table.id_vectors[1:].detach()
+    expected = table.id_vectors[1:].detach()
     for read in (table(items), torch.cat([piece() for piece in table.chunks(300)])):
         dropped = (read == 0).all(dim=1)
         assert 0.25 < dropped.float().mean() < 0.35
-        assert torch.equal(read[~dropped], wanted[~dropped])
+        assert torch.equal(read[~dropped], expected[~dropped])
     again = [torch.stack([piece() for piece in pieces]) for pieces in [table.chunks(500)] * 2]
     assert torch.equal(*again)
     # Every occurrence is drawn by itself.
     assert 0 < (table(items.new_full((200,), 7)) == 0).all(dim=1).sum() < 200
     table.eval()
-    assert torch.equal(table(items), wanted)
-    assert torch.equal(torch.cat([piece() for piece in table.chunks(300)]), wanted)
+    assert torch.equal(table(items), expected)
+    assert torch.equal(torch.cat([piece() for piece in table.chunks(300)]), expected)
 
 
 def test_gradients_of_id_vectors_equal_a_float64_reference() -> None:

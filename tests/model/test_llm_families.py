@@ -111,11 +111,11 @@ def test_states_are_plain_transformers_and_do_not_look_ahead(
     history = torch.tensor([[3, 1, 2, 7], [3, 1, 9, 8]])
     plain = AutoModel.from_pretrained(folders[family]).eval()
     with torch.no_grad():
-        found = model(history)
-        wanted = plain(inputs_embeds=model.items(history)).last_hidden_state
-    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(found[0, :2], found[1, :2], rtol=1e-4, atol=1e-5)
-    assert not torch.allclose(found[0, 2], found[1, 2])
+        actual = model(history)
+        expected = plain(inputs_embeds=model.items(history)).last_hidden_state
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(actual[0, :2], actual[1, :2], rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(actual[0, 2], actual[1, 2])
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -178,15 +178,15 @@ def test_estimates_hold_for_other_families(tmp_path: Path, family: str, kind: An
     make, target = FAMILIES[family]
     folder = make_model(tmp_path / family, make(192))
     attention: Literal["sdpa", "eager"] = "eager" if family in WITHOUT_SDPA else "sdpa"
-    wanted = replace(
+    expected = replace(
         shape(folder, quant_type=kind, lora_targets=(target,), masked_row=40), attention=attention
     )
-    model = real_model(folder, wanted)
-    assert memory.weight_bytes(wanted) == real_weight_bytes(model)
+    model = real_model(folder, expected)
+    assert memory.weight_bytes(expected) == real_weight_bytes(model)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     # And the logit scale.
-    assert memory.estimate(wanted, 4).adapters == 4 * (trained + 1)
-    layer, rest = memory.saved_bytes_per_token(wanted)
+    assert memory.estimate(expected, 4).adapters == 4 * (trained + 1)
+    layer, rest = memory.saved_bytes_per_token(expected)
     real = saved_by_autograd(model.train(), mixed=False, packed=True)
     assert 6 * 40 * (2 * layer + rest) == pytest.approx(real, rel=0.05)
 
@@ -204,11 +204,11 @@ def test_llamas_target_names_are_refused(
 
 
 def test_targets_are_matched_as_peft_does(folders: dict[str, Path]) -> None:
-    for wanted in (("all-linear",), ("attn.c_proj",), ("c_proj",), ("h.1.mlp.c_fc", "c_attn")):
-        settings = LoraSettings(4, 8, 0.0, wanted, "none")
+    for expected in (("all-linear",), ("attn.c_proj",), ("c_proj",), ("h.1.mlp.c_fc", "c_attn")):
+        settings = LoraSettings(4, 8, 0.0, expected, "none")
         adapted = add_lora(load(folders["gpt2"]), settings, False)
         real = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
-        counted = shape(folders["gpt2"], lora_targets=wanted)
+        counted = shape(folders["gpt2"], lora_targets=expected)
         assert sum(memory.trained_sizes(counted)) == real + 1
 
 
@@ -223,8 +223,8 @@ def test_a_target_may_name_its_layer(project: Project, folders: dict[str, Path])
 def test_attention_follows_what_the_model_has(project: Project, folders: dict[str, Path]) -> None:
     for family, folder in folders.items():
         kind = model_kind(load_model_config(folder))
-        wanted = "eager" if family in WITHOUT_SDPA else "sdpa"
-        assert choose_attention("auto", True, CPU, False, kind) == wanted
+        expected = "eager" if family in WITHOUT_SDPA else "sdpa"
+        assert choose_attention("auto", True, CPU, False, kind) == expected
     where = ("--user_pretrain_dir", str(folders["gemma2"]), "--val_only", "True")
     code, _, err = project.run(*where)
     assert code == 0
@@ -277,9 +277,9 @@ def test_items_are_encoded(project: Project, folders: dict[str, Path], family: s
     )["input_ids"]
     plain = AutoModel.from_pretrained(folder, attn_implementation="eager").eval()
     with torch.no_grad():
-        wanted = plain(input_ids=ids).last_hidden_state.mean(dim=1)[0]
-    found = cache.embeddings[cache.item_ids.index("i3")]
-    torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-4)
+        expected = plain(input_ids=ids).last_hidden_state.mean(dim=1)[0]
+    actual = cache.embeddings[cache.item_ids.index("i3")]
+    torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-4)
 
 
 def test_layers_and_vocabulary_are_counted(folders: dict[str, Path]) -> None:

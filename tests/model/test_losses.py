@@ -92,13 +92,13 @@ def check_gradients(
     value: Callable[[dict[str, Array]], float],
 ) -> None:
     """Compare every tensor's gradient with numeric derivatives of the reference."""
-    for name, found in tensors.items():
+    for name, actual in tensors.items():
 
         def at(x: Array, name: str = name) -> float:
             return value({**values, name: x})
 
-        wanted = numeric_gradient(at, values[name])
-        close(found.grad, wanted.reshape(found.shape), rtol=2e-3, atol=2e-3)
+        expected = numeric_gradient(at, values[name])
+        close(actual.grad, expected.reshape(actual.shape), rtol=2e-3, atol=2e-3)
 
 
 def far_from_threshold(p: Array, pool: Array, threshold: float) -> bool:
@@ -126,13 +126,13 @@ def test_info_nce_and_its_gradients(
     def reference(v: dict[str, Array]) -> float:
         return reference_nce(v["q"], v["p"], v["pool"], float(v["scale"][0]), 0.99)
 
-    found = {name: tensor(value) for name, value in values.items()}
+    actual = {name: tensor(value) for name, value in values.items()}
     loss = losses.info_nce(
-        found["q"], found["p"], found["pool"], found["scale"].sum(), 0.99, budget_bytes=budget
+        actual["q"], actual["p"], actual["pool"], actual["scale"].sum(), 0.99, budget_bytes=budget
     )
     assert loss.item() == pytest.approx(reference(values), rel=1e-4, abs=1e-4)
     loss.backward()
-    check_gradients(found, values, reference)
+    check_gradients(actual, values, reference)
 
 
 @given(shapes, st.sampled_from([1 << 28, 1]))
@@ -152,13 +152,13 @@ def test_binary_cross_entropy_and_its_gradients(
     def reference(v: dict[str, Array]) -> float:
         return reference_bce(v["q"], v["p"], v["pool"], excluded)
 
-    found = {name: tensor(value) for name, value in values.items()}
+    actual = {name: tensor(value) for name, value in values.items()}
     loss = losses.binary_cross_entropy(
-        found["q"], found["p"], found["pool"], torch.tensor(excluded), budget
+        actual["q"], actual["p"], actual["pool"], torch.tensor(excluded), budget
     )
     assert loss.item() == pytest.approx(reference(values), rel=1e-4)
     loss.backward()
-    check_gradients(found, values, reference)
+    check_gradients(actual, values, reference)
 
 
 @given(shapes, st.floats(0.0, math.log(100)), st.booleans(), st.sampled_from([1 << 28, 1]))
@@ -179,18 +179,18 @@ def test_catalogue_softmax_and_its_gradients(
     def reference(v: dict[str, Array]) -> float:
         return reference_softmax(v["q"], v["items"], targets, float(v["scale"][0]), cosine)
 
-    found = {name: tensor(value) for name, value in values.items()}
+    actual = {name: tensor(value) for name, value in values.items()}
     loss = losses.catalogue_softmax(
-        found["q"],
-        found["items"],
+        actual["q"],
+        actual["items"],
         torch.tensor(targets),
-        found["scale"].sum(),
+        actual["scale"].sum(),
         cosine=cosine,
         budget_bytes=budget,
     )
     assert loss.item() == pytest.approx(reference(values), rel=1e-4, abs=1e-4)
     loss.backward()
-    check_gradients(found, values, reference)
+    check_gradients(actual, values, reference)
 
 
 def test_nce_by_hand() -> None:
@@ -278,7 +278,7 @@ def test_a_chunked_catalogue_has_the_plain_loss_and_gradients(
     for weight in table.parameters():
         weight.data = torch.randn(weight.shape, generator=generator) * 0.3
     targets = torch.randint(count, (rows,), generator=generator)
-    found = []
+    actual = []
     for plain in (False, True):
         table.zero_grad()
         query = q.clone().requires_grad_()
@@ -290,8 +290,8 @@ def test_a_chunked_catalogue_has_the_plain_loss_and_gradients(
                 query, table, targets, scale, cosine=cosine, budget_bytes=budget
             )
         loss.backward()
-        found.append([loss, query.grad, scale.grad, *(p.grad for p in table.parameters())])
-    for one, other in zip(*found, strict=True):
+        actual.append([loss, query.grad, scale.grad, *(p.grad for p in table.parameters())])
+    for one, other in zip(*actual, strict=True):
         torch.testing.assert_close(one, other, rtol=2e-4, atol=2e-5)
 
 
@@ -300,9 +300,9 @@ def test_sasrecs_trained_table_gets_the_plain_gradients() -> None:
     table, q = IdTable(30, 6), torch.randn(7, 6)
     targets, scale = torch.randint(30, (7,)), torch.tensor(0.0)
     plain_softmax(q, table.slice(1, 31), targets, scale, False).backward()
-    wanted, table.weight.grad = table.weight.grad, None
+    expected, table.weight.grad = table.weight.grad, None
     losses.catalogue_softmax(q, table, targets, scale, cosine=False, budget_bytes=1024).backward()
-    torch.testing.assert_close(table.weight.grad, wanted, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(table.weight.grad, expected, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("positions", [16, 320, 3_200, 100_000])

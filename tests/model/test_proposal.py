@@ -179,7 +179,7 @@ def test_a_batch_costs_what_the_formula_says(sampled: bool, single_row: bool) ->
     if single_row:
         # The encoder here reads every position by itself, so a row of several is as good.
         batch = batch._replace(positions=batch.positions[:0, :0], cu_lengths=batch.cu_lengths[:0])
-    found = model(batch)
+    actual = model(batch)
 
     def cosine(a: np.ndarray, b: np.ndarray) -> float:
         return float(a @ b / math.sqrt((a @ a) * (b @ b)))
@@ -197,7 +197,7 @@ def test_a_batch_costs_what_the_formula_says(sampled: bool, single_row: bool) ->
                 expected = 3 * targets[item] + len(negatives) * drawn[item]
                 partition += math.exp(math.exp(0.7) * cosine(query, table[item])) / expected
         total += math.log(partition / positive)
-    assert found.item() == pytest.approx(total / len(pairs), rel=1e-5)
+    assert actual.item() == pytest.approx(total / len(pairs), rel=1e-5)
 
 
 def test_a_run_with_corrected_negatives(project: Project) -> None:
@@ -210,15 +210,15 @@ def test_a_run_with_corrected_negatives(project: Project) -> None:
         "batch": ("--train_batch_size", "30"),
         "plain": ("--num_negatives", "400", "--negatives_logq", "False"),
     }
-    found = {}
+    actual = {}
     for name, negatives in runs.items():
         code, _, err = project.run(*train, *more, name, *negatives)
         assert code == 0, err
         result = json.loads((project.root / f"saved/{name}/result.json").read_text())
-        found[name] = result["training"]["history"][0]["loss"]
-    assert found["drawn"] == pytest.approx(found["whole"], abs=0.2)
-    assert found["batch"] == pytest.approx(found["whole"], abs=0.2)
-    assert found["plain"] > found["whole"] + 2
+        actual[name] = result["training"]["history"][0]["loss"]
+    assert actual["drawn"] == pytest.approx(actual["whole"], abs=0.2)
+    assert actual["batch"] == pytest.approx(actual["whole"], abs=0.2)
+    assert actual["plain"] > actual["whole"] + 2
     code, _, err = project.run(*train, *more, "bad", "--loss", "bce")
     assert code == 2
     assert "negatives_logq corrects loss: nce" in err

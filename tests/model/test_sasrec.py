@@ -73,8 +73,8 @@ def test_gated_layers_and_temperature_come_back_from_a_run(project: Project) -> 
     assert code == 0, err
     run = open_run("saved/run")
     assert float(run.build("sasrec").scale()) == torch.tensor(math.log(10)).item()  # type: ignore[attr-defined]
-    found = json.loads((project.root / "saved/run/result.json").read_text())
-    history = found["training"]["history"]
+    actual = json.loads((project.root / "saved/run/result.json").read_text())
+    history = actual["training"]["history"]
     assert history[-1]["loss"] < history[0]["loss"]
     code, _, err = project.run("--temperature", "0.1", "--loss", "bce")
     assert code == 2
@@ -94,7 +94,7 @@ def test_sampled_softmax_equals_its_formula_in_float64(similarity: str) -> None:
     with torch.no_grad():
         states = model.encoder(history).double().numpy()
         table = model.encoder.items(torch.arange(10)).double().numpy()
-        found = model(TrainBatch(history, mask, targets, mask, negatives))
+        actual = model(TrainBatch(history, mask, targets, mask, negatives))
     scale = 1.0
     if similarity == "cosine":
         states = states / np.linalg.norm(states, axis=-1, keepdims=True)
@@ -106,7 +106,7 @@ def test_sampled_softmax_equals_its_formula_in_float64(similarity: str) -> None:
         pool = [target, *(n for n in (7, 8, 2, 8) if n != target)]
         scores = scale * table[pool] @ states[row, column]
         total.append(np.log(np.exp(scores).sum()) - scores[0])
-    assert found.item() == pytest.approx(np.mean(total), rel=1e-5)
+    assert actual.item() == pytest.approx(np.mean(total), rel=1e-5)
 
 
 def test_a_run_with_sampled_softmax_learns(project: Project) -> None:

@@ -33,10 +33,10 @@ def test_cosines_equal_those_by_hand() -> None:
     rows = tfidf_rows(TEXTS)
     # red, hat and unique are in one text each.
     assert rows.width == 2
-    found = rows.dense(torch.arange(5)).double()
+    actual = rows.dense(torch.arange(5)).double()
     whole = by_hand()
     expected = whole @ whole.T
-    torch.testing.assert_close((found @ found.T).triu(1), expected.triu(1), rtol=0, atol=1e-7)
+    torch.testing.assert_close((actual @ actual.T).triu(1), expected.triu(1), rtol=0, atol=1e-7)
     assert torch.equal(rows.dense(torch.tensor([3, 1, 3]))[[0, 2]], torch.zeros(2, 2))
     fewest = tfidf_rows([*TEXTS, "shoe"], max_words=1)
     # shoe is in three texts, blue in two.
@@ -57,8 +57,8 @@ def test_scores_weigh_the_history() -> None:
     assert scorer.num_items == 5
     history, lengths = torch.tensor([[2, 3, 2], [1, 0, 0]]), torch.tensor([3, 1])
     unit = tfidf_rows(["", *TEXTS]).dense(torch.arange(6))
-    wanted = torch.stack([1.25 * unit[2] + 0.5 * unit[3], unit[1]])
-    torch.testing.assert_close(scorer.user_vectors(history, lengths), wanted)
+    expected = torch.stack([1.25 * unit[2] + 0.5 * unit[3], unit[1]])
+    torch.testing.assert_close(scorer.user_vectors(history, lengths), expected)
     torch.testing.assert_close(scorer.item_slice(2, 5), unit[2:5])
     items = torch.tensor([[0, 3], [5, 1]])
     torch.testing.assert_close(scorer.item_vectors(items), unit[items])

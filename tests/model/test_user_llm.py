@@ -30,8 +30,8 @@ def test_states_equal_plain_transformers_on_the_item_vectors(llama: Path) -> Non
     history = torch.tensor([[3, 1, 2]])
     plain = AutoModel.from_pretrained(llama).eval()
     with torch.no_grad():
-        wanted = plain(inputs_embeds=model.encoder.items(history)).last_hidden_state
-        torch.testing.assert_close(model.encoder(history), wanted)
+        expected = plain(inputs_embeds=model.encoder.items(history)).last_hidden_state
+        torch.testing.assert_close(model.encoder(history), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
@@ -44,8 +44,8 @@ def test_scoring_normalises_items_and_leaves_the_table_alone(
     with torch.no_grad():
         scored = model.item_slice(3, 9)
         single = model.item_vectors(torch.arange(3, 9))
-    wanted = before[3:9].double() / before[3:9].double().norm(dim=1, keepdim=True)
-    torch.testing.assert_close(scored, wanted.float())
+    expected = before[3:9].double() / before[3:9].double().norm(dim=1, keepdim=True)
+    torch.testing.assert_close(scored, expected.float())
     assert torch.equal(scored, single)
     assert torch.equal(model.encoder.items.slice(0, 21), before)
 
@@ -96,14 +96,14 @@ def test_an_evaluation_between_steps_leaves_the_gradients_alone(
     llama: Path, quantised: str
 ) -> None:
     model = build(llama, replace(LORA, quant_type=quantised), adapter="linear")
-    found = []
+    actual = []
     for _ in range(2):
         model.train().zero_grad()
         model(batch()).backward()
-        found.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+        actual.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
         with torch.no_grad():
             model.eval().user_vectors(torch.tensor([[1, 2]]), torch.tensor([2]))
-    for before, after in zip(*found, strict=True):
+    for before, after in zip(*actual, strict=True):
         torch.testing.assert_close(after, before)
 
 
@@ -147,10 +147,10 @@ def test_saved_weights_come_back(llama: Path, tmp_path: Path) -> None:
     save_trained(model, tmp_path / "best")
     other = build(llama, adapter="linear")
     history, lengths = torch.tensor([[1, 2, 3]]), torch.tensor([3])
-    wanted = model.eval().user_vectors(history, lengths)
-    assert not torch.allclose(other.eval().user_vectors(history, lengths), wanted)
+    expected = model.eval().user_vectors(history, lengths)
+    assert not torch.allclose(other.eval().user_vectors(history, lengths), expected)
     load_trained(other, tmp_path / "best")
-    torch.testing.assert_close(other.user_vectors(history, lengths), wanted)
+    torch.testing.assert_close(other.user_vectors(history, lengths), expected)
 
 
 def test_weights_of_another_rank_are_refused(llama: Path, tmp_path: Path) -> None:

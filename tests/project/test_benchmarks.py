@@ -61,19 +61,19 @@ def test_a_small_run_writes_json_and_markdown(tmp_path: Path) -> None:
         command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    found = json.loads((tmp_path / "results.json").read_text())
-    assert found["size"]["users"] == SIZE.users
-    assert found["versions"]["torch"] == torch.__version__
-    assert found["machine"]["threads"] == 1
-    assert found["seed"] == synthetic.SEED
-    assert [result["side"] for result in found["results"]] == list(stages.STAGES["rank"])
-    for result in found["results"]:
+    actual = json.loads((tmp_path / "results.json").read_text())
+    assert actual["size"]["users"] == SIZE.users
+    assert actual["versions"]["torch"] == torch.__version__
+    assert actual["machine"]["threads"] == 1
+    assert actual["seed"] == synthetic.SEED
+    assert [result["side"] for result in actual["results"]] == list(stages.STAGES["rank"])
+    for result in actual["results"]:
         assert result["peak_rss_mb"] > 0
         for figure in result["figures"]:
             assert len(figure["values"]) == 2
             assert figure["min"] <= figure["median"] <= figure["max"]
             assert figure["min"] > 0
-    assert found["agreement"] == {f"ranks, D {SIZE.dim}": "40 of 40 equal"}
+    assert actual["agreement"] == {f"ranks, D {SIZE.dim}": "40 of 40 equal"}
     text = (tmp_path / "results.md").read_text()
     assert text == done.stdout
     assert "| full ranking, 400 items, D 32 | users/s |" in text
@@ -134,16 +134,16 @@ def test_tables_are_copied_between_their_marks(tmp_path: Path) -> None:
 def test_synthetic_data_is_seeded_and_of_the_size_asked_for(tmp_path: Path) -> None:
     paths = [synthetic.make_interactions(SIZE, tmp_path / name, 3) for name in ("a", "b")]
     assert paths[0].read_bytes() == paths[1].read_bytes()
-    found = read_interactions(paths[0])
-    assert (found.num_users, found.num_items, len(found)) == (
+    actual = read_interactions(paths[0])
+    assert (actual.num_users, actual.num_items, len(actual)) == (
         SIZE.users,
         SIZE.items,
         SIZE.interactions,
     )
-    assert found.lengths.min() >= 4
-    owners = np.repeat(np.arange(found.num_users), found.lengths)
-    assert len(np.unique(owners * 10_000 + found.items)) == len(found)
-    counts = np.sort(np.bincount(found.items)[1:])[::-1]
+    assert actual.lengths.min() >= 4
+    owners = np.repeat(np.arange(actual.num_users), actual.lengths)
+    assert len(np.unique(owners * 10_000 + actual.items)) == len(actual)
+    counts = np.sort(np.bincount(actual.items)[1:])[::-1]
     # The most popular tenth has several times the share of the least popular half.
     assert counts[: SIZE.items // 10].sum() > 1.5 * counts[SIZE.items // 2 :].sum()
     first = paths[0].stat().st_mtime_ns

@@ -104,8 +104,8 @@ def test_the_new_loss_by_hand(changed: Path) -> None:
     )
     # Scores: positive 2, negatives 3 and 0; softplus(1) and softplus(-2).
     one, two = np.log1p(np.exp(1)), np.log1p(np.exp(-2))
-    found = [float(line) for line in python(changed, "-c", program).split()]
-    assert found == pytest.approx([(one + two) / 2, one], rel=1e-6)
+    actual = [float(line) for line in python(changed, "-c", program).split()]
+    assert actual == pytest.approx([(one + two) / 2, one], rel=1e-6)
 
 
 def test_a_new_dataset_is_prepared(changed: Path) -> None:

@@ -40,11 +40,11 @@ def test_reader_survives_mutated_input(
 ) -> None:
     folder, known = all_targets
     most = None if SECONDS else INPUTS[name]
-    found = fuzz(known[name], folder, seconds=SECONDS or 60, seed=SEED, most=most)
+    actual = fuzz(known[name], folder, seconds=SECONDS or 60, seed=SEED, most=most)
     # Neither reader nor harness is asleep: some inputs are good and some are not.
-    assert found.accepted
-    assert found.refused
-    assert found.accepted + found.refused == found.inputs
+    assert actual.accepted
+    assert actual.refused
+    assert actual.accepted + actual.refused == actual.inputs
 
 
 def test_mutations_depend_on_the_seed_alone() -> None:

@@ -62,15 +62,15 @@ def test_what_the_package_imports_is_required() -> None:
 
 def test_lower_bounds_are_the_versions_of_the_lowest_tests() -> None:
     lines = ["x>=1.2,<2", "y-z[a]>=3; sys_platform == 'linux'", "torch>=2.10,<3"]
-    found = list(lowest(lines))
-    assert found[:2] == ["x==1.2", 'y-z==3; sys_platform == "linux"']
-    assert found[2] == f"torch=={pinned('torch')}"
+    actual = list(lowest(lines))
+    assert actual[:2] == ["x==1.2", 'y-z==3; sys_platform == "linux"']
+    assert actual[2] == f"torch=={pinned('torch')}"
     with pytest.raises(ValueError, match="no lower bound"):
         list(lowest(["x<2"]))
 
 
 def test_installed_versions_include_what_packages_need() -> None:
-    found = installed(["pytest-xdist", "not-a-package"])
-    assert found["pytest-xdist"] == version("pytest-xdist")
-    assert found["execnet"] == version("execnet")
-    assert "not-a-package" not in found
+    actual = installed(["pytest-xdist", "not-a-package"])
+    assert actual["pytest-xdist"] == version("pytest-xdist")
+    assert actual["execnet"] == version("execnet")
+    assert "not-a-package" not in actual

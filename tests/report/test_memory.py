@@ -33,16 +33,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("double", [True, False])
 @pytest.mark.parametrize("kind", ["nf4", "fp4", "int8", "none"])
 def test_weight_bytes_are_exact(folder: Path, kind: Any, double: bool) -> None:
-    wanted = shape(folder, quant_type=kind)
-    model = real_model(folder, wanted, double)
-    counted = memory.weight_bytes(wanted)
+    expected = shape(folder, quant_type=kind)
+    model = real_model(folder, expected, double)
+    counted = memory.weight_bytes(expected)
     assert counted == real_weight_bytes(model)
 
 
 @pytest.mark.parametrize("targets", [("q_proj", "v_proj"), ("all-linear",)])
 def test_trained_weights_and_adamw_states_are_exact(folder: Path, targets: tuple[str, ...]) -> None:
-    wanted = shape(folder, lora_targets=targets, adapter="linear", quant_type="none")
-    model = real_model(folder, wanted)
+    expected = shape(folder, lora_targets=targets, adapter="linear", quant_type="none")
+    model = real_model(folder, expected)
     table = ItemTable(torch.zeros(501, 192).half(), "linear")
     loss = LossSettings("nce", "catalogue", 0.99, 1 << 28, "cosine")
     recommender = Recommender(UserLLM(model, table), loss)
@@ -57,10 +57,10 @@ def test_trained_weights_and_adamw_states_are_exact(folder: Path, targets: tuple
         for name, tensor in state.items()
         if name != "step"
     )
-    found = memory.estimate(wanted, 4)
-    assert found.adapters == found.gradients == sum(p.numel() * 4 for p in trained)
-    assert found.optimizer == states
-    assert found.item_table == table.embeddings.numel() * 2
+    actual = memory.estimate(expected, 4)
+    assert actual.adapters == actual.gradients == sum(p.numel() * 4 for p in trained)
+    assert actual.optimizer == states
+    assert actual.item_table == table.embeddings.numel() * 2
 
 
 class NormOnGpu(torch.autograd.Function):
@@ -77,8 +77,8 @@ class NormOnGpu(torch.autograd.Function):
 
 
 def saves_as_on_a_gpu(x: torch.Tensor, _: Any, weight: torch.Tensor, __: float) -> torch.Tensor:
-    found: torch.Tensor = NormOnGpu.apply(x, weight)
-    return found
+    actual: torch.Tensor = NormOnGpu.apply(x, weight)
+    return actual
 
 
 @pytest.mark.parametrize(
@@ -99,7 +99,7 @@ def test_activations_are_within_5_percent_of_what_autograd_saves(
     packed: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    wanted = shape(
+    expected = shape(
         folder,
         quant_type=kind,
         mixed=mixed,
@@ -109,8 +109,8 @@ def test_activations_are_within_5_percent_of_what_autograd_saves(
     )
     # On the CPU torch's norm saves its steps one by one, on a GPU what is counted.
     monkeypatch.setattr("hsft.model.norms.F.rms_norm", saves_as_on_a_gpu)
-    real = saved_by_autograd(real_model(folder, wanted).train(), mixed, packed)
-    layer, rest = memory.saved_bytes_per_token(wanted)
+    real = saved_by_autograd(real_model(folder, expected).train(), mixed, packed)
+    layer, rest = memory.saved_bytes_per_token(expected)
     assert 6 * 40 * (3 * layer + rest) == pytest.approx(real, rel=0.05)
 
 
@@ -128,13 +128,13 @@ def test_the_parts_move_with_their_causes(folder: Path) -> None:
 
 
 def test_the_largest_batch_is_the_last_that_fits(folder: Path) -> None:
-    wanted = shape(folder)
+    expected = shape(folder)
     available = memory.CUDA_CONTEXT + (40 << 20)
-    size = memory.largest_batch(wanted, available)
+    size = memory.largest_batch(expected, available)
     assert size > 0
-    assert memory.estimate(wanted, size).total <= available
-    assert memory.estimate(wanted, size + 1).total > available
-    assert memory.largest_batch(wanted, memory.CUDA_CONTEXT) == 0
+    assert memory.estimate(expected, size).total <= available
+    assert memory.estimate(expected, size + 1).total > available
+    assert memory.largest_batch(expected, memory.CUDA_CONTEXT) == 0
 
 
 def test_dry_run_reads_no_weights_and_writes_nothing(project: Project) -> None:
@@ -273,8 +273,8 @@ def test_a_trained_item_llm_is_counted(project: Project) -> None:
 
 def test_the_item_llm_s_weights_and_states_are_exact(folder: Path) -> None:
     decoder = read_structure(DecoderSource(folder, keep_token_embedding=True))
-    wanted = shape(folder, lora_rank=None, quant_type="none", items=None, decoder=decoder)
-    held, chunk = memory.item_llm_bytes(wanted, _trained_part(decoder, 0, True), 100)
+    expected = shape(folder, lora_rank=None, quant_type="none", items=None, decoder=decoder)
+    held, chunk = memory.item_llm_bytes(expected, _trained_part(decoder, 0, True), 100)
     real = AutoModel.from_pretrained(folder)
     freeze(real, 0, embeddings=True)
     every = sum(weight.numel() for weight in real.parameters())

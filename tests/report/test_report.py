@@ -144,11 +144,11 @@ def test_popularity_has_a_middle_and_one_level_is_the_middle() -> None:
 def test_a_group_s_metric_is_over_its_users_alone() -> None:
     ranks = np.array([1, 3, 50, 2])
     group = Group("", np.array([True, True, True, False]))
-    found = group_estimate(group, "NDCG", ranks, 10)
-    assert found is not None
+    actual = group_estimate(group, "NDCG", ranks, 10)
+    assert actual is not None
     # 1 / log2(2), 1 / log2(4), a miss.
-    assert found.value == pytest.approx(0.5)
-    assert 0 <= found.low <= found.value <= found.high <= 1
+    assert actual.value == pytest.approx(0.5)
+    assert 0 <= actual.low <= actual.value <= actual.high <= 1
     assert group_estimate(Group("", np.zeros(4, dtype=bool)), "NDCG", ranks, 10) is None
 
 
@@ -409,10 +409,10 @@ def test_what_changed_since_the_run_is_said(project: Project) -> None:
         main, ["saved/run", "--out", "page.html", "--item_cache_path", "other.safetensors"]
     )
     assert code == 0, err
-    found = re.search(r"(\d+) of 12 ranks computed now differ", read_page(Path("page.html")).text)
-    assert found is not None
+    actual = re.search(r"(\d+) of 12 ranks computed now differ", read_page(Path("page.html")).text)
+    assert actual is not None
     each = re.findall(r"recorded by the run, \d+ computed now", Path("page.html").read_text())
-    assert len(each) == int(found.group(1)) > 0
+    assert len(each) == int(actual.group(1)) > 0
     rows = Path("dataset/tiny.csv").read_text().splitlines()
     # As many of everything, with one user's last two items exchanged.
     (one, *end), (two, *last) = rows[-2].split(","), rows[-1].split(",")

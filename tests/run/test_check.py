@@ -86,7 +86,7 @@ def test_every_problem_is_a_line(project: Project) -> None:
     )
     assert code == 2
     assert out == ""
-    found = "\n".join(errors(err))
+    actual = "\n".join(errors(err))
     for words in (
         "precision: 16-mixed needs CUDA",
         "the run saved/r",
@@ -97,7 +97,7 @@ def test_every_problem_is_a_line(project: Project) -> None:
         "row 9: timestamp 'noon'",
         "item 'i4' holds NaN",
     ):
-        assert words in found
+        assert words in actual
     assert len(errors(err)) == 8
     assert set(project.root.rglob("*")) == before
 
@@ -242,9 +242,9 @@ def test_item_caching_is_checked_too(project: Project) -> None:
     code, out, err = project.call(cache_main, [*project.arguments, *CHECK])
     assert code == 2
     assert out == ""
-    found = "\n".join(errors(err))
+    actual = "\n".join(errors(err))
     for words in ("no ItemLLM is named", "'i1' is described a second time", "row 23", "noon"):
-        assert words in found
+        assert words in actual
     assert len(errors(err)) == 4
 
 

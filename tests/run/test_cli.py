@@ -35,19 +35,19 @@ def test_baseline_leaves_a_complete_result(project: Project) -> None:
     assert code == 0, err
     assert "running on the CPU" in err or torch.cuda.is_available()
     assert "too short to train (which needs 4 items), 0 to validate (3), 0 to test (2)." in err
-    found = result(project, "tiny-baseline")
-    assert found["rows"][0]["users"] == 30
-    assert set(found["rows"][0]["metrics"]) == {
+    actual = result(project, "tiny-baseline")
+    assert actual["rows"][0]["users"] == 30
+    assert set(actual["rows"][0]["metrics"]) == {
         f"{name}@{k}" for name in ("Recall", "NDCG") for k in (5, 10, 20)
     }
-    assert found["config"]["MAX_ITEM_LIST_LENGTH"] == 8
-    assert found["seed"] == 2020
-    assert found["environment"]["versions"]["torch"] == torch.__version__
-    assert found["peak_memory"]["host_bytes"] > 0
-    assert f"{found['rows'][0]['metrics']['NDCG@10']:.6f}" in out
+    assert actual["config"]["MAX_ITEM_LIST_LENGTH"] == 8
+    assert actual["seed"] == 2020
+    assert actual["environment"]["versions"]["torch"] == torch.__version__
+    assert actual["peak_memory"]["host_bytes"] > 0
+    assert f"{actual['rows'][0]['metrics']['NDCG@10']:.6f}" in out
     users, ranks = read_ranks(project.root / "saved" / "tiny-baseline", "untrained")
     assert len(users) == 30
-    assert np.mean(ranks <= 10) == pytest.approx(found["rows"][0]["metrics"]["Recall@10"])
+    assert np.mean(ranks <= 10) == pytest.approx(actual["rows"][0]["metrics"]["Recall@10"])
 
 
 def test_fine_tuning_learns_and_reports_the_gain(project: Project) -> None:
@@ -117,9 +117,9 @@ def test_the_same_seed_gives_the_same_numbers(project: Project) -> None:
 def test_each_way_of_training_runs(project: Project, more: tuple[str, ...]) -> None:
     code, _, err = project.run(*TRAIN, "--run_name", "run", *more)
     assert code == 0, err
-    found = result(project, "run")
-    assert [row["name"] for row in found["rows"]] == ["untrained", "fine-tuned"]
-    assert all(np.isfinite(record["loss"]) for record in found["training"]["history"])
+    actual = result(project, "run")
+    assert [row["name"] for row in actual["rows"]] == ["untrained", "fine-tuned"]
+    assert all(np.isfinite(record["loss"]) for record in actual["training"]["history"])
 
 
 @pytest.mark.parametrize("model", ["pop", "random", "item_knn"])

@@ -31,12 +31,12 @@ def test_state_comes_back_with_its_types(tmp_path: Path) -> None:
         "nested": {0: {"step": torch.tensor(3.0)}, 7: (torch.arange(3), (0.9, 0.999))},
     }
     write_state(tmp_path, state)
-    found = read_state(tmp_path)
-    assert found["numbers"] == state["numbers"]
-    assert [type(value) for value in found["numbers"]] == [type(v) for v in state["numbers"]]
-    assert found["nested"].keys() == {0, 7}
-    assert torch.equal(found["nested"][0]["step"], torch.tensor(3.0))
-    numbers, betas = found["nested"][7]
+    actual = read_state(tmp_path)
+    assert actual["numbers"] == state["numbers"]
+    assert [type(value) for value in actual["numbers"]] == [type(v) for v in state["numbers"]]
+    assert actual["nested"].keys() == {0, 7}
+    assert torch.equal(actual["nested"][0]["step"], torch.tensor(3.0))
+    numbers, betas = actual["nested"][7]
     assert torch.equal(numbers, torch.arange(3))
     assert betas == (0.9, 0.999)
     write_state(tmp_path, {"model": Path("anything but plain data")})
@@ -66,10 +66,10 @@ def test_every_generator_comes_back(tmp_path: Path) -> None:
     device = torch.device("cpu")
     draw()  # leaves half a pair of normal deviates in Python's and numpy's generators
     write_state(tmp_path, rng_state(device))
-    wanted = draw()
-    assert draw() != wanted
+    expected = draw()
+    assert draw() != expected
     restore_rng(read_state(tmp_path), device)
-    assert draw() == wanted
+    assert draw() == expected
 
 
 @pytest.mark.parametrize("kind", ["adamw", "adamw8bit"])

@@ -99,15 +99,15 @@ def both_ranks(
         for part in parts:
             toy(settings)(part)
     summed = sent[0] + sent[1]
-    found = []
+    actual = []
     with playing(ids, lambda values: summed):
         for part in parts:
             model = toy(settings)
             loss = model(part)
             loss.backward()
             counts = model.take_negative_counts().tolist()
-            found.append((loss.item(), gradients(model), counts))
-    return found
+            actual.append((loss.item(), gradients(model), counts))
+    return actual
 
 
 def gradients(model: Recommender) -> dict[str, Tensor]:
@@ -135,12 +135,12 @@ def test_two_processes_have_the_loss_and_gradients_of_one(
     model = toy(settings)
     whole = model(batch)
     whole.backward()
-    wanted = gradients(model)
-    assert any("adapter" in name for name in wanted)
+    expected = gradients(model)
+    assert any("adapter" in name for name in expected)
     (first, one, counted), (second, two, counted_too) = both_ranks(settings, batch)
     assert first == second == pytest.approx(whole.item(), rel=1e-5)
     assert counted == counted_too == model.take_negative_counts().tolist()
-    for name, value in wanted.items():
+    for name, value in expected.items():
         # What DDP does: the average over processes.
         torch.testing.assert_close((one[name] + two[name]) / 2, value, rtol=1e-4, atol=1e-6)
 
@@ -364,7 +364,7 @@ def test_a_run_in_two_processes_equals_that_in_one(launch: Launch, run: str) -> 
     if one["training"] is None:
         return
     assert two["training"]["trainable_weights"] == one["training"]["trainable_weights"]
-    histories = [found["training"]["history"] for found in (two, one)]
+    histories = [actual["training"]["history"] for actual in (two, one)]
     assert [record["step"] for record in histories[0]] == [r["step"] for r in histories[1]]
     for key in ("loss", "learning_rate"):
         assert [record[key] for record in histories[0]] == pytest.approx(

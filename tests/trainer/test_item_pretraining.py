@@ -51,14 +51,14 @@ def test_the_loss_by_hand() -> None:
     unit = torch.nn.functional.normalize(table, dim=-1)
     pairs = [(1, 2), (3, 2), (4, 5)]
     left, right = (torch.tensor(side) for side in zip(*pairs, strict=True))
-    found = neighbour_loss(ItemTable(table), left, right, torch.tensor(2.0).log(), 1 << 20)
+    actual = neighbour_loss(ItemTable(table), left, right, torch.tensor(2.0).log(), 1 << 20)
     pool = [item for pair in pairs for item in pair]
     terms = []
     for query, positive in [*pairs, *(pair[::-1] for pair in pairs)]:
         others = [item for item in pool if item not in (query, positive)]
         logits = 2.0 * unit[[positive, *others]] @ unit[query]
         terms.append(logits.logsumexp(dim=0) - logits[0])
-    assert float(found) == pytest.approx(float(torch.stack(terms).mean()), rel=1e-5)
+    assert float(actual) == pytest.approx(float(torch.stack(terms).mean()), rel=1e-5)
 
 
 def test_two_processes_have_the_gradient_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -135,8 +135,8 @@ def test_it_is_continued_after_an_epoch(project: Project, monkeypatch: pytest.Mo
     ranks = [read_ranks(folder(project, name), "fine-tuned")[1] for name in ("run", "whole")]
     assert ranks[0].tolist() == ranks[1].tolist()
     for name in ("item_llm.safetensors", "item_cache.safetensors"):
-        found, whole = (folder(project, run) / "best" / name for run in ("run", "whole"))
-        assert found.read_bytes() == whole.read_bytes(), name
+        actual, whole = (folder(project, run) / "best" / name for run in ("run", "whole"))
+        assert actual.read_bytes() == whole.read_bytes(), name
 
 
 def test_without_neighbours_there_is_nothing_to_train(project: Project) -> None:

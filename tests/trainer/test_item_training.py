@@ -92,9 +92,9 @@ def loss_of(table: ItemTable, group: list[TrainBatch]) -> Tensor:
 
 
 def gradients(module: torch.nn.Module) -> dict[str, Tensor]:
-    found = {name: w.grad for name, w in module.named_parameters() if w.grad is not None}
+    actual = {name: w.grad for name, w in module.named_parameters() if w.grad is not None}
     module.zero_grad()
-    return found
+    return actual
 
 
 LORA = LoraSettings(4, 8, 0.0, ("q_proj", "v_proj"), "none", torch.float32)
@@ -117,13 +117,13 @@ def test_gradients_by_chunks_are_those_of_one_pass(
     expected = gradients(items.tower)
     with items.encoded(group):
         loss_of(items.table, group).backward()
-    found = gradients(items.tower)
-    assert found.keys() == expected.keys()
-    assert "emb_token" in found
-    assert any("lora_A" in name for name in found) == (lora is not None)
+    actual = gradients(items.tower)
+    assert actual.keys() == expected.keys()
+    assert "emb_token" in actual
+    assert any("lora_A" in name for name in actual) == (lora is not None)
     for name, value in expected.items():
         assert value.abs().max() > 0 or "embed_tokens" in name
-        torch.testing.assert_close(found[name], value, rtol=1e-12, atol=1e-13)
+        torch.testing.assert_close(actual[name], value, rtol=1e-12, atol=1e-13)
     # The table reads its own embeddings again.
     assert not items.table(batch().history).any()
 
@@ -148,9 +148,9 @@ def test_chunks_are_encoded_again_with_the_dropout_that_the_loss_saw(item_llm: P
     with items.encoded(group):
         loss = model(group[0])
         loss.backward()
-    found = gradients(items.tower), gradients(model)
+    actual = gradients(items.tower), gradients(model)
     assert loss.item() == expected_loss.item()
-    for ours, theirs in zip(found, expected, strict=True):
+    for ours, theirs in zip(actual, expected, strict=True):
         assert ours.keys() == theirs.keys()
         for name, value in theirs.items():
             assert torch.equal(ours[name], value), name
@@ -161,14 +161,14 @@ def test_parts_that_are_frozen_have_no_gradient(item_llm: Path) -> None:
     freeze(items.tower.model, 1, embeddings=False)
     with items.encoded([batch()]):
         loss_of(items.table, [batch()]).backward()
-    found = gradients(items.tower)
-    assert not any("layers.0." in name or "embed_tokens" in name for name in found)
-    assert any("layers.1." in name for name in found)
+    actual = gradients(items.tower)
+    assert not any("layers.0." in name or "embed_tokens" in name for name in actual)
+    assert any("layers.1." in name for name in actual)
 
 
 def test_recomputed_activations_change_no_gradient(item_llm: Path) -> None:
     lora = LoraSettings(4, 8, 0.4, ("q_proj", "v_proj"), "none", torch.float32)
-    found = []
+    actual = []
     for again in (False, True):
         items = training(item_llm, 24, lora=lora)
         if again:
@@ -176,10 +176,10 @@ def test_recomputed_activations_change_no_gradient(item_llm: Path) -> None:
         torch.manual_seed(7)
         with items.encoded([batch()]):
             loss_of(items.table, [batch()]).backward()
-        found.append(gradients(items.tower))
-    assert found[0].keys() == found[1].keys()
-    for name, value in found[0].items():
-        torch.testing.assert_close(found[1][name], value, rtol=1e-5, atol=1e-7)
+        actual.append(gradients(items.tower))
+    assert actual[0].keys() == actual[1].keys()
+    for name, value in actual[0].items():
+        torch.testing.assert_close(actual[1][name], value, rtol=1e-5, atol=1e-7)
 
 
 def test_the_catalogue_is_encoded_and_kept(item_llm: Path, tmp_path: Path) -> None:
@@ -231,8 +231,8 @@ def test_a_killed_run_goes_on_to_the_same_weights(
     assert result(project)["training"]["resumed_from"] == [1, 3]
     assert outcome(project) == outcome(project, "whole")
     for name in ("item_llm.safetensors", "item_cache.safetensors", "trained.safetensors"):
-        found, whole = (folder(project, run) / "best" / name for run in ("run", "whole"))
-        assert found.read_bytes() == whole.read_bytes(), name
+        actual, whole = (folder(project, run) / "best" / name for run in ("run", "whole"))
+        assert actual.read_bytes() == whole.read_bytes(), name
 
 
 def test_texts_that_changed_are_not_trained_on_further(
@@ -293,6 +293,13 @@ def test_a_cache_of_another_item_llm_is_refused(project: Project) -> None:
         assert code == 2
         assert "was not made by the ItemLLM in other" in err.splitlines()[-1]
     assert not (project.root / "saved").exists()
+
+
+def test_items_that_are_all_alike_are_pretrained(project: Project) -> None:
+    where = ("--item_pretrain_dir", str(project.llama), "--use_item_cache", "False")
+    code, _, err = project.run(*where, "--train_item_llm", "lora")
+    assert code == 2
+    assert err.splitlines()[-1].endswith("or --item_pretrain_epochs 1.")
 
 
 def test_it_is_trained_only_by_its_name() -> None:

@@ -115,9 +115,9 @@ def test_killed_anywhere_and_resumed_equals_uninterrupted(
         else:
             ended = run(folder.name)
             assert ended["code"] == 0, log.read_text()
-        found = outcome(folder)
+        actual = outcome(folder)
         for key, value in reference.items():
-            assert found[key] == value, (folder.name, key)
+            assert actual[key] == value, (folder.name, key)
         assert not list(folder.glob(".*"))
         assert not (folder / "checkpoints").exists()
     assert kills["write checkpoint"] >= 4, kills

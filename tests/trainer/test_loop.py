@@ -109,9 +109,9 @@ def test_a_full_disk_is_one_clear_line_and_nothing_is_lost(
     filler.unlink()
     code, _, err = project.run(*RUN, *where, *RESUME)
     assert code == 0, err
-    found = json.loads((disk / "run" / "result.json").read_text())
-    assert [row["metrics"] for row in found["rows"]] == undisturbed["metrics"]
-    assert found["training"]["history"] == undisturbed["history"]
+    actual = json.loads((disk / "run" / "result.json").read_text())
+    assert [row["metrics"] for row in actual["rows"]] == undisturbed["metrics"]
+    assert actual["training"]["history"] == undisturbed["history"]
 
 
 def test_a_read_only_folder_is_one_clear_line(

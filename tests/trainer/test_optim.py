@@ -41,13 +41,13 @@ def test_the_first_step_trains_unless_hllm_s_warm_up_is_asked_for() -> None:
 def test_hllm_s_warm_up_and_cosine(steps: int) -> None:
     # As transformers' schedule, whose warm-up HLLM does not round.
     warmup = 0.1 * steps
-    wanted = [
+    expected = [
         step / warmup
         if step < warmup
         else 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
         for step in range(steps)
     ]
-    assert rates(steps, warmup=0.1, warmup_from_zero=True) == pytest.approx(wanted)
+    assert rates(steps, warmup=0.1, warmup_from_zero=True) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(("decayed", "of_vectors"), [("matrices", 0.0), ("all", 0.3)])

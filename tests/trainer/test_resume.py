@@ -71,10 +71,10 @@ def test_a_signal_finishes_the_step_and_the_run_goes_on_from_there(
     code, _, err = project.run(*RUN, *RESUME)
     assert code == 0, err
     assert outcome(project) == undisturbed
-    found = result(project)
-    assert found["training"]["resumed_from"] == [3]
-    assert found["timings_s"]["baseline"] >= before["baseline"]
-    assert found["timings_s"]["training"] > before["training"] > 0
+    actual = result(project)
+    assert actual["training"]["resumed_from"] == [3]
+    assert actual["timings_s"]["baseline"] >= before["baseline"]
+    assert actual["timings_s"]["training"] > before["training"] > 0
     assert not (folder(project) / "checkpoints").exists()
 
 

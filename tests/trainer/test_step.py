@@ -103,8 +103,8 @@ def test_a_split_batch_has_the_whole_batch_s_gradient(llama: Path, settings: Los
         gradients.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
     assert gradients[0]
     assert gradients[0].keys() == gradients[1].keys()
-    for name, wanted in gradients[0].items():
-        torch.testing.assert_close(gradients[1][name], wanted, rtol=1e-4, atol=1e-7)
+    for name, expected in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], expected, rtol=1e-4, atol=1e-7)
 
 
 @pytest.mark.parametrize(

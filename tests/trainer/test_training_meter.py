@@ -21,16 +21,16 @@ QLORA = (
 
 def spy(monkeypatch: pytest.MonkeyPatch) -> list[Meter]:
     """Show a line at every step, and keep the meters."""
-    found: list[Meter] = []
+    actual: list[Meter] = []
     leave = Meter.__exit__
 
     def leaving(self: Meter, *error: Any) -> bool | None:
-        found.append(self)
+        actual.append(self)
         return leave(self, *error)
 
     monkeypatch.setattr(Meter, "__exit__", leaving)
     monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0.0)
-    return found
+    return actual
 
 
 MEMORY = r"(memory [\d.]+ [GM]iB \(peak [\d.]+ [GM]iB\)|peak memory [\d.]+ [GM]iB)"
@@ -63,8 +63,8 @@ def test_training_and_evaluation_show_what_they_do(
     assert re.search(rf"validation: 30 of 30 users, ETA 0s, [\d,.]+ users/s, {MEMORY}\n", err)
     # Users have 12, 11 or 10 items, two of which are held out; the UserLLM reads at most 8 and
     # predicts from all but the last: no packing or padding changes that, nor what the loss counts.
-    found = json.loads((project.root / "saved" / "run" / "result.json").read_text())
-    real = found["training"]["transitions_per_epoch"]
+    actual = json.loads((project.root / "saved" / "run" / "result.json").read_text())
+    real = actual["training"]["transitions_per_epoch"]
     assert real == 10 * (8 + 8 + 7)
     epochs = [bar for bar in meters if bar.unit == "sequences"]
     assert [(bar.done, bar.tokens_done) for bar in epochs] == [(30, real)] * 2

@@ -78,8 +78,8 @@ def fake_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Calls:
     monkeypatch.setenv("FAKE_WANDB", str(record))
 
     def calls(kind: str) -> list[dict[str, Any]]:
-        found = [json.loads(line) for line in record.read_text().splitlines()]
-        return [call for call in found if call["kind"] == kind]
+        actual = [json.loads(line) for line in record.read_text().splitlines()]
+        return [call for call in actual if call["kind"] == kind]
 
     return calls
 
@@ -100,13 +100,13 @@ def scalars(project: Project) -> dict[tuple[str, int], float]:
 
 
 def logged(calls: Calls) -> dict[tuple[str, int], float]:
-    found = {}
+    actual = {}
     for call in calls("log"):
         step = call["values"].pop("optimizer_step")
         for tag, value in call["values"].items():
-            assert (tag, step) not in found
-            found[tag, step] = value
-    return found
+            assert (tag, step) not in actual
+            actual[tag, step] = value
+    return actual
 
 
 def test_wandb_gets_what_tensorboard_gets(project: Project, fake_wandb: Calls) -> None:
@@ -119,8 +119,8 @@ def test_wandb_gets_what_tensorboard_gets(project: Project, fake_wandb: Calls) -
     assert (project.root / begun["dir"]) == folder
     assert begun["id"] == (folder / ID_FILE).read_text().strip()
     assert begun["resume"] == "allow"
-    found = json.loads((folder / "result.json").read_text())
-    assert begun["config"] == found["config"]
+    actual = json.loads((folder / "result.json").read_text())
+    assert begun["config"] == actual["config"]
     assert {(call["name"], call["step_metric"]) for call in fake_wandb("define_metric")} == {
         ("train/*", "optimizer_step"),
         ("valid/*", "optimizer_step"),
@@ -130,7 +130,7 @@ def test_wandb_gets_what_tensorboard_gets(project: Project, fake_wandb: Calls) -
     assert there == pytest.approx(here)
     (summary,) = fake_wandb("summary")
     assert summary["values"] == {
-        f"test/{name}": value for name, value in found["rows"][-1]["metrics"].items()
+        f"test/{name}": value for name, value in actual["rows"][-1]["metrics"].items()
     }
     assert [call["exit_code"] for call in fake_wandb("finish")] == [0]
 

@@ -154,7 +154,7 @@ def _rows(run: OpenRun, evaluator: Evaluator, name: str, scorer: Scorer) -> list
 def check_cold_start(
     run_dir: str | Path, full_dataset: str, overrides: Mapping[str, Any] | None = None
 ) -> None:
-    """Raise what `cold_start` would raise for the same arguments, without loading a model.
+    """Raise what `cold_start` would raise for the same arguments, without ranking anything.
 
     Raises:
         InputError: as `cold_start`.

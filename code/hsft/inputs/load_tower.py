@@ -79,7 +79,8 @@ def load_item_tower(
     Raises:
         InputError: the model folder is unusable, or LoRA or `item_freeze_layers` do not fit it.
     """
-    config = with_encoder(config)
+    # Compiled for encoding alone.
+    config = with_encoder(config).model_copy(update={"item_compile": False})
     lora = item_lora_settings(config) if config.trains_item_lora else None
     # As in `build_user_llm`: what is trained whole stays in float32 under mixed precision.
     whole = lora is None and choose_precision(config) != "bf16-true"

@@ -374,6 +374,10 @@ def _item_training(config: Config, source: DecoderSource) -> None:
     if config.trains_item_lora:
         check_lora_targets(layers, config.item_lora_target_modules, "ItemLLM")
     check_frozen_layers(layers, config.item_freeze_layers)
+    if not config.trains_item_lora:
+        # As in `_training_space`.
+        needed = 2 * 4 * check_files(source.folder).count()
+        _enough(Path(config.checkpoint_dir), needed, "the ItemLLM's weights", "--checkpoint_dir")
 
 
 def _cache_header(config: Config, hidden: int | None) -> None:

@@ -440,7 +440,7 @@ def describe(config: Config, shape: TrainingShape, assumed: Sequence[str] = ()) 
 
 def describe_times(config: Config, shape: TrainingShape, size: RunSize | None) -> str:
     """Write the estimated time of an epoch and of a validation on a usual card of each size."""
-    if config.trains_items:
+    if config.trains_items_along:
         return "No time is estimated where the ItemLLM is trained.\n"
     if size is None or shape.items is None:
         return "No time is estimated without the interactions.\n"

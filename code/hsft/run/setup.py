@@ -302,9 +302,10 @@ def check_cosines(
     share = (cosines > config.nce_thres).mean()
     summary = f"{summary}, {share:.1%} of them above nce_thres {config.nce_thres:g}"
     if share == 1:
+        other = "--item_pretrain_epochs 1" if config.trains_items_along else "--negatives catalogue"
         raise InputError(
             f"{summary}, so that every negative would be masked and nothing learnt; {remedy}, or "
-            f"--negatives catalogue."
+            f"{other}."
         )
     if share > HIGH_MASKED_SHARE:
         return f"{summary}.", f"{summary}: these are masked as negatives; {remedy}."
