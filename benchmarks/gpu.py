@@ -403,7 +403,7 @@ def train_ours(bench: Bench, config: Config, variant: Variant) -> dict[str, Any]
     warm_up = 3 if bench.tiny else _WARM_UP
     device = trained.fabric.device
     graphs = trained.graphs
-    actual = measure(
+    measured = measure(
         trained.step,
         trained.batches(),
         device,
@@ -420,9 +420,9 @@ def train_ours(bench: Bench, config: Config, variant: Variant) -> dict[str, Any]
     )
     guess = estimate(shape, config.train_batch_size).total - CUDA_CONTEXT
     peak = peak_tflops(bench.result["device"], bench.args.peak_tflops)
-    used = flops_per_token(config) * actual["overlapped_tokens_per_s"]
+    used = flops_per_token(config) * measured["overlapped_tokens_per_s"]
     return {
-        **actual,
+        **measured,
         "estimate_bytes": guess,
         "mfu": used / (peak * 1e12) if peak else None,
         "graphs": graphs.graphs if graphs else 0,
@@ -580,14 +580,14 @@ def losses_of(
     config = bench.config(variant)
     trained = build(bench, config, variant)
     kind = config.qlora_quant_type
-    actual = [float(trained.step(batch)) for batch in itertools.islice(trained.batches(), steps)]
-    base = reference.setdefault(kind, actual)
+    losses = [float(trained.step(batch)) for batch in itertools.islice(trained.batches(), steps)]
+    base = reference.setdefault(kind, losses)
     tail = max(1, steps // 4)
-    furthest = max(abs(own - other) / other for own, other in zip(actual, base, strict=True))
+    furthest = max(abs(own - other) / other for own, other in zip(losses, base, strict=True))
     return {
         "passed": furthest < 2e-2,
-        "first_loss": actual[0],
-        "last_losses": statistics.mean(actual[-tail:]),
+        "first_loss": losses[0],
+        "last_losses": statistics.mean(losses[-tail:]),
         "reference_last_losses": statistics.mean(base[-tail:]),
         "furthest_relative": furthest,
         "graphs": trained.graphs.graphs if trained.graphs else 0,
@@ -765,15 +765,15 @@ def rank_alone(bench: Bench, near: bool) -> dict[str, Any]:
             budget_bytes=budget,
         )
 
-    rates, actual = [], []
+    rates, ranked = [], []
     for way in (in_float32, on_tensor_cores):
         way()
         synchronize(device)
         began = time.perf_counter()
-        actual.append(way())
+        ranked.append(way())
         synchronize(device)
         rates.append(users / (time.perf_counter() - began))
-    exact, placed = actual
+    exact, placed = ranked
     assert exact is not None
     return {
         "float32_users_per_s": rates[0],
@@ -800,11 +800,11 @@ def rank_all(
     warm_up = time.perf_counter() - began
     evaluator = make_evaluator(config, bench.data.split, "test", fabric)
     clear_peak()
-    actual = evaluate(config, model, evaluator, fabric)
-    reference.append(actual.ranks)
-    near = np.abs(actual.ranks - reference[0]) <= 0.01 * bench.data.interactions.num_items
+    evaluation = evaluate(config, model, evaluator, fabric)
+    reference.append(evaluation.ranks)
+    near = np.abs(evaluation.ranks - reference[0]) <= 0.01 * bench.data.interactions.num_items
     return {
-        "users_per_s": len(actual.ranks) / actual.seconds,
+        "users_per_s": len(evaluation.ranks) / evaluation.seconds,
         "warm_up_s": round(warm_up, 1),
         "ranks_within_1_percent": float(near.mean()),
         "peak_bytes": peak_bytes(fabric.device),

@@ -321,7 +321,7 @@ def count(step: Callable[[], None]) -> Dispatched:
 
 def measure(layers: int = LAYERS) -> list[dict[str, Any]]:
     """Count every variant: way, launches, views, conversions between number types."""
-    actual = []
+    counted = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         dataset = make_data(folder, layers)
@@ -336,7 +336,7 @@ def measure(layers: int = LAYERS) -> list[dict[str, Any]]:
             # Only now: norms are replaced in models where they compute the same.
             with as_on_a_gpu():
                 seen = count(step)
-            actual.append(
+            counted.append(
                 {
                     "way": way,
                     "launches": seen.launches,
@@ -345,7 +345,7 @@ def measure(layers: int = LAYERS) -> list[dict[str, Any]]:
                     "most": seen.counts.most_common(12),
                 }
             )
-    return actual
+    return counted
 
 
 def measure_compiled(layers: int = LAYERS) -> list[dict[str, Any]]:

@@ -353,8 +353,8 @@ def main(argv: Sequence[str]) -> int:
                     f"{'catalogue softmax' if case.catalogue else 'in-batch'}, "
                     f"{'NF4 QLoRA' if quantised else 'LoRA'}, {precision}"
                 )
-                actual = measure(built, args.repeats)
-                result["throughput"].append({"title": title, "ways": actual})
+                measured = measure(built, args.repeats)
+                result["throughput"].append({"title": title, "ways": measured})
                 sys.stdout.write(markdown({**result, "waste": []}).rpartition("## ")[2] + "\n")
                 sys.stdout.flush()
     write_json(args.out / "packing.json", result)

@@ -18,7 +18,7 @@ def agreement(results: Sequence[dict[str, Any]]) -> dict[str, str]:
     Ranks may differ by a place where two scores are equal but for their rounding.
     """
     by_side = {(result["stage"], result["side"]): result.get("extra", {}) for result in results}
-    actual = {}
+    sentences = {}
     for (stage, side), extra in by_side.items():
         if side != "hsft":
             continue
@@ -27,10 +27,10 @@ def agreement(results: Sequence[dict[str, Any]]) -> dict[str, str]:
             if theirs is not None:
                 equal = sum(a == b for a, b in zip(ours, theirs, strict=True))
                 furthest = max(abs(a - b) for a, b in zip(ours, theirs, strict=True))
-                actual[name] = f"{equal} of {len(ours)} equal"
+                sentences[name] = f"{equal} of {len(ours)} equal"
                 if furthest:
-                    actual[name] += f", the others within {furthest}"
-    return actual
+                    sentences[name] += f", the others within {furthest}"
+    return sentences
 
 
 def markdown(found: dict[str, Any]) -> str:
@@ -64,9 +64,9 @@ def copy_into(page: Path, name: str, text: str) -> None:
         ValueError: the page has no such marks.
     """
     begin, end = f"<!-- begin {name} -->\n", f"<!-- end {name} -->"
-    before, actual, rest = page.read_text(encoding="utf-8").partition(begin)
+    before, marked, rest = page.read_text(encoding="utf-8").partition(begin)
     _, closed, after = rest.partition(end)
-    if not actual or not closed:
+    if not marked or not closed:
         raise ValueError(f"{page} lacks the marks {begin.strip()} and {end}")
     write_text(page, f"{before}{begin}{text}{end}{after}")
 

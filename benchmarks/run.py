@@ -49,12 +49,12 @@ def main(argv: Sequence[str]) -> int:
         if failed:
             return 1
     results: list[dict[str, Any]] = []
-    actual: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     for stage in args.stages:
         for side in stages.STAGES[stage]:
             results.append(_measure(args, stage, side))
         # After every stage, so that an interrupted run leaves what it measured.
-        actual = {
+        results = {
             "format": FORMAT,
             "command": _command(args),
             "seed": args.seed,
@@ -67,11 +67,11 @@ def main(argv: Sequence[str]) -> int:
             "results": results,
             "agreement": report.agreement(results),
         }
-        write_json(args.out / "results.json", actual)
-        write_text(args.out / "results.md", report.markdown(actual))
-    sys.stdout.write(report.markdown(actual))
+        write_json(args.out / "results.json", results)
+        write_text(args.out / "results.md", report.markdown(results))
+    sys.stdout.write(report.markdown(results))
     if args.page:
-        report.copy_into(args.page, args.size, report.markdown(actual))
+        report.copy_into(args.page, args.size, report.markdown(results))
     _say(f"wrote {args.out / 'results.json'} and {args.out / 'results.md'}")
     return int(any("error" in result for result in results))
 

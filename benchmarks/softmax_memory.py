@@ -70,8 +70,8 @@ def child(way: str, items: int, positions: int, dim: int, budget_mb: int, adapte
     loss.backward()
     seconds = time.perf_counter() - began
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
-    actual = {"mib": grown / MIB, "seconds": seconds, "loss": float(loss.detach())}
-    sys.stdout.write(json.dumps(actual) + "\n")
+    measured = {"mib": grown / MIB, "seconds": seconds, "loss": float(loss.detach())}
+    sys.stdout.write(json.dumps(measured) + "\n")
 
 
 def measure(way: str, items: int, positions: int, args: argparse.Namespace) -> dict[str, Any]:
@@ -108,12 +108,12 @@ def main(argv: Sequence[str]) -> int:
         for positions in args.positions:
             runs: dict[str, list[dict[str, Any]]] = {"plain": [], "chunks": []}
             for _ in range(args.repeats):
-                for way, actual in runs.items():
-                    actual.append(measure(way, items, positions, args))
+                for way, measured in runs.items():
+                    measured.append(measure(way, items, positions, args))
             row: dict[str, Any] = {"items": items, "positions": positions}
-            for way, actual in runs.items():
+            for way, measured in runs.items():
                 for key in ("mib", "seconds", "loss"):
-                    row[f"{way}_{key}"] = statistics.median(run[key] for run in actual)
+                    row[f"{way}_{key}"] = statistics.median(run[key] for run in measured)
             rows.append(row)
             sys.stdout.write(json.dumps(row) + "\n")
             sys.stdout.flush()

@@ -226,7 +226,7 @@ def _workers_memory(work: Callable[[], None], before: dict[str, float]) -> list[
             process.start()
         barrier.wait()
         own = _own_memory()
-        actual = _memory([own, *(queue.get() for _ in processes)])
+        memory = _memory([own, *(queue.get() for _ in processes)])
         barrier.wait()
         for process in processes:
             process.join()
@@ -236,7 +236,7 @@ def _workers_memory(work: Callable[[], None], before: dict[str, float]) -> list[
                 Figure(
                     f"{name}, main process and {label}",
                     "MB",
-                    [actual[name]],
+                    [memory[name]],
                     f"{before[name]:,.0f} MB before the cache, without workers",
                 )
             )
@@ -537,8 +537,8 @@ def _rank_dims(context: Context) -> tuple[int, ...]:
 
 
 def _rank_users(context: Context, side: str, users: int) -> int:
-    expected = {"hsft": 1024, "bare": 1024, "naive": 32}[side]
-    return min(users, 40 if context.quick else expected)
+    most = {"hsft": 1024, "bare": 1024, "naive": 32}[side]
+    return min(users, 40 if context.quick else most)
 
 
 def rank_case(dim: int, items: int) -> str:
@@ -555,9 +555,9 @@ def rank_hsft(context: Context) -> list[Figure]:
         scorer = last_item_scorer(table_from_cache(cache, split.interactions.item_ids))
         count = _rank_users(context, "hsft", split.interactions.num_users)
         evaluator = some_users(split, count)
-        actual = evaluator.run(scorer, torch.device("cpu"))
+        evaluation = evaluator.run(scorer, torch.device("cpu"))
         naive_count = _rank_users(context, "naive", split.interactions.num_users)
-        context.extra[f"ranks, D {dim}"] = actual.ranks[:naive_count].tolist()
+        context.extra[f"ranks, D {dim}"] = evaluation.ranks[:naive_count].tolist()
 
         def run(evaluator: Evaluator = evaluator, scorer: Recommender = scorer) -> None:
             evaluator.run(scorer, torch.device("cpu"))
@@ -686,9 +686,9 @@ def _peak() -> Iterator[list[float]]:
     except OSError as error:
         raise Skipped("/proc/self/clear_refs cannot be written") from error
     before = _status("VmRSS")
-    actual = [0.0]
-    yield actual
-    actual[0] = (_status("VmHWM") - before) * 1024 / 1e6
+    grown = [0.0]
+    yield grown
+    grown[0] = (_status("VmHWM") - before) * 1024 / 1e6
 
 
 def peak_rss_mb() -> float:

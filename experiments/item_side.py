@@ -201,7 +201,7 @@ def pack(folder: Path, encoder: Path, llm: Path, layers: int, sources: Sequence[
         for name, value in load_file(llm / "model.safetensors").items()
         if name.startswith("model.")
         and "embed_tokens" not in name
-        and (not (actual := re.search(r"layers\.(\d+)\.", name)) or int(actual[1]) < layers)
+        and (not (layer := re.search(r"layers\.(\d+)\.", name)) or int(layer[1]) < layers)
     }
     save_file(_in_8_bits(weights), packed / "llm.safetensors")
     config = json.loads((llm / "config.json").read_text())
@@ -260,7 +260,7 @@ def _sentence_vectors(packed: Path, data: str, device: torch.device) -> Tensor:
     assert all("pooler" in name or "position_ids" in name for name in lacking), lacking
     model = model.eval().to(device)
     starts = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
-    actual = torch.zeros(len(lengths), config["hidden_size"])
+    vectors = torch.zeros(len(lengths), config["hidden_size"])
     order = lengths.argsort(descending=True)
     for rows in order.split(256):
         width = int(lengths[rows].max())
@@ -271,8 +271,8 @@ def _sentence_vectors(packed: Path, data: str, device: torch.device) -> Tensor:
             given = {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
             states = model(**given).last_hidden_state.float()
         summed = (states * given["attention_mask"].unsqueeze(-1)).sum(dim=1)
-        actual[rows] = F.normalize(summed, dim=-1).cpu()
-    return actual
+        vectors[rows] = F.normalize(summed, dim=-1).cpu()
+    return vectors
 
 
 def _cache(folder: Path, data: str, name: str) -> Path:
