@@ -49,12 +49,12 @@ def main(argv: Sequence[str]) -> int:
         if failed:
             return 1
     results: list[dict[str, Any]] = []
-    results: dict[str, Any] = {}
+    document: dict[str, Any] = {}
     for stage in args.stages:
         for side in stages.STAGES[stage]:
             results.append(_measure(args, stage, side))
         # After every stage, so that an interrupted run leaves what it measured.
-        results = {
+        document = {
             "format": FORMAT,
             "command": _command(args),
             "seed": args.seed,
@@ -67,11 +67,11 @@ def main(argv: Sequence[str]) -> int:
             "results": results,
             "agreement": report.agreement(results),
         }
-        write_json(args.out / "results.json", results)
-        write_text(args.out / "results.md", report.markdown(results))
-    sys.stdout.write(report.markdown(results))
+        write_json(args.out / "results.json", document)
+        write_text(args.out / "results.md", report.markdown(document))
+    sys.stdout.write(report.markdown(document))
     if args.page:
-        report.copy_into(args.page, args.size, report.markdown(results))
+        report.copy_into(args.page, args.size, report.markdown(document))
     _say(f"wrote {args.out / 'results.json'} and {args.out / 'results.md'}")
     return int(any("error" in result for result in results))
 
