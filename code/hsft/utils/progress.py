@@ -5,16 +5,17 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from typing import TYPE_CHECKING
 
 import torch
-from rich.console import Console, RenderableType
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.text import Text
 
 from hsft.utils.distributed import is_rank_zero
 from hsft.utils.environment import current_memory, peak_memory
+
+if TYPE_CHECKING:
+    from hsft.utils.progress_bar import ProgressBar
 
 log = logging.getLogger(__name__)
 
@@ -63,9 +64,11 @@ class Meter(ExitStack):
         self.shown = enabled and is_rank_zero()
         self._began = self._last = time.perf_counter()
         self._between = SECONDS_BETWEEN_LINES
-        self._display: _Display | None = None
+        self._display: ProgressBar | None = None
         if self.shown and _can_animate():
-            self._display = _Display(task, total, unit)
+            from hsft.utils.progress_bar import ProgressBar
+
+            self._display = ProgressBar(task, total, unit, 1 / SECONDS_BETWEEN_FRAMES)
             self._display.start()
             self.callback(self._display.stop)
             self._between = SECONDS_BETWEEN_FRAMES
@@ -130,41 +133,13 @@ class Meter(ExitStack):
         yield f"memory {format_bytes(now)} (peak {format_bytes(max(now, peak))})"
 
 
-class _Display(Progress):
-    """A bar on standard error, with a line of rates and memory below it."""
-
-    def __init__(self, task: str, total: int, unit: str) -> None:
-        self._facts = ""
-        super().__init__(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=None),
-            TextColumn("{task.completed:,.0f}/{task.total:,.0f} {task.fields[unit]}"),
-            TimeElapsedColumn(),
-            TextColumn("ETA {task.fields[left]}"),
-            console=Console(stderr=True),
-            refresh_per_second=1 / SECONDS_BETWEEN_FRAMES,
-            transient=True,
-            expand=True,
-            # Results that are piped into a file must not end up on the terminal.
-            redirect_stdout=False,
-        )
-        self._row = self.add_task(task, total=total, unit=unit, left="-")
-
-    def show(self, done: int, left: str, facts: str) -> None:
-        """Take new values; they appear with the next frame."""
-        self._facts = facts
-        self.update(self._row, completed=done, left=left)
-
-    def get_renderables(self) -> Iterable[RenderableType]:
-        """Give the lines of a frame."""
-        yield self.make_tasks_table(self.tasks)
-        if self._facts:
-            yield Text(f"  {self._facts}")
-
-
 def _can_animate() -> bool:
+    if not sys.stderr.isatty():
+        return False
+    from rich.console import Console
+
     console = Console(stderr=True)
-    return sys.stderr.isatty() and console.is_terminal and not console.is_dumb_terminal
+    return console.is_terminal and not console.is_dumb_terminal
 
 
 def format_seconds(seconds: float) -> str:
