@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -194,7 +195,7 @@ def test_disk_and_memory_are_compared_with_what_is_needed(
     assert "1 MiB that are free" in err
     monkeypatch.undo()
     monkeypatch.chdir(project.root)
-    monkeypatch.setattr(checks.psutil, "virtual_memory", lambda: SimpleNamespace(total=1024))
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=1024))
     code, _, err = project.run(*CHECK, "--val_only", "True", "--device", "cpu")
     assert code == 2
     assert "the UserLLM and the item table need" in err

@@ -14,7 +14,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-import psutil
 import torch
 
 from hsft.config import Config
@@ -60,8 +59,6 @@ from hsft.model.item_ids import read_id_vectors
 from hsft.model.meta import read_kind, read_structure
 from hsft.model.structure import DecoderSource
 from hsft.report.memory import GIB, estimate
-from hsft.run.dry_run import training_shape
-from hsft.run.quant_type import resolve_quant_type
 from hsft.run.run_dir import choose_run_dir
 from hsft.run.saved_model import member_runs, refuse_unlike_members
 from hsft.run.setup import (
@@ -499,6 +496,8 @@ def _memory(
     if device in ("cuda", "xpu"):
         total = torch.get_device_module(device).get_device_properties(0).total_memory
     else:
+        import psutil
+
         total = psutil.virtual_memory().total
     findings.notes.append(
         f"memory: {least / GIB:.2f} GiB for the {'LLMs' if config.trains_items else 'UserLLM'} and "
@@ -507,6 +506,9 @@ def _memory(
     )
     with findings.collect():
         if device == "cuda" and not config.val_only and cache.metadata:
+            from hsft.run.dry_run import training_shape
+            from hsft.run.quant_type import resolve_quant_type
+
             config, chosen = resolve_quant_type(config, interactions, torch.device(device))
             findings.notes += [chosen] if chosen else []
             needed = estimate(training_shape(config, interactions), config.train_batch_size).total
