@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from compare import main as compare_main
+from hsft.config import Config
 from hsft.evaluator.intervals import wilson_interval
 from hsft.evaluator.metrics import UNRANKED
 from hsft.report import compare
@@ -272,3 +273,16 @@ def test_a_masked_target_is_a_miss_where_the_catalogue_is_smaller_than_k(project
     save_file(arrays, "saved/run/ranks.safetensors")
     make_format_1("run")
     assert read_ranks("saved/run", "pop")[1].tolist() == ranks.tolist()
+
+
+def test_optional_parts_of_a_training_are_named_where_they_are_set() -> None:
+    set_keys = {"item_id_embedding": True, "item_dropout": 0.2, "encoder": "models/encoder"}
+    for changes in ({}, set_keys):
+        config = Config(**changes).model_dump(mode="json")
+        named = compare._settings({"config": config}, compare.TUNED)
+        for key, value in set_keys.items():
+            assert (f"{key} {value}" in named) == bool(changes)
+        assert "negatives_logq" not in named
+        assert "temperature" not in named
+    sasrec = Config(model="sasrec", temperature=0.1).model_dump(mode="json")
+    assert "temperature 0.1" in compare._settings({"config": sasrec}, "sasrec")

@@ -19,6 +19,11 @@ from hsft.utils.errors import InputError, one_line
 
 # Names of the rows of trained models.
 TRAINED = (TUNED, "sasrec")
+# Keys of the UserLLM's training that are named where they are set.
+_OPTIONS = (
+    *("item_id_embedding", "item_id_dropout", "item_dropout", "negatives_logq", "temperature"),
+    *("fix_temp", "use_timestamps", "train_item_llm", "item_pretrain_epochs"),
+)
 # What every run of a comparison must share, beside its fingerprint.
 _SHARED = ("dataset", "phase", "protocol")
 # The sizes that results without a fingerprint are compared by.
@@ -282,14 +287,15 @@ def _settings(result: Mapping[str, Any], row: str) -> str:
         return ""
     keys = ["epochs", "train_batch_size", "MAX_ITEM_LIST_LENGTH", "seed"]
     if config.get("model") == "HLLM":
-        keys += ["user_llm_layers", "loss", "negatives", "num_negatives", "negatives_logq"]
-        keys += ["precision"]
+        keys += ["encoder", "user_llm_layers", "loss", "negatives", "num_negatives", "precision"]
         keys += ["item_embedding_transform", "item_adapter", "use_qlora"]
-        keys += ["use_timestamps", "predict_at"] if config.get("use_timestamps") else []
+        keys += [key for key in _OPTIONS if config.get(key) not in (None, False, 0, "none")]
+        keys += ["predict_at"] if config.get("use_timestamps") else []
         if config.get("use_qlora"):
             keys += [key for key in config if key.startswith("qlora_")]
     else:
-        keys += [str(config.get("model")), "num_negatives", "negatives_logq"]
+        keys += [str(config.get("model")), "num_negatives"]
+        keys += [key for key in ("negatives_logq", "temperature", "fix_temp") if config.get(key)]
     return _listed({**{key: config.get(key) for key in keys}, **config.get("optim_args", {})})
 
 
