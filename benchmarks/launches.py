@@ -287,7 +287,7 @@ def compiled_layer(kind: str) -> LayerKernels:
         assert compile_layers(encoder.decoder) == 1
 
         def step() -> None:
-            states = encoder(batch.history, batch.positions, batch.cu_lengths, vectors)
+            states = encoder(batch.history, batch.positions, batch.cu_lengths, vectors=vectors)
             states.float().sum().backward()
 
         _, codes = run_and_get_code(step)
