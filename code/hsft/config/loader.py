@@ -48,8 +48,10 @@ class _Loader(yaml.SafeLoader):
     """SafeLoader with YAML 1.2's numbers and booleans; no repeated keys, no aliases, no tags.
 
     YAML 1.1, PyYAML's dialect, reads `1e-4` as text, `010` as eight and `yes` as a boolean.
-    Aliases are refused because nested ones expand without bound.
+    Aliases are refused because nested ones expand without bound, and so is nesting without end.
     """
+
+    open_collections = 0
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
@@ -62,7 +64,19 @@ class _Loader(yaml.SafeLoader):
             raise yaml.MarkedYAMLError(
                 problem=f"the tag {event.tag} is not accepted here", problem_mark=event.start_mark
             )
-        return super().compose_node(parent, index)
+        if not isinstance(event, yaml.CollectionStartEvent):
+            return super().compose_node(parent, index)
+        # The composer calls itself for every level.
+        if self.open_collections == MAX_DEPTH:
+            mark: Any = event.start_mark
+            raise yaml.MarkedYAMLError(
+                problem=f"nested deeper than {MAX_DEPTH} levels", problem_mark=mark
+            )
+        self.open_collections += 1
+        try:
+            return super().compose_node(parent, index)
+        finally:
+            self.open_collections -= 1
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
@@ -138,7 +152,6 @@ def read_yaml_text(text: str, where: str) -> Any:
         InputError: it is not YAML, repeats a key, uses an alias or is nested too deeply.
     """
     try:
-        _check_depth(text)
         # The loader derives from SafeLoader: it builds plain data only.
         return yaml.load(text, Loader=_Loader)
     except yaml.MarkedYAMLError as error:
@@ -149,21 +162,6 @@ def read_yaml_text(text: str, where: str) -> Any:
     except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
         reason = " ".join(str(error).split())
         raise InputError(f"{where} is not readable YAML: {reason}.") from error
-
-
-def _check_depth(text: str) -> None:
-    # The composer recurses once per level; events do not, so depth is checked on them first.
-    depth = 0
-    for event in yaml.parse(text, Loader=yaml.SafeLoader):
-        if isinstance(event, yaml.CollectionStartEvent):
-            depth += 1
-        elif isinstance(event, yaml.CollectionEndEvent):
-            depth -= 1
-        if depth > MAX_DEPTH:
-            mark: Any = event.start_mark
-            raise yaml.MarkedYAMLError(
-                problem=f"nested deeper than {MAX_DEPTH} levels", problem_mark=mark
-            )
 
 
 def config_file(name: str | Path) -> Path:
