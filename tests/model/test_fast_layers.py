@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +30,7 @@ from hsft.model.recommender import LossSettings, Recommender
 from hsft.model.user_llm import UserLLM
 from hsft.report.step_time import training_work
 from tests.decoders import shape
-from tests.helpers import make_llama
+from tests.helpers import ROOT, make_llama
 
 
 @pytest.mark.parametrize("double", [True, False])
@@ -239,8 +242,28 @@ def test_the_loss_without_autocast_is_that_with_it_to_bfloat16s_rounding(llama: 
     assert torch.cosine_similarity(flat, mixed_flat, dim=0) > 0.99
 
 
+def measured_launches(layers: int) -> list[dict[str, Any]]:
+    """Count launches in a process of its own.
+
+    Now and then torch raises std::bad_alloc when it dispatches a custom operator, with gigabytes free;
+    such a process is started again.
+    """
+    code = (
+        "import json, sys; sys.path[:0] = sys.argv[2:]; from benchmarks import launches; "
+        "print(json.dumps(launches.measure(layers=int(sys.argv[1]))))"
+    )
+    command = [sys.executable, "-c", code, str(layers), str(ROOT), str(ROOT / "code")]
+    for _ in range(3):
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if "bad_alloc" not in done.stderr:
+            break
+    assert done.returncode == 0, done.stderr
+    rows: list[dict[str, Any]] = json.loads(done.stdout.splitlines()[-1])
+    return rows
+
+
 def test_hsft_launches_no_more_than_it_did(tmp_path: Path) -> None:
-    rows = launches.measure(layers=4)
+    rows = measured_launches(layers=4)
     by_way = {row["way"]: row["launches"] for row in rows}
     # Per layer and, the optimizer and the loss included, beside the layers; by count, not by time.
     assert by_way["NF4: HSFT, one row"] <= 4 * 115 + 130
