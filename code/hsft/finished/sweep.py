@@ -262,7 +262,6 @@ class _Sweep:
         finally:
             # The run's log file is closed.
             set_up_logging()
-            gc.collect()
             release_unused_memory()
         self.seconds.append(time.monotonic() - began)
         if problem is not None:

@@ -9,18 +9,18 @@ each has its graph.
 
 from __future__ import annotations
 
-import gc
 import logging
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from hsft.data.dataset import TrainBatch
 from hsft.utils.errors import one_line
+from hsft.utils.gpu_memory import release_unused_memory
 
 log = logging.getLogger(__name__)
 
@@ -132,6 +132,11 @@ class _Fallback:
         return forward
 
 
+_Shapes = tuple[torch.Size, ...]
+# What is kept of a captured graph.
+_Captures = TypeVar("_Captures")
+
+
 @dataclass
 class _Captured:
     """A captured step: its inputs' fixed places, the weight's, the loss's."""
@@ -142,7 +147,55 @@ class _Captured:
     loss: Tensor
 
 
-class StepGraphs:
+class _Graphs(Generic[_Captures]):
+    """Captured CUDA graphs by the shapes of what they read.
+
+    Args:
+        device: a CUDA device.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._seen: dict[_Shapes, int] = {}
+        self._captured: dict[_Shapes, _Captures] = {}
+        self._pool: Any = None
+        self.enabled = True
+        self.seconds = 0.0
+
+    @property
+    def graphs(self) -> int:
+        """Number of shapes that have been captured."""
+        return len(self._captured)
+
+    def _is_due(self, shape: _Shapes) -> bool:
+        """Count a shape, and say whether it is to be captured."""
+        self._seen[shape] = self._seen.get(shape, 0) + 1
+        # Once a graph is there, kernels are chosen and layers compiled.
+        enough = self._seen[shape] > _WARM_UP or self.graphs > 0
+        return self.enabled and enough and self.graphs < _MOST_GRAPHS
+
+    def _record(self, compute: Callable[[], Tensor]) -> tuple[Any, Tensor]:
+        """Capture a computation; return its graph and what it gives."""
+        torch.cuda.synchronize(self._device)
+        # What plain steps left in the allocator is the graph's to use.
+        release_unused_memory()
+        graph = torch.cuda.CUDAGraph()
+        # Other threads, such as the data loader's, may go on calling CUDA meanwhile.
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            result = compute()
+        # Graphs run one after the other, so all use the same memory.
+        self._pool = graph.pool()
+        return graph, result
+
+    def release(self) -> None:
+        """Give up all graphs and their memory; from now on all is computed as usual."""
+        self.enabled = False
+        self._captured.clear()
+        self._pool = None
+        release_unused_memory()
+
+
+class StepGraphs(_Graphs[_Captured]):
     """Computes losses and adds up gradients, by CUDA graphs where a batch's shape has been captured.
 
     Batches whose shape comes up for the first time are computed as usual. After a failed capture
@@ -162,20 +215,10 @@ class StepGraphs:
         parameters: Iterable[nn.Parameter],
         device: torch.device,
     ) -> None:
+        super().__init__(device)
         self._loss_of, self._backward = loss_of, backward
         self._parameters = [p for p in parameters if p.requires_grad]
         self._gradients: list[Tensor] = []
-        self._device = device
-        self._seen: dict[tuple[torch.Size, ...], int] = {}
-        self._captured: dict[tuple[torch.Size, ...], _Captured] = {}
-        self._pool: Any = None
-        self.enabled = True
-        self.seconds = 0.0
-
-    @property
-    def graphs(self) -> int:
-        """Number of shapes that have been captured."""
-        return len(self._captured)
 
     def step(self, batch: TrainBatch, weight: float = 1.0) -> Tensor:
         """Add `weight` times the gradient of a batch's loss to the parameters' gradients.
@@ -203,13 +246,10 @@ class StepGraphs:
         captured.graph.replay()
         return captured.loss
 
-    def _is_due(self, shape: tuple[torch.Size, ...]) -> bool:
-        self._seen[shape] = self._seen.get(shape, 0) + 1
-        # Once a graph is there, kernels are chosen and layers compiled.
-        enough = self._seen[shape] > _WARM_UP or self.graphs > 0
+    def _is_due(self, shape: _Shapes) -> bool:
         # Padded to a bucket, or it would hardly come again.
         padded = shape[TrainBatch._fields.index("counted")][0] > 0
-        return self.enabled and enough and self.graphs < _MOST_GRAPHS and padded
+        return super()._is_due(shape) and padded
 
     def _plain(self, batch: TrainBatch, weight: float) -> Tensor:
         try:
@@ -236,7 +276,7 @@ class StepGraphs:
         if missing:
             torch._foreach_zero_(missing)
 
-    def _try_capture(self, batch: TrainBatch, shape: tuple[torch.Size, ...]) -> _Captured | None:
+    def _try_capture(self, batch: TrainBatch, shape: _Shapes) -> _Captured | None:
         began = time.perf_counter()
         before = [p.grad if p.grad is None else p.grad.clone() for p in self._parameters]
         try:
@@ -259,30 +299,17 @@ class StepGraphs:
         fixed = TrainBatch(*(part.to(self._device, copy=True) for part in batch))
         weight = torch.ones((), device=self._device)
         self._attach_gradients()
-        torch.cuda.synchronize(self._device)
-        # What plain steps left in the allocator is the graph's to use.
-        gc.collect()
-        torch.cuda.empty_cache()
-        graph = torch.cuda.CUDAGraph()
-        # Other threads, such as the data loader's, may go on calling CUDA meanwhile.
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+
+        def compute() -> Tensor:
             loss = self._loss_of(fixed)
             self._backward(loss * weight)
-            loss = loss.detach()
-        # Graphs run one after the other, so all use the same memory.
-        self._pool = graph.pool()
+            return loss.detach()
+
+        graph, loss = self._record(compute)
         return _Captured(graph, fixed, weight, loss)
 
-    def release(self) -> None:
-        """Give up all graphs and their memory; from now on batches are computed as usual."""
-        self.enabled = False
-        self._captured.clear()
-        self._pool = None
-        gc.collect()
-        torch.cuda.empty_cache()
 
-
-class EncodingGraphs:
+class EncodingGraphs(_Graphs[tuple[Any, list[Tensor], Tensor]]):
     """Computes a function of tensors, without gradients, by CUDA graphs where their shapes were captured.
 
     Tensors whose shapes come up for the first time are given to the function. After a failed
@@ -294,17 +321,8 @@ class EncodingGraphs:
     """
 
     def __init__(self, function: Callable[..., Tensor], device: torch.device) -> None:
-        self._function, self._device = function, device
-        self._seen: dict[tuple[torch.Size, ...], int] = {}
-        self._captured: dict[tuple[torch.Size, ...], tuple[Any, list[Tensor], Tensor]] = {}
-        self._pool: Any = None
-        self.enabled = True
-        self.seconds = 0.0
-
-    @property
-    def graphs(self) -> int:
-        """Number of shapes that have been captured."""
-        return len(self._captured)
+        super().__init__(device)
+        self._function = function
 
     def __call__(self, *given: Tensor) -> Tensor:
         """Return what the function gives for tensors on the device."""
@@ -321,12 +339,7 @@ class EncodingGraphs:
         # The next replay overwrites it.
         return result.clone()
 
-    def _is_due(self, shape: tuple[torch.Size, ...]) -> bool:
-        self._seen[shape] = self._seen.get(shape, 0) + 1
-        enough = self._seen[shape] > _WARM_UP or self.graphs > 0
-        return self.enabled and enough and self.graphs < _MOST_GRAPHS
-
-    def _try_capture(self, given: tuple[Tensor, ...], shape: tuple[torch.Size, ...]) -> None:
+    def _try_capture(self, given: tuple[Tensor, ...], shape: _Shapes) -> None:
         began = time.perf_counter()
         try:
             self._captured[shape] = self._capture([part.clone() for part in given])
@@ -340,19 +353,5 @@ class EncodingGraphs:
         self.seconds += time.perf_counter() - began
 
     def _capture(self, fixed: list[Tensor]) -> tuple[Any, list[Tensor], Tensor]:
-        torch.cuda.synchronize(self._device)
-        gc.collect()
-        torch.cuda.empty_cache()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            result = self._function(*fixed)
-        self._pool = graph.pool()
+        graph, result = self._record(lambda: self._function(*fixed))
         return graph, fixed, result
-
-    def release(self) -> None:
-        """Give up all graphs and their memory; from now on the function is called."""
-        self.enabled = False
-        self._captured.clear()
-        self._pool = None
-        gc.collect()
-        torch.cuda.empty_cache()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 import sys
 from collections.abc import Callable, Iterator
@@ -289,7 +288,6 @@ def _baseline(run: RunContext, data: Data, final: Evaluator) -> Evaluation:
     model = build_user_llm(config, data, fabric, train=False)
     evaluation = evaluate(config, _for_evaluation(model, fabric), final, fabric)
     del model
-    gc.collect()
     release_unused_memory()
     run.session.lap("baseline")
     generators = all_gather(rng_state(fabric.device))

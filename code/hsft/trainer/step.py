@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import itertools
 import logging
 from collections.abc import Iterator
@@ -160,7 +159,6 @@ def accumulate(
         # Out of the except block: its traceback holds on to the activations.
         micro_batch = _halve(learner, group, micro_batch)
         learner.optimizer.zero_grad()
-        gc.collect()
         release_unused_memory()
         # Dropout of the second try starts where that of the first did.
         restore_torch_rng(rng, learner.fabric.device)

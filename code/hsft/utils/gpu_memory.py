@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import gc
+
 import torch
 
 _NAMES = {"xpu": "XPU", "mps": "MPS"}
 
 
 def release_unused_memory() -> None:
-    """Give back what torch keeps of the GPU's memory for later; without a GPU nothing happens."""
+    """Give back what torch keeps of the GPU's memory for later, that of unreachable objects too."""
+    gc.collect()
     device = torch.accelerator.current_accelerator(check_available=True)
     if device is not None:
         torch.get_device_module(device).empty_cache()
