@@ -18,7 +18,7 @@ from hsft.data.dataset import CachedEmbeddingEvalDataset, CachedEmbeddingTrainDa
 from hsft.data.dataset.packing import Buckets
 from hsft.data.files import cache_path, find_cache, has_interactions, interaction_file
 from hsft.data.interactions import Interactions, load_interactions
-from hsft.data.split import leave_one_out
+from hsft.data.split import Split, leave_one_out
 from hsft.encoding.item_tower import check_frozen_layers, layer_number
 from hsft.inputs.cache_items import sentence_source
 from hsft.model.accelerate import choose_acceleration
@@ -103,9 +103,9 @@ def dry_run(config: Config) -> None:
     Raises:
         InputError: what is there is bad or does not fit, or nothing would be fine-tuned.
     """
-    read = cache(lambda: load_interactions(config))
-    shape, assumed = assumed_shape(config, read)
-    size = _run_size(config, read)
+    split = _reader(config)
+    shape, assumed = assumed_shape(config, split)
+    size = _run_size(config, split)
     sys.stdout.write(describe(config, shape, assumed) + "\n" + describe_times(config, shape, size))
 
 
@@ -116,7 +116,13 @@ def training_shape(config: Config, interactions: Interactions | None = None) -> 
         config: the configuration.
         interactions: where they have been read; None: they are read when they are needed.
     """
-    return assumed_shape(config, None if interactions is None else lambda: interactions)[0]
+    split = None if interactions is None else lambda: leave_one_out(interactions)
+    return assumed_shape(config, split)[0]
+
+
+def _reader(config: Config) -> Callable[[], Split]:
+    """Return a function that reads and splits the interactions, once."""
+    return cache(lambda: leave_one_out(load_interactions(config)))
 
 
 def choose_quant_type(
@@ -147,7 +153,7 @@ def choose_quant_type(
 
 
 def assumed_shape(
-    config: Config, read: Callable[[], Interactions] | None = None
+    config: Config, split: Callable[[], Split] | None = None
 ) -> tuple[TrainingShape, list[str]]:
     """Read what memory depends on from `config.json` and the item cache.
 
@@ -159,7 +165,7 @@ def assumed_shape(
 
     Args:
         config: the configuration.
-        read: gives the interactions; None: they are read from their file, once, when they are needed.
+        split: gives the interactions; None: they are read from their file, once, when they are needed.
 
     Returns:
         The shape, and a sentence for everything that was assumed for want of a file.
@@ -173,8 +179,8 @@ def assumed_shape(
         )
     named = config.user_pretrain_dir
     decoder, assumed = _user_model(config, Path(named) if named else None)
-    read = read or cache(lambda: load_interactions(config))
-    items = _items(config, decoder.hidden_size, read, known_width=not assumed)
+    split = split or _reader(config)
+    items = _items(config, decoder.hidden_size, split, known_width=not assumed)
     asked = config.attn_implementation
     kernel = choose_attention(
         "auto" if asked == "flash_attention_2" else asked,
@@ -185,7 +191,7 @@ def assumed_shape(
     )
     transformed = config.item_embedding_transform != "none"
     precision = "bf16-mixed" if config.precision == "auto" else config.precision
-    lengths = _lengths(config, read) if packed_row_length(config, kernel) else None
+    lengths = _lengths(config, split) if packed_row_length(config, kernel) else None
     shape = TrainingShape(
         decoder=decoder,
         quant_type="nf4" if config.qlora_quant_type == "auto" else config.qlora_quant_type,
@@ -297,36 +303,31 @@ def _user_model(config: Config, folder: Path | None) -> tuple[DecoderStructure, 
     return decoder, assumed
 
 
-def _lengths(config: Config, read: Callable[[], Interactions]) -> np.ndarray | None:
+def _lengths(config: Config, split: Callable[[], Split]) -> np.ndarray | None:
     """Return the positions of every training sequence, None where the interactions are not there."""
     if not has_interactions(config):
         return None
-    dataset = CachedEmbeddingTrainDataset(leave_one_out(read()), config.MAX_ITEM_LIST_LENGTH)
+    dataset = CachedEmbeddingTrainDataset(split(), config.MAX_ITEM_LIST_LENGTH)
     return dataset.lengths if len(dataset) else None
 
 
-def _run_size(config: Config, read: Callable[[], Interactions]) -> RunSize | None:
+def _run_size(config: Config, split: Callable[[], Split]) -> RunSize | None:
     """Count sequences and users, None where the interactions are not there or train nothing."""
-    lengths = _lengths(config, read)
+    lengths = _lengths(config, split)
     if lengths is None:
         return None
-    valid = CachedEmbeddingEvalDataset(leave_one_out(read()), "valid", config.MAX_ITEM_LIST_LENGTH)
-    histories = np.minimum(
-        valid.segments.ends - valid.segments.starts - 1, config.MAX_ITEM_LIST_LENGTH
-    )
+    valid = CachedEmbeddingEvalDataset(split(), "valid", config.MAX_ITEM_LIST_LENGTH)
     users = min(len(valid), config.valid_users or len(valid))
-    return RunSize(lengths, users, float(histories.mean()) if len(valid) else 0.0)
+    return RunSize(lengths, users, float(valid.lengths.mean()) if len(valid) else 0.0)
 
 
-def _items(
-    config: Config, width: int, read: Callable[[], Interactions], *, known_width: bool
-) -> _Items:
+def _items(config: Config, width: int, split: Callable[[], Split], *, known_width: bool) -> _Items:
     """Count the items: of the cache that would be read, else of the interactions.
 
     Args:
         config: the configuration.
         width: the UserLLM's hidden size.
-        read: reads the interactions.
+        split: reads the interactions.
         known_width: False when it is assumed, and need not be the cache's.
     """
     path = None
@@ -343,7 +344,7 @@ def _items(
     data = interaction_file(config)
     if has_interactions(config):
         sentence = f"the number of items is that of {data}."
-        return _Items(read().num_items, config.item_cache_dtype, (*assumed, sentence))
+        return _Items(split().interactions.num_items, config.item_cache_dtype, (*assumed, sentence))
     missing = f"no interactions at {data}" if config.dataset else "no dataset is named"
     sentence = f"{missing}: the number of items is unknown and the item table is not counted."
     return _Items(None, config.item_cache_dtype, (*assumed, sentence))
