@@ -81,6 +81,15 @@ def sentence_source(encoder: str, trust_remote_code: bool) -> DecoderSource:
     return DecoderSource(transformer, trust_remote_code=trust_remote_code)
 
 
+def read_item_cache(config: Config) -> ItemCache:
+    """Open the configuration's item cache, or encode the items in memory (`use_item_cache: False`).
+
+    Raises:
+        InputError: as `open_cache`, or as `encode_in_memory`.
+    """
+    return open_cache(cache_path(config)) if config.use_item_cache else encode_in_memory(config)
+
+
 def write_item_cache(config: Config) -> Path:
     """Encode every item and write the cache file; an interrupted run is continued.
 

@@ -170,7 +170,7 @@ def check_run(config: Config) -> None:
         _split(config, split, findings)
         if config.model == "ensemble" and not findings.problems:
             with findings.collect():
-                refuse_unlike_members(config, split)
+                refuse_unlike_members(member_runs(config), config, split)
         trains_nce = config.model == "HLLM" and config.trains and config.loss == "nce"
         # Pretraining changes the vectors.
         if (

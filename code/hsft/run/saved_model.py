@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,12 +11,11 @@ from hsft.config import Config, load_config
 from hsft.config.schema import REFERENCES
 from hsft.data.cache import ItemCache, open_cache
 from hsft.data.dataset import CachedEmbeddingEvalDataset
-from hsft.data.files import cache_path
 from hsft.data.split import Phase, Split
 from hsft.encoding.item_tower import ITEM_CACHE_FILE
 from hsft.evaluator.evaluator import Scorer
 from hsft.evaluator.fingerprint import differing_parts, evaluation_fingerprint
-from hsft.inputs.cache_items import encode_in_memory
+from hsft.inputs.cache_items import read_item_cache
 from hsft.model.ensemble import Ensemble, Member
 from hsft.model.folder import fingerprint
 from hsft.model.reference import build_reference
@@ -102,7 +101,7 @@ def build_model(folder: Path, config: Config, data: Data, fabric: Fabric, name: 
     if config.model in REFERENCES:
         return build_reference(config, data.split, data.cache, fabric.device, data.own_items)
     if config.model == "ensemble":
-        ensemble = build_ensemble(config, data, fabric)
+        ensemble = build_ensemble(member_runs(config), config, data, fabric)
         ensemble.weights = _recorded_weights(folder, len(ensemble.parts))
         return ensemble
     if config.model == "sasrec":
@@ -150,12 +149,13 @@ def member_runs(config: Config) -> list[MemberRun]:
     return members
 
 
-def refuse_unlike_members(config: Config, split: Split) -> None:
+def refuse_unlike_members(members: Sequence[MemberRun], config: Config, split: Split) -> None:
     """Refuse runs that were scored on other things than their ensemble will be.
 
     A run may have been scored on the validation items (`eval_phase: valid`).
 
     Args:
+        members: its runs.
         config: of the ensemble.
         split: its data.
 
@@ -164,7 +164,7 @@ def refuse_unlike_members(config: Config, split: Split) -> None:
             the run has not recorded what they were.
     """
     known: dict[Phase, dict[str, str]] = {}
-    for member in member_runs(config):
+    for member in members:
         phase: Phase = "valid" if member.result["phase"] == "valid" else "test"
         if phase not in known:
             users = CachedEmbeddingEvalDataset(split, phase, config.MAX_ITEM_LIST_LENGTH)
@@ -179,10 +179,13 @@ def refuse_unlike_members(config: Config, split: Split) -> None:
             )
 
 
-def build_ensemble(config: Config, data: Data, fabric: Fabric) -> Ensemble:
+def build_ensemble(
+    members: Sequence[MemberRun], config: Config, data: Data, fabric: Fabric
+) -> Ensemble:
     """Build the models of an ensemble's runs, each with a weight of 1.
 
     Args:
+        members: its runs.
         config: of the ensemble.
         data: its data, which its runs share.
         fabric: Lightning Fabric, launched.
@@ -190,23 +193,17 @@ def build_ensemble(config: Config, data: Data, fabric: Fabric) -> Ensemble:
     Raises:
         InputError: a run's model or item cache is missing, or the run was scored on other data.
     """
-    refuse_unlike_members(config, data.split)
-    members = []
-    for member in member_runs(config):
+    refuse_unlike_members(members, config, data.split)
+    parts = []
+    for member in members:
         member_config, cache = with_trained_items(member.folder, member.config)
         if member_config.reads_embeddings:
-            if cache is None:
-                encodes = not member_config.use_item_cache
-                cache = (
-                    encode_in_memory(member_config)
-                    if encodes
-                    else open_cache(cache_path(member_config))
-                )
+            cache = read_item_cache(member_config) if cache is None else cache
             match_cache(data.interactions, cache, member_config)
         member_data = Data(data.split, cache)
         scorer = build_model(member.folder, member_config, member_data, fabric, member.model)
-        members.append(Member(scorer, member.config.MAX_ITEM_LIST_LENGTH))
-    return Ensemble(members, [1.0] * len(members))
+        parts.append(Member(scorer, member.config.MAX_ITEM_LIST_LENGTH))
+    return Ensemble(parts, [1.0] * len(parts))
 
 
 def _recorded_weights(folder: Path, count: int) -> list[float]:

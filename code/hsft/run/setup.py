@@ -15,16 +15,16 @@ import torch
 from torch import nn
 
 from hsft.config import Config
-from hsft.data.cache import ItemCache, open_cache
+from hsft.data.cache import ItemCache
 from hsft.data.column_checks import find_twins, spelling_problem
 from hsft.data.dataset import CachedEmbeddingEvalDataset, CachedEmbeddingTrainDataset
-from hsft.data.files import cache_path, user_llm_folder
+from hsft.data.files import user_llm_folder
 from hsft.data.interactions import Interactions, drop_items, load_interactions
 from hsft.data.negatives import NegativeSampler
 from hsft.data.split import NEEDED, Split, leave_one_out
 from hsft.data.time_fields import item_times
 from hsft.evaluator.evaluator import EvalProtocol, Evaluator
-from hsft.inputs.cache_items import cache_warnings, encode_in_memory
+from hsft.inputs.cache_items import cache_warnings, read_item_cache
 from hsft.inputs.load_tower import load_item_tower, read_catalogue, refuse_other_item_llm
 from hsft.model.attention import VARLEN, varlen_obstacle
 from hsft.model.backbone import (
@@ -151,9 +151,7 @@ def load_data(
             warn(warning)
     cache = None
     if need_cache:
-        cache = trained
-        if cache is None:
-            cache = encode_in_memory(config) if encodes else open_cache(cache_path(config))
+        cache = read_item_cache(config) if trained is None else trained
         if not encodes and trained is None and is_rank_zero():
             for warning in cache_warnings(config, cache, interactions.item_ids[1:]):
                 warn(warning)

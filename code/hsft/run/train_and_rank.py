@@ -356,7 +356,7 @@ def _weigh_and_evaluate_ensemble(
     """Choose the weights of an ensemble by `valid_metric` and evaluate it with them, once."""
     config, fabric = run.config, run.fabric
     members = member_runs(config)
-    ensemble = build_ensemble(config, data, fabric)
+    ensemble = build_ensemble(members, config, data, fabric)
     run.session.lap("model")
     valid = make_evaluator(config, data.split, "valid", fabric, config.valid_users)
     grid = weight_grid(len(members))
