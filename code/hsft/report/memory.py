@@ -176,16 +176,26 @@ def trained_sizes(shape: TrainingShape) -> list[int]:
     else:
         for widths in targets(shape.decoder, shape.lora_targets):
             sizes += [shape.lora_rank * width for width in widths]
-    width = shape.item_width or dim
-    if shape.adapter == "linear":
-        sizes.append(dim * width)
-    elif shape.adapter == "lowrank":
-        sizes += [width * shape.adapter_rank, dim * shape.adapter_rank]
-    elif shape.adapter == "mlp":
-        sizes += [dim * width, dim, dim * dim, dim] + [dim * width] * (width != dim)
+    sizes += adapter_matrices(shape)
+    if shape.adapter == "mlp":
+        # Biases.
+        sizes += [dim, dim]
     if shape.id_vectors and shape.items is not None:
         sizes.append((shape.items + 1) * dim)
     return sizes
+
+
+def adapter_matrices(shape: TrainingShape) -> list[int]:
+    """Return the number of weights of every matrix of the item adapter."""
+    dim = shape.decoder.hidden_size
+    width = shape.item_width or dim
+    if shape.adapter == "linear":
+        return [dim * width]
+    if shape.adapter == "lowrank":
+        return [width * shape.adapter_rank, dim * shape.adapter_rank]
+    if shape.adapter == "mlp":
+        return [dim * width, dim * dim] + [dim * width] * (width != dim)
+    return []
 
 
 def _table_bytes(items: int, dim: int, shape: TrainingShape) -> int:

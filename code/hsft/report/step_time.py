@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from hsft.evaluator.ranking import users_at_a_time
-from hsft.report.memory import TrainingShape, targets, trained_sizes
+from hsft.report.memory import TrainingShape, adapter_matrices, targets, trained_sizes
 
 
 @dataclass(frozen=True)
@@ -122,27 +122,21 @@ def training_work(
     """
     decoder = shape.decoder
     dim, linear = decoder.hidden_size, len(decoder.linear)
-    weights = sum(read * given for read, given in decoder.linear.values())
-    adapted = targets(decoder, shape.lora_targets) if shape.lora_rank is not None else []
-    low_rank = (shape.lora_rank or 0) * sum(read + given for read, given in adapted)
+    weights, adapted, low_rank = _layer_weights(shape)
     passes = (2 if shape.lora_rank is not None else 3) + shape.checkpointing
     attention = (3 + shape.checkpointing) * 2 * dim * span * decoder.layers
     products = tokens * (2 * passes * weights + 6 * low_rank + attention)
-
-    four_bit = shape.quantised and shape.quant_type != "int8"
-    dequantisations = linear * (2 + shape.checkpointing) if four_bit else 0
+    dequantisations = linear * (2 + shape.checkpointing) if _is_four_bit(shape) else 0
     layer, rest = per_token
     traffic = (
         _TRAFFIC * tokens * (decoder.layers * layer + rest)
         + (passes if shape.lora_rank is not None else 2) * _weight_traffic(shape, weights)
         + _ADAMW_TRAFFIC * sum(trained_sizes(shape))
     )
-    kernels, views = (
-        decoder.layers * _LAYER[n] + len(adapted) * _LORA[n] + _REST[n] for n in (0, 1)
-    )
+    kernels, views = (decoder.layers * _LAYER[n] + adapted * _LORA[n] + _REST[n] for n in (0, 1))
     if shape.checkpointing:
-        kernels += decoder.layers * _FORWARD_LAYER[0] + len(adapted) * _FORWARD_LORA[0]
-        views += decoder.layers * _FORWARD_LAYER[1] + len(adapted) * _FORWARD_LORA[1]
+        kernels += decoder.layers * _FORWARD_LAYER[0] + adapted * _FORWARD_LORA[0]
+        views += decoder.layers * _FORWARD_LAYER[1] + adapted * _FORWARD_LORA[1]
     return Work(
         products=products,
         float32=_loss_products(shape, sequences, tokens),
@@ -154,6 +148,20 @@ def training_work(
     )
 
 
+def _layer_weights(shape: TrainingShape) -> tuple[int, int, int]:
+    """Return the weights of all linear layers, how many have LoRA, and the weights of LoRA."""
+    decoder = shape.decoder
+    weights = sum(read * given for read, given in decoder.linear.values())
+    if shape.lora_rank is None:
+        return weights, 0, 0
+    adapted = targets(decoder, shape.lora_targets)
+    return weights, len(adapted), shape.lora_rank * sum(read + given for read, given in adapted)
+
+
+def _is_four_bit(shape: TrainingShape) -> bool:
+    return shape.quantised and shape.quant_type != "int8"
+
+
 def _weight_traffic(shape: TrainingShape, weights: int) -> float:
     """Return the bytes that a product with every weight reads and writes for the weights."""
     size = shape.dtype.itemsize
@@ -162,20 +170,9 @@ def _weight_traffic(shape: TrainingShape, weights: int) -> float:
     return weights * ((1 if shape.quant_type == "int8" else 0.5) + 2 * size)
 
 
-def _adapter_weights(shape: TrainingShape) -> int:
-    """Return the weights of the item adapter's matrices."""
-    dim = shape.decoder.hidden_size
-    width = shape.item_width or dim
-    if shape.adapter == "lowrank":
-        return shape.adapter_rank * (width + dim)
-    if shape.adapter == "mlp":
-        return dim * width + dim * dim + (dim * width if width != dim else 0)
-    return dim * width if shape.adapter == "linear" else 0
-
-
 def _loss_products(shape: TrainingShape, sequences: int, tokens: float) -> float:
     """Count the products of the loss and of the item adapter, forward and backward."""
-    dim, weights = shape.decoder.hidden_size, _adapter_weights(shape)
+    dim, weights = shape.decoder.hidden_size, sum(adapter_matrices(shape))
     trained = weights > 0 or shape.id_vectors
     # The batch's items, each once: one more a sequence than positions.
     adapter = 4 * weights * (tokens + sequences)
@@ -205,24 +202,21 @@ def validation_work(
     """
     decoder = shape.decoder
     dim, linear = decoder.hidden_size, len(decoder.linear)
-    weights = sum(read * given for read, given in decoder.linear.values())
-    adapted = targets(decoder, shape.lora_targets) if shape.lora_rank is not None else []
+    weights, adapted, low_rank = _layer_weights(shape)
     items = shape.items or 1
     tokens = users * positions
     batches = -(-users // batch)
     groups = -(-users // min(batch, users_at_a_time(items, shape.budget_bytes, dim)))
-    low_rank = (shape.lora_rank or 0) * sum(read + given for read, given in adapted)
     layer, rest = per_token
-    four_bit = shape.quantised and shape.quant_type != "int8"
-    dequantisations = batches * linear if four_bit else 0
+    dequantisations = batches * linear if _is_four_bit(shape) else 0
     kernels, views = (
         batches
-        * (decoder.layers * _FORWARD_LAYER[n] + len(adapted) * _FORWARD_LORA[n] + _FORWARD_REST[n])
+        * (decoder.layers * _FORWARD_LAYER[n] + adapted * _FORWARD_LORA[n] + _FORWARD_REST[n])
         for n in (0, 1)
     )
     return Work(
         products=tokens * (2 * weights + 2 * low_rank + 2 * dim * positions * decoder.layers),
-        float32=2 * items * dim * users + groups * 2 * _adapter_weights(shape) * items,
+        float32=2 * items * dim * users + groups * 2 * sum(adapter_matrices(shape)) * items,
         traffic=_FORWARD_TRAFFIC * tokens * (decoder.layers * layer + rest)
         + batches * _weight_traffic(shape, weights)
         # Item vectors are read, normalised and scored; scores are written, masked and compared.
