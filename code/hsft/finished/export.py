@@ -21,7 +21,7 @@ from hsft.config.options import LOCATION_KEYS
 from hsft.config.schema import ITEM_TRAINING_KEYS
 from hsft.data.cache import DTYPES
 from hsft.evaluator.evaluator import Evaluation
-from hsft.finished.export_items import ITEM_LLM_DIR, export_items
+from hsft.finished.export_items import ITEM_LLM_DIR, export_items, refuse_overflow
 from hsft.finished.open_run import open_run, refuse_changed_data
 from hsft.hub.manifest import EXPORT_FILE, origin
 from hsft.model.backbone import add_lora, load_decoder, load_model_config, read_extra
@@ -265,7 +265,7 @@ def _write_merged(run: _TrainedRun, folder: Path) -> str:
     decoder.config.use_cache = getattr(base_config, "use_cache", True)
     log.info("writing %s in %s.", run.options.out, run.options.dtype)
     decoder.to(dtype)
-    _refuse_overflow(decoder, run.options.dtype)
+    refuse_overflow(decoder, run.options.dtype)
     decoder.save_pretrained(folder)
     items = model.encoder.items
     extra = {
@@ -336,14 +336,6 @@ def _refuse_full_disk(out: Path, needed: int) -> None:
             f"the export {out} needs {needed / 2**30:.1f} GiB, its disk has {free / 2**30:.1f} GiB "
             f"free; free some space or give another --out."
         )
-
-
-def _refuse_overflow(decoder: torch.nn.Module, dtype: str) -> None:
-    for name, value in decoder.named_parameters():
-        if not value.isfinite().all():
-            raise InputError(
-                f"weight {name} is not finite in {dtype}; use --dtype bfloat16 or float32."
-            )
 
 
 def _write_adapter(run: _TrainedRun, folder: Path) -> str:

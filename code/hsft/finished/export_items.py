@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from torch import nn
 
 from hsft.config import Config
 from hsft.data.files import item_llm_folder
@@ -30,6 +31,24 @@ ITEM_LLM_DIR = "item_llm"
 # Ends of the names of files that tell of a model folder's weights; the others are the tokenizer's.
 _OF_WEIGHTS = (".safetensors", ".bin", ".index.json", "config.json", MANIFEST_FILE, ".md")
 _TOKENIZER_CONFIG = "tokenizer_config.json"
+
+
+def refuse_overflow(model: nn.Module, dtype: str, part: str = "") -> None:
+    """Refuse merged weights that do not fit in their number type.
+
+    Args:
+        model: in that type.
+        dtype: its name.
+        part: whose weights they are, for the message.
+
+    Raises:
+        InputError: a weight is not finite.
+    """
+    for name, value in model.named_parameters():
+        if not value.isfinite().all():
+            raise InputError(
+                f"weight {name}{part} is not finite in {dtype}; use --dtype bfloat16 or float32."
+            )
 
 
 def export_items(
@@ -94,12 +113,7 @@ def _write_item_llm(
     # Turned off for training alone.
     model.config.use_cache = getattr(load_model_config(base), "use_cache", True)
     model.to(dtype)
-    for name, value in model.named_parameters():
-        if not value.isfinite().all():
-            raise InputError(
-                f"weight {name} of the ItemLLM is not finite in {dtype}; use --dtype bfloat16 or "
-                f"float32."
-            )
+    refuse_overflow(model, str(dtype), " of the ItemLLM")
     model.save_pretrained(folder)
     for path in base.iterdir():
         of_tokenizer = path.name == _TOKENIZER_CONFIG or not path.name.endswith(_OF_WEIGHTS)
