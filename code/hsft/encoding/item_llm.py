@@ -18,7 +18,7 @@ from hsft.model.attention import VARLEN
 from hsft.model.backbone import LoraSettings, add_lora, load_decoder, read_extra
 from hsft.model.norms import fuse_norms
 from hsft.utils.errors import InputError, brief, one_line
-from hsft.utils.files import is_file
+from hsft.utils.files import is_file, sha256
 from hsft.utils.host_copy import HostCopy
 from hsft.utils.prefetch import prefetch
 from hsft.utils.records import remember
@@ -407,7 +407,7 @@ def _small_files(folder: Path) -> dict[str, str] | None:
                 size += path.stat().st_size
                 if size > _QUICKLY_READ:
                     return None
-                digests[path.name] = hashlib.sha256(path.read_bytes()).hexdigest()
+                digests[path.name] = sha256(path)
     except OSError:
         return None
     return digests

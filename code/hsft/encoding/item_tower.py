@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import re
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -11,23 +10,23 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from hsft.data.cache import ItemCache
 from hsft.encoding.build_cache import EncodingJob, encode_tokens
 from hsft.encoding.item_llm import ItemEncoder, length_batches
 from hsft.encoding.tokens import Tokens
+from hsft.model.folder import layer_number
 from hsft.model.item_table import FixedMap, Standardize, Whiten
-from hsft.utils.errors import InputError, one_line
+from hsft.model.weights import read_weights, trainable_state
+from hsft.utils.errors import InputError
 
 # Files of a trained item side, beside the UserLLM's trained weights.
 ITEM_WEIGHTS_FILE = "item_llm.safetensors"
 ITEM_CACHE_FILE = "item_cache.safetensors"
 
-# Layers of decoders and of encoders such as BERT, and what lies below them.
-_LAYER = re.compile(r"\b(?:layers?|h)\.(\d+)\.")
+# Parts of the names of what lies below the layers.
 _EMBEDDINGS = ("embed", "wte", "wpe")
 
 Autocast = Callable[[], AbstractContextManager[object]]
@@ -132,11 +131,9 @@ class ItemTower(nn.Module):
 
     def trained_state(self) -> dict[str, Tensor]:
         """Return the trained weights by name, and the fixed map's numbers, on the CPU."""
-        trained = {name: value for name, value in self.named_parameters() if value.requires_grad}
         fixed = {} if self.transform is None else dict(self.transform.named_buffers("transform"))
-        return {
-            name: value.detach().cpu().contiguous() for name, value in {**trained, **fixed}.items()
-        }
+        values = {**trainable_state(self), **{name: value.cpu() for name, value in fixed.items()}}
+        return {name: value.contiguous() for name, value in values.items()}
 
     def save(self, folder: Path) -> None:
         """Write the trained weights and the fixed map into a folder."""
@@ -149,12 +146,7 @@ class ItemTower(nn.Module):
             InputError: the file is missing, damaged, or belongs to another configuration.
         """
         path = folder / ITEM_WEIGHTS_FILE
-        try:
-            stored = load_file(path)
-        except FileNotFoundError as error:
-            raise InputError(f"{path} does not exist; the run has no trained ItemLLM.") from error
-        except (SafetensorError, OSError) as error:
-            raise InputError(f"{path} is damaged: {one_line(error, 120)}.") from error
+        stored = read_weights(path, "the run has no trained ItemLLM")
         self.transform = _stored_map(stored)
         if self.transform is not None:
             self.transform.to(self.encoder.model.device)
@@ -224,9 +216,3 @@ def check_frozen_layers(names: Iterable[str], layers: int) -> None:
             f"item_freeze_layers {layers} leaves none of the ItemLLM's {count} layers to train; "
             f"lower it."
         )
-
-
-def layer_number(name: str) -> int | None:
-    """Return which layer a weight of this name belongs to, from 0; None for the others."""
-    match = _LAYER.search(name)
-    return int(match[1]) if match else None

@@ -22,7 +22,8 @@ EXTRA_FILE = "hllm_extra.safetensors"
 # Trained id vectors of items, beside an exported UserLLM; an item cache (`data/cache.py`).
 ID_FILE = "item_id_vectors.safetensors"
 _INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
-_LAYER = re.compile(r"\b(?:layers|h)\.(\d+)\.")
+# Layers of decoders, and of encoders such as BERT.
+_LAYER = re.compile(r"\b(?:layers?|h)\.(\d+)\.")
 # Parts of the names of token embeddings, and with the output head of all weights of the vocabulary's
 # size: the UserLLM loads none of them.
 EMBEDDING_KEYS = ("embed_tokens", "wte", "word_embeddings", "embed_in")
@@ -277,7 +278,7 @@ def check_shapes(config: Any, weights: Weights, folder: Path) -> None:
 
 
 def layer_number(weight: str) -> int | None:
-    """Return which decoder layer a weight of this name belongs to, from 0; None for the others."""
+    """Return which layer a weight of this name belongs to, from 0; None for the others."""
     match = _LAYER.search(weight)
     return int(match.group(1)) if match else None
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from hsft.model.folder import EMBEDDING_KEYS
 from hsft.model.recommender import Recommender
-from hsft.utils.errors import InputError
+from hsft.utils.errors import InputError, one_line
 from hsft.utils.files import atomic_path
 
 ADAPTER_DIR = "adapter"
@@ -54,7 +54,7 @@ def load_trained(model: Recommender, folder: str | Path) -> None:
     if peft_model is not None:
         from peft import set_peft_model_state_dict
 
-        state = _read(folder / ADAPTER_DIR / "adapter_model.safetensors")
+        state = read_weights(folder / ADAPTER_DIR / "adapter_model.safetensors")
         _refuse_other_shapes(folder, set_peft_model_state_dict, peft_model, state)
     rest = read_rest(folder)
     parameters = dict(model.named_parameters())
@@ -81,7 +81,7 @@ def read_rest(folder: str | Path) -> dict[str, Tensor]:
     Raises:
         InputError: the file is missing or damaged.
     """
-    return _read(Path(folder) / REST_FILE)
+    return read_weights(Path(folder) / REST_FILE)
 
 
 def rest_state(model: Recommender) -> dict[str, Tensor]:
@@ -140,13 +140,24 @@ def _peft_model(model: Recommender) -> Any | None:
     return decoder if hasattr(decoder, "peft_config") else None
 
 
-def _read(path: Path) -> dict[str, Tensor]:
+def read_weights(
+    path: Path, lacking: str = "the run has no trained model there"
+) -> dict[str, Tensor]:
+    """Read a file of weights by name.
+
+    Args:
+        path: a safetensors file of a run.
+        lacking: what it means where there is no such file.
+
+    Raises:
+        InputError: the file is missing or damaged.
+    """
     try:
         return load_file(path)
     except FileNotFoundError as error:
-        raise InputError(f"{path} does not exist; the run has no trained model there.") from error
+        raise InputError(f"{path} does not exist; {lacking}.") from error
     except (SafetensorError, OSError) as error:
-        raise InputError(f"{path} is damaged: {error}.") from error
+        raise InputError(f"{path} is damaged: {one_line(error, 120)}.") from error
 
 
 def _refuse_other_shapes(folder: Path, load: Any, model: Any, state: dict[str, Tensor]) -> None:

@@ -19,12 +19,12 @@ from hsft.data.dataset.packing import Buckets
 from hsft.data.files import cache_path, find_cache, has_interactions, interaction_file
 from hsft.data.interactions import Interactions, load_interactions
 from hsft.data.split import Split, leave_one_out
-from hsft.encoding.item_tower import check_frozen_layers, layer_number
+from hsft.encoding.item_tower import check_frozen_layers
 from hsft.inputs.cache_items import sentence_source
 from hsft.model.accelerate import choose_acceleration
 from hsft.model.attention import VARLEN, choose_attention
 from hsft.model.backbone import check_lora_targets, read_extra
-from hsft.model.folder import check_decoder, check_embeddings, check_positions
+from hsft.model.folder import check_decoder, check_embeddings, check_positions, layer_number
 from hsft.model.item_adapter import check_width
 from hsft.model.meta import read_kind, read_structure
 from hsft.model.structure import DecoderSource, DecoderStructure
