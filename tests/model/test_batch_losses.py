@@ -7,6 +7,7 @@ items that occur more than once, and targets that are other positions' negatives
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -25,6 +26,8 @@ from hsft.model.recommender import LossSettings, Recommender, SequenceEncoder
 
 DIM, ITEMS, LENGTH = 3, 9, 4
 THRESHOLD = 0.99
+# Of central differences.
+STEP = 1e-5
 
 
 class RunningMean(SequenceEncoder):
@@ -137,6 +140,16 @@ KINDS = [
 ]
 
 
+def central_differences(value: Callable[[np.ndarray], float], at: np.ndarray) -> np.ndarray:
+    """Return the gradient of a function of a matrix."""
+    gradient = np.zeros_like(at)
+    for index in np.ndindex(at.shape):
+        shift = np.zeros_like(at)
+        shift[index] = STEP
+        gradient[index] = (value(at + shift) - value(at - shift)) / (2 * STEP)
+    return gradient
+
+
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: f"{kind.loss}-{kind.negatives}")
 @given(st.integers(1, 5), st.integers(0, 10_000))
 @settings(max_examples=15, deadline=None)
@@ -172,16 +185,11 @@ def test_a_batch_costs_what_the_formula_says(kind: LossSettings, users: int, see
     assert loss.item() == pytest.approx(value(matrix), rel=1e-4, abs=1e-5)
     assert model.take_negative_counts().tolist() == reference_counts(pairs, table, pool, kind)
     assert model.take_negative_counts().tolist() == [0, 0, 0, 0]
-    step = 1e-5
-    expected = np.zeros_like(matrix)
-    for place in np.ndindex(matrix.shape):
-        shift = np.zeros_like(matrix)
-        shift[place] = step
-        expected[place] = (value(matrix + shift) - value(matrix - shift)) / (2 * step)
+    expected = central_differences(value, matrix)
     assert encoder.matrix.grad is not None
     np.testing.assert_allclose(encoder.matrix.grad.numpy(), expected, rtol=2e-3, atol=2e-4)
     if kind.loss == "nce":
-        slope = (value(matrix, 1.3 + step) - value(matrix, 1.3 - step)) / (2 * step)
+        slope = (value(matrix, 1.3 + STEP) - value(matrix, 1.3 - STEP)) / (2 * STEP)
         assert model.logit_scale.grad is not None
         assert model.logit_scale.grad.item() == pytest.approx(slope, rel=2e-3, abs=2e-4)
 
@@ -225,12 +233,7 @@ def test_an_adapter_applied_once_an_item_has_the_gradient_of_one_applied_at_ever
         return reference(pairs, table + table @ weight.T, matrix, pool, kind, 1.3)
 
     assert loss.item() == pytest.approx(value(adapter), rel=1e-4)
-    step = 1e-5
-    expected = np.zeros_like(adapter)
-    for place in np.ndindex(adapter.shape):
-        shift = np.zeros_like(adapter)
-        shift[place] = step
-        expected[place] = (value(adapter + shift) - value(adapter - shift)) / (2 * step)
+    expected = central_differences(value, adapter)
     (weight,) = encoder.items.adapter.parameters()
     assert weight.grad is not None
     np.testing.assert_allclose(weight.grad.numpy(), expected, rtol=2e-3, atol=2e-4)
