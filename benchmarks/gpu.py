@@ -583,7 +583,7 @@ def losses_of(
     losses = [float(trained.step(batch)) for batch in itertools.islice(trained.batches(), steps)]
     base = reference.setdefault(kind, losses)
     tail = max(1, steps // 4)
-    furthest = max(abs(own - other) / other for own, other in zip(losses, base, strict=True))
+    furthest = max(abs(loss - other) / other for loss, other in zip(losses, base, strict=True))
     return {
         "passed": furthest < 2e-2,
         "first_loss": losses[0],
@@ -687,7 +687,8 @@ def real_run(
     return {
         "losses": [round(loss, 4) for loss in losses[label]],
         "passed": all(
-            abs(own - other) / other < 2e-2 for own, other in zip(losses[label], first, strict=True)
+            abs(value - other) / other < 2e-2
+            for value, other in zip(losses[label], first, strict=True)
         ),
         "micro_batch": training["micro_batch"],
         "training_s": round(result["timings_s"]["training"], 1),
@@ -940,7 +941,7 @@ def demo(bench: Bench) -> None:
         ),
         open_cache(folder / "cache.safetensors"),
     )
-    own = Bench(bench.args, folder, data, bench.out, bench.result)
+    demo_bench = Bench(bench.args, folder, data, bench.out, bench.result)
     files = [ROOT / "demo/demo.yaml", ROOT / "demo/full.yaml"]
     for label, keys, layers in (
         ("masked rows of 4L, gradient checkpointing", {**ROWS, "gradient_checkpointing": True}, False),
@@ -959,10 +960,10 @@ def demo(bench: Bench) -> None:
         }
         config = load_config([ROOT / "code/overall/LLM_ddp.yaml", *files], values)[0]
         variant = Variant(label, keys, layers)
-        own.attempt(
+        demo_bench.attempt(
             "demo",
             label,
-            partial(train_ours, own, config, variant),
+            partial(train_ours, demo_bench, config, variant),
         )
 
 

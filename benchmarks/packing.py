@@ -248,12 +248,12 @@ def ways(
 
 
 def measure(
-    found: dict[str, Callable[[int], int]], repeats: int
+    ways: dict[str, Callable[[int], int]], repeats: int
 ) -> dict[str, dict[str, float | list[float]]]:
     """Run every way in turn, `repeats` times after a warm-up, and return real positions per second."""
-    rates: dict[str, list[float]] = {name: [] for name in found}
+    rates: dict[str, list[float]] = {name: [] for name in ways}
     for number in range(repeats + 1):
-        for name, way in found.items():
+        for name, way in ways.items():
             began = time.perf_counter()
             real = way(number)
             if number:

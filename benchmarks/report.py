@@ -33,27 +33,29 @@ def agreement(results: Sequence[dict[str, Any]]) -> dict[str, str]:
     return sentences
 
 
-def markdown(found: dict[str, Any]) -> str:
+def markdown(document: dict[str, Any]) -> str:
     """Write the report: one table a stage, medians with their range, and ratios to HSFT."""
-    machine, size = found["machine"], found["size"]
+    machine, size = document["machine"], document["size"]
     lines = [
         f"Size {size['name']}: {size['users']:,} users, {size['items']:,} items, "
         f"{size['interactions']:,} interactions, embeddings of {size['dim']} dimensions"
         + (f" ({size['note']})." if size["note"] else "."),
         f"{machine['cores']} cores of an {machine['processor']}, {machine['memory_gib']} GiB, "
-        f"{machine['threads']} threads; torch {found['versions']['torch']}, numpy "
-        f"{found['versions']['numpy']}, pandas {found['versions']['pandas']}; seed "
-        f"{found['seed']}; medians of up to {found['repeats']} runs, with the range; load average "
+        f"{machine['threads']} threads; torch {document['versions']['torch']}, numpy "
+        f"{document['versions']['numpy']}, pandas {document['versions']['pandas']}; seed "
+        f"{document['seed']}; medians of up to {document['repeats']} runs, with the range; load average "
         f"at the end {machine['load_average'][0]}.",
         "",
-        f"    {found['command']}",
+        f"    {document['command']}",
     ]
-    for stage in dict.fromkeys(result["stage"] for result in found["results"]):
-        sides = [result for result in found["results"] if result["stage"] == stage]
+    for stage in dict.fromkeys(result["stage"] for result in document["results"]):
+        sides = [result for result in document["results"] if result["stage"] == stage]
         lines += ["", f"### {stage}", "", *_table(sides)]
-    if found["agreement"]:
+    if document["agreement"]:
         lines += ["", "Same answers: "]
-        lines[-1] += "; ".join(f"{name}: {text}" for name, text in found["agreement"].items()) + "."
+        lines[-1] += (
+            "; ".join(f"{name}: {text}" for name, text in document["agreement"].items()) + "."
+        )
     return "\n".join(lines) + "\n"
 
 

@@ -225,8 +225,8 @@ def _workers_memory(work: Callable[[], None], before: dict[str, float]) -> list[
         for process in processes:
             process.start()
         barrier.wait()
-        own = _own_memory()
-        memory = _memory([own, *(queue.get() for _ in processes)])
+        this_process = _own_memory()
+        memory = _memory([this_process, *(queue.get() for _ in processes)])
         barrier.wait()
         for process in processes:
             process.join()

@@ -167,7 +167,7 @@ def _read_atomic(text: str, columns: Sequence[str], source: str) -> list[Row]:
             raise InputError(
                 f"{source}, row {line}: {len(cells)} cells where the header has {len(header)}."
             )
-        rows.append(tuple(cells[place].strip() for place in places))
+        rows.append(tuple(cells[field].strip() for field in places))
     return rows
 
 

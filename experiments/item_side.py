@@ -184,7 +184,7 @@ def pack(folder: Path, encoder: Path, llm: Path, layers: int, sources: Sequence[
         read = tokenizer(list(texts.values()), truncation=True, max_length=MAX_TOKENS)
         tokens[data] = read["input_ids"]
     used = sorted({token for rows in tokens.values() for row in rows for token in row})
-    number = {token: place for place, token in enumerate(used)}
+    number = {token: index for index, token in enumerate(used)}
     arrays: dict[str, Tensor] = {}
     for data, rows in tokens.items():
         flat = [number[token] for row in rows for token in row]

@@ -64,12 +64,12 @@ def shape(folder: Path, **more: Any) -> TrainingShape:
     return replace(base, **more)
 
 
-def real_model(folder: Path, wanted: TrainingShape, double: bool = True) -> nn.Module:
+def real_model(folder: Path, asked: TrainingShape, double: bool = True) -> nn.Module:
     """Load the decoder of a shape with its adapter."""
-    lora = LoraSettings(RANK, 8, 0.05, wanted.lora_targets, wanted.quant_type, wanted.dtype, double)
-    decoder = load_decoder(folder, dtype=wanted.dtype, attention=wanted.attention, lora=lora)
+    lora = LoraSettings(RANK, 8, 0.05, asked.lora_targets, asked.quant_type, asked.dtype, double)
+    decoder = load_decoder(folder, dtype=asked.dtype, attention=asked.attention, lora=lora)
     fuse_norms(decoder)
-    return add_lora(decoder, lora, wanted.checkpointing)
+    return add_lora(decoder, lora, asked.checkpointing)
 
 
 def real_weight_bytes(model: nn.Module) -> int:
@@ -99,14 +99,14 @@ def state_tensors(weight: Any) -> list[torch.Tensor]:
 def saved_by_autograd(model: nn.Module, mixed: bool, packed: bool) -> int:
     """Add up what autograd saves over 6 x 40 positions."""
     batch, length, width = 6, 40, 192
-    own = {p.untyped_storage().data_ptr() for p in [*model.parameters(), *model.buffers()]}
+    stored = {p.untyped_storage().data_ptr() for p in [*model.parameters(), *model.buffers()]}
     for weight in model.parameters():
-        own |= {tensor.untyped_storage().data_ptr() for tensor in state_tensors(weight)}
+        stored |= {tensor.untyped_storage().data_ptr() for tensor in state_tensors(weight)}
     saved: dict[int, torch.Tensor] = {}
 
     def note(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
+        if storage.data_ptr() not in stored:
             saved[storage.data_ptr()] = tensor
         return tensor
 

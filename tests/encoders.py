@@ -53,10 +53,10 @@ def make_sentence_folder(
     """Save a sentence encoder in sentence-transformers' layout."""
     make_bert(folder)
     kinds = ["Transformer", "Pooling", *["Dense"] * dense, "Normalize"]
-    paths = ["", *(f"{place}_{kind}" for place, kind in enumerate(kinds) if place)]
+    paths = ["", *(f"{number}_{kind}" for number, kind in enumerate(kinds) if number)]
     modules = [
-        {"idx": place, "path": path, "type": f"sentence_transformers.models.{kind}"}
-        for place, (kind, path) in enumerate(zip(kinds, paths, strict=True))
+        {"idx": number, "path": path, "type": f"sentence_transformers.models.{kind}"}
+        for number, (kind, path) in enumerate(zip(kinds, paths, strict=True))
     ]
     (folder / "modules.json").write_text(json.dumps(modules))
     (folder / "1_Pooling").mkdir()

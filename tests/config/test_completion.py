@@ -49,7 +49,7 @@ def offered(words: str, tmp_path: Path) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("words", "wanted"),
+    ("words", "expected"),
     [
         ("code/main.py --MAX_IT", ["--MAX_ITEM_LIST_LENGTH"]),
         ("code/main.py --qlora_quant_type ", ["auto", "nf4", "fp4", "int8", "none"]),
@@ -67,8 +67,10 @@ def offered(words: str, tmp_path: Path) -> list[str]:
         ("hsft prepare hold", ["hold-out"]),
     ],
 )
-def test_keys_options_and_values_are_offered(words: str, wanted: list[str], tmp_path: Path) -> None:
-    assert offered(words, tmp_path) == wanted
+def test_keys_options_and_values_are_offered(
+    words: str, expected: list[str], tmp_path: Path
+) -> None:
+    assert offered(words, tmp_path) == expected
 
 
 def test_programs_say_that_they_take_part() -> None:

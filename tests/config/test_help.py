@@ -60,13 +60,13 @@ def test_help_and_a_mistyped_option_do_not_wait_for_torch() -> None:
         "import runpy, sys\n"
         "sys.modules['torch'] = None\n"  # any import of it now fails
         "programs = sys.argv[1:]\n"
-        "for option, wanted in (('--help', 0), ('--no_such_option', 2)):\n"
+        "for option, expected in (('--help', 0), ('--no_such_option', 2)):\n"
         "    for program in programs:\n"
         "        sys.argv = [program, option]\n"
         "        try:\n"
         "            runpy.run_path(program, run_name='__main__')\n"
         "        except SystemExit as ended:\n"
-        "            assert ended.code == wanted, (program, ended.code)\n"
+        "            assert ended.code == expected, (program, ended.code)\n"
     )
     ours = [program for program in programs() if program != "demo/run.py"]
     done = subprocess.run(

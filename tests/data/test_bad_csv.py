@@ -91,9 +91,9 @@ def test_good_interactions_mean_what_they_say(project: Project, case: str) -> No
     (project.root / CSV).write_bytes(content)
     read = read_interactions(CSV)
     user = list(read.user_ids).index("x")
-    own = slice(read.offsets[user], read.offsets[user + 1])
-    items = [read.item_ids[number] for number in read.items[own]]
-    assert list(zip(items, read.timestamps[own].tolist(), strict=True)) == expected
+    owned = slice(read.offsets[user], read.offsets[user + 1])
+    items = [read.item_ids[number] for number in read.items[owned]]
+    assert list(zip(items, read.timestamps[owned].tolist(), strict=True)) == expected
     code, _, err = project.run(*POP, "--run_name", "run")
     assert code == 0, err
     actual = json.loads((project.root / "saved/run/result.json").read_text())

@@ -71,7 +71,7 @@ def test_targets_are_the_last_and_the_second_last_item(data: Interactions) -> No
 
 
 @pytest.mark.parametrize(
-    ("length", "wanted"),
+    ("length", "expected"),
     [
         (50, [["a", "b", "c", "d"]]),
         (3, [["a", "b", "c", "d"]]),
@@ -80,11 +80,11 @@ def test_targets_are_the_last_and_the_second_last_item(data: Interactions) -> No
     ],
 )
 def test_training_histories_are_cut_from_the_end(
-    data: Interactions, length: int, wanted: list[list[str]]
+    data: Interactions, length: int, expected: list[list[str]]
 ) -> None:
     dataset = CachedEmbeddingTrainDataset(leave_one_out(data), length)
-    assert [ids(data, dataset[n]) for n in range(len(dataset))] == wanted
-    assert dataset.num_transitions == sum(len(piece) - 1 for piece in wanted)
+    assert [ids(data, dataset[n]) for n in range(len(dataset))] == expected
+    assert dataset.num_transitions == sum(len(piece) - 1 for piece in expected)
 
 
 def test_training_batches_pair_each_item_with_the_next(data: Interactions) -> None:

@@ -48,12 +48,12 @@ def write(path: Path, text: str) -> Path:
     return path
 
 
-def same(found: Interactions, wanted: Interactions) -> None:
-    assert found.user_ids.tolist() == wanted.user_ids.tolist()
-    assert found.item_ids.tolist() == wanted.item_ids.tolist()
-    np.testing.assert_array_equal(found.items, wanted.items)
-    np.testing.assert_array_equal(found.timestamps, wanted.timestamps)
-    np.testing.assert_array_equal(found.offsets, wanted.offsets)
+def same(actual: Interactions, expected: Interactions) -> None:
+    assert actual.user_ids.tolist() == expected.user_ids.tolist()
+    assert actual.item_ids.tolist() == expected.item_ids.tolist()
+    np.testing.assert_array_equal(actual.items, expected.items)
+    np.testing.assert_array_equal(actual.timestamps, expected.timestamps)
+    np.testing.assert_array_equal(actual.offsets, expected.offsets)
 
 
 def outcome(path: Path) -> Interactions | str:
@@ -108,10 +108,10 @@ def test_plain_reader_reads_plain_files_itself(
     path = write(tmp_path / "plain.csv", "\n".join(["note,timestamp,user_id,item_id", *lines]))
     actual = read_plain(path, ("item_id", "user_id"), "timestamp", chunk)
     assert actual is not None
-    for place in (0, 1):
-        values = [row[place] for row in rows]
-        assert actual.ids[place].tolist() == list(dict.fromkeys(values))
-        assert [actual.ids[place][code] for code in actual.codes[place]] == values
+    for column in (0, 1):
+        values = [row[column] for row in rows]
+        assert actual.ids[column].tolist() == list(dict.fromkeys(values))
+        assert [actual.ids[column][code] for code in actual.codes[column]] == values
     assert actual.numbers.tolist() == [row[2] for row in rows]
 
 
@@ -200,29 +200,29 @@ def test_draws_are_those_of_a_loop_over_users(
     rng = np.random.default_rng(seed)
     users = rng.integers(0, data.num_users, size=5)
     seen = [items_of(data, user) for user in users]
-    own = [set(items[: len(items) - held_out]) for items in seen]
-    assert sampler.available[users].tolist() == [30 - len(items) for items in own]
+    training_items = [set(items[: len(items) - held_out]) for items in seen]
+    assert sampler.available[users].tolist() == [30 - len(items) for items in training_items]
     actual = sampler.draw(users, 6, np.random.default_rng(seed), distinct)
     # The simple way, with the same stream: draw all, then draw the bad ones again until none is.
     rng = np.random.default_rng(seed)
     expected = rng.integers(1, 31, size=(5, 6))
     while True:
         bad = [
-            (row, place)
+            (row, column)
             for row in range(5)
-            for place in range(6)
-            if expected[row, place] in own[row]
-            or (distinct and expected[row, place] in expected[row, :place])
+            for column in range(6)
+            if expected[row, column] in training_items[row]
+            or (distinct and expected[row, column] in expected[row, :column])
         ]
         if not bad:
             break
         again = rng.integers(1, 31, size=len(bad))
-        for (row, place), item in zip(bad, again, strict=True):
-            expected[row, place] = item
+        for (row, column), item in zip(bad, again, strict=True):
+            expected[row, column] = item
     np.testing.assert_array_equal(actual, expected)
     every = np.broadcast_to(np.arange(1, 31), (5, 30))
     owned = sampler.owns(np.broadcast_to(users[:, None], (5, 30)), every)
-    assert [set(every[row][owned[row]].tolist()) for row in range(5)] == own
+    assert [set(every[row][owned[row]].tolist()) for row in range(5)] == training_items
 
 
 @quick
@@ -237,12 +237,12 @@ def test_batches_are_those_of_a_loop_over_samples(
         batch = TrainCollate(train)(rows)
         width = max(len(train[row]) - 1 for row in rows)
         assert batch.history.shape == batch.targets.shape == (4, width)
-        for place, row in enumerate(rows):
+        for at, row in enumerate(rows):
             items = train[row].tolist()
             padding = [0] * (width - len(items) + 1)
-            assert batch.history[place].tolist() == items[:-1] + padding
-            assert batch.targets[place].tolist() == items[1:] + padding
-            assert batch.attention_mask[place].tolist() == [
+            assert batch.history[at].tolist() == items[:-1] + padding
+            assert batch.targets[at].tolist() == items[1:] + padding
+            assert batch.attention_mask[at].tolist() == [
                 *[True] * (len(items) - 1),
                 *[False] * len(padding),
             ]
@@ -253,13 +253,13 @@ def test_batches_are_those_of_a_loop_over_samples(
         rows = np.random.default_rng(seed).integers(0, len(test), size=4)
         actual = EvalCollate(test)(rows)
         width = int(actual.lengths.max())
-        for place, row in enumerate(rows):
+        for at, row in enumerate(rows):
             items = test[row].tolist()
             recent = items[:-1][-length:]
-            assert actual.history[place].tolist() == recent + [0] * (width - len(recent))
-            assert int(actual.lengths[place]) == len(recent)
-            assert int(actual.targets[place]) == items[-1]
-            assert actual.seen_items[actual.seen_rows == place].tolist() == items[:-1]
+            assert actual.history[at].tolist() == recent + [0] * (width - len(recent))
+            assert int(actual.lengths[at]) == len(recent)
+            assert int(actual.targets[at]) == items[-1]
+            assert actual.seen_items[actual.seen_rows == at].tolist() == items[:-1]
 
 
 class Vectors:

@@ -103,8 +103,8 @@ def test_interactions_are_grouped_and_sorted_as_plain_python_does(
     assert list(read.user_ids) == list(expected)
     assert list(read.item_ids[1:]) == list(dict.fromkeys(item for item, _, _ in rows))
     for number, history in enumerate(expected.values()):
-        own = slice(read.offsets[number], read.offsets[number + 1])
-        actual = zip(read.item_ids[read.items[own]], read.timestamps[own].tolist(), strict=True)
+        owned = slice(read.offsets[number], read.offsets[number + 1])
+        actual = zip(read.item_ids[read.items[owned]], read.timestamps[owned].tolist(), strict=True)
         assert list(actual) == sorted(history, key=lambda pair: pair[1])
 
 

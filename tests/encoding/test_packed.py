@@ -111,8 +111,8 @@ def test_batches_prepared_ahead_come_in_their_order(
     actual = encoder(llama, "varlen", emb_token=True)
     batches = [texts_of([length, 2], np.arange(0), length) for length in (5, 3, 8)]
     expected = [actual.encode(texts) for texts in batches]
-    for own, other in zip(actual._encode_ahead(batches), expected, strict=True):
-        assert torch.equal(own, other)
+    for embeddings, other in zip(actual._encode_ahead(batches), expected, strict=True):
+        assert torch.equal(embeddings, other)
     assert list(actual._encode_ahead([])) == []
 
 
@@ -139,8 +139,8 @@ def test_a_cache_begun_with_padded_texts_is_finished_with_packed_ones(
     whole = encode_items(padded, items, job, show_progress=False)
     counts: list[int] = []
 
-    def build(found: ItemEncoder, most: int) -> None:
-        plain = found.encode
+    def build(encoder: ItemEncoder, most: int) -> None:
+        plain = encoder.encode
 
         def counted(tokens: list[np.ndarray]) -> torch.Tensor:
             if len(counts) == most:
@@ -148,10 +148,10 @@ def test_a_cache_begun_with_padded_texts_is_finished_with_packed_ones(
             counts.append(len(tokens))
             return plain(tokens)
 
-        monkeypatch.setattr(found, "_try_packed", lambda tokens: None)
-        monkeypatch.setattr(found, "encode", counted)
+        monkeypatch.setattr(encoder, "_try_packed", lambda tokens: None)
+        monkeypatch.setattr(encoder, "encode", counted)
         builder = CacheBuilder(tmp_path / "c.safetensors", tmp_path / "parts", show_progress=False)
-        builder.build(found, job, items.item_ids, lambda: items.texts)
+        builder.build(encoder, job, items.item_ids, lambda: items.texts)
 
     with pytest.raises(KeyboardInterrupt):
         build(padded, 2)

@@ -56,14 +56,14 @@ def test_vectors_equal_a_float64_reference_text_by_text(tmp_path: Path, dense: b
             continue
         with torch.no_grad():
             states = model(torch.from_numpy(ids).unsqueeze(0)).last_hidden_state[0]
-        place = torch.arange(1, len(ids) + 1, dtype=torch.float64).unsqueeze(1)
+        position = torch.arange(1, len(ids) + 1, dtype=torch.float64).unsqueeze(1)
         pooled = torch.cat(
             [
                 states[0],
                 states.max(dim=0).values,
                 states.mean(dim=0),
                 states.sum(dim=0) / len(ids) ** 0.5,
-                (states * place).sum(dim=0) / place.sum(),
+                (states * position).sum(dim=0) / position.sum(),
                 states[-1],
             ]
         )

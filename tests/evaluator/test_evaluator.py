@@ -74,11 +74,11 @@ def by_hand(split: Split, table: Tensor, phase: str) -> tuple[list[int], list[se
     data, vectors = split.interactions, table.double().numpy()
     ranks, lists = [], []
     for user in range(data.num_users):
-        own = data.items[data.offsets[user] : data.offsets[user + 1]].tolist()
-        own = own[:-1] if phase == "valid" else own
-        if len(own) < 2:
+        user_items = data.items[data.offsets[user] : data.offsets[user + 1]].tolist()
+        user_items = user_items[:-1] if phase == "valid" else user_items
+        if len(user_items) < 2:
             continue
-        *history, target = own
+        *history, target = user_items
         scores = vectors @ vectors[history[-LENGTH:]].sum(axis=0)
         allowed = [n for n in range(1, ITEMS + 1) if n not in history]
         better = [n for n in allowed if n != target and scores[n] >= scores[target]]
@@ -132,9 +132,9 @@ def test_candidates_are_distinct_items_that_the_user_never_met(split: Split) -> 
     dataset = CachedEmbeddingEvalDataset(split, "valid", LENGTH)
     data = split.interactions
     for user, drawn in zip(dataset.segments.users, draw_candidates(dataset, SAMPLED), strict=True):
-        own = set(data.items[data.offsets[user] : data.offsets[user + 1]].tolist())
+        history = set(data.items[data.offsets[user] : data.offsets[user + 1]].tolist())
         assert len(set(drawn.tolist())) == SAMPLED.candidates
-        assert not own & set(drawn.tolist())
+        assert not history & set(drawn.tolist())
         assert drawn.min() >= 1
         assert drawn.max() <= ITEMS
 

@@ -72,7 +72,7 @@ def test_chunked_scores_equal_the_plain_product() -> None:
 
 
 @pytest.mark.parametrize(
-    ("dim", "budget", "device", "wanted"),
+    ("dim", "budget", "device", "expected"),
     [
         (2048, 1 << 28, "cpu", 1024),
         (2048, 1 << 28, "cuda", 8192),
@@ -80,12 +80,12 @@ def test_chunked_scores_equal_the_plain_product() -> None:
         (2048, 1, "cpu", 1),
     ],
 )
-def test_items_prepared_at_once(dim: int, budget: int, device: str, wanted: int) -> None:
-    assert ranking.items_at_a_time(dim, budget, torch.device(device)) == wanted
+def test_items_prepared_at_once(dim: int, budget: int, device: str, expected: int) -> None:
+    assert ranking.items_at_a_time(dim, budget, torch.device(device)) == expected
 
 
 @pytest.mark.parametrize(
-    ("name", "wanted"),
+    ("name", "expected"),
     [
         ("Recall", 2 / 4),
         ("HitRate", 2 / 4),
@@ -93,9 +93,9 @@ def test_items_prepared_at_once(dim: int, budget: int, device: str, wanted: int)
         ("NDCG", (1 + 0.5) / 4),
     ],
 )
-def test_metrics_by_hand(name: str, wanted: float) -> None:
+def test_metrics_by_hand(name: str, expected: float) -> None:
     ranks = np.array([1, 3, 4, 100])
-    assert metrics.compute([name], [3], ranks)[f"{name}@3"] == pytest.approx(wanted)
+    assert metrics.compute([name], [3], ranks)[f"{name}@3"] == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("k", [1, 5, 10])

@@ -129,9 +129,9 @@ def test_new_items_are_scored_by_hand(encoded: Project) -> None:
     assert scores["n1"]["new"]
     assert not scores["i5"]["new"]
     assert "n2" not in scores
-    own = scores["n1"]
+    added = scores["n1"]
     assert actual["new_items"] == [
-        {key: own[key] for key in ("item_id", "title", "rank", "score")},
+        {key: added[key] for key in ("item_id", "title", "rank", "score")},
         {"item_id": "n2", "title": "item 7 item 8", "rank": None, "score": None},
     ]
     assert actual["candidates"] == len(scores) == 20

@@ -109,8 +109,8 @@ def test_training_is_the_same(llama: Path) -> None:
     actual, own_weights, graphs = trained(llama, captured=True)
     assert graphs >= 1
     assert actual == pytest.approx(expected, rel=1e-5)
-    for own, other in zip(own_weights, weights, strict=True):
-        torch.testing.assert_close(own, other, rtol=1e-5, atol=1e-6)
+    for weight, other in zip(own_weights, weights, strict=True):
+        torch.testing.assert_close(weight, other, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.usefixtures("emulated_varlen")
@@ -126,8 +126,8 @@ def test_a_failing_capture_costs_nothing_but_a_line(
     expected = model(given)
     assert loss.item() == pytest.approx(expected.item())
     gradients = torch.autograd.grad(expected, [p for p in model.parameters() if p.requires_grad])
-    own = [p.grad for p in model.parameters() if p.requires_grad]
-    for actual, one in zip(own, gradients, strict=True):
+    accumulated = [p.grad for p in model.parameters() if p.requires_grad]
+    for actual, one in zip(accumulated, gradients, strict=True):
         assert actual is not None
         torch.testing.assert_close(actual, 5 * one, rtol=1e-4, atol=1e-5)
     assert not graphs.enabled
@@ -194,10 +194,10 @@ def test_a_whole_run_in_single_rows_is_that_of_masked_rows(
         results.append(json.loads((project.root / "saved" / kernel / "result.json").read_text()))
     masked, rows = results
     for name in ("loss", "valid"):
-        for own, other in zip(
+        for epoch, other in zip(
             rows["training"]["history"], masked["training"]["history"], strict=True
         ):
-            assert own[name] == pytest.approx(other[name], rel=1e-4)
+            assert epoch[name] == pytest.approx(other[name], rel=1e-4)
     assert [row["metrics"] for row in rows["rows"]] == [row["metrics"] for row in masked["rows"]]
 
 
@@ -264,8 +264,8 @@ def test_user_vectors_from_captured_encodings(llama: Path) -> None:
     # All at once, so that a result that the next replay overwrites would be seen.
     actual = [graphs(*parts) for parts in given * 3]
     assert graphs.graphs >= 1
-    for own, other in zip(actual, expected * 3, strict=True):
-        assert torch.equal(own, other)
+    for vectors, other in zip(actual, expected * 3, strict=True):
+        assert torch.equal(vectors, other)
     graphs.release()
     assert graphs.graphs == 0
     assert torch.equal(graphs(*given[0]), expected[0])

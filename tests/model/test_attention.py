@@ -31,12 +31,12 @@ def causal_by_hand(q: Any, k: Any, v: Any, scale: float, window: int | None = No
     n, heads, _ = q.shape
     out = np.zeros_like(q)
     for head in range(heads):
-        own = head // (heads // k.shape[1])
+        kv_head = head // (heads // k.shape[1])
         for t in range(n):
             first = 0 if window is None else max(0, t - window)
-            scores = q[t, head] @ k[first : t + 1, own].T * scale
+            scores = q[t, head] @ k[first : t + 1, kv_head].T * scale
             weights = np.exp(scores - scores.max())
-            out[t, head] = weights / weights.sum() @ v[first : t + 1, own]
+            out[t, head] = weights / weights.sum() @ v[first : t + 1, kv_head]
     return out
 
 

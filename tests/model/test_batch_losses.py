@@ -69,11 +69,11 @@ def transitions(data: Interactions) -> list[tuple[list[int], int]]:
     """Every (history, next item) of the training pieces, cut by hand."""
     actual = []
     for user in range(data.num_users):
-        own = data.items[data.offsets[user] : data.offsets[user + 1] - 2].tolist()
-        pieces = [own] if len(own) <= LENGTH else []
-        while len(own) > LENGTH:
-            pieces.append(own[-LENGTH - 1 :])
-            own = own[: -LENGTH - 1]
+        kept = data.items[data.offsets[user] : data.offsets[user + 1] - 2].tolist()
+        pieces = [kept] if len(kept) <= LENGTH else []
+        while len(kept) > LENGTH:
+            pieces.append(kept[-LENGTH - 1 :])
+            kept = kept[: -LENGTH - 1]
         for piece in pieces:
             actual += [(piece[: n + 1], piece[n + 1]) for n in range(len(piece) - 1)]
     return actual

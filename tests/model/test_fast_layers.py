@@ -104,8 +104,8 @@ def test_lora_layers_compute_what_pefts_do(llama: Path, kind: str, training: boo
         results.append((states.detach(), [p.grad for p in model.parameters() if p.requires_grad]))
     (expected, gradients), (actual, found_gradients) = results
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
-    for own, other in zip(found_gradients, gradients, strict=True):
-        torch.testing.assert_close(own, other, rtol=1e-4, atol=1e-4)
+    for gradient, other in zip(found_gradients, gradients, strict=True):
+        torch.testing.assert_close(gradient, other, rtol=1e-4, atol=1e-4)
 
 
 def test_a_quantised_decoder_of_bfloat16_stays_so(llama: Path) -> None:

@@ -131,11 +131,11 @@ def test_whether_a_row_may_hold_several_sequences(folders: dict[str, Path], fami
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 @pytest.mark.parametrize(
-    ("kind", "wanted"),
+    ("kind", "expected"),
     [("none", torch.bfloat16), ("nf4", torch.bfloat16), ("int8", torch.bfloat16)],
 )
 def test_vectors_have_the_number_type_of_the_residual_stream(
-    folders: dict[str, Path], family: str, kind: str, wanted: torch.dtype
+    folders: dict[str, Path], family: str, kind: str, expected: torch.dtype
 ) -> None:
     lora = LoraSettings(4, 8, 0.0, ("all-linear",), kind)
     decoder = load_decoder(folders[family], dtype=torch.bfloat16, attention="sdpa", lora=lora)
@@ -146,8 +146,8 @@ def test_vectors_have_the_number_type_of_the_residual_stream(
     with torch.no_grad():
         states = model(torch.tensor([[1, 2]]))
     # peft's own preparation would cast the norms of a quantised model to float32.
-    assert norm.weight.dtype == wanted
-    assert seen == [wanted]
+    assert norm.weight.dtype == expected
+    assert seen == [expected]
     assert states.isfinite().all()
 
 
@@ -286,5 +286,5 @@ def test_layers_and_vocabulary_are_counted(folders: dict[str, Path]) -> None:
     for family in ("gpt2", "gpt_neox", "llama"):
         weights = check_files(folders[family])
         decoder = load(folders[family], layers=1)
-        own = sum(p.numel() for p in decoder.parameters()) - 64
-        assert weights.count(1, vocabulary=False) == own, family
+        kept = sum(p.numel() for p in decoder.parameters()) - 64
+        assert weights.count(1, vocabulary=False) == kept, family

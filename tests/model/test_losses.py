@@ -66,11 +66,11 @@ def reference_softmax(
 
 def numeric_gradient(value: Callable[[Array], float], at: Array, step: float = 1e-5) -> Array:
     gradient = np.zeros_like(at)
-    for place in np.ndindex(at.shape):
+    for index in np.ndindex(at.shape):
         up, down = at.copy(), at.copy()
-        up[place] += step
-        down[place] -= step
-        gradient[place] = (value(up) - value(down)) / (2 * step)
+        up[index] += step
+        down[index] -= step
+        gradient[index] = (value(up) - value(down)) / (2 * step)
     return gradient
 
 
@@ -78,9 +78,9 @@ def tensor(x: Array) -> torch.Tensor:
     return torch.tensor(x, dtype=torch.float32, requires_grad=True)
 
 
-def close(gradient: torch.Tensor | None, wanted: Array, rtol: float, atol: float) -> None:
+def close(gradient: torch.Tensor | None, expected: Array, rtol: float, atol: float) -> None:
     assert gradient is not None
-    np.testing.assert_allclose(gradient.numpy(), wanted, rtol=rtol, atol=atol)
+    np.testing.assert_allclose(gradient.numpy(), expected, rtol=rtol, atol=atol)
 
 
 shapes = st.tuples(st.integers(1, 5), st.integers(1, 6), st.integers(2, 5), st.integers(0, 10_000))

@@ -10,7 +10,7 @@ from hsft.trainer.fabric import choose_precision, compute_dtype
 
 
 @pytest.mark.parametrize(
-    ("features", "wanted"),
+    ("features", "expected"),
     [
         ({"avx2": True, "avx512_bf16": False}, "32-true"),
         ({"avx512_bf16": True}, "bf16-mixed"),
@@ -20,17 +20,17 @@ from hsft.trainer.fabric import choose_precision, compute_dtype
     ],
 )
 def test_on_the_cpu(
-    features: dict[str, bool], wanted: str, monkeypatch: pytest.MonkeyPatch
+    features: dict[str, bool], expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: features)
-    assert choose_precision(Config(device="cpu")) == wanted
+    assert choose_precision(Config(device="cpu")) == expected
 
 
-@pytest.mark.parametrize(("native", "wanted"), [(True, "bf16-mixed"), (False, "16-mixed")])
-def test_on_a_gpu(native: bool, wanted: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("native", "expected"), [(True, "bf16-mixed"), (False, "16-mixed")])
+def test_on_a_gpu(native: bool, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: native)
-    assert choose_precision(Config(device="auto")) == wanted
+    assert choose_precision(Config(device="auto")) == expected
 
 
 def test_a_named_precision_is_kept() -> None:

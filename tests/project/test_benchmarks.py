@@ -201,9 +201,9 @@ def test_both_sides_make_the_same_evaluation_batch(
     ours = CachedEmbeddingEvalDataset(split, "test", 7)
     theirs = naive.EvalDataset(histories, naive.load_cache(stages.naive_cache_path(context)), 7)
     # Users of the naive side stand in the order of its groups.
-    place = {tuple(items): row for row, items in enumerate(theirs.histories)}
+    row_of = {tuple(items): row for row, items in enumerate(theirs.histories)}
     rows = np.arange(5)
-    users = [place[tuple(named(split, ours[int(row)]))] for row in rows]
+    users = [row_of[tuple(named(split, ours[int(row)]))] for row in rows]
     batch = EvalCollate(ours)(rows)
     other = naive.collate_eval([theirs[user] for user in users])
     width = batch.history.shape[1]

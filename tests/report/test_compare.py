@@ -257,9 +257,9 @@ def test_a_masked_target_is_a_miss_where_the_catalogue_is_smaller_than_k(project
     last[0] = first[0]
     evaluate_on(project, "run", rows, "--topk", "5", "100", "--valid_metric", "NDCG@5")
     users, ranks = read_ranks("saved/run", "pop")
-    place = users.tolist().index(0)
-    assert ranks[place] == UNRANKED
-    assert np.delete(ranks, place).max() <= 20
+    index = users.tolist().index(0)
+    assert ranks[index] == UNRANKED
+    assert np.delete(ranks, index).max() <= 20
     metrics = json.loads(Path("saved/run/result.json").read_text())["rows"][0]["metrics"]
     assert metrics["Recall@100"] == pytest.approx(29 / 30)
     table = load_comparison(["saved/run"])
@@ -269,7 +269,7 @@ def test_a_masked_target_is_a_miss_where_the_catalogue_is_smaller_than_k(project
     from safetensors.numpy import load_file, save_file
 
     arrays = load_file("saved/run/ranks.safetensors")
-    arrays["pop.ranks"][place] = 21
+    arrays["pop.ranks"][index] = 21
     save_file(arrays, "saved/run/ranks.safetensors")
     make_format_1("run")
     assert read_ranks("saved/run", "pop")[1].tolist() == ranks.tolist()

@@ -334,7 +334,7 @@ def test_the_held_out_item_is_marked_at_its_rank(project: Project) -> None:
     places = {}
     for card in html.split("<h3>User u")[1:]:
         listed = re.findall("<li>(.*)</li>", card.partition("<ol>")[2].partition("</ol>")[0])
-        marks = [place for place, item in enumerate(listed, start=1) if "(held out)" in item]
+        marks = [position for position, item in enumerate(listed, start=1) if "(held out)" in item]
         places[int(card.partition("<")[0])] = marks
     assert list(places) == users.tolist()
     assert places == {

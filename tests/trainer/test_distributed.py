@@ -75,7 +75,7 @@ def playing(ids: Tensor | None, all_reduce: Callable[[Tensor], Tensor]) -> Itera
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(recommender, "world_size", lambda: 2)
         patch.setattr(recommender, "all_reduce", all_reduce)
-        patch.setattr(recommender, "all_gather_ids", lambda own: own if ids is None else ids)
+        patch.setattr(recommender, "all_gather_ids", lambda sent: sent if ids is None else ids)
         yield
 
 
@@ -158,7 +158,7 @@ def test_processes_weigh_the_same_where_batches_do(
     means, alone = [], []
     # Each process's own mean, with the candidates of both.
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(recommender, "all_gather_ids", lambda own: ids)
+        patch.setattr(recommender, "all_gather_ids", lambda sent: ids)
         for part in parts:
             model = toy(settings)
             value = model(part)
@@ -187,8 +187,8 @@ def test_corrected_negatives_are_one_sample_over_all_processes(negatives: Any) -
         model.proposal = Proposal(*shares)
         return model
 
-    def gather(own: Tensor) -> Tensor:
-        return drawn if any(own.equal(part.negatives.reshape(-1)) for part in parts) else targets
+    def gather(given: Tensor) -> Tensor:
+        return drawn if any(given.equal(part.negatives.reshape(-1)) for part in parts) else targets
 
     whole = corrected()
     loss = whole(batch)

@@ -85,7 +85,7 @@ def fake_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Calls:
 
 
 def forget_wandb(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have wandb imported anew, and what is imported gone again after the test."""
+    """Have wandb imported again, and what is imported gone again after the test."""
     monkeypatch.setitem(sys.modules, "wandb", None)
     monkeypatch.delitem(sys.modules, "wandb")
 

@@ -118,7 +118,7 @@ def test_a_terminal_gets_a_bar_and_log_lines_above_it(
     assert "500/2,000 users" in before
     assert "ETA 6s" in before
     assert re.search(r"loss 0\.2500, 250\.0 users/s, (peak )?memory [\d.]+ [GM]iB", before)
-    # Written through the display, which draws its bar anew below the line.
+    # Written through the display, which draws its bar again below the line.
     after = before[before.index("a line from the middle") :]
     assert "500/2,000 users" in after
     assert sys.stderr is terminal

@@ -184,9 +184,9 @@ def with_catalogue(interactions: Interactions, item_ids: np.ndarray) -> Interact
         interactions: what to renumber.
         item_ids: str [n], none repeated.
     """
-    padding, *own = interactions.item_ids
+    padding, *present = interactions.item_ids
     known = set(item_ids)
-    more = [item for item in own if item not in known]
+    more = [item for item in present if item not in known]
     return renumber(interactions, np.array([padding, *item_ids, *more], dtype=object))
 
 
@@ -231,8 +231,8 @@ def renumber(interactions: Interactions, item_ids: np.ndarray) -> Interactions:
         item_ids: str [J + 1], entry 0 the padding item; has every item of the interactions.
     """
     number_of = {item: number for number, item in enumerate(item_ids[1:], start=1)}
-    own = (number_of[item] for item in interactions.item_ids[1:])
-    numbers = np.fromiter((PAD, *own), dtype=np.int32)
+    renumbered = (number_of[item] for item in interactions.item_ids[1:])
+    numbers = np.fromiter((PAD, *renumbered), dtype=np.int32)
     return replace(interactions, item_ids=item_ids, items=numbers[interactions.items])
 
 

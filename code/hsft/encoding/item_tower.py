@@ -151,12 +151,12 @@ class ItemTower(nn.Module):
         if self.transform is not None:
             self.transform.to(self.encoder.model.device)
         expected = {name: value.shape for name, value in self.trained_state().items()}
-        found = {name: value.shape for name, value in stored.items()}
-        if found != expected:
+        stored_shapes = {name: value.shape for name, value in stored.items()}
+        if stored_shapes != expected:
             odd = sorted(
                 name
-                for name in found.keys() | expected.keys()
-                if found.get(name) != expected.get(name)
+                for name in stored_shapes.keys() | expected.keys()
+                if stored_shapes.get(name) != expected.get(name)
             )
             raise InputError(
                 f"{path} does not fit the ItemLLM in this configuration: it differs in {odd[0]} "

@@ -91,8 +91,8 @@ def pack_texts(
     keys = sequences + cuts
     key_ends = np.cumsum(keys)
     number = np.arange(key_ends[-1]) - np.repeat(key_ends - keys, keys)
-    own = number - np.repeat(cuts, keys)
-    key_index = np.where(own < 0, number, size + np.repeat(starts, keys) + own)
+    after_prefix = number - np.repeat(cuts, keys)
+    key_index = np.where(after_prefix < 0, number, size + np.repeat(starts, keys) + after_prefix)
     counts = np.ones_like(lengths) if emb_token else lengths
     width = np.arange(max(int(counts.max(initial=1)), 1))
     first = (ends - 1 if emb_token else starts)[: len(tokens)]

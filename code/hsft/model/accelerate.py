@@ -333,8 +333,8 @@ class EncodingGraphs(_Graphs[tuple[Any, list[Tensor], Tensor]]):
         if captured is None:
             return self._function(*given)
         graph, fixed, result = captured
-        for place, part in zip(fixed, given, strict=True):
-            place.copy_(part, non_blocking=True)
+        for buffer, part in zip(fixed, given, strict=True):
+            buffer.copy_(part, non_blocking=True)
         graph.replay()
         # The next replay overwrites it.
         return result.clone()
