@@ -590,7 +590,7 @@ class Config(_Section):
         True,
         "training",
         "put several sequences of a batch into one row, so that little is padding; the loss is the "
-        "same (model: HLLM); left off, with a line in the log, for models that would mix the "
+        "same (models HLLM and sasrec); left off, with a line in the log, for models that would mix the "
         "sequences of a row (OPT, BLOOM)",
     )
     group_by_length: Bool = _key(
