@@ -565,10 +565,9 @@ def test_hllm_s_filter_counts_once() -> None:
         & (rows.groupby("item")["user"].transform("size") >= 5)
     ]
     expected = counted[counted.groupby("user")["item"].transform("size") >= 5].index
-    columns = [rows[name].to_numpy(dtype=np.int32) for name in ("item", "user")]
-    table = Table(
-        [str(i) for i in range(50)], [str(i) for i in range(60)], *columns, np.arange(400)
-    )
+    items, users = (rows[name].to_numpy(dtype=np.int32) for name in ("item", "user"))
+    ids = [str(number) for number in range(60)]
+    table = Table(ids[:50], ids, items, users, np.arange(400))
     kept = once_filtered_rows(table, 5)
     assert np.flatnonzero(kept).tolist() == expected.tolist()
     # Neither filter nor core would leave the same rows.
