@@ -73,7 +73,8 @@ def make_vectors(folder: Path, items: int, users: int, dim: int) -> None:
         scores = np.concatenate([scores, given @ block.T], axis=1)
         best = np.concatenate([best, rows], axis=1)
         kept = np.argpartition(-scores, min(RECALL_AT, scores.shape[1]) - 1, axis=1)[:, :RECALL_AT]
-        scores, best = (np.take_along_axis(values, kept, axis=1) for values in (scores, best))
+        scores = np.take_along_axis(scores, kept, axis=1)
+        best = np.take_along_axis(best, kept, axis=1)
     best.tofile(folder / "exact.i64")
 
 

@@ -224,7 +224,7 @@ class OpenRun:
         users = self._encode(scorer, histories, given).numpy(force=True)
         seen = histories if exclude_seen else None
         best, whole = scorer.index.best(users, min(topk, scorer.num_items), seen)
-        for row in np.flatnonzero(~whole):
+        for row in np.flatnonzero(~whole).tolist():
             # Too few of its neighbours were left.
             asked = None if given is None else [given[row]]
             exact = self._search_all(scorer.scorer, [histories[row]], topk, exclude_seen, asked)
