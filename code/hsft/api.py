@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import pandas as pd
 
 from hsft.config import loader
-from hsft.config.schema import Config
+from hsft.config.schema import ID_MODELS, Config
 from hsft.utils.errors import InputError, Interrupted, refuse
 from hsft.utils.logs import show_log_lines
 from hsft.utils.program import install_command
@@ -104,17 +104,17 @@ def evaluate(config: Config) -> Run:
 
     Raises:
         InputError: something in the configuration or its files has to be changed, or the model
-            (`sasrec`) has nothing to evaluate before it is trained.
+            (`sasrec`, `hstu`) has nothing to evaluate before it is trained.
     """
-    if config.model == "sasrec":
-        raise InputError("model: sasrec has nothing to evaluate untrained; call train().")
+    if config.model in ID_MODELS:
+        raise InputError(f"model: {config.model} has nothing to evaluate untrained; call train().")
     if config.model == "HLLM" and not config.val_only:
         config = config.model_copy(update={"val_only": True})
     return _finish(config)
 
 
 def train(config: Config) -> Run:
-    """Fine-tune the UserLLM, or train `model: sasrec`, and score it, as `hsft train` does.
+    """Fine-tune the UserLLM, or train a model on item ids, and score it, as `hsft train` does.
 
     The epoch with the best `valid_metric` is kept and scored on the held-out items of `eval_phase`;
     with `eval_baseline` the UserLLM is scored before training too, for comparison.
