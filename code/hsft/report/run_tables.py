@@ -47,6 +47,10 @@ def applies(key: str, config: Mapping[str, Any]) -> bool:
     group = _GROUP_OF_KEY.get(name)
     if name == "sasrec":
         return model == "sasrec"
+    if name.startswith("split_"):
+        return config.get("split") == "global_time"
+    if name == "data_split":
+        return trains
     if name == "runs":
         return model == "ensemble"
     if name in ("knn_history", "knn_decay"):
