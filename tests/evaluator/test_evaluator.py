@@ -18,8 +18,8 @@ from hsft.evaluator import metrics
 from hsft.evaluator.evaluator import EvalProtocol, Evaluation, Evaluator, draw_candidates
 
 ITEMS, DIM, LENGTH = 40, 6, 5
-FULL = EvalProtocol("full", (1, 5, 10), ("Recall", "NDCG", "MRR", "Coverage"))
-SAMPLED = replace(FULL, kind="sampled", candidates=9, metrics=("Recall", "NDCG"))
+FULL = EvalProtocol("full", (1, 5, 10), ("Recall", "NDCG", "MRR", "AUC", "Coverage"))
+SAMPLED = replace(FULL, kind="sampled", candidates=9, metrics=("Recall", "NDCG", "GAUC"))
 CPU = torch.device("cpu")
 
 
@@ -99,6 +99,14 @@ def test_full_ranking_is_what_one_user_at_a_time_gives(
     assert actual.ranks.tolist() == ranks
     assert actual.metrics["Recall@5"] == pytest.approx(np.mean(np.array(ranks) <= 5))
     assert actual.metrics["Coverage@10"] == pytest.approx(len(set.union(*lists)) / ITEMS)
+    data = split.interactions
+    below = []
+    for user, rank in zip(actual.users, ranks, strict=True):
+        end = data.offsets[user + 1] - (2 if phase == "valid" else 1)
+        candidates = ITEMS - len(set(data.items[data.offsets[user] : end].tolist()))
+        is_ranked = rank != metrics.UNRANKED
+        below.append((candidates - rank) / (candidates - 1) if is_ranked else 0.0)
+    assert actual.metrics["AUC"] == pytest.approx(np.mean(below))
 
 
 @pytest.mark.parametrize("protocol", [FULL, SAMPLED], ids=["full", "sampled"])
@@ -115,6 +123,11 @@ def test_a_constant_scorer_gets_no_credit(split: Split, protocol: EvalProtocol) 
     # The target shares its score with every item that is not masked: it stands behind them all.
     assert actual.ranks.min() >= (10 if protocol is SAMPLED else ITEMS - 14)
     assert actual.metrics["Recall@5"] == 0.0
+
+
+def test_auc_among_candidates_is_the_share_of_them_below(split: Split, table: Tensor) -> None:
+    actual = evaluate(split, table, SAMPLED)
+    assert actual.metrics["GAUC"] == pytest.approx(np.mean((10 - actual.ranks) / 9))
 
 
 def test_candidate_lists_are_fixed_by_seed_and_phase_alone(split: Split) -> None:

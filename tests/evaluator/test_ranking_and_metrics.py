@@ -3,14 +3,29 @@
 from __future__ import annotations
 
 import math
+from typing import get_args
 
 import numpy as np
 import pytest
 import torch
-from torchmetrics.retrieval import RetrievalMRR, RetrievalNormalizedDCG, RetrievalRecall
+from torchmetrics.retrieval import (
+    RetrievalAUROC,
+    RetrievalHitRate,
+    RetrievalMAP,
+    RetrievalMRR,
+    RetrievalNormalizedDCG,
+    RetrievalPrecision,
+    RetrievalRecall,
+)
 
+from hsft.config.schema import PER_USER_METRICS, MetricName
 from hsft.evaluator import metrics, ranking
-from hsft.evaluator.intervals import bootstrap_interval, paired_p_value
+from hsft.evaluator.intervals import (
+    bootstrap_interval,
+    interval,
+    paired_p_value,
+    wilson_interval,
+)
 
 
 def full_ranks(
@@ -47,7 +62,8 @@ def test_a_seen_target_has_no_rank() -> None:
 def test_a_target_without_a_rank_is_a_miss_at_any_k(name: str, k: int) -> None:
     # The catalogue has three items, so every K from 4 on holds all of it.
     ranks = np.array(full_ranks([[0.0, 9.0, 2.0, 3.0]] * 2, [1, 1], [(0, 1)]))
-    assert metrics.per_user(name, ranks, k).tolist() == [0.0, 1.0]
+    hit = 1 / k if name == "Precision" else 1.0
+    assert metrics.per_user(name, ranks, k).tolist() == [0.0, hit]
 
 
 def test_a_candidate_whose_score_is_nan_has_no_rank() -> None:
@@ -90,12 +106,28 @@ def test_items_prepared_at_once(dim: int, budget: int, device: str, expected: in
         ("Recall", 2 / 4),
         ("HitRate", 2 / 4),
         ("MRR", (1 + 1 / 3) / 4),
+        ("MAP", (1 + 1 / 3) / 4),
+        ("Precision", (1 / 3 + 1 / 3) / 4),
         ("NDCG", (1 + 0.5) / 4),
     ],
 )
 def test_metrics_by_hand(name: str, expected: float) -> None:
     ranks = np.array([1, 3, 4, 100])
     assert metrics.compute([name], [3], ranks)[f"{name}@3"] == pytest.approx(expected)
+
+
+def test_auc_by_hand() -> None:
+    # Of 4, 9, 9 and 0 others, 4, 8, 0 and none rank below; the second last target has no rank.
+    ranks = np.array([1, 2, metrics.UNRANKED, 1])
+    candidates = np.array([5, 10, 10, 1])
+    expected = (1 + 8 / 9 + 0) / 3
+    values = metrics.compute(["AUC", "Recall", "GAUC"], [1], ranks, candidates)
+    assert values == {
+        "AUC": pytest.approx(expected),
+        "Recall@1": 0.5,
+        "GAUC": pytest.approx(expected),
+    }
+    assert metrics.auc(ranks[3:], candidates[3:]) == 0.0
 
 
 @pytest.mark.parametrize("k", [1, 5, 10])
@@ -110,19 +142,34 @@ def test_metrics_agree_with_torchmetrics(k: int) -> None:
     relevant = torch.zeros(50, 30, dtype=torch.bool)
     relevant[torch.arange(50), targets - 1] = True
     users = torch.arange(50).repeat_interleave(30)
-    ours = metrics.compute(["Recall", "NDCG", "MRR"], [k], ranks)
+    names = [*metrics.PER_USER, *metrics.WHOLE_RANKING]
+    ours = metrics.compute(names, [k], ranks, np.full(50, 30))
     arguments = (scores[:, 1:].reshape(-1), relevant.reshape(-1), users)
     for name, theirs in (
-        ("Recall", RetrievalRecall(top_k=k)),
-        ("NDCG", RetrievalNormalizedDCG(top_k=k)),
-        ("MRR", RetrievalMRR(top_k=k)),
+        (f"Recall@{k}", RetrievalRecall(top_k=k)),
+        (f"HitRate@{k}", RetrievalHitRate(top_k=k)),
+        (f"NDCG@{k}", RetrievalNormalizedDCG(top_k=k)),
+        (f"MRR@{k}", RetrievalMRR(top_k=k)),
+        (f"MAP@{k}", RetrievalMAP(top_k=k)),
+        (f"Precision@{k}", RetrievalPrecision(top_k=k)),
+        ("AUC", RetrievalAUROC()),
+        ("GAUC", RetrievalAUROC()),
     ):
-        assert ours[f"{name}@{k}"] == pytest.approx(theirs(*arguments).item(), abs=1e-6)
+        assert ours[name] == pytest.approx(theirs(*arguments).item(), abs=1e-6)
 
 
 def test_no_users_is_an_error_not_a_number() -> None:
     with pytest.raises(ValueError, match="no users"):
         metrics.compute(["Recall"], [5], np.array([], dtype=np.int64))
+
+
+def test_precision_has_the_interval_of_recall_over_k() -> None:
+    few = np.array([1, 3, 40, 60, 9])
+    low, high = interval("Precision", few, 5)
+    assert (5 * low, 5 * high) == pytest.approx(interval("Recall", few, 5))
+    assert (5 * low, 5 * high) == pytest.approx(wilson_interval(2 / 5, 5))
+    every = interval("Precision", np.ones(7, dtype=np.int64), 3)
+    assert every == pytest.approx((wilson_interval(1.0, 7)[0] / 3, 1 / 3))
 
 
 def test_bootstrap_interval_agrees_with_resampling_users() -> None:
@@ -140,3 +187,9 @@ def test_paired_test_by_hand() -> None:
     better, worse = np.array([1, 1, 1, 9]), np.array([9, 9, 9, 9])
     assert paired_p_value("Recall", better, worse, 5, draws=40_000) == pytest.approx(0.25, abs=0.01)
     assert paired_p_value("Recall", better, better, 5) == 1.0
+
+
+def test_configuration_and_metrics_agree_on_the_names() -> None:
+    known = {*metrics.PER_USER, *metrics.WHOLE_RANKING, "Coverage"}
+    assert known == set(get_args(MetricName))
+    assert set(metrics.PER_USER) == set(PER_USER_METRICS)

@@ -52,6 +52,40 @@ def test_neither_padding_nor_later_items_change_a_state() -> None:
         assert not torch.allclose(short[0, 0], short[0, 1])
 
 
+@pytest.mark.parametrize("block", ["transformer", "ligr"])
+def test_packed_rows_give_the_states_and_gradients_of_separate_rows(block: str) -> None:
+    torch.manual_seed(0)
+    model = SASRec(9, 4, dim=8, layers=2, heads=2, dropout=0.5, block=block).double().eval()
+    separate = torch.tensor([[4, 2, 7, 0], [1, 3, 0, 0], [5, 6, 8, 9]])
+    # The second row ends in three positions of padding, a sequence of their own.
+    rows = torch.tensor([[4, 2, 7, 1, 3, 0, 0], [5, 6, 8, 9, 0, 0, 0]])
+    positions = torch.tensor([[0, 1, 2, 0, 1, 0, 1], [0, 1, 2, 3, 0, 1, 2]])
+    padded, packed = model(separate), model(rows, positions)
+    torch.testing.assert_close(packed[0, :3], padded[0, :3])
+    torch.testing.assert_close(packed[0, 3:5], padded[1, :2])
+    torch.testing.assert_close(packed[1, :4], padded[2])
+    weights = list(model.parameters())
+    loss = (padded[separate > 0].sin()).sum()
+    other = (packed[rows > 0].sin()).sum()
+    for one, two in zip(
+        torch.autograd.grad(loss, weights), torch.autograd.grad(other, weights), strict=True
+    ):
+        torch.testing.assert_close(one, two)
+
+
+def test_a_packed_run_learns_as_an_unpacked_one_does(project: Project) -> None:
+    losses = []
+    for pack in ("True", "False"):
+        code, _, err = project.run(
+            *("--model", "sasrec", "--sasrec.dropout", "0", "--epochs", "3", "--run_name", pack),
+            *("--pack_sequences", pack, "--optim_args.learning_rate", "1e-2"),
+        )
+        assert code == 0, err
+        result = json.loads((project.root / "saved" / pack / "result.json").read_text())
+        losses.append([epoch["loss"] for epoch in result["training"]["history"]])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
 def test_scores_are_dot_products_or_cosines_with_a_fixed_temperature() -> None:
     model = build_sasrec(Config(), 9)
     assert model.settings.similarity == "dot"

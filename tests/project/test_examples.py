@@ -82,14 +82,14 @@ def test_a_new_loss_metric_and_llm_train_together(changed: Path) -> None:
         changed,
         *("code/main.py", "--config_file", "code/overall/LLM_ddp.yaml", "code/HLLM/HLLM.yaml"),
         *("code/HLLM/gpt_neox.yaml", "--dataset", "tiny", "--use_qlora", "True"),
-        *("--loss", "bpr", "--metrics", "Recall", "Precision", "NDCG", "--epochs", "6"),
+        *("--loss", "bpr", "--metrics", "Recall", "F1", "NDCG", "--epochs", "6"),
         *("--optim_args.learning_rate", "1e-2", "--MAX_ITEM_LIST_LENGTH", "8"),
         *("--item_adapter", "linear", "--precision", "32-true", "--run_name", "run"),
     )
     result = json.loads((changed / "saved" / "run" / "result.json").read_text())
     before, after = (row["metrics"] for row in result["rows"])
     for row in (before, after):
-        assert row["Precision@5"] == pytest.approx(row["Recall@5"] / 5)
+        assert row["F1@5"] == pytest.approx(row["Recall@5"] / 3)
     losses = [record["loss"] for record in result["training"]["history"]]
     assert losses[-1] < losses[0]
     assert after["Recall@5"] > before["Recall@5"]

@@ -23,9 +23,11 @@ from pydantic import (
     model_validator,
 )
 
-MetricName = Literal["Recall", "NDCG", "MRR", "HitRate", "Coverage"]
-METRIC_NAMES = get_args(MetricName)
-METRIC_PATTERN = re.compile(rf"^({'|'.join(METRIC_NAMES)})@([1-9][0-9]*)$")
+# Means over users of a value at K, which validation can be by.
+PerUserMetric = Literal["Recall", "NDCG", "MRR", "HitRate", "MAP", "Precision"]
+MetricName = Literal[PerUserMetric, "AUC", "GAUC", "Coverage"]
+PER_USER_METRICS = get_args(PerUserMetric)
+METRIC_PATTERN = re.compile(rf"^({'|'.join(PER_USER_METRICS)})@([1-9][0-9]*)$")
 # Models that know items by their embeddings, so that an item they never met can be scored.
 READS_EMBEDDINGS = ("HLLM", "item_knn")
 # What the names of the keys of the ItemLLM's training begin with.
@@ -645,7 +647,7 @@ class Config(_Section):
         True,
         "training",
         "put several sequences of a batch into one row, so that little is padding; the loss is the "
-        "same (model: HLLM); left off, with a line in the log, for models that would mix the "
+        "same (models HLLM and sasrec); left off, with a line in the log, for models that would mix the "
         "sequences of a row (OPT, BLOOM)",
     )
     group_by_length: Bool = _key(
@@ -670,7 +672,12 @@ class Config(_Section):
         list[MetricName],
         Field(min_length=1),
         AfterValidator(_not_repeated),
-    ] = _key(["Recall", "NDCG"], "evaluation", "metrics reported at every K")
+    ] = _key(
+        ["Recall", "NDCG"],
+        "evaluation",
+        "metrics reported at every K, AUC and GAUC over the whole ranking; with one held-out item a "
+        "user HitRate equals Recall, MAP equals MRR, and GAUC equals AUC",
+    )
     valid_metric: Text = _key(
         "NDCG@10", "evaluation", "validation metric that picks the best epoch and stops early"
     )
@@ -727,10 +734,10 @@ class Config(_Section):
     @model_validator(mode="after")
     def _keys_agree(self) -> Config:
         match = METRIC_PATTERN.match(self.valid_metric)
-        if not match or match.group(1) == "Coverage":
-            names = ", ".join(name for name in METRIC_NAMES if name != "Coverage")
+        if not match:
             raise ValueError(
-                f"valid_metric is {self.valid_metric!r}; write NAME@K with NAME one of {names}"
+                f"valid_metric is {self.valid_metric!r}; write NAME@K with NAME one of "
+                f"{', '.join(PER_USER_METRICS)}"
             )
         if match.group(1) not in self.metrics or int(match.group(2)) not in self.topk:
             raise ValueError(

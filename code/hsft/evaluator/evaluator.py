@@ -99,7 +99,7 @@ class Evaluation:
         users: int64 [E], user numbers, ascending.
         ranks: int64 [E], rank of each user's target, 1 is best; `metrics.UNRANKED` for a target
             that is no candidate, which is a miss at every K.
-        metrics: `NAME@K` -> value.
+        metrics: `NAME@K`, or the name of a metric without K -> value.
         seconds: wall time.
     """
 
@@ -237,7 +237,9 @@ class Evaluator:
             counted[self._share] = ranks[self._share]
             ranks = all_reduce(counted)
             covered = {k: all_reduce(seen.astype(np.int64)) > 0 for k, seen in covered.items()}
-        values = metrics.compute(self.protocol.metrics, self.protocol.topk, ranks)
+        values = metrics.compute(
+            self.protocol.metrics, self.protocol.topk, ranks, self._count_candidates(scorer)
+        )
         for k, seen in covered.items():
             values[f"Coverage@{k}"] = float(seen[1:].mean())
         return Evaluation(
@@ -307,6 +309,14 @@ class Evaluator:
             collate_fn=collate,
             num_workers=self._num_workers,
         )
+
+    def _count_candidates(self, scorer: Scorer) -> np.ndarray | None:
+        """Count what each user's target is ranked among: int64 [E]; None where no metric asks."""
+        if not set(metrics.WHOLE_RANKING) & set(self.protocol.metrics):
+            return None
+        if self.protocol.kind == "sampled":
+            return np.full(len(self.dataset), 1 + self.protocol.candidates)
+        return scorer.num_items - self.dataset.count_seen_items()
 
     def _coverage_cuts(self) -> Sequence[int]:
         has_coverage = "Coverage" in self.protocol.metrics and self.protocol.kind == "full"

@@ -27,12 +27,17 @@ def interval(name: str, ranks: np.ndarray, k: int) -> tuple[float, float]:
     where fewer than 5 of them have a hit or a miss.
 
     Args:
-        name: Recall, HitRate, NDCG or MRR.
+        name: one of `metrics.PER_USER`.
         ranks: int64 [E].
         k: cut-off.
     """
     if needs_wilson(int((ranks <= k).sum()), len(ranks)):
-        return wilson_interval(float(per_user(name, ranks, k).mean()), len(ranks))
+        # Of values between 0 and 1: Precision is at most 1 / K.
+        largest = float(per_user(name, np.ones(1, dtype=np.int64), k)[0])
+        mean = float(per_user(name, ranks, k).mean())
+        low, high = wilson_interval(min(mean / largest, 1.0), len(ranks))
+        # At 0 and 1 rounding would leave the mean outside.
+        return min(low * largest, mean), max(high * largest, mean)
     return bootstrap_interval(name, ranks, k)
 
 
@@ -65,7 +70,7 @@ def bootstrap_interval(
     """Return the percentile bootstrap interval of a metric's mean over users (Efron 1979).
 
     Args:
-        name: Recall, HitRate, NDCG or MRR.
+        name: one of `metrics.PER_USER`.
         ranks: int64 [E].
         k: cut-off.
         level: coverage of the interval.
@@ -97,7 +102,7 @@ def paired_p_value(
     difference is as likely with the other sign.
 
     Args:
-        name: Recall, HitRate, NDCG or MRR.
+        name: one of `metrics.PER_USER`.
         ranks: int64 [E], of one model.
         other: int64 [E], of the other model, the same users in the same order.
         k: cut-off.

@@ -50,6 +50,10 @@ class SequenceEncoder(nn.Module):
         """
         raise NotImplementedError
 
+    def separates_sequences(self) -> bool:
+        """Say whether the histories of one row do not see each other, as `pack_sequences` needs."""
+        return False
+
 
 @dataclass(frozen=True)
 class LossSettings:

@@ -71,21 +71,31 @@ class LigrLayer(nn.Module):
         self.widen, self.narrow = nn.Linear(dim, 8 * dim), nn.Linear(4 * dim, dim)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, states: Tensor) -> Tensor:
-        """Float [B, T, D] -> [B, T, D]; position t reads positions 0..t."""
-        attended = self.dropout(self.write(self._attend(self.attention_norm(states))))
+    def forward(self, states: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Float [B, T, D] -> [B, T, D]; position t reads positions 0..t.
+
+        Args:
+            states: float [B, T, D].
+            mask: bool [B, T, T], True where position t reads position s; None: s <= t.
+        """
+        attended = self.dropout(self.write(self._attend(self.attention_norm(states), mask)))
         states = states + self.attention_gate(states).sigmoid() * attended
         factor, gate = self.widen(self.hidden_norm(states)).chunk(2, dim=-1)
         hidden = self.dropout(self.narrow(self.dropout(factor * F.silu(gate))))
         return states + self.hidden_gate(states).sigmoid() * hidden
 
-    def _attend(self, states: Tensor) -> Tensor:
+    def _attend(self, states: Tensor, mask: Tensor | None) -> Tensor:
         batch, length, dim = states.shape
         parts = self.read(states).view(batch, length, 3, self.heads, dim // self.heads)
         queries, keys, values = parts.permute(2, 0, 3, 1, 4).unbind()
         rate = self.rate if self.training else 0.0
         mixed = F.scaled_dot_product_attention(
-            queries, keys, values, dropout_p=rate, is_causal=True
+            queries,
+            keys,
+            values,
+            attn_mask=None if mask is None else mask.unsqueeze(1),
+            dropout_p=rate,
+            is_causal=mask is None,
         )
         return mixed.transpose(1, 2).reshape(batch, length, dim)
 
@@ -118,9 +128,11 @@ class SASRec(SequenceEncoder):
         self.items = IdTable(num_items, dim)
         self.positions = nn.Parameter(torch.randn(max_length, dim) * _INITIAL_DEVIATION)
         self.dropout = nn.Dropout(dropout)
+        self.heads = heads
         if block == "ligr":
-            gated = (LigrLayer(dim, heads, dropout) for _ in range(layers))
-            self.layers: nn.Module = nn.Sequential(*gated, nn.LayerNorm(dim))
+            self.layers: nn.Module = nn.Sequential(
+                *(LigrLayer(dim, heads, dropout) for _ in range(layers)), nn.LayerNorm(dim)
+            )
             return
         layer = nn.TransformerEncoderLayer(
             dim, heads, 4 * dim, dropout, activation="gelu", batch_first=True, norm_first=True
@@ -129,21 +141,51 @@ class SASRec(SequenceEncoder):
             layer, layers, norm=nn.LayerNorm(dim), enable_nested_tensor=False
         )
 
+    def separates_sequences(self) -> bool:
+        """Say whether the histories of one row do not see each other: they do not."""
+        return True
+
     def forward(
         self, history: Tensor, positions: Tensor | None = None, cu_lengths: Tensor | None = None
     ) -> Tensor:
-        """Encode every prefix of each history: int64 [B, T] -> [B, T, D]; rows are not packed."""
-        assert positions is None
+        """Encode every prefix of each history: int64 [B, T] -> [B, T, D].
+
+        Args:
+            history: item numbers, 0 where padded.
+            positions: int64 [B, T] when rows are packed: each item's number in its own history.
+            cu_lengths: not used; the rows of a kernel for sequences of any length.
+        """
         length = history.shape[1]
         # Padding is on the right, where the causal mask hides it from every real position.
         states = self.items(history) * (history != PAD).unsqueeze(-1)
-        states = self.dropout(states + self.positions[:length])
+        if positions is None:
+            states = self.dropout(states + self.positions[:length])
+            mask = None
+        else:
+            # Padding at a row's end is numbered on, beyond the longest history.
+            numbers = positions.clamp_max(len(self.positions) - 1)
+            states = self.dropout(states + self.positions[numbers])
+            mask = _own_history(positions)
         if isinstance(self.layers, nn.Sequential):
-            gated: Tensor = self.layers(states)
-            return gated
-        mask = nn.Transformer.generate_square_subsequent_mask(length, device=history.device)
-        encoded: Tensor = self.layers(states, mask=mask, is_causal=True)
+            *gated, norm = self.layers
+            for layer in gated:
+                states = layer(states, mask)
+            normed: Tensor = norm(states)
+            return normed
+        if mask is None:
+            hidden = nn.Transformer.generate_square_subsequent_mask(length, device=history.device)
+        else:
+            hidden = torch.zeros(mask.shape, device=mask.device).masked_fill(~mask, -torch.inf)
+            hidden = hidden.repeat_interleave(self.heads, dim=0)
+        encoded: Tensor = self.layers(states, mask=hidden, is_causal=mask is None)
         return encoded
+
+
+def _own_history(positions: Tensor) -> Tensor:
+    """Return which positions each one of a packed row reads: bool [B, T, T]."""
+    history = (positions == 0).cumsum(dim=1)
+    same = history.unsqueeze(2) == history.unsqueeze(1)
+    return same.tril()
 
 
 def build_sasrec(config: Config, num_items: int) -> Recommender:

@@ -58,7 +58,7 @@ def group_estimate(group: Group, name: str, ranks: np.ndarray, k: int) -> Estima
 
     Args:
         group: the users.
-        name: Recall, HitRate, NDCG or MRR.
+        name: one of `hsft.evaluator.metrics.PER_USER`.
         ranks: int64 [E].
         k: cut-off.
     """

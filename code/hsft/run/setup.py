@@ -459,9 +459,9 @@ def packed_row_length(config: Config, kernel: str) -> int | None:
         config: the configuration.
         kernel: as `attention_kernel` returns.
     """
-    if not config.pack_sequences or config.model != "HLLM":
+    if not config.pack_sequences:
         return None
-    if kernel in (VARLEN, "flash_attention_2"):
+    if config.model == "HLLM" and kernel in (VARLEN, "flash_attention_2"):
         return config.train_batch_size * config.MAX_ITEM_LIST_LENGTH
     return 4 * config.MAX_ITEM_LIST_LENGTH
 

@@ -563,11 +563,11 @@ def accelerate(
 
 def _packs(config: Config, model: Recommender, fabric: Fabric) -> bool:
     """Say whether rows may hold several sequences: where asked for, and the model keeps them apart."""
-    if not config.pack_sequences or not isinstance(model.encoder, UserLLM):
+    if not config.pack_sequences:
         return False
     with fabric.autocast():
         apart = model.encoder.separates_sequences()
-    if not apart:
+    if not apart and isinstance(model.encoder, UserLLM):
         log.warning(
             "pack_sequences: the UserLLM in %s would mix the sequences of a row, so that every "
             "sequence gets a row of its own.",
@@ -596,8 +596,8 @@ def make_train_loader(
     drawn = config.effective_negatives == "sampled"
     rows = config.train_batch_size * world_size()
     length, single_row = None, False
-    if pack and config.pack_sequences and config.model == "HLLM":
-        kernel = user_attention(config, fabric.device)
+    if pack and config.pack_sequences:
+        kernel = user_attention(config, fabric.device) if config.model == "HLLM" else "sdpa"
         length, single_row = packed_row_length(config, kernel), kernel == VARLEN
     collate = TrainCollate(
         dataset,
