@@ -802,7 +802,6 @@ class Config(_Section):
                 f"valid_metric is {self.valid_metric}, but metrics {self.metrics} at topk {self.topk} "
                 f"do not contain it; change one of them"
             )
-<<<<<<< HEAD
         if self.split == "leave_one_out":
             for key in ("split_time", "split_valid_time", "split_cold"):
                 if getattr(self, key) not in (None, "leave_out"):
@@ -816,12 +815,11 @@ class Config(_Section):
             raise ValueError(
                 "negatives: catalogue contrasts with every item, those first seen after training too, "
                 "which split_cold: rank is to rank untouched; use negatives: in_batch, or num_negatives"
-=======
+            )
         if self.list_metrics and self.eval_protocol != "full":
             raise ValueError(
                 "list_metrics are of lists of the whole catalogue, and eval_protocol: sampled ranks "
                 "none; use eval_protocol: full or drop list_metrics"
->>>>>>> main
             )
         if self.negatives == "catalogue" and self.loss != "nce":
             raise ValueError("negatives: catalogue is a full softmax and needs loss: nce")

@@ -21,11 +21,7 @@ from hsft.data.dataset import CachedEmbeddingEvalDataset, CachedEmbeddingTrainDa
 from hsft.data.files import cache_path, find_cache, user_llm_folder
 from hsft.data.interactions import PAD, Interactions, drop_items, load_interactions
 from hsft.data.negatives import NegativeSampler
-<<<<<<< HEAD
-from hsft.data.split import NEEDED, Split, make_split
-=======
-from hsft.data.split import NEEDED, Split, leave_one_out, train_item_counts
->>>>>>> main
+from hsft.data.split import NEEDED, Split, make_split, train_item_counts
 from hsft.data.time_fields import item_times
 from hsft.evaluator.evaluator import EvalProtocol, Evaluator
 from hsft.evaluator.list_metrics import ItemStatistics, count_item_users
@@ -455,7 +451,7 @@ def item_statistics(config: Config, data: Data) -> ItemStatistics | None:
     if not config.list_metrics:
         return None
     interactions = data.interactions
-    train_ends = np.maximum(interactions.offsets[1:] - 2, interactions.offsets[:-1])
+    train_ends = data.split.train_ends
     statistics = ItemStatistics(
         train_item_counts(data.split),
         count_item_users(interactions, train_ends),
