@@ -25,8 +25,10 @@ TABLES: dict[str, Table] = {
     name: importlib.import_module(f"reproduce.{name}").TABLE for name in NAMES
 }
 ROWS = [(name, row.name) for name, table in TABLES.items() for row in table.rows]
-FOLDERS = ("ItemLLM_complete", "UserLLM_complete", "ItemLLM_1B_books", "UserLLM_1B_books")
-FOLDERS += ("ItemLLM_1B_books_neg512", "UserLLM_1B_books_neg512", Path(TINY_LLAMA).name)
+FOLDERS = (
+    *("ItemLLM_complete", "UserLLM_complete", "ItemLLM_1B_books", "UserLLM_1B_books"),
+    *("ItemLLM_1B_books_neg512", "UserLLM_1B_books_neg512", Path(TINY_LLAMA).name),
+)
 PROGRAMS = {"item_caching.py": cache_main, "code/main.py": train_main}
 
 
