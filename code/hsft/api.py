@@ -162,28 +162,18 @@ def compare(*runs: Run | str | Path) -> pd.DataFrame:
         One row a model and metric, with the columns `run`, `metric`, `value`, `low`, `high` (95 %
         interval over users), `gain` (relative to the first model, such as `+12.3 %`) and `p_value`
         (paired randomisation test against the first model); both are missing for the first model.
+        Metrics of all users together, such as `Coverage@10`, have a value alone.
 
     Raises:
         InputError: a folder is no finished run, or the runs differ in data, protocol or users.
     """
     from hsft.report.compare import load_comparison
+    from hsft.report.comparison_files import csv_lines
 
     comparison = load_comparison([run.folder if isinstance(run, Run) else run for run in runs])
-    return pd.DataFrame.from_records(
-        [
-            {
-                "run": record.run,
-                "metric": record.metric,
-                "value": record.value,
-                "low": record.low,
-                "high": record.high,
-                "gain": record.against_first.gain if record.against_first else None,
-                "p_value": record.against_first.p_value if record.against_first else None,
-            }
-            for row in comparison.records
-            for record in row
-        ]
-    )
+    columns = ["run", "metric", "value", "low", "high", "gain", "p_value"]
+    lines = [line for lines in csv_lines(comparison) for line in lines]
+    return pd.DataFrame.from_records(lines, columns=columns)
 
 
 @dataclass(frozen=True)

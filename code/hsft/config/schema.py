@@ -621,6 +621,12 @@ class Config(_Section):
         "metrics reported at every K, AUC and GAUC over the whole ranking; with one held-out item a "
         "user HitRate equals Recall, MAP equals MRR, and GAUC equals AUC",
     )
+    list_metrics: Bool = _key(
+        False,
+        "evaluation",
+        "measure the recommended lists too, at every K of the final evaluation: coverage, Gini index, "
+        "entropy, popularity, tail, novelty, popularity lift and intra-list similarity (docs/method.md)",
+    )
     valid_metric: Text = _key(
         "NDCG@10", "evaluation", "validation metric that picks the best epoch and stops early"
     )
@@ -686,6 +692,11 @@ class Config(_Section):
             raise ValueError(
                 f"valid_metric is {self.valid_metric}, but metrics {self.metrics} at topk {self.topk} "
                 f"do not contain it; change one of them"
+            )
+        if self.list_metrics and self.eval_protocol != "full":
+            raise ValueError(
+                "list_metrics are of lists of the whole catalogue, and eval_protocol: sampled ranks "
+                "none; use eval_protocol: full or drop list_metrics"
             )
         if self.negatives == "catalogue" and self.loss != "nce":
             raise ValueError("negatives: catalogue is a full softmax and needs loss: nce")

@@ -68,6 +68,7 @@ from hsft.run.setup import (
     check_training,
     eval_protocol,
     graph_obstacle,
+    item_statistics,
     load_data,
     make_evaluator,
     negative_proposal,
@@ -191,7 +192,13 @@ def _run(run: RunContext) -> None:
     if config.model == "HLLM" and config.user_pretrain_dir:
         run = replace(run, user_llm_fingerprint=model_fingerprint(config.user_pretrain_dir))
         warn(_overlap(config))
-    final = make_evaluator(config, data.split, config.eval_phase, fabric)
+    final = make_evaluator(
+        config,
+        data.split,
+        config.eval_phase,
+        fabric,
+        statistics=item_statistics(config, data),
+    )
     config, quantisation = resolve_quant_type(
         config, data.interactions, fabric.device, run.folder if run.resume else None
     )
@@ -657,6 +664,7 @@ def _write_result(
         "data": data.summary(),
         "fingerprint": evaluation_fingerprint(final.dataset, protocol),
         "cache": data.cache.metadata if data.cache else None,
+        "list_metrics": final.describe_lists(),
         "user_llm": _origin(config),
         "pretraining_overlap": _overlap(config),
         "user_llm_fingerprint": run.user_llm_fingerprint,
