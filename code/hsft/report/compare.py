@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from hsft.config.schema import ID_MODELS
 from hsft.evaluator.fingerprint import differing_parts
 from hsft.evaluator.intervals import interval, paired_p_value
 from hsft.evaluator.metrics import PER_USER, per_user
@@ -18,7 +19,7 @@ from hsft.report.table import relative_gain
 from hsft.utils.errors import InputError, one_line
 
 # Names of the rows of trained models.
-TRAINED = (TUNED, "sasrec")
+TRAINED = (TUNED, *ID_MODELS)
 # Keys of the UserLLM's training that are named where they are set.
 _OPTIONS = (
     *("item_id_embedding", "item_id_dropout", "item_dropout", "negatives_logq", "temperature"),

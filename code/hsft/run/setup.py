@@ -39,6 +39,7 @@ from hsft.model.backbone import (
     model_kind,
     read_extra,
 )
+from hsft.model.hstu import build_hstu
 from hsft.model.item_adapter import adapter_shape, check_width, load_adapter
 from hsft.model.item_ids import load_id_vectors, read_id_vectors
 from hsft.model.item_table import ItemTable, fit_transform, sample_cosines, table_from_cache
@@ -46,6 +47,7 @@ from hsft.model.meta import read_kind
 from hsft.model.norms import fuse_norms
 from hsft.model.proposal import Proposal
 from hsft.model.recommender import LossSettings, Recommender, Similarity
+from hsft.model.sasrec import build_sasrec
 from hsft.model.structure import DecoderSource
 from hsft.model.time_embedding import TimeEmbedding
 from hsft.model.user_llm import UserLLM
@@ -614,6 +616,12 @@ def build_user_llm(config: Config, data: Data, fabric: Fabric, *, train: bool) -
         fix_scale=config.fix_temp,
     )
     return model.to(device)
+
+
+def build_id_model(config: Config, data: Data, fabric: Fabric) -> Recommender:
+    """Make one of `ID_MODELS`, untrained, on the device."""
+    build = {"sasrec": build_sasrec, "hstu": build_hstu}[config.model]
+    return build(config, data.interactions.num_items).to(fabric.device)
 
 
 def build_item_training(
