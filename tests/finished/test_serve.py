@@ -24,11 +24,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
-from hsft.finished import serve_app
+from hsft.finished import serve_limits
 from hsft.finished.open_run import OpenRun, open_run
-from hsft.finished.serve import make_server
-from hsft.finished.serve_api import RecommendRequest, ServeApi, TextSearch
+from hsft.finished.serve import KEY_VARIABLE, make_server
+from hsft.finished.serve_api import ServeApi, TextSearch
 from hsft.finished.serve_app import RunServer
+from hsft.finished.serve_schema import RecommendRequest
 from hsft.report.result import read_ranks
 from hsft.utils.errors import InputError
 from hsft.utils.program import run_program
@@ -257,14 +258,15 @@ BAD_BODIES = {
     "too deep": (b"[" * 100_000, "parsing the body"),
     "empty": (b"", "the request's body: field required"),
     "a list": (b"[]", "the request's body: input should be a valid dictionary"),
-    "no history": (b"{}", "history: field required"),
+    "neither": (b"{}", "either a user or a history, and not both"),
+    "both": (b'{"history": ["i1"], "user": "u1"}', "either a user or a history, and not both"),
     "numbers": (b'{"history": [1]}', "history.0: input should be a valid string"),
     "text": (b'{"history": "i1"}', "history: input should be a valid list"),
     "nothing": (b'{"history": []}', "history: list should have at least 1 item"),
     "too many": (b'{"history": [' + b'"i1",' * 10_000 + b'"i1"]}', "at most 10000 items"),
     "unknown item": (b'{"history": ["i1", "i99"]}', "no item 'i99'"),
     "line break": (b'{"history": ["a\\nb"]}', r"no item 'a\nb'"),
-    "half a surrogate": (b'{"history": ["\\ud800"]}', r"no item '\ud800'"),
+    "half a surrogate": (b'{"history": ["\\ud800"]}', "history.0: input should be a valid str"),
     "padding": (b'{"history": ["[PAD]"]}', "no item '[PAD]'"),
     "topk 0": (b'{"history": ["i1"], "topk": 0}', "topk: input should be greater than or equal"),
     "topk 101": (b'{"history": ["i1"], "topk": 101}', "less than or equal to 100"),
@@ -407,7 +409,7 @@ def test_clients_that_go_or_wait(
             client.sendall(request)
             # Closing then resets the connection.
             client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    monkeypatch.setattr(serve_app, "BODY_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(serve_limits, "BODY_TIMEOUT_S", 0.1)
     with socket.create_connection(("127.0.0.1", served.server.port), timeout=30) as client:
         client.sendall(request[:-5])
         assert client.recv(100)[9:12] == b"408"
@@ -419,8 +421,11 @@ def test_openapi_describes_the_routes_and_docs_lists_them_without_a_script(serve
     schema = served.ask("/openapi.json").json
     assert set(schema["paths"]) == {
         *("/info", "/items", "/users", "/users/{user_id}", "/random_user", "/recommend"),
+        *("/similar", "/health", "/metrics"),
     }
+    request = schema["paths"]["/recommend"]["post"]
     assert "RecommendRequest" in schema["components"]["schemas"]
+    assert set(request["responses"]) == {"200", "4XX", "5XX"}
     page = served.ask("/docs").body.decode()
     assert "POST /recommend" in page
     assert "item ids, oldest first" in page
