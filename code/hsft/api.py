@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import pandas as pd
 
 from hsft.config import loader
-from hsft.config.schema import Config
+from hsft.config.schema import ID_MODELS, Config
 from hsft.utils.errors import InputError, Interrupted, refuse
 from hsft.utils.logs import show_log_lines
 from hsft.utils.program import install_command
@@ -104,17 +104,17 @@ def evaluate(config: Config) -> Run:
 
     Raises:
         InputError: something in the configuration or its files has to be changed, or the model
-            (`sasrec`) has nothing to evaluate before it is trained.
+            (`sasrec`, `hstu`) has nothing to evaluate before it is trained.
     """
-    if config.model == "sasrec":
-        raise InputError("model: sasrec has nothing to evaluate untrained; call train().")
+    if config.model in ID_MODELS:
+        raise InputError(f"model: {config.model} has nothing to evaluate untrained; call train().")
     if config.model == "HLLM" and not config.val_only:
         config = config.model_copy(update={"val_only": True})
     return _finish(config)
 
 
 def train(config: Config) -> Run:
-    """Fine-tune the UserLLM, or train `model: sasrec`, and score it, as `hsft train` does.
+    """Fine-tune the UserLLM, or train a model on item ids, and score it, as `hsft train` does.
 
     The epoch with the best `valid_metric` is kept and scored on the held-out items of `eval_phase`;
     with `eval_baseline` the UserLLM is scored before training too, for comparison.
@@ -162,28 +162,18 @@ def compare(*runs: Run | str | Path) -> pd.DataFrame:
         One row a model and metric, with the columns `run`, `metric`, `value`, `low`, `high` (95 %
         interval over users), `gain` (relative to the first model, such as `+12.3 %`) and `p_value`
         (paired randomisation test against the first model); both are missing for the first model.
+        Metrics of all users together, such as `Coverage@10`, have a value alone.
 
     Raises:
         InputError: a folder is no finished run, or the runs differ in data, protocol or users.
     """
     from hsft.report.compare import load_comparison
+    from hsft.report.comparison_files import csv_lines
 
     comparison = load_comparison([run.folder if isinstance(run, Run) else run for run in runs])
-    return pd.DataFrame.from_records(
-        [
-            {
-                "run": record.run,
-                "metric": record.metric,
-                "value": record.value,
-                "low": record.low,
-                "high": record.high,
-                "gain": record.against_first.gain if record.against_first else None,
-                "p_value": record.against_first.p_value if record.against_first else None,
-            }
-            for row in comparison.records
-            for record in row
-        ]
-    )
+    columns = ["run", "metric", "value", "low", "high", "gain", "p_value"]
+    lines = [line for lines in csv_lines(comparison) for line in lines]
+    return pd.DataFrame.from_records(lines, columns=columns)
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from hsft.data.csv_rows import RowProblems
@@ -22,7 +23,13 @@ from hsft.data.item_text import read_item_texts, read_item_titles
 from hsft.data.prepare.options import parse_options
 from hsft.data.prepare.pixelrec import pixelrec
 from hsft.data.prepare.rows import Event, plain_text
-from hsft.data.prepare.table import Table, core_rows, first_of_repeats, read_events
+from hsft.data.prepare.table import (
+    Table,
+    core_rows,
+    first_of_repeats,
+    once_filtered_rows,
+    read_events,
+)
 from hsft.inputs.prepare_data import prepare
 from hsft.utils.errors import InputError
 from hsft.utils.program import run_program
@@ -545,6 +552,60 @@ def test_repeats_keep_the_first_row() -> None:
     pairs = [(1, 1), (0, 0), (1, 1), (1, 1), (0, 0)]
     keep = first_of_repeats(table_of(pairs, [5, 5, 5, 6, 5]))
     assert keep.tolist() == [True, True, False, True, False]
+
+
+def test_hllm_s_filter_counts_once() -> None:
+    # HLLM's steps, in pandas: both counts on all rows, then the users that keep enough rows.
+    generator = np.random.default_rng(0)
+    rows = pd.DataFrame(
+        {"user": generator.zipf(1.5, 400) % 60, "item": generator.zipf(1.5, 400) % 50}
+    )
+    counted = rows[
+        (rows.groupby("user")["item"].transform("size") >= 5)
+        & (rows.groupby("item")["user"].transform("size") >= 5)
+    ]
+    expected = counted[counted.groupby("user")["item"].transform("size") >= 5].index
+    items, users = (rows[name].to_numpy(dtype=np.int32) for name in ("item", "user"))
+    ids = [str(number) for number in range(60)]
+    table = Table(ids[:50], ids, items, users, np.arange(400))
+    kept = once_filtered_rows(table, 5)
+    assert np.flatnonzero(kept).tolist() == expected.tolist()
+    # Neither filter nor core would leave the same rows.
+    assert 0 < kept.sum() < len(counted)
+    assert kept.sum() > core_rows(table, 5, 5).sum()
+
+
+def test_hllm_books(capsys: pytest.CaptureFixture[str]) -> None:
+    lines = [
+        f"A{user},000001371{item},5.0,1252800{user}{item}0"
+        for user in range(5)
+        for item in range(5)
+    ]
+    # A row that repeats another stays; a user with four rows does not, nor does the item only they have.
+    lines += [
+        lines[0],
+        *(f"B,000001371{item},1.0,1252800000" for item in (1, 2, 3)),
+        "B,0000013719,1,1",
+    ]
+    Path("ratings_Books.csv").write_text("".join(f"{line}\n" for line in lines))
+    meta = [
+        {
+            "asin": f"000001371{item}",
+            "title": f"T{item}",
+            "description": "D",
+            "categories": [["Books"]],
+        }
+        for item in range(5)
+    ]
+    Path("meta_Books.json").write_text("".join(f"{record}\n" for record in meta))
+    command = ("hllm-books", "--reviews", "ratings_Books.csv", "--meta", "meta_Books.json")
+    table = run(command, capsys)
+    assert (table["users"], table["items"], table["interactions"]) == ("5", "5", "26")
+    assert table["interactions: fewer than 5 interactions"] == "4"
+    assert texts_of("amazon_books")["0000013711"] == "title: T1description: D"
+    assert "--k_core" in refused((*command, "--k_core", "5", "--overwrite"), capsys)
+    Path("ratings_Books.csv").write_text("".join(f"{line}\n" for line in lines[-4:]))
+    assert "no user is left with 5 interactions" in refused((*command, "--name", "few"), capsys)
 
 
 def test_filters_are_reported(capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,6 +16,7 @@ from hsft.data.interactions import Interactions
 from hsft.data.split import Split, leave_one_out
 from hsft.evaluator import metrics
 from hsft.evaluator.evaluator import EvalProtocol, Evaluation, Evaluator, draw_candidates
+from hsft.evaluator.list_metrics import ItemStatistics, ListMetrics
 
 ITEMS, DIM, LENGTH = 40, 6, 5
 FULL = EvalProtocol("full", (1, 5, 10), ("Recall", "NDCG", "MRR", "AUC", "Coverage"))
@@ -180,6 +181,62 @@ def test_padded_histories_of_a_batch_are_alike_in_length(split: Split, table: Te
     given = (split.interactions.offsets[1:] - split.interactions.offsets[:-1] - 1).clip(max=LENGTH)
     assert min(given) < max(given)
     assert list(itertools.chain(*seen)) == sorted(given.tolist(), reverse=True)
+
+
+def test_lists_are_those_of_one_user_at_a_time(split: Split, table: Tensor) -> None:
+    statistics = ItemStatistics(np.arange(ITEMS + 1), np.arange(ITEMS + 1), 50)
+    dataset = CachedEmbeddingEvalDataset(split, "test", LENGTH)
+    protocol = replace(FULL, metrics=("Recall",), tensor_cores=True)
+    _, lists = by_hand(split, table, "test")
+    expected = ListMetrics(protocol.topk, ITEMS, statistics, 20.0)
+    # Only the best of all lists are sets; the metrics at 10 do not depend on their order.
+    expected.add(np.array([sorted(items) for items in lists]))
+    for batch_size in (5, 100):
+        evaluator = Evaluator(dataset, protocol, batch_size=batch_size, statistics=statistics)
+        actual = evaluator.run(TableScorer(table), CPU).metrics
+        # An item's number is its popularity here.
+        histories = [dataset[n][:-1].mean() for n in range(len(dataset))]
+        popularity = np.mean([np.mean(list(items)) for items in lists])
+        assert actual["AveragePopularity@10"] == pytest.approx(popularity)
+        assert actual["PopularityLift@10"] == pytest.approx(popularity / np.mean(histories) - 1)
+        for name in ("Coverage", "GiniIndex", "ShannonEntropy", "TailPercentage", "Novelty"):
+            assert actual[f"{name}@10"] == pytest.approx(expected.values()[f"{name}@10"])
+
+
+def test_every_list_is_counted_in_one_process(split: Split, table: Tensor) -> None:
+    counts, dim = np.arange(ITEMS + 1), 3
+    vectors = torch.randn(ITEMS + 1, dim, generator=torch.Generator().manual_seed(0))
+    statistics = ItemStatistics(counts, counts, 50, lambda items: vectors[torch.from_numpy(items)])
+    dataset = CachedEmbeddingEvalDataset(split, "test", LENGTH)
+    sent: list[list[np.ndarray]] = []
+
+    def evaluator(rank: int, world_size: int) -> Evaluator:
+        return Evaluator(
+            dataset,
+            replace(FULL, metrics=("Recall", "Coverage")),
+            batch_size=4,
+            rank=rank,
+            world_size=world_size,
+            statistics=statistics,
+        )
+
+    def run(rank: int, summed: list[np.ndarray]) -> Evaluation:
+        sent.append([])
+
+        def all_reduce(values: np.ndarray) -> np.ndarray:
+            sent[-1].append(values.copy())
+            return summed[len(sent[-1]) - 1] if summed else values
+
+        # 23 users: two of the processes encode another's user too.
+        return evaluator(rank, 3).run(TableScorer(table), CPU, all_reduce=all_reduce)
+
+    for rank in range(3):
+        run(rank, [])
+    summed = [sum(parts[1:], parts[0]) for parts in zip(*sent, strict=True)]
+    together = run(0, summed)
+    alone = evaluator(0, 1).run(TableScorer(table), CPU)
+    assert together.metrics == pytest.approx(alone.metrics)
+    assert "IntraListSimilarity@5" in alone.metrics
 
 
 class RowScorer(TableScorer):

@@ -368,6 +368,19 @@ def test_what_the_hub_lacks_is_named(
     assert not (tmp_path / "model_checkpoints").exists()
 
 
+def test_a_published_checkpoint_is_named(hub: Hub, near_hub: NearHub, tmp_path: Path) -> None:
+    file = "1B_books/pytorch_model.bin"
+    hub.files[REPO, file] = hub.files[REPO, FILE]
+    hub.large.add(file)
+    code, line = near_hub.run("user", "--checkpoint", "1B_books")
+    assert code == 0, line
+    manifest = json.loads((tmp_path / "model_checkpoints/UserLLM_complete/import.json").read_text())
+    assert manifest["source"]["file"] == file
+    code, line = near_hub.run("user")
+    assert code == 2
+    assert "you asked for 1B_Pixel8M/pytorch_model.bin" in line
+
+
 def test_a_hub_out_of_reach_is_named(near_hub: NearHub, hllm: TinyHllm, tmp_path: Path) -> None:
     near_hub.move_to("http://127.0.0.1:9")
     code, line = near_hub.run("item")
@@ -681,6 +694,9 @@ def test_an_old_style_pickle_with_code_is_not_run(
         (("--from_file", "nowhere.bin"), ["nowhere.bin is not a file"]),
         (("--base_dir", "nowhere"), ["--base_dir nowhere is not a folder"]),
         (("--form_file", "x"), ["--form_file"]),
+        (("--checkpoint", "2B"), ["'2B' is none of 1B_Pixel8M, 1B_books_neg512", "--file"]),
+        (("--checkpoint", "7B_books"), ["Baichuan2-7B", "use 1B_books"]),
+        (("--checkpoint", "1B_books", "--file", "x.bin"), ["--file", "--checkpoint"]),
     ],
     ids=str,
 )

@@ -21,7 +21,9 @@ from hsft.report.compare import Comparison, Row, load_comparison
 from hsft.report.comparison_files import csv_text, markdown
 from hsft.report.result import read_ranks
 from hsft.report.terminal import Blocks, MetricCell, MetricTable, as_markdown, write_blocks
+from report import main as report_main
 from tests.conftest import Project
+from tests.helpers import make_cache
 
 TRAIN = ("--use_qlora", "True", "--epochs", "2", "--optim_args.learning_rate", "1e-2")
 
@@ -173,6 +175,68 @@ def test_compare_prints_and_saves_the_table(project: Project) -> None:
     code, _, err = project.call(compare_main, ["saved/tiny-pop", "saved/other"])
     assert code == 2
     assert "phase" in err
+
+
+def test_metrics_of_lists_are_recorded_compared_and_reported(project: Project) -> None:
+    lists = ("--list_metrics", "True", "--metrics", "Recall", "NDCG", "AUC")
+    code, out, err = project.run("--model", "pop", *lists)
+    assert code == 0, err
+    assert re.search(r"(?m)^IntraListSimilarity@20 +\S+$", out)
+    assert project.run("--val_only", "True", *lists)[0] == 0
+    make_cache(project.root / "other.safetensors", pooling="mean", seed=1)
+    other = ("--item_cache_path", "other.safetensors", "--run_name", "other")
+    assert project.run("--model", "item_knn", *lists, *other)[0] == 0
+    code, _, err = project.run("--model", "random", *lists, "--item_cache_path", "none.safetensors")
+    assert code == 0, err
+    assert "list_metrics: no intra-list similarity: item cache none.safetensors" in err
+    runs = ["tiny-pop", "tiny-baseline", "other", "tiny-random"]
+    results = {run: json.loads(Path(f"saved/{run}/result.json").read_text()) for run in runs}
+    metrics = {run: result["rows"][0]["metrics"] for run, result in results.items()}
+    assert set(metrics["tiny-random"]) == {
+        name for name in metrics["tiny-pop"] if not name.startswith("IntraList")
+    }
+    for k in (5, 10, 20):
+        # No lists are more popular than those of the most popular items.
+        popularity = {run: values[f"AveragePopularity@{k}"] for run, values in metrics.items()}
+        assert popularity["tiny-pop"] == max(popularity.values())
+        mean = results["tiny-pop"]["list_metrics"]["history_popularity"]
+        assert metrics["tiny-pop"][f"PopularityLift@{k}"] == pytest.approx(
+            popularity["tiny-pop"] / mean - 1
+        )
+    # At 20 the lists of any model hold all items that the users have not seen.
+    assert metrics["tiny-pop"]["GiniIndex@20"] == metrics["tiny-random"]["GiniIndex@20"]
+    assert metrics["tiny-pop"]["GiniIndex@5"] > metrics["tiny-random"]["GiniIndex@5"]
+
+    code, out, err = project.call(compare_main, [f"saved/{run}" for run in runs])
+    assert code == 0, err
+    header = next(line for line in out.splitlines() if "Novelty@10" in line)
+    assert header.startswith("| run | Coverage@10 | GiniIndex@10 | ShannonEntropy@10 |")
+    assert "\nLists of 10, all users together:\n" in out
+    assert "\nWhole rankings, all users together:\n\n| run | AUC |\n" in out
+    assert (
+        "\nsaved/other: IntraListSimilarity is by other item embeddings than that of saved/tiny-pop"
+    )
+    written = Path("saved/tiny-random/comparison.csv").read_text()
+    table = {row["metric"]: row for row in csv.DictReader(io.StringIO(written))}
+    assert float(table["Novelty@5"]["value"]) == pytest.approx(metrics["tiny-random"]["Novelty@5"])
+    assert table["Novelty@5"]["low"] == ""
+
+    argv = [*(f"saved/{run}" for run in runs), "--examples", "0", "--out", "report.html"]
+    code, _, err = project.call(report_main, argv)
+    assert code == 0, err
+    page = Path("report.html").read_text()
+    assert "Lists of 10, all users together" in page
+    assert "Novelty: mean self-information of a listed item, in bits" in page
+    value = f"{metrics['tiny-pop']['TailPercentage@10']:.4f}"
+    assert f"<td>{value}</td>" in page
+
+
+def test_lists_of_candidates_are_refused(project: Project) -> None:
+    code, _, err = project.run(
+        "--model", "pop", "--list_metrics", "True", "--eval_protocol", "sampled"
+    )
+    assert code == 2
+    assert "list_metrics are of lists of the whole catalogue" in err
 
 
 def rows_of_file(project: Project) -> list[list[str]]:

@@ -29,6 +29,14 @@ PER_USER_METRICS = get_args(PerUserMetric)
 METRIC_PATTERN = re.compile(rf"^({'|'.join(PER_USER_METRICS)})@([1-9][0-9]*)$")
 # Models that know items by their embeddings, so that an item they never met can be scored.
 READS_EMBEDDINGS = ("HLLM", "item_knn")
+# Models that are trained on item ids alone.
+ID_MODELS = ("sasrec", "hstu")
+# Models that main.py trains.
+TRAINED_MODELS = ("HLLM", *ID_MODELS)
+# Models that can be told when items were interacted with.
+TIME_MODELS = ("HLLM", "hstu")
+# Those of them that read seconds, not the fields of a date.
+RAW_TIME_MODELS = ("hstu",)
 # What the names of the keys of the ItemLLM's training begin with.
 ITEM_TRAINING_KEYS = (
     *("train_item_", "item_lora_", "item_quant_", "item_lr_", "item_freeze_", "item_gradient_"),
@@ -138,6 +146,46 @@ class SasrecArgs(_Section):
         return self
 
 
+class HstuArgs(_Section):
+    """Shape of HSTU (`model: hstu`)."""
+
+    hidden_size: PositiveInt = Field(
+        512, le=65_536, description="width of the layers, HLLM's hstu_embedding_size"
+    )
+    layers: PositiveInt = Field(2, le=1000, description="number of layers, HLLM's n_layers")
+    heads: PositiveInt = Field(
+        4, description="attention heads, HLLM's n_heads; must divide hidden_size"
+    )
+    dropout: Number = Field(
+        0.1,
+        ge=0,
+        lt=1,
+        description="dropout probability of each layer's gated output, HLLM's hidden_dropout_prob",
+    )
+    input_dropout: Number = Field(
+        0.0, ge=0, lt=1, description="dropout probability of what the first layer reads"
+    )
+    item_width: PositiveInt | None = Field(
+        None,
+        le=65_536,
+        description="dimensions of the trained item vectors, HLLM's item_embedding_size, which a "
+        "linear map brings to hidden_size; default: hidden_size, without a map",
+    )
+    position_bias: Bool = Field(
+        True,
+        description="add a trained bias for the distance of two items to their attention; the bias "
+        "for their gap in time is use_timestamps",
+    )
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> HstuArgs:
+        if self.hidden_size % self.heads:
+            raise ValueError(
+                f"hstu.heads ({self.heads}) must divide hstu.hidden_size ({self.hidden_size})"
+            )
+        return self
+
+
 def _key(default: Any, group: str, description: str, **limits: Any) -> Any:
     if isinstance(default, list | BaseModel):
         return Field(
@@ -156,11 +204,13 @@ class Config(_Section):
     """
 
     # --- run
-    model: Literal["HLLM", "pop", "random", "item_knn", "tfidf", "sasrec", "ensemble"] = _key(
-        "HLLM",
-        "run",
-        "what ranks the items: HLLM's UserLLM, a reference model on the same split, or an ensemble "
-        "of finished runs",
+    model: Literal["HLLM", "pop", "random", "item_knn", "tfidf", "sasrec", "hstu", "ensemble"] = (
+        _key(
+            "HLLM",
+            "run",
+            "what ranks the items: HLLM's UserLLM, a model on item ids (sasrec, hstu) or another "
+            "reference on the same split, or an ensemble of finished runs",
+        )
     )
     runs: Runs | None = _key(
         None,
@@ -428,7 +478,8 @@ class Config(_Section):
         False,
         "UserLLM",
         "add trained embeddings of every item's date, hour and distance from the item before to what "
-        "the UserLLM reads; timestamps have to be dates",
+        "the UserLLM reads, or in model: hstu a trained bias for every gap in time to the attention; "
+        "timestamps have to be dates",
     )
     predict_at: Literal["unknown", "target"] = _key(
         "unknown",
@@ -503,7 +554,7 @@ class Config(_Section):
         None,
         "training",
         "drawn negatives per forward pass over all processes, shared by its sequences; setting it "
-        "implies negatives: sampled, also for model: sasrec, whose softmax is full without",
+        "implies negatives: sampled, also for models on item ids, whose softmax is full without",
         ge=1,
         le=10_000_000,
     )
@@ -590,8 +641,8 @@ class Config(_Section):
         True,
         "training",
         "put several sequences of a batch into one row, so that little is padding; the loss is the "
-        "same (models HLLM and sasrec); left off, with a line in the log, for models that would mix the "
-        "sequences of a row (OPT, BLOOM)",
+        "same; left off, with a line in the log, for LLMs that would mix the sequences of a row (OPT, "
+        "BLOOM)",
     )
     group_by_length: Bool = _key(
         False,
@@ -620,6 +671,12 @@ class Config(_Section):
         "evaluation",
         "metrics reported at every K, AUC and GAUC over the whole ranking; with one held-out item a "
         "user HitRate equals Recall, MAP equals MRR, and GAUC equals AUC",
+    )
+    list_metrics: Bool = _key(
+        False,
+        "evaluation",
+        "measure the recommended lists too, at every K of the final evaluation: coverage, Gini index, "
+        "entropy, popularity, tail, novelty, popularity lift and intra-list similarity (docs/method.md)",
     )
     valid_metric: Text = _key(
         "NDCG@10", "evaluation", "validation metric that picks the best epoch and stops early"
@@ -661,6 +718,7 @@ class Config(_Section):
 
     # --- reference models
     sasrec: SasrecArgs = _key(SasrecArgs(), "reference models", "shape of model: sasrec")
+    hstu: HstuArgs = _key(HstuArgs(), "reference models", "shape of model: hstu")
     knn_history: Literal["last", "mean"] = _key(
         "last",
         "reference models",
@@ -687,6 +745,11 @@ class Config(_Section):
                 f"valid_metric is {self.valid_metric}, but metrics {self.metrics} at topk {self.topk} "
                 f"do not contain it; change one of them"
             )
+        if self.list_metrics and self.eval_protocol != "full":
+            raise ValueError(
+                "list_metrics are of lists of the whole catalogue, and eval_protocol: sampled ranks "
+                "none; use eval_protocol: full or drop list_metrics"
+            )
         if self.negatives == "catalogue" and self.loss != "nce":
             raise ValueError("negatives: catalogue is a full softmax and needs loss: nce")
         if self.negatives in ("catalogue", "per_sequence") and self.num_negatives is not None:
@@ -702,10 +765,8 @@ class Config(_Section):
                 "negatives: catalogue contrasts with every item, so that negatives_logq has nothing "
                 "to correct; drop one"
             )
-        if self.model == "sasrec" and self.negatives_logq and self.effective_negatives != "sampled":
-            raise ValueError(
-                "negatives_logq needs num_negatives with model: sasrec, whose softmax is full without"
-            )
+        if self.model in ID_MODELS:
+            self._id_model_agrees()
         if self.loss == "bce" and (self.fix_temp or self.temperature is not None):
             raise ValueError("fix_temp and temperature belong to loss: nce; drop them or the loss")
         if self.encoder is not None and self.item_pretrain_dir is not None:
@@ -716,19 +777,43 @@ class Config(_Section):
             self._item_side_agrees()
         if self.predict_at != "unknown" and not self.use_timestamps:
             raise ValueError("predict_at needs use_timestamps: True; set it or drop predict_at")
-        if self.use_timestamps and self.model != "HLLM":
-            raise ValueError(f"use_timestamps belongs to model: HLLM, not to {self.model}")
+        if self.use_timestamps and self.model not in TIME_MODELS:
+            raise ValueError(
+                f"use_timestamps belongs to models {' and '.join(TIME_MODELS)}, not to {self.model}"
+            )
         if self.use_timestamps and self.val_only:
             raise ValueError("use_timestamps adds what is trained; drop it or val_only")
         if self.model == "ensemble" and self.runs is None:
             raise ValueError("model: ensemble needs runs: name two or three finished run folders")
         if self.model != "ensemble" and self.runs is not None:
             raise ValueError(f"runs belongs to model: ensemble, not to {self.model}; drop one")
-        if self.model == "sasrec" and self.val_only:
-            raise ValueError("model: sasrec has nothing to evaluate untrained; drop val_only")
         if self.loss == "nce" and self.similarity == "dot" and self.model == "HLLM":
             raise ValueError("loss: nce compares by cosine; similarity: dot needs loss: bce")
         return self
+
+    def _id_model_agrees(self) -> None:
+        if self.val_only:
+            raise ValueError(
+                f"model: {self.model} has nothing to evaluate untrained; drop val_only"
+            )
+        if self.negatives_logq and self.effective_negatives != "sampled":
+            raise ValueError(
+                f"negatives_logq needs num_negatives with model: {self.model}, whose softmax is full "
+                f"without"
+            )
+        if self.use_qlora:
+            raise ValueError(
+                f"use_qlora adapts the weights of an LLM, which model: {self.model} has none of; drop "
+                f"it"
+            )
+        if self.gradient_checkpointing:
+            raise ValueError(
+                f"gradient_checkpointing belongs to an LLM, not to model: {self.model}; drop it"
+            )
+        if self.model != "sasrec" and self.loss != "nce":
+            raise ValueError(
+                f"model: {self.model} is trained with loss: nce, as in HLLM; drop loss: {self.loss}"
+            )
 
     def _item_side_agrees(self) -> None:
         key = f"train_item_llm: {self.train_item_llm}"
@@ -788,7 +873,7 @@ class Config(_Section):
     @property
     def trains(self) -> bool:
         """Whether main.py trains a model, and does not only evaluate one."""
-        return self.model in ("HLLM", "sasrec") and not self.val_only
+        return self.model in TRAINED_MODELS and not self.val_only
 
     @property
     def effective_negatives(self) -> Literal["in_batch", "sampled", "catalogue"]:

@@ -63,6 +63,12 @@ class ItemCache:
     def __len__(self) -> int:
         return len(self.item_ids)
 
+    @property
+    def settings(self) -> dict[str, str]:
+        """The metadata without where the cache was made, on which no result depends."""
+        places = ("model_folder", "information")
+        return {name: text for name, text in self.metadata.items() if name not in places}
+
     def rows_of(self, item_ids: Sequence[str] | np.ndarray) -> np.ndarray:
         """Return the row of each id, -1 where the cache has none: int64 [len(item_ids)]."""
         rows = {item: row for row, item in enumerate(self.item_ids)}

@@ -19,6 +19,7 @@ from hsft.data.dataset.packing import Buckets
 from hsft.data.interactions import PAD
 from hsft.data.negatives import NegativeSampler
 from hsft.evaluator import metrics, ranking
+from hsft.evaluator.list_metrics import ItemStatistics, ListMetrics, mean_history_popularity
 from hsft.evaluator.tensor_cores import tensor_core_ranks
 from hsft.utils.errors import InputError
 from hsft.utils.host_copy import HostCopy
@@ -71,7 +72,7 @@ class EvalProtocol:
         seed: seed of the candidate lists.
         budget_bytes: largest score matrix held at once.
         tensor_cores: full ranking by TF32 products, with exact scores near the target's; not where
-            Coverage needs the scores of all items. No rank depends on it but for ties of float32's
+            metrics of lists need the scores of all items. No rank depends on it but for ties of float32's
             rounding, so that it is not part of what evaluations are compared by.
     """
 
@@ -161,6 +162,8 @@ class Evaluator:
             in all of them together.
         candidates: int64 [E, C], the users' lists of `sampled`, where the dataset is a part of the
             users for whom they were drawn; drawn here when None.
+        statistics: what the recommended lists are measured by, under full ranking; None: no metrics of
+            lists but Coverage, where the protocol has it.
 
     Raises:
         InputError: there are no users to score, or too few items for the candidate lists.
@@ -176,6 +179,7 @@ class Evaluator:
         rank: int = 0,
         world_size: int = 1,
         candidates: np.ndarray | None = None,
+        statistics: ItemStatistics | None = None,
     ) -> None:
         if not len(dataset):
             raise InputError(
@@ -185,6 +189,8 @@ class Evaluator:
         self.dataset = dataset
         self.protocol = protocol
         self.world_size = world_size
+        self._process = rank
+        self._statistics = statistics
         self._share = np.arange(rank, len(dataset), world_size)
         if candidates is None and protocol.kind == "sampled":
             candidates = draw_candidates(dataset, protocol)
@@ -197,6 +203,24 @@ class Evaluator:
     def own_users(self) -> int:
         """Users that this process scores."""
         return len(self._share)
+
+    def describe_lists(self) -> dict[str, Any] | None:
+        """Return for `result.json` what recommended lists are measured by; None where they are not."""
+        if self._statistics is None:
+            return None
+        return {
+            "history_popularity": self._history_popularity(self._statistics),
+            "vectors": self._statistics.vectors_origin,
+        }
+
+    def _history_popularity(self, statistics: ItemStatistics) -> float:
+        segments = self.dataset.segments
+        return mean_history_popularity(
+            self.dataset.interactions.items,
+            segments.starts,
+            segments.ends - 1,
+            statistics.interactions,
+        )
 
     # Not inference_mode: its tensors would stay behind as ZeRO stage 3's gathered parameters.
     @torch.no_grad()
@@ -215,7 +239,7 @@ class Evaluator:
         Args:
             scorer: the model, in evaluation mode.
             device: where it is.
-            all_reduce: returns the sum of an int64 array over all processes.
+            all_reduce: returns the sum of an array, int64 or float64, over all processes.
             on_batch: called with the number of users just encoded.
             autocast: context manager factory for the model's forward pass.
             capture: returns what computes a function of tensors faster, such as CUDA graphs. Single
@@ -224,24 +248,26 @@ class Evaluator:
         began = time.perf_counter()
         self._tensor_cores = self.protocol.tensor_cores
         ranks = np.zeros(len(self.dataset), dtype=np.int64)
-        covered = {k: np.zeros(scorer.num_items + 1, dtype=bool) for k in self._coverage_cuts()}
+        lists = self._list_metrics(scorer)
         waiting: HostCopy | None = None
         for group in self._groups(scorer, device, on_batch, autocast, capture):
-            started = HostCopy(torch.stack([group.rows, self._rank(scorer, group, covered)]))
+            ranked = self._rank(scorer, group, 0 if lists is None else lists.depth)
+            started = HostCopy(torch.cat([group.rows.unsqueeze(0), ranked]))
             # A group late, so that the device has the next one before this one is waited for.
-            _write_ranks(waiting, ranks)
+            self._write(waiting, ranks, lists)
             waiting = started
-        _write_ranks(waiting, ranks)
+        self._write(waiting, ranks, lists)
         if self.world_size > 1:
             counted = np.zeros_like(ranks)
             counted[self._share] = ranks[self._share]
             ranks = all_reduce(counted)
-            covered = {k: all_reduce(seen.astype(np.int64)) > 0 for k, seen in covered.items()}
+            if lists is not None:
+                lists.add_up(all_reduce)
         values = metrics.compute(
             self.protocol.metrics, self.protocol.topk, ranks, self._count_candidates(scorer)
         )
-        for k, seen in covered.items():
-            values[f"Coverage@{k}"] = float(seen[1:].mean())
+        if lists is not None:
+            values.update(lists.values())
         return Evaluation(
             phase=self.dataset.phase,
             users=self.dataset.segments.users,
@@ -318,9 +344,31 @@ class Evaluator:
             return np.full(len(self.dataset), 1 + self.protocol.candidates)
         return scorer.num_items - self.dataset.count_seen_items()
 
-    def _coverage_cuts(self) -> Sequence[int]:
-        has_coverage = "Coverage" in self.protocol.metrics and self.protocol.kind == "full"
-        return self.protocol.topk if has_coverage else ()
+    def _list_metrics(self, scorer: Scorer) -> ListMetrics | None:
+        """Return what measures the recommended lists; None where no metric asks for them."""
+        is_asked = self._statistics is not None or "Coverage" in self.protocol.metrics
+        if not is_asked or self.protocol.kind != "full":
+            return None
+        popularity = 0.0
+        if self._statistics is not None:
+            popularity = self._history_popularity(self._statistics)
+        return ListMetrics(self.protocol.topk, scorer.num_items, self._statistics, popularity)
+
+    def _write(self, copy: HostCopy | None, ranks: np.ndarray, lists: ListMetrics | None) -> None:
+        """Write a group's ranks into int64 [E] and add its lists.
+
+        Args:
+            copy: int64 [2 + depth, b]: samples, their ranks, and their lists' items, best first.
+            ranks: of all users.
+            lists: what adds up the lists; None where there are none.
+        """
+        if copy is None:
+            return
+        rows, values, *_ = copied = copy.read().numpy()
+        ranks[rows] = values
+        if lists is not None:
+            # Others' users are encoded for the sake of their number alone.
+            lists.add(copied[2:, rows % self.world_size == self._process].T)
 
     def _groups(
         self,
@@ -382,20 +430,29 @@ class Evaluator:
         budget = self.protocol.budget_bytes // (len(parts) + 1)
         return ranking.users_at_a_time(scorer.num_items, budget, dim)
 
-    def _rank(self, scorer: Scorer, group: _Group, covered: dict[int, np.ndarray]) -> Tensor:
-        """Rank a group's targets: int64 [b]."""
+    def _rank(self, scorer: Scorer, group: _Group, depth: int) -> Tensor:
+        """Rank a group's targets.
+
+        Args:
+            scorer: the model.
+            group: its users.
+            depth: length of the lists to return beside the ranks, under full ranking.
+
+        Returns:
+            int64 [1 + depth, b]: ranks, then the best items, 0 where there are no more.
+        """
         users = group.vectors
         if self.protocol.kind == "sampled":
-            return self._rank_candidates(scorer, group)
+            return self._rank_candidates(scorer, group).unsqueeze(0)
         dim = users.shape[1]
         size = self._part_size(scorer, users)
         at_a_time = ranking.items_at_a_time(dim, self.protocol.budget_bytes, users.device)
         buffer = users.new_empty((size, scorer.num_items + 1))
-        ranks = []
+        ranks, lists = [], []
         for start in range(0, len(users), size):
             part = slice(start, start + size)
             seen = group.seen(start, size)
-            if self._tensor_cores and not covered:
+            if self._tensor_cores and not depth:
                 placed = tensor_core_ranks(
                     users[part],
                     scorer.item_slice,
@@ -418,9 +475,12 @@ class Evaluator:
                 users[part], scorer.item_slice, scorer.num_items, at_a_time, buffer
             )
             ranks.append(ranking.full_ranks(scores, group.targets[part], *seen))
-            if covered:
-                self._cover(scores, covered)
-        return torch.cat(ranks)
+            if depth:
+                best = scores.topk(depth, dim=1)
+                # Padding, seen items and NaN.
+                lists.append(torch.where(best.values > -torch.inf, best.indices, PAD).T)
+        ranked = torch.cat(ranks).unsqueeze(0)
+        return torch.cat([ranked, torch.cat(lists, dim=1)]) if depth else ranked
 
     def _part_size(self, scorer: Scorer, users: Tensor) -> int:
         """Return how many of a group's users, [b, D], are ranked at a time in full ranking."""
@@ -467,14 +527,6 @@ class Evaluator:
                     by_weights.append(ranking.full_ranks(total, group.targets[chosen], *seen))
             ranks.append(torch.stack(by_weights))
         return torch.cat(ranks, dim=1).numpy(force=True)
-
-    @staticmethod
-    def _cover(scores: Tensor, covered: dict[int, np.ndarray]) -> None:
-        deepest = min(max(covered), scores.shape[1])
-        best = scores.topk(deepest, dim=1)
-        listed = torch.where(best.values > -torch.inf, best.indices, PAD)
-        for k, seen in covered.items():
-            seen[listed[:, :k].unique().cpu().numpy()] = True
 
     def _rank_candidates(self, scorer: Scorer, group: _Group) -> Tensor:
         users = group.vectors
@@ -523,10 +575,3 @@ def draw_candidates(dataset: CachedEmbeddingEvalDataset, protocol: EvalProtocol)
         )
     rng = np.random.default_rng([protocol.seed, _CANDIDATE_STREAM[dataset.phase]])
     return sampler.draw(users, protocol.candidates, rng, distinct=True)
-
-
-def _write_ranks(copy: HostCopy | None, ranks: np.ndarray) -> None:
-    """Write a group's ranks, int64 [2, b] of samples and their ranks, into int64 [E]."""
-    if copy is not None:
-        rows, values = copy.read().numpy()
-        ranks[rows] = values

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from hsft.config import Config
-from hsft.config.schema import READS_EMBEDDINGS
+from hsft.config.schema import RAW_TIME_MODELS, READS_EMBEDDINGS
 from hsft.data.cache import ItemCache
 from hsft.data.dataset import CachedEmbeddingEvalDataset
 from hsft.data.files import information_file, interaction_file
@@ -191,6 +191,7 @@ class OpenRun:
                 budget_bytes=self.config.logits_budget_mb << 20,
                 times=times if reads_times else None,
                 of_next=self.config.predict_at == "target",
+                raw_times=self.config.model in RAW_TIME_MODELS,
             )
 
     def history(self, user_id: str) -> np.ndarray:

@@ -29,7 +29,7 @@ MANAGED = (
 # Trials with other values of these are scored on other users or in another way.
 _NOT_COMPARABLE = (
     *("data_path", "dataset", "missing_items", "topk", "metrics", "eval_protocol"),
-    "eval_neg_sample_num",
+    *("eval_neg_sample_num", "list_metrics"),
 )
 _MAX_CORNERS = 256
 

@@ -18,7 +18,15 @@ if TYPE_CHECKING:
     from hsft.hub.layout import Side
 
 DEFAULT_REPO = "ByteDance/HLLM"
-DEFAULT_FILE = "1B_Pixel8M/pytorch_model.bin"
+DEFAULT_CHECKPOINT = "1B_Pixel8M"
+# The checkpoints that HLLM's authors publish, and what each was trained on.
+CHECKPOINTS = {
+    "1B_Pixel8M": "Pixel8M",
+    "1B_books_neg512": "Amazon Books with 512 negatives",
+    "1B_books": "Amazon Books with 28,672 negatives",
+}
+_REFUSED_CHECKPOINT = "7B_books"
+_FILE = "{}/pytorch_model.bin"
 DEFAULT_BASE_REPO = "TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T"
 _SIZE = re.compile(r"(\d+(?:\.\d+)?) ?([KMG]B)", re.IGNORECASE)
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
@@ -58,7 +66,7 @@ def parse_options(side: Side, argv: Sequence[str]) -> ImportOptions:
         from_file=Path(args.from_file) if args.from_file else None,
         sha256=args.sha256,
         repo=args.repo,
-        file=args.file,
+        file=args.file or _FILE.format(args.checkpoint),
         revision=args.revision,
         base_repo=args.base_repo,
         base_revision=args.base_revision,
@@ -121,9 +129,17 @@ def _add_checkpoint_options(parser: argparse.ArgumentParser) -> None:
     source.add_argument(
         "--repo", default=DEFAULT_REPO, help="hub repository (default: %(default)s)"
     )
-    source.add_argument(
-        "--file", default=DEFAULT_FILE, help="file in the repository (default: %(default)s)"
+    which = source.add_mutually_exclusive_group()
+    which.add_argument(
+        "--checkpoint",
+        metavar="NAME",
+        type=_checkpoint,
+        default=DEFAULT_CHECKPOINT,
+        help=f"one of HLLM's published checkpoints, about 8.8 GB each: "
+        f"{', '.join(f'{name} (trained on {data})' for name, data in CHECKPOINTS.items())} "
+        f"(default: %(default)s)",
     )
+    which.add_argument("--file", help="another file in the repository")
     source.add_argument(
         "--revision",
         default="main",
@@ -157,6 +173,19 @@ def _add_base_options(parser: argparse.ArgumentParser, side: Side) -> None:
         default="main",
         help="branch, tag or commit of the base model (default: %(default)s)",
     )
+
+
+def _checkpoint(text: str) -> str:
+    if text == _REFUSED_CHECKPOINT:
+        raise argparse.ArgumentTypeError(
+            "7B_books is made of Baichuan2-7B, which transformers knows only by code in its "
+            "repository, and no such code is run; use 1B_books, trained on the same data"
+        )
+    if text not in CHECKPOINTS:
+        raise argparse.ArgumentTypeError(
+            f"'{text}' is none of {', '.join(CHECKPOINTS)}; name another file with --file"
+        )
+    return text
 
 
 def _size(text: str) -> int:

@@ -13,7 +13,7 @@ from hsft.data.column_checks import spelling_problem
 from hsft.data.csv_rows import RowProblems
 from hsft.data.files import dataset_file, default_cache_path, information_file
 from hsft.data.interactions import read_interactions
-from hsft.data.prepare.amazon import amazon2014, amazon2023
+from hsft.data.prepare.amazon import amazon2014, amazon2023, hllm_books
 from hsft.data.prepare.hold_out import choose_items, copy_information, without
 from hsft.data.prepare.movielens import movielens
 from hsft.data.prepare.pixelrec import pixelrec
@@ -31,6 +31,7 @@ from hsft.data.prepare.table import (
     check_columns,
     core_rows,
     first_of_repeats,
+    once_filtered_rows,
     read_events,
 )
 from hsft.data.prepare.times import first_since
@@ -53,6 +54,7 @@ _DOWNLOADS: dict[str, Callable[[argparse.Namespace], Download]] = {
     "pixelrec": lambda given: pixelrec(Path(given.interactions), Path(given.items)),
     "amazon2014": lambda given: amazon2014(Path(given.reviews), Path(given.meta), given.item_first),
     "amazon2023": lambda given: amazon2023(Path(given.reviews), Path(given.meta)),
+    "hllm-books": lambda given: hllm_books(Path(given.reviews), Path(given.meta)),
     "movielens": lambda given: movielens(Path(given.folder)),
     "recbole": lambda given: recbole(
         Path(given.inter),
@@ -134,6 +136,17 @@ def _interactions(download: Download, options: argparse.Namespace) -> tuple[Tabl
         keep = first_of_repeats(table)
         dropped["interactions that repeat user, item and timestamp"] = int((~keep).sum())
         table = table.keep(keep)
+    if download.once_filtered:
+        least = download.once_filtered
+        before = statistics(table)
+        keep = once_filtered_rows(table, least)
+        if not keep.any():
+            raise InputError(
+                f"{download.interactions.shown}: no user is left with {least} interactions with items "
+                f"that have {least}; check the file, or use prepare_data.py amazon2014."
+            )
+        table = table.keep(keep)
+        dropped |= _left_out(before, statistics(table), f"fewer than {least} interactions")
     user_min = max(options.k_core, options.min_history)
     if user_min > 1:
         before = statistics(table)
@@ -144,13 +157,19 @@ def _interactions(download: Download, options: argparse.Namespace) -> tuple[Tabl
                 f"{options.k_core} and --min_history {options.min_history}; give smaller ones."
             )
         table = table.keep(keep)
-        after = statistics(table)
         words = f"--k_core {options.k_core}" if options.k_core > 1 else ""
         if options.min_history > 1:
             words += f"{' and ' if words else ''}--min_history {options.min_history}"
-        for what in ("interactions", "users", "items"):
-            dropped[f"{what}: {words}"] = getattr(before, what) - getattr(after, what)
+        dropped |= _left_out(before, statistics(table), words)
     return table, dropped
+
+
+def _left_out(before: Statistics, after: Statistics, words: str) -> dict[str, int]:
+    """Return how many interactions, users and items a filter took."""
+    return {
+        f"{what}: {words}": getattr(before, what) - getattr(after, what)
+        for what in ("interactions", "users", "items")
+    }
 
 
 def _refuse_undescribed(download: Download, described: Described) -> None:

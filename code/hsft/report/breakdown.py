@@ -8,10 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from hsft.evaluator.intervals import DRAWS, interval, needs_wilson, wilson_interval
+from hsft.evaluator.list_metrics import HEAD, MIDDLE, NEVER_TRAINED, TAIL, popularity_classes
 from hsft.evaluator.metrics import per_user
-
-# Head and tail each hold this share of the training interactions.
-SHARE = 0.2
 
 
 @dataclass(frozen=True)
@@ -90,14 +88,7 @@ def history_groups(lengths: np.ndarray, parts: int = 4) -> list[Group]:
 
 
 def popularity_groups(counts: np.ndarray, targets: np.ndarray) -> list[Group]:
-    """Group users by how popular their target is among the training items.
-
-    Items are ordered by training interactions. Head: the most popular items that hold the first
-    20 % of the interactions; tail: the least popular ones that hold the last 20 %; middle: those
-    between. Items with the same count are never separated: they belong to the head when fewer than
-    20 % of the interactions are with more popular items, to the tail when fewer than 20 % are with
-    less popular ones, and to the middle when both hold. Items without a training interaction are a
-    group of their own.
+    """Group users by how popular their target is among the training items, see `popularity_classes`.
 
     Args:
         counts: int64 [I + 1], training interactions of each item, entry 0 the padding item.
@@ -106,19 +97,12 @@ def popularity_groups(counts: np.ndarray, targets: np.ndarray) -> list[Group]:
     Returns:
         Four groups: head, middle, tail, never in training; some may be empty.
     """
-    levels, level_of = np.unique(counts[1:], return_inverse=True)
-    held = np.bincount(level_of, weights=counts[1:].astype(np.float64), minlength=len(levels))
-    total = max(held.sum(), 1.0)
-    up_to = np.cumsum(held)
-    below, above = (up_to - held) / total, (total - up_to) / total
-    head, tail = above < SHARE, below < SHARE
-    kind = np.select([levels == 0, head & ~tail, tail & ~head], [3, 0, 2], default=1)
-    of_item = kind[level_of]
+    of_item = popularity_classes(counts[1:])
     of_user = of_item[targets - 1]
-    names = ("head", "middle", "tail", "never in training")
+    names = {HEAD: "head", MIDDLE: "middle", TAIL: "tail", NEVER_TRAINED: "never in training"}
     return [
         Group(name, of_user == number, _about(counts[1:][of_item == number]))
-        for number, name in enumerate(names)
+        for number, name in names.items()
     ]
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from hsft.config.schema import ID_MODELS
 from hsft.evaluator.fingerprint import differing_parts
 from hsft.evaluator.intervals import interval, paired_p_value
 from hsft.evaluator.metrics import PER_USER, per_user
@@ -18,7 +19,7 @@ from hsft.report.table import relative_gain
 from hsft.utils.errors import InputError, one_line
 
 # Names of the rows of trained models.
-TRAINED = (TUNED, "sasrec")
+TRAINED = (TUNED, *ID_MODELS)
 # Keys of the UserLLM's training that are named where they are set.
 _OPTIONS = (
     *("item_id_embedding", "item_id_dropout", "item_dropout", "negatives_logq", "temperature"),
@@ -40,7 +41,7 @@ class Row:
         settings: what decides the row, in one line; empty for a model without settings.
         folder: the run's folder.
         model: the row's name in the run.
-        metrics: `NAME@K` -> value, as the run recorded them.
+        metrics: name, with `@K` where it has a cut-off -> value, as the run recorded them.
         exported_from: the run that trained an `untrained` row's UserLLM; empty where none did.
     """
 
@@ -116,6 +117,34 @@ class Comparison:
         by_column = [_records_of_column(self.rows, name, k) for name, k in self.columns]
         return [list(row) for row in zip(*by_column, strict=True)]
 
+    @property
+    def aggregate_tables(self) -> list[tuple[str, list[str]]]:
+        """What is of all users together, as runs recorded it: captions and names of the metrics.
+
+        Metrics of lists have a table a cut-off, or one in all where there is a single metric.
+        """
+        names = list(
+            dict.fromkeys(
+                name
+                for row in self.rows
+                for name in row.metrics
+                if name.partition("@")[0] not in PER_USER
+            )
+        )
+        whole = [name for name in names if "@" not in name]
+        tables = [("Whole rankings", whole)] if whole else []
+        of_lists = [name for name in names if "@" in name]
+        if len({name.partition("@")[0] for name in of_lists}) == 1:
+            return [*tables, ("Recommended lists", of_lists)]
+        cuts = dict.fromkeys(name.partition("@")[2] for name in of_lists)
+        return [
+            *tables,
+            *(
+                (f"Lists of {cut}", [name for name in of_lists if name.endswith(f"@{cut}")])
+                for cut in cuts
+            ),
+        ]
+
 
 def _records_of_column(rows: Sequence[Row], name: str, k: int) -> list[Record]:
     values = [float(per_user(name, row.ranks, k).mean()) for row in rows]
@@ -182,6 +211,7 @@ def load_comparison(run_dirs: Sequence[str | Path]) -> Comparison:
             rows.append(row)
         if isinstance(overlap := result.get("pretraining_overlap"), str):
             notes.append(f"{name}: {one_line(overlap, 400)}")
+    notes += _other_vectors(run_dirs, results)
     first, config = results[0], results[0]["config"]
     columns = [(m, k) for m in config["metrics"] if m in list(PER_USER) for k in config["topk"]]
     title = f"{first['dataset']}, {first['phase']}, {len(rows[0].users)} users, {first['protocol']}"
@@ -231,6 +261,24 @@ def refuse_unlike(
     return [
         f"{_and(without)}: made before results recorded which items were held out, so that only "
         f"dataset, phase, protocol and the numbers of users, items and interactions were compared."
+    ]
+
+
+def _other_vectors(
+    run_dirs: Sequence[str | Path], results: Sequence[Mapping[str, Any]]
+) -> list[str]:
+    """Name runs whose intra-list similarity is by other item embeddings than the first one's."""
+    measured: list[tuple[str, Any]] = []
+    for run_dir, result in zip(run_dirs, results, strict=True):
+        recorded = result.get("list_metrics")
+        if isinstance(recorded, dict) and recorded.get("vectors") is not None:
+            measured.append((str(run_dir), recorded["vectors"]))
+    others = [name for name, vectors in measured if vectors != measured[0][1]]
+    if not others:
+        return []
+    return [
+        f"{_and(others)}: IntraListSimilarity is by other item embeddings than that of "
+        f"{measured[0][0]}, so that the two cannot be compared."
     ]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 from pathlib import Path
 from typing import Any
 
@@ -45,9 +46,22 @@ def blocks(comparison: Comparison) -> Blocks:
         comparison.title,
         MetricTable(header, rows),
         f"{note}.",
+        *_aggregates(comparison),
         *comparison.notes,
         *settings,
     ]
+
+
+def _aggregates(comparison: Comparison) -> Blocks:
+    """Write what is of all users together, without intervals."""
+    written: list[str | MetricTable] = []
+    for caption, names in comparison.aggregate_tables:
+        rows = [
+            (row.name, [MetricCell(row.metrics.get(name, math.nan)) for name in names])
+            for row in comparison.rows
+        ]
+        written += [f"{caption}, all users together:", MetricTable(["run", *names], rows)]
+    return written
 
 
 def _mark(record: Record, first: Record) -> str:
@@ -60,6 +74,25 @@ def _mark(record: Record, first: Record) -> str:
 def markdown(comparison: Comparison) -> str:
     """Format the comparison as a Markdown table with 95 % intervals."""
     return as_markdown(blocks(comparison))
+
+
+def csv_lines(comparison: Comparison) -> list[list[dict[str, Any]]]:
+    """Return the lines of a CSV file, column -> value: a list a row, in it a line a metric.
+
+    Metrics of all users together have a value alone.
+    """
+    names = [name for _, names in comparison.aggregate_tables for name in names]
+    lines = []
+    for row, records in zip(comparison.rows, comparison.records, strict=True):
+        tested = [csv_columns(record) for record in records]
+        untested: dict[str, Any] = dict.fromkeys(tested[0])
+        more = [
+            {**untested, "run": row.name, "metric": name, "value": row.metrics[name]}
+            for name in names
+            if name in row.metrics
+        ]
+        lines.append([*tested, *more])
+    return lines
 
 
 def csv_columns(record: Record) -> dict[str, Any]:
@@ -88,7 +121,7 @@ def csv_columns(record: Record) -> dict[str, Any]:
 def csv_text(comparison: Comparison) -> str:
     """Format the comparison as CSV, one line a row and metric."""
     buffer = io.StringIO()
-    lines = [csv_columns(record) for records in comparison.records for record in records]
+    lines = [line for lines in csv_lines(comparison) for line in lines]
     writer = csv.DictWriter(buffer, fieldnames=list(lines[0]), lineterminator="\n")
     writer.writeheader()
     writer.writerows(lines)

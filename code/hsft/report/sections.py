@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 
-from hsft.evaluator.metrics import PER_USER
 from hsft.report.breakdown import Estimate, Group, counted, group_estimate, recall_curve
 from hsft.report.charts import Series, bar_chart, group_chart, line_chart
 from hsft.report.compare import TRAINED, Comparison, Record, Row
@@ -17,6 +16,19 @@ from hsft.report.page import Cell, Chart, Section, Table
 from hsft.report.run_tables import NOT_RECORDED, Results, as_time
 
 _CURVE_TICKS = (1, 2, 5, 10, 20, 50, 100)
+# What metrics of all users together say.
+_MEANINGS = {
+    "AUC": "share of a user's other candidates that rank below the held-out item",
+    "GAUC": "the same as AUC, with one held-out item a user",
+    "Coverage": "share of the catalogue that is in some list",
+    "GiniIndex": "0 where all items are listed equally often, near 1 where a few fill all lists",
+    "ShannonEntropy": "of the listed items, in nats; higher where more items share the lists",
+    "AveragePopularity": "mean number of training interactions of a listed item",
+    "TailPercentage": "share of the listed items that are tail items or never in training",
+    "Novelty": "mean self-information of a listed item, in bits; higher where fewer users have it",
+    "PopularityLift": "how much more popular the lists are than the users' histories; 0: equally",
+    "IntraListSimilarity": "mean cosine of two items of a list, by the cached item embeddings",
+}
 _NO_USERS = "no users"
 _NOT_SIGNIFICANT = 0.05
 
@@ -97,20 +109,13 @@ def metric_section(comparison: Comparison) -> Section:
         for row, records in zip(comparison.rows, comparison.records, strict=True)
     ]
     tables = [Table("Metrics over all users", ["model", *names], rows)]
-    not_per_user = list(
-        dict.fromkeys(
-            name
-            for row in comparison.rows
-            for name in row.metrics
-            if name.partition("@")[0] not in PER_USER
-        )
-    )
-    if not_per_user:
-        others: list[list[str | Cell]] = [
-            [row.name, *(_number(row.metrics.get(name)) for name in not_per_user)]
+    aggregates = comparison.aggregate_tables
+    for caption, columns in aggregates:
+        values: list[list[str | Cell]] = [
+            [row.name, *(_number(row.metrics.get(name)) for name in columns)]
             for row in comparison.rows
         ]
-        tables.append(Table("Metrics over all users together", ["model", *not_per_user], others))
+        tables.append(Table(f"{caption}, all users together", ["model", *columns], values))
     text = [f"In brackets: {INTERVALS}."]
     if len(comparison.rows) > 1:
         text = [
@@ -118,6 +123,10 @@ def metric_section(comparison: Comparison) -> Section:
             f"models, which for the best one is the second best, and the p-value of a two-sided "
             f"paired randomisation test against it, not corrected for the number of comparisons."
         ]
+    measured = {name.partition("@")[0] for _, columns in aggregates for name in columns}
+    meanings = [f"{name}: {said}" for name, said in _MEANINGS.items() if name in measured]
+    if meanings:
+        text.append(f"Of all users together, without intervals. {'; '.join(meanings)}.")
     text += [
         f"{row.name} is a fine-tuned UserLLM: it was exported from the run {row.exported_from}."
         for row in comparison.rows

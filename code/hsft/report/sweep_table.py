@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from hsft.report.compare import Comparison, load_comparison, refuse_unlike
-from hsft.report.comparison_files import blocks, csv_columns
+from hsft.report.comparison_files import blocks, csv_columns, csv_lines
 from hsft.report.result import read_result
 from hsft.report.terminal import Blocks, as_markdown
 from hsft.trainer.checkpoint import BEST_DIR
@@ -125,10 +125,10 @@ def _csv(comparison: Comparison, trials: Sequence[Trial]) -> str:
     buffer = io.StringIO()
     writer = csv.DictWriter(buffer, fieldnames=columns, lineterminator="\n")
     writer.writeheader()
-    for trial, records in zip(ranked(trials), comparison.records, strict=True):
+    for trial, lines in zip(ranked(trials), csv_lines(comparison), strict=True):
         settings = {"run": trial.name, "state": trial.state, **trial.params}
-        for record in records:
-            writer.writerow({**csv_columns(record), **settings})
+        for line in lines:
+            writer.writerow({**line, **settings})
     for trial in trials:
         if trial.state == "failed":
             writer.writerow(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,25 +14,28 @@ class MetricCell:
     """A metric's value and its 95 % interval.
 
     Attributes:
-        value, low, high: numbers.
+        value: a number.
+        low, high: the interval; None where there is none.
         mark: what stands behind the value, such as `*+`.
         best: the best value of its column.
     """
 
     value: float
-    low: float
-    high: float
+    low: float | None = None
+    high: float | None = None
     mark: str = ""
     best: bool = False
 
     @property
     def shown_value(self) -> str:
-        """The value in four digits, with its mark."""
-        return f"{self.value:.4f}{self.mark}"
+        """The value in four digits, with its mark; `n/a` for NaN."""
+        return "n/a" if math.isnan(self.value) else f"{self.value:.4f}{self.mark}"
 
     @property
     def shown_interval(self) -> str:
-        """The interval in brackets."""
+        """The interval in brackets; empty where there is none."""
+        if self.low is None or self.high is None:
+            return ""
         return f"[{self.low:.4f}, {self.high:.4f}]"
 
 
@@ -87,7 +91,7 @@ def _markdown_table(table: MetricTable) -> str:
         "| --- |" + " ---: |" * (len(table.header) - 1),
     ]
     for name, cells in table.rows:
-        shown = [f"{cell.shown_value} {cell.shown_interval}" for cell in cells]
+        shown = [f"{cell.shown_value} {cell.shown_interval}".rstrip() for cell in cells]
         lines.append(f"| {_escaped(name)} | " + " | ".join(shown) + " |")
     return "\n".join(lines)
 
@@ -112,7 +116,8 @@ def _draw(table: MetricTable, stream: TextIO) -> None:
             Text(name),
             *(
                 Text.assemble(
-                    (cell.shown_value, "bold" if cell.best else ""), f"\n{cell.shown_interval}"
+                    (cell.shown_value, "bold" if cell.best else ""),
+                    f"\n{cell.shown_interval}" if cell.shown_interval else "",
                 )
                 for cell in cells
             ),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,15 +15,16 @@ import torch
 from torch import nn
 
 from hsft.config import Config
-from hsft.data.cache import ItemCache
+from hsft.data.cache import ItemCache, open_cache
 from hsft.data.column_checks import find_twins, spelling_problem
 from hsft.data.dataset import CachedEmbeddingEvalDataset, CachedEmbeddingTrainDataset
-from hsft.data.files import user_llm_folder
-from hsft.data.interactions import Interactions, drop_items, load_interactions
+from hsft.data.files import cache_path, find_cache, user_llm_folder
+from hsft.data.interactions import PAD, Interactions, drop_items, load_interactions
 from hsft.data.negatives import NegativeSampler
-from hsft.data.split import NEEDED, Split, leave_one_out
+from hsft.data.split import NEEDED, Split, leave_one_out, train_item_counts
 from hsft.data.time_fields import item_times
 from hsft.evaluator.evaluator import EvalProtocol, Evaluator
+from hsft.evaluator.list_metrics import ItemStatistics, count_item_users
 from hsft.inputs.cache_items import cache_warnings, read_item_cache
 from hsft.inputs.load_tower import load_item_tower, read_catalogue, refuse_other_item_llm
 from hsft.model.attention import VARLEN, varlen_obstacle
@@ -38,6 +39,7 @@ from hsft.model.backbone import (
     model_kind,
     read_extra,
 )
+from hsft.model.hstu import build_hstu
 from hsft.model.item_adapter import adapter_shape, check_width, load_adapter
 from hsft.model.item_ids import load_id_vectors, read_id_vectors
 from hsft.model.item_table import ItemTable, fit_transform, sample_cosines, table_from_cache
@@ -45,6 +47,7 @@ from hsft.model.meta import read_kind
 from hsft.model.norms import fuse_norms
 from hsft.model.proposal import Proposal
 from hsft.model.recommender import LossSettings, Recommender, Similarity
+from hsft.model.sasrec import build_sasrec
 from hsft.model.structure import DecoderSource
 from hsft.model.time_embedding import TimeEmbedding
 from hsft.model.user_llm import UserLLM
@@ -107,12 +110,7 @@ class Data:
         if self.cache is not None:
             rows = torch.linspace(0, len(self.cache) - 1, min(len(self.cache), 1024)).long()
             # Sorted, since safetensors gives the metadata in any order.
-            settings = sorted(
-                (name, text)
-                for name, text in self.cache.metadata.items()
-                # No result depends on where the cache was made.
-                if name not in ("model_folder", "information")
-            )
+            settings = sorted(self.cache.settings.items())
             digest.update(str((tuple(self.cache.embeddings.shape), settings)).encode())
             digest.update(self.cache.embeddings[rows].float().numpy().tobytes())
         return digest.hexdigest()
@@ -380,7 +378,12 @@ def eval_protocol(config: Config) -> EvalProtocol:
 
 
 def make_evaluator(
-    config: Config, split: Split, phase: Any, fabric: Fabric, sample: int | None = None
+    config: Config,
+    split: Split,
+    phase: Any,
+    fabric: Fabric,
+    sample: int | None = None,
+    statistics: ItemStatistics | None = None,
 ) -> Evaluator:
     """Make the evaluator of one phase for this process.
 
@@ -390,6 +393,7 @@ def make_evaluator(
         phase: `valid` or `test`.
         fabric: the processes.
         sample: score so many users, drawn by the configuration's seed; None: all.
+        statistics: what recommended lists are measured by; None: they are not.
 
     Raises:
         InputError: there is nobody to score.
@@ -416,7 +420,59 @@ def make_evaluator(
         num_workers=config.num_workers,
         rank=global_rank(),
         world_size=world_size(),
+        statistics=statistics,
     )
+
+
+def item_statistics(config: Config, data: Data) -> ItemStatistics | None:
+    """Return what recommended lists are measured by; None without `list_metrics`.
+
+    Vectors are those of the item cache, for models that do not read it too, so that lists of
+    different models are measured alike. A line in the log says so where there are none.
+
+    Raises:
+        InputError: the item cache is damaged.
+    """
+    if not config.list_metrics:
+        return None
+    interactions = data.interactions
+    train_ends = np.maximum(interactions.offsets[1:] - 2, interactions.offsets[:-1])
+    statistics = ItemStatistics(
+        train_item_counts(data.split),
+        count_item_users(interactions, train_ends),
+        int((train_ends > interactions.offsets[:-1]).sum()),
+    )
+    cache = _list_embeddings(config, data)
+    if cache is None:
+        return statistics
+    rows = cache.rows_of(interactions.item_ids)
+    rows[PAD] = 0
+    return replace(
+        statistics,
+        vectors=lambda items: cache.embeddings[torch.from_numpy(rows[items])],
+        vectors_origin=cache.settings,
+    )
+
+
+def _list_embeddings(config: Config, data: Data) -> ItemCache | None:
+    """Return a cache with embeddings of all items; None where there is none."""
+    cache = data.cache
+    if cache is None:
+        try:
+            path = find_cache(cache_path(config))
+        except InputError as error:
+            log.info("list_metrics: no intra-list similarity: %s", error)
+            return None
+        cache = open_cache(path)
+    lacking = int((cache.rows_of(data.interactions.item_ids[1:]) < 0).sum())
+    if lacking:
+        log.info(
+            "list_metrics: no intra-list similarity, since %d items are not in the item cache %s.",
+            lacking,
+            cache.path,
+        )
+        return None
+    return cache
 
 
 def lora_settings(config: Config) -> LoraSettings:
@@ -560,6 +616,12 @@ def build_user_llm(config: Config, data: Data, fabric: Fabric, *, train: bool) -
         fix_scale=config.fix_temp,
     )
     return model.to(device)
+
+
+def build_id_model(config: Config, data: Data, fabric: Fabric) -> Recommender:
+    """Make one of `ID_MODELS`, untrained, on the device."""
+    build = {"sasrec": build_sasrec, "hstu": build_hstu}[config.model]
+    return build(config, data.interactions.num_items).to(fabric.device)
 
 
 def build_item_training(

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from hsft.config import Config
-from hsft.config.schema import REFERENCES
+from hsft.config.schema import ID_MODELS, REFERENCES
 from hsft.data.dataset import CachedEmbeddingTrainDataset, TrainCollate
 from hsft.data.dataset.packing import Buckets
 from hsft.data.time_fields import item_times
@@ -37,7 +37,6 @@ from hsft.model.ensemble import weight_grid
 from hsft.model.folder import fingerprint as model_fingerprint
 from hsft.model.recommender import Recommender
 from hsft.model.reference import build_reference
-from hsft.model.sasrec import build_sasrec
 from hsft.model.user_llm import UserLLM
 from hsft.model.weights import describe_trainable
 from hsft.report.result import (
@@ -61,6 +60,7 @@ from hsft.run.run_dir import (
 from hsft.run.saved_model import build_ensemble, member_runs
 from hsft.run.setup import (
     Data,
+    build_id_model,
     build_item_training,
     build_pretraining,
     build_user_llm,
@@ -68,6 +68,7 @@ from hsft.run.setup import (
     check_training,
     eval_protocol,
     graph_obstacle,
+    item_statistics,
     load_data,
     make_evaluator,
     negative_proposal,
@@ -191,7 +192,13 @@ def _run(run: RunContext) -> None:
     if config.model == "HLLM" and config.user_pretrain_dir:
         run = replace(run, user_llm_fingerprint=model_fingerprint(config.user_pretrain_dir))
         warn(_overlap(config))
-    final = make_evaluator(config, data.split, config.eval_phase, fabric)
+    final = make_evaluator(
+        config,
+        data.split,
+        config.eval_phase,
+        fabric,
+        statistics=item_statistics(config, data),
+    )
     config, quantisation = resolve_quant_type(
         config, data.interactions, fabric.device, run.folder if run.resume else None
     )
@@ -237,7 +244,7 @@ def _evaluate_models(
         return {config.model: evaluation}, {}
     if config.model == "ensemble":
         return _weigh_and_evaluate_ensemble(run, data, final)
-    if config.model == "sasrec":
+    if config.model in ID_MODELS:
         evaluations, training = _train_and_evaluate_model(run, data, final)
         return evaluations, {"training": training}
     if config.val_only:
@@ -309,12 +316,10 @@ def _train_and_evaluate_model(
     config, fabric = run.config, run.fabric
     items = pretrained = None
     fingerprint = data.fingerprint
-    if config.model == "sasrec":
-        name = "sasrec"
-        model = build_sasrec(config, data.interactions.num_items)
-        model.to(fabric.device)
+    name = TUNED if config.model == "HLLM" else config.model
+    if config.model in ID_MODELS:
+        model = build_id_model(config, data, fabric)
     else:
-        name = TUNED
         if config.item_pretrain_epochs:
             data, pretrained = _pretrain(run, data)
         else:
@@ -657,6 +662,7 @@ def _write_result(
         "data": data.summary(),
         "fingerprint": evaluation_fingerprint(final.dataset, protocol),
         "cache": data.cache.metadata if data.cache else None,
+        "list_metrics": final.describe_lists(),
         "user_llm": _origin(config),
         "pretraining_overlap": _overlap(config),
         "user_llm_fingerprint": run.user_llm_fingerprint,

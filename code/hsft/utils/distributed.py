@@ -139,7 +139,7 @@ def all_reduce_array(values: np.ndarray, device: torch.device) -> np.ndarray:
     """Return the sum of an array over all processes.
 
     Args:
-        values: int64, the same shape in every process.
+        values: int64 or float64, the same shape in every process.
         device: a device that the group serves.
     """
     import torch

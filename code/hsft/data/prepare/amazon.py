@@ -12,6 +12,7 @@ import json
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from hsft.utils.errors import InputError, one_line
 _PREFIX = re.compile(r"(ratings|reviews|meta)_")
 _ROWS_LOOKED_AT = 200
 _ASIN_LENGTH = 10
+_HLLM_INTERACTIONS = 5
 _DOUBT = "check that both files are of one category and edition"
 
 # Names of the fields: item, user, timestamp, rating.
@@ -64,6 +66,34 @@ def amazon2014(reviews: Path, meta: Path, item_first: bool = False) -> Download:
         events=events,
         described=partial(_items, parse=_json_or_literal, key="asin"),
         doubt=doubt,
+    )
+
+
+def hllm_books(ratings: Path, meta: Path) -> Download:
+    """Describe Amazon Books of 2014 as HLLM (arXiv 2409.12740) prepares it: `amazon_books`.
+
+    Users and items need 5 interactions, which are counted once; rows that repeat others stay. Item
+    information is title and description.
+
+    Args:
+        ratings: `ratings_Books.csv`.
+        meta: `meta_Books.json[.gz]`.
+
+    Raises:
+        InputError: as `amazon2014`.
+    """
+    download = amazon2014(ratings, meta)
+    described = download.described
+
+    def untagged(source: Source, problems: RowProblems) -> Iterator[Item]:
+        return (item._replace(tag="") for item in described(source, problems))
+
+    return replace(
+        download,
+        name="amazon_books",
+        described=untagged,
+        has_ratings=False,
+        once_filtered=_HLLM_INTERACTIONS,
     )
 
 

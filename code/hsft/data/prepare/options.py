@@ -23,12 +23,14 @@ class _Format:
         example: options that it may be called with.
         add_files: adds the options that name its files.
         has_ratings: whether `--min_rating` applies.
+        has_filters: whether the options of what is left out apply.
     """
 
     summary: str
     example: str
     add_files: Callable[[argparse.ArgumentParser], None]
     has_ratings: bool = True
+    has_filters: bool = True
 
 
 class _SubParser(Parser):
@@ -59,7 +61,10 @@ def parse_options(argv: Sequence[str]) -> argparse.Namespace:
         )
         command.add_files(kind)
         if name in _FORMATS:
-            _add_filters(kind, command.has_ratings)
+            if command.has_filters:
+                _add_filters(kind, command.has_ratings)
+            else:
+                kind.set_defaults(k_core=0, min_history=0, since=None, keep_repeats=True)
             _add_output(kind, "after its files")
         else:
             _add_output(kind, "NAME-warm")
@@ -89,6 +94,11 @@ def _amazon2014(parser: argparse.ArgumentParser) -> None:
     add_flag(
         parser, "--item_first", "ratings are item,user,rating,timestamp, as in the edition of 2018"
     )
+
+
+def _hllm_books(parser: argparse.ArgumentParser) -> None:
+    _file(parser, "--reviews", "ratings_Books.csv")
+    _file(parser, "--meta", "meta_Books.json or meta_Books.json.gz")
 
 
 def _amazon2023(parser: argparse.ArgumentParser) -> None:
@@ -137,6 +147,14 @@ _FORMATS = {
         "Amazon Reviews of 2023",
         "--reviews Books.jsonl.gz --meta meta_Books.jsonl.gz --k_core 5",
         _amazon2023,
+    ),
+    "hllm-books": _Format(
+        "Amazon Books of 2014, filtered as in HLLM's paper: users and items with fewer than 5 "
+        "interactions are left out, counted once",
+        "--reviews ratings_Books.csv --meta meta_Books.json.gz",
+        _hllm_books,
+        has_ratings=False,
+        has_filters=False,
     ),
     "movielens": _Format(
         "MovieLens: 100K, 1M, 10M, 20M, 25M, 32M and the latest ones",

@@ -45,6 +45,8 @@ class Download:
         events: reads the former; a bad row is booked in the second argument and left out.
         described: reads the latter, likewise.
         has_ratings: whether events carry a rating.
+        once_filtered: users and items with fewer interactions are left out, as counted once before
+            any is; 0: none.
         note: a sentence about the data that the user should know, or ''.
         doubt: what to check when none of the interactions' items is described.
     """
@@ -55,6 +57,7 @@ class Download:
     events: Callable[[Source, RowProblems], Iterator[Event]]
     described: Callable[[Source, RowProblems], Iterator[Item]]
     has_ratings: bool = True
+    once_filtered: int = 0
     note: str = ""
     doubt: str = "check that the two files are of one data set"
 

@@ -203,6 +203,27 @@ def core_rows(table: Table, user_min: int, item_min: int) -> np.ndarray:
             return keep
 
 
+def once_filtered_rows(table: Table, least: int) -> np.ndarray:
+    """Mark the rows that HLLM's filter of Amazon Books leaves: bool [N].
+
+    Users and items are counted once, on all rows; of what is left, users are counted again, items
+    are not, so that an item may end with fewer interactions than `least`.
+
+    Args:
+        table: the interactions.
+        least: interactions that a user, and an item, needs.
+    """
+    keep = np.ones(len(table), dtype=bool)
+    for codes in (table.items, table.users):
+        keep &= np.bincount(codes)[codes] >= least
+    return (
+        keep
+        & (np.bincount(table.users[keep], minlength=int(table.users.max()) + 1) >= least)[
+            table.users
+        ]
+    )
+
+
 def _ratings(rows: Sequence[int], texts: Sequence[str], problems: RowProblems) -> np.ndarray:
     """Return float64 [n]; NaN where the row is booked as bad."""
     values = pd.to_numeric(pd.Series(texts, dtype=object), errors="coerce").to_numpy(dtype=float)
