@@ -200,12 +200,14 @@ def test_a_run_that_reads_times(project: Project, predict_at: str) -> None:
     numbers = [1_600_000_000_000 + day * 86_400_000 for day in range(len(ids))]
     assert post(client, "/recommend", history=ids, times=numbers, topk=20, **at) == by_user
     # As the command recommends.
+    at_times = run.history_times("u0", at.get("predict_at"))
+    assert at_times is not None
     tuned = next(model for model in by_user if model["name"] == "fine-tuned")
     expected = run.recommend(
         run.build("fine-tuned"),
         [run.history("u0")],
         20,
-        times=[run.history_times("u0", at.get("predict_at"))],
+        times=[at_times],
     )
     scores = dict(zip(expected.items[0], expected.scores[0], strict=True))
     number = {str(item): n for n, item in enumerate(run.data.interactions.item_ids)}
@@ -214,14 +216,15 @@ def test_a_run_that_reads_times(project: Project, predict_at: str) -> None:
     )
     other = [f"2021-03-{day:02}" for day in range(1, len(ids) + 1)]
     assert post(client, "/recommend", history=ids, times=other, topk=20, **at) != by_user
-    for times, said in (
+    bad: list[tuple[Any, str]] = [
         (None, "so 2 are needed for its 2 items and there are none"),
         ([1], "there are 1"),
         ([True, 2], "times.0: a time is a date in ISO 8601 or a number"),
         (["today", 2], "times.0: 'today' is no time"),
         ([2000, 1000], "times.1 is earlier than the one before it"),
-    ):
-        assert said in refused(client, "/recommend", history=["i1", "i2"], times=times)
+    ]
+    for given, said in bad:
+        assert said in refused(client, "/recommend", history=["i1", "i2"], times=given)
 
 
 def test_the_api_key_is_asked_for_except_for_health(run: OpenRun) -> None:
@@ -233,7 +236,7 @@ def test_the_api_key_is_asked_for_except_for_health(run: OpenRun) -> None:
 
     for path in ("/", "/info", "/docs", "/metrics", "/openapi.json", "/nothing"):
         for given in (None, "Bearer", f"Bearer {KEY}x", KEY, basic("x"), "Basic ??", "Bearer é"):
-            headers = {} if given is None else {"Authorization": given.encode()}
+            headers = {} if given is None else {b"Authorization": given.encode()}
             answer = client.get(path, headers=headers)
             assert answer.status_code == 401
             assert "API key" in answer.json()["error"]
