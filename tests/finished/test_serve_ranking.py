@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any, ClassVar
+
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from hsft.finished.item_index import IndexedScorer, ItemIndex, build_index
 from hsft.finished.serve_ranking import ListQuery, diversify, rank_for_histories, rank_similar
 
 # Items 1 to 4; the user's vector is the sum of its history's.
@@ -57,6 +61,41 @@ def test_each_request_has_candidates_of_its_own(budget_bytes: int) -> None:
         ([2, 4], [6, 0]),
         ([], []),
     ]
+
+
+def test_an_index_gives_the_lists_of_exact_search() -> None:
+    pytest.importorskip("faiss")
+
+    class Counting(ItemIndex):
+        searched: ClassVar[list[int]] = []
+
+        def best(self, users: np.ndarray, *more: Any) -> Any:
+            self.searched.append(len(users))
+            return super().best(users, *more)
+
+    vectors = VECTORS[1:].numpy()
+    index = Counting(Path("x"), "m", build_index("flat", lambda a, b: vectors[a:b], 4, 2))
+    queries = [
+        ListQuery(topk=9, history=history(3), excluded=history(1, 1)),
+        ListQuery(topk=2, history=history(3)),
+        ListQuery(topk=2, history=history(3), diversity=0.6),
+        ListQuery(topk=2, history=history(3), allowed=history(2, 4)),
+        ListQuery(topk=1, history=history(3), find=4),
+    ]
+
+    def lists(scorer: Any) -> list[Any]:
+        ranked = rank_for_histories(
+            scorer,
+            queries,
+            max_length=2,
+            device=torch.device("cpu"),
+            batch_size=8,
+            budget_bytes=1 << 20,
+        )
+        return [(r.items.tolist(), r.scores.tolist(), r.candidates, r.rank) for r in ranked]
+
+    assert lists(IndexedScorer(Sums(), index)) == lists(Sums())
+    assert index.searched == [3]
 
 
 def test_ranks_and_candidates() -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from hsft.config.schema import RAW_TIME_MODELS
 from hsft.data.csv_rows import read_header
 from hsft.data.files import information_file
 from hsft.data.item_text import read_item_titles
@@ -415,6 +416,7 @@ class ServeApi:
                 batch_size=config.eval_batch_size,
                 budget_bytes=config.logits_budget_mb << 20,
                 of_next=config.predict_at == "target",
+                raw_times=config.model in RAW_TIME_MODELS,
             )
 
         return self._by_model(asked, rank)

@@ -10,10 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hsft.data.dataset.collate_fn import gather_padded
 from hsft.data.time_fields import ItemTimes
 from hsft.evaluator import ranking
 from hsft.evaluator.evaluator import Scorer
+from hsft.finished.item_index import IndexedScorer
+from hsft.finished.user_vectors import encode_users
 
 # Diversified lists are chosen from this many times as many of the best items.
 _POOL = 10
@@ -72,25 +73,35 @@ def rank_for_histories(
     batch_size: int,
     budget_bytes: int,
     of_next: bool = False,
+    raw_times: bool = False,
 ) -> list[Ranked]:
     """Rank items by a model's scores for histories.
 
     Args:
-        scorer: the model, in evaluation mode.
+        scorer: the model, in evaluation mode; one with an index searches it for requests that
+            neither filter nor ask for a rank.
         queries: the lists; all of them have times where the model reads times.
         max_length: `MAX_ITEM_LIST_LENGTH`; the model reads as many of a history's last items.
         device: where the model is.
-        batch_size: histories in query forward pass.
+        batch_size: histories in one forward pass.
         budget_bytes: largest score matrix held at once.
         of_next: whether the model reads the request's time.
+        raw_times: whether it reads seconds, not their fields, see `ItemTimes`.
     """
     ranked: list[Ranked] = []
-    reads_times = bool(getattr(scorer, "reads_times", False))
     for first in range(0, len(queries), batch_size):
         part = queries[first : first + batch_size]
-        given = _histories(part, max_length, of_next if reads_times else None)
-        vectors = scorer.user_vectors(*(torch.from_numpy(array).to(device) for array in given))
-        ranked += _rank(scorer, vectors.float(), part, budget_bytes, unit=False)
+        vectors = _encode(scorer, part, max_length, device, of_next, raw_times)
+        answers: list[Ranked | None] = [None] * len(part)
+        if isinstance(scorer, IndexedScorer):
+            answers = _search_index(scorer, vectors, part)
+        rows = [row for row, answer in enumerate(answers) if answer is None]
+        asked = [part[row] for row in rows]
+        for row, one in zip(
+            rows, _rank(scorer, vectors[rows], asked, budget_bytes, unit=False), strict=True
+        ):
+            answers[row] = one
+        ranked += [answer for answer in answers if answer is not None]
     return ranked
 
 
@@ -143,26 +154,60 @@ def diversify(
     return np.array(chosen, dtype=np.int64)
 
 
-def _histories(
-    queries: Sequence[ListQuery], max_length: int, of_next: bool | None
-) -> list[np.ndarray]:
-    """Return what a model reads of histories: items, lengths and, unless `of_next` is None, times."""
+def _encode(
+    scorer: Scorer,
+    queries: Sequence[ListQuery],
+    max_length: int,
+    device: torch.device,
+    of_next: bool,
+    raw_times: bool,
+) -> Tensor:
+    """Encode the histories of queries: float32 [B, D]."""
     lengths = np.array([len(query.history) for query in queries])
     ends = np.cumsum(lengths)
-    recent = np.maximum(ends - lengths, ends - max_length)
-    flat = np.concatenate([query.history for query in queries]).astype(np.int64)
-    history, _ = gather_padded(flat, recent, ends)
-    if of_next is None:
-        return [history, ends - recent]
-    # Every history before has one time more than items.
-    before = np.arange(len(queries))
-    times = ItemTimes(np.concatenate([_times(query) for query in queries]), of_next)
-    return [history, ends - recent, times.fields(recent + before, ends + before)]
+    times = None
+    if getattr(scorer, "reads_times", False):
+        seconds = [query.times for query in queries if query.times is not None]
+        times = ItemTimes(np.concatenate(seconds), of_next, raw_times)
+    return encode_users(
+        scorer,
+        np.concatenate([query.history for query in queries]).astype(np.int64),
+        ends - lengths,
+        ends,
+        max_length=max_length,
+        device=device,
+        times=times,
+        # Every history before has one time more than items.
+        time_shifts=np.arange(len(queries)),
+    )
 
 
-def _times(query: ListQuery) -> np.ndarray:
-    assert query.times is not None
-    return query.times
+def _search_index(
+    scorer: IndexedScorer, vectors: Tensor, queries: Sequence[ListQuery]
+) -> list[Ranked | None]:
+    """Search an index for queries that it can answer; None for the others."""
+    answers: list[Ranked | None] = [None] * len(queries)
+    rows = [
+        row
+        for row, query in enumerate(queries)
+        if query.allowed is None
+        and query.find is None
+        and scorer.can_answer([query.excluded], _pool(query), exclude_seen=True)
+    ]
+    if not rows:
+        return answers
+    pool = min(max(_pool(queries[row]) for row in rows), scorer.num_items)
+    excluded = [queries[row].excluded for row in rows]
+    best, whole = scorer.index.best(vectors[rows].numpy(force=True), pool, excluded)
+    for place, row in enumerate(rows):
+        if whole[place]:
+            left = scorer.num_items - len(np.unique(excluded[place]))
+            count = min(_pool(queries[row]), left)
+            numbers, relevance = best.items[place, :count], best.scores[place, :count]
+            answers[row] = _choose(
+                scorer, vectors.device, queries[row], numbers, relevance, left, None
+            )
+    return answers
 
 
 def _rank(
@@ -211,17 +256,30 @@ def _best(scorer: Scorer, scores: Tensor, queries: Sequence[ListQuery]) -> list[
     for row, (query, pool) in enumerate(zip(queries, pools, strict=True)):
         candidates, rank, in_list = counts[:, row].tolist()
         count = min(pool, candidates)
-        numbers, relevance = indices[row, :count], values[row, :count]
-        chosen = np.arange(min(query.topk, count))
-        if query.diversity > 0 and count:
-            vectors = scorer.item_vectors(torch.from_numpy(numbers).to(device)).float()
-            unit = F.normalize(vectors, dim=-1).numpy(force=True)
-            chosen = diversify(relevance, unit, query.topk, query.diversity)
         has_rank = in_list and query.find is not None
-        ranked.append(
-            Ranked(numbers[chosen], relevance[chosen], candidates, rank if has_rank else None)
-        )
+        numbers, relevance = indices[row, :count], values[row, :count]
+        place = rank if has_rank else None
+        ranked.append(_choose(scorer, device, query, numbers, relevance, candidates, place))
     return ranked
+
+
+def _choose(
+    scorer: Scorer,
+    device: torch.device,
+    query: ListQuery,
+    numbers: np.ndarray,
+    relevance: np.ndarray,
+    candidates: int,
+    rank: int | None,
+) -> Ranked:
+    """Choose a list from the best items, int64 [n], and their scores."""
+    chosen = np.arange(min(query.topk, len(numbers)))
+    if query.diversity > 0 and len(numbers):
+        items = torch.from_numpy(np.ascontiguousarray(numbers))
+        vectors = scorer.item_vectors(items.to(device)).float()
+        unit = F.normalize(vectors, dim=-1).numpy(force=True)
+        chosen = diversify(relevance, unit, query.topk, query.diversity)
+    return Ranked(numbers[chosen], relevance[chosen], candidates, rank)
 
 
 def _pool(query: ListQuery) -> int:

@@ -239,12 +239,12 @@ def _quick_run(config: Config, findings: Findings) -> None:
             information_file(config.text_path, config.dataset)
     hidden = None
     if config.model == "HLLM":
-        hidden = _user_model(config, findings)
+        hidden = check_user_model(config, findings)
     if config.trains_items:
         with findings.collect():
             information_file(config.text_path, config.dataset)
     if config.trains_items or (config.reads_embeddings and not config.use_item_cache):
-        _item_model(config, findings)
+        check_item_model(config, findings)
     if config.reads_embeddings and config.use_item_cache and has_cache_path(config):
         with findings.collect():
             _cache_header(config, hidden)
@@ -257,7 +257,7 @@ def _quick_caching(config: Config, findings: Findings) -> None:
         information_file(config.text_path, config.dataset)
     with findings.collect():
         _writable(cache_path(config), "item cache", "--item_cache_path")
-    _item_model(config, findings)
+    check_item_model(config, findings)
 
 
 def _writable(target: Path, name: str, key: str) -> None:
@@ -288,8 +288,13 @@ def _writable(target: Path, name: str, key: str) -> None:
         )
 
 
-def _user_model(config: Config, findings: Findings) -> int | None:
-    """Check the UserLLM's folder and return its hidden size, None when that is not known."""
+def check_user_model(config: Config, findings: Findings) -> int | None:
+    """Check the UserLLM's folder and return its hidden size, None when that is not known.
+
+    Args:
+        config: the configuration.
+        findings: where problems are booked.
+    """
     folder = hidden = None
     with findings.collect():
         folder = user_llm_folder(config)
@@ -326,7 +331,13 @@ def _user_model(config: Config, findings: Findings) -> int | None:
     return hidden
 
 
-def _item_model(config: Config, findings: Findings) -> None:
+def check_item_model(config: Config, findings: Findings) -> None:
+    """Check the folder of the ItemLLM, or of the sentence encoder in its place.
+
+    Args:
+        config: the configuration.
+        findings: where problems are booked.
+    """
     if config.encoder is not None:
         with findings.collect():
             source = sentence_source(config.encoder, config.trust_remote_code)
