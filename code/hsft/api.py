@@ -346,6 +346,51 @@ class Run:
                 )
             )
 
+    def export_embeddings(
+        self,
+        out: str | Path | None = None,
+        *,
+        files: Literal["safetensors", "parquet"] = "safetensors",
+        dtype: Literal["float16", "float32"] = "float32",
+        index: Literal["auto", "flat", "hnsw", "ivf", "none"] = "auto",
+        model: str | None = None,
+        overwrite: bool = False,
+    ) -> Path:
+        """Write the vectors of all items and users, as `hsft export --format embeddings` does.
+
+        Args:
+            out: the folder; by default `export-embeddings` in the run's folder.
+            files: `safetensors`, or `parquet`, which needs pyarrow.
+            dtype: number type of the vectors.
+            index: kind of FAISS index over the items, which needs faiss-cpu; `auto`: by their number.
+            model: a row of `metrics`; by default the last one, the fine-tuned where there is one.
+            overwrite: replace an earlier export.
+
+        Returns:
+            The folder.
+
+        Raises:
+            InputError: the run's model has no vectors, a package is missing, or `out` is there
+                already.
+        """
+        with _call(self.config):
+            from hsft.finished.export import default_folder
+            from hsft.finished.export_embeddings import EmbeddingOptions, export_embeddings
+
+            folder = self.folder
+            return export_embeddings(
+                EmbeddingOptions(
+                    run=folder,
+                    out=Path(out) if out is not None else default_folder(folder, "embeddings"),
+                    files=files,
+                    dtype=dtype,
+                    index=index,
+                    model=model,
+                    overwrite=overwrite,
+                    overrides=dict(self.overrides),
+                )
+            )
+
     def report(self, out: str | Path | None = None, *, examples: int = 12) -> Path:
         """Write the run's report, one HTML page, as `hsft report` does.
 

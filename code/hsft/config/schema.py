@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import re
+from datetime import datetime
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
@@ -77,6 +78,30 @@ def _plain_name(value: str | None) -> str | None:
     return value
 
 
+def _split_time(value: str | None) -> str | None:
+    if value is None or re.fullmatch("-?[0-9]{1,18}", value):
+        return value
+    if re.fullmatch(r"0?\.[0-9]{1,18}", value) and float(value) > 0:
+        return value
+    try:
+        datetime.fromisoformat(value.removesuffix(" UTC"))
+    except ValueError as error:
+        raise ValueError(
+            "must be a share between 0 and 1, a date such as 2024-05-31, or a whole number as the "
+            "data's timestamps"
+        ) from error
+    return value
+
+
+def _data_split(value: Any) -> Any:
+    if value in ("leave_one_out", "global_time"):
+        raise ValueError(
+            f"cuts long training histories into pieces or not, as in HLLM; how users are held out is "
+            f"split: {value}"
+        )
+    return value
+
+
 def _not_repeated(value: list[Any]) -> list[Any]:
     if len(set(value)) != len(value):
         raise ValueError("has a repeated entry")
@@ -87,6 +112,7 @@ Number = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
 Text = Annotated[str, BeforeValidator(_text), Field(max_length=10_000)]
 Bool = StrictBool
 Int = StrictInt
+SplitTime = Annotated[Text, AfterValidator(_split_time)]
 PositiveInt = Annotated[StrictInt, Field(ge=1, le=2**31 - 1)]
 Runs = Annotated[list[Text], Field(min_length=2, max_length=3), AfterValidator(_not_repeated)]
 UniqueTexts = Annotated[list[Text], Field(min_length=1), AfterValidator(_not_repeated)]
@@ -331,6 +357,37 @@ class Config(_Section):
         "file",
         "data",
         "order of a user's interactions with one timestamp: that of the file, or drawn with seed",
+    )
+    split: Literal["leave_one_out", "global_time"] = _key(
+        "leave_one_out",
+        "data",
+        "what is held out: leave_one_out, each user's last item for test and the one before for "
+        "validation; global_time, what comes after a time that is the same for all users, so that "
+        "training sees nothing later",
+    )
+    split_time: SplitTime | None = _key(
+        None,
+        "data",
+        "split: global_time: where the test period begins: a share of the interactions between 0 and 1, "
+        "a date (UTC), or a timestamp as in the data; default: 0.9",
+    )
+    split_valid_time: SplitTime | None = _key(
+        None,
+        "data",
+        "split: global_time: where the validation period begins, and training ends, likewise; default: "
+        "as many interactions before split_time as come after it",
+    )
+    split_cold: Literal["leave_out", "rank"] = _key(
+        "leave_out",
+        "data",
+        "split: global_time: items first seen after training, and users first seen in a period: left "
+        "out, or ranked, such a user from the second item on",
+    )
+    data_split: Annotated[Bool, BeforeValidator(_data_split)] = _key(
+        True,
+        "data",
+        "cut training histories longer than MAX_ITEM_LIST_LENGTH + 1 into pieces of that length; "
+        "False: train on the last piece alone (HLLM's key)",
     )
     num_workers: Int = _key(
         0, "data", "processes that prepare batches; 0 prepares them in the main one", ge=0, le=256
@@ -766,6 +823,20 @@ class Config(_Section):
                 f"valid_metric is {self.valid_metric}, but metrics {self.metrics} at topk {self.topk} "
                 f"do not contain it; change one of them"
             )
+        if self.split == "leave_one_out":
+            for key in ("split_time", "split_valid_time", "split_cold"):
+                if getattr(self, key) not in (None, "leave_out"):
+                    raise ValueError(f"{key} belongs to split: global_time; set it or drop {key}")
+        elif self.split_cold == "leave_out" and self.item_data is not None:
+            raise ValueError(
+                "item_data names the catalogue, and split_cold: leave_out leaves only the items that "
+                "are trained on; use split_cold: rank, or drop item_data"
+            )
+        if self.split_cold == "rank" and self.negatives == "catalogue" and self.model == "HLLM":
+            raise ValueError(
+                "negatives: catalogue contrasts with every item, those first seen after training too, "
+                "which split_cold: rank is to rank untouched; use negatives: in_batch, or num_negatives"
+            )
         if self.list_metrics and self.eval_protocol != "full":
             raise ValueError(
                 "list_metrics are of lists of the whole catalogue, and eval_protocol: sampled ranks "
@@ -945,7 +1016,6 @@ HLLM_KEYS_WITHOUT_EFFECT = frozenset(
         "user_llm_init",
         "metric_decimal_place",
         "use_modality",
-        "data_split",
         "item_emb_pretrain",
         "load_pretrain",
     }

@@ -247,9 +247,10 @@ def refuse_unlike(
                 if size in sizes and size in first_sizes and sizes[size] != first_sizes[size]
             ]
         if unlike:
+            same = "the same split" if "split" in unlike else "the same version of the data"
             raise InputError(
                 f"{run_dir} cannot be compared with {run_dirs[0]}: they differ in {_and(unlike)}; "
-                f"name runs on the same version of the data."
+                f"name runs on {same}."
             )
     without = [
         str(run_dir)

@@ -52,6 +52,10 @@ def applies(key: str, config: Mapping[str, Any]) -> bool:
     model, name = config.get("model"), key.partition(".")[0]
     trains = model in TRAINED_MODELS and not config.get("val_only")
     group = _GROUP_OF_KEY.get(name)
+    if name.startswith("split_"):
+        return config.get("split") == "global_time"
+    if name == "data_split":
+        return trains
     if name in ID_MODELS:
         return model == name
     if name == "runs":

@@ -198,7 +198,7 @@ def _run(run: RunContext) -> None:
         statistics=item_statistics(config, data),
     )
     config, quantisation = resolve_quant_type(
-        config, data.interactions, fabric.device, run.folder if run.resume else None
+        config, data.split, fabric.device, run.folder if run.resume else None
     )
     run = replace(run, config=config)
     run.session.lap("data")
@@ -471,7 +471,6 @@ def _train(
     loader = make_train_loader(
         config,
         dataset,
-        data,
         fabric,
         pack=_packs(config, model, fabric),
         list_items=model.encoder.items.adapter is not None,
@@ -583,7 +582,6 @@ def _packs(config: Config, model: Recommender, fabric: Fabric) -> bool:
 def make_train_loader(
     config: Config,
     dataset: CachedEmbeddingTrainDataset,
-    data: Data,
     fabric: Fabric,
     *,
     pack: bool = True,
@@ -594,7 +592,6 @@ def make_train_loader(
     Args:
         config: the configuration.
         dataset: the training sequences.
-        data: the interactions, for the negatives.
         fabric: the processes.
         pack: False gives every sequence a row of its own, whatever `pack_sequences` says.
         list_items: see `TrainCollate`; for a model whose items are adapted.
@@ -607,7 +604,7 @@ def make_train_loader(
         length, single_row = packed_row_length(config, kernel), kernel == VARLEN
     collate = TrainCollate(
         dataset,
-        sampler=negative_sampler(config, data.interactions) if drawn else None,
+        sampler=negative_sampler(config, dataset.split) if drawn else None,
         num_negatives=config.negatives_per_sequence(rows),
         random_split=config.train_positions == "random_split",
         seed=config.seed,
