@@ -97,6 +97,7 @@ BAD_YAML: dict[str, tuple[str | bytes, list[str]]] = {
     "folder in the dataset": ("dataset: ../../etc/passwd\n", ["dataset", "plain name"]),
     "heads": ("sasrec: {heads: 7}\n", ["must divide"]),
     "heads of HSTU": ("hstu: {heads: 7}\n", ["hstu.heads (7)", "must divide"]),
+    "bce of ids": ("model: sasrec\nloss: bce\n", ["trained with loss: nce"]),
     "QLoRA of ids": ("model: sasrec\nuse_qlora: True\n", ["model: sasrec has none"]),
     "QLoRA of random weights": (
         "model: llm_id\nuse_qlora: True\n",

@@ -906,9 +906,9 @@ class Config(_Section):
             raise ValueError(
                 f"gradient_checkpointing belongs to an LLM, not to model: {self.model}; drop it"
             )
-        if self.model != "sasrec" and self.loss != "nce":
+        if self.loss != "nce":
             raise ValueError(
-                f"model: {self.model} is trained with loss: nce, as in HLLM; drop loss: {self.loss}"
+                f"model: {self.model} is trained with loss: nce, a softmax; drop loss: {self.loss}"
             )
 
     def _item_side_agrees(self) -> None:
