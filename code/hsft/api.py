@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import pandas as pd
 
 from hsft.config import loader
-from hsft.config.schema import Config
+from hsft.config.schema import ID_MODELS, Config
 from hsft.utils.errors import InputError, Interrupted, refuse
 from hsft.utils.logs import show_log_lines
 from hsft.utils.program import install_command
@@ -104,17 +104,17 @@ def evaluate(config: Config) -> Run:
 
     Raises:
         InputError: something in the configuration or its files has to be changed, or the model
-            (`sasrec`) has nothing to evaluate before it is trained.
+            (`sasrec`, `hstu`) has nothing to evaluate before it is trained.
     """
-    if config.model == "sasrec":
-        raise InputError("model: sasrec has nothing to evaluate untrained; call train().")
+    if config.model in ID_MODELS:
+        raise InputError(f"model: {config.model} has nothing to evaluate untrained; call train().")
     if config.model == "HLLM" and not config.val_only:
         config = config.model_copy(update={"val_only": True})
     return _finish(config)
 
 
 def train(config: Config) -> Run:
-    """Fine-tune the UserLLM, or train `model: sasrec`, and score it, as `hsft train` does.
+    """Fine-tune the UserLLM, or train a model on item ids, and score it, as `hsft train` does.
 
     The epoch with the best `valid_metric` is kept and scored on the held-out items of `eval_phase`;
     with `eval_baseline` the UserLLM is scored before training too, for comparison.
@@ -342,6 +342,51 @@ class Run:
                     format=format,
                     dtype=dtype,
                     evaluate=evaluate,
+                    overwrite=overwrite,
+                    overrides=dict(self.overrides),
+                )
+            )
+
+    def export_embeddings(
+        self,
+        out: str | Path | None = None,
+        *,
+        files: Literal["safetensors", "parquet"] = "safetensors",
+        dtype: Literal["float16", "float32"] = "float32",
+        index: Literal["auto", "flat", "hnsw", "ivf", "none"] = "auto",
+        model: str | None = None,
+        overwrite: bool = False,
+    ) -> Path:
+        """Write the vectors of all items and users, as `hsft export --format embeddings` does.
+
+        Args:
+            out: the folder; by default `export-embeddings` in the run's folder.
+            files: `safetensors`, or `parquet`, which needs pyarrow.
+            dtype: number type of the vectors.
+            index: kind of FAISS index over the items, which needs faiss-cpu; `auto`: by their number.
+            model: a row of `metrics`; by default the last one, the fine-tuned where there is one.
+            overwrite: replace an earlier export.
+
+        Returns:
+            The folder.
+
+        Raises:
+            InputError: the run's model has no vectors, a package is missing, or `out` is there
+                already.
+        """
+        with _call(self.config):
+            from hsft.finished.export import default_folder
+            from hsft.finished.export_embeddings import EmbeddingOptions, export_embeddings
+
+            folder = self.folder
+            return export_embeddings(
+                EmbeddingOptions(
+                    run=folder,
+                    out=Path(out) if out is not None else default_folder(folder, "embeddings"),
+                    files=files,
+                    dtype=dtype,
+                    index=index,
+                    model=model,
                     overwrite=overwrite,
                     overrides=dict(self.overrides),
                 )

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hsft.model import losses
+from hsft.model.id_model import IdTable
 from hsft.model.item_table import ItemTable
-from hsft.model.sasrec import IdTable
 
 Array = np.ndarray
 

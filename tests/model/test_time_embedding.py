@@ -221,7 +221,11 @@ def test_what_has_no_times_is_refused(project: Project) -> None:
     assert "the timestamps of tiny are no dates" in err
     write_weekdays(project.root)
     for more, sentence in {
-        (*TIMES, "--model", "sasrec"): "use_timestamps belongs to model: HLLM, not to sasrec",
+        (
+            *TIMES,
+            "--model",
+            "sasrec",
+        ): "use_timestamps belongs to models HLLM and hstu, not to sasrec",
         (*TIMES, "--val_only", "True"): "use_timestamps adds what is trained",
         ("--predict_at", "target"): "predict_at needs use_timestamps: True",
     }.items():

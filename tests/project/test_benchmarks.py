@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import naive, report, stages, synthetic
+from benchmarks import index, naive, report, stages, synthetic
 from hsft.data.cache import open_cache
 from hsft.data.dataset import (
     CachedEmbeddingEvalDataset,
@@ -255,3 +255,29 @@ def test_a_naive_training_step_trains(llama: Path) -> None:
     }
     losses = [naive.train_step(decoder, batch, optimizer) for _ in range(8)]
     assert losses[-1] < losses[0]
+
+
+@pytest.mark.skipif(
+    not Path("/proc/self/status").exists(), reason="memory is read from Linux's /proc"
+)
+def test_the_index_benchmark_measures_an_index(tmp_path: Path) -> None:
+    pytest.importorskip("faiss", reason="faiss-cpu is not installed (hsft[index])")
+    arguments = ["--tiny", "True", "--kinds", "ivf", "--repeats", "1", "--out", str(tmp_path)]
+    assert index.main(arguments) == 0
+    (row,) = json.loads((tmp_path / "index.json").read_text())["rows"]
+    assert (row["kind"], row["items"]) == ("ivf", 2_000)
+    assert 0.9 < row["recall@10"] <= 1
+    # 2,000 vectors of 16 numbers, and the cells.
+    assert 0.128 < row["file_mb"] < 0.2
+    assert row["queries_per_s"] > 0
+    assert (tmp_path / "index.md").read_text().count("\n| 2,000 | ivf | ") == 1
+
+
+def test_the_exact_items_of_the_index_benchmark(tmp_path: Path) -> None:
+    index.make_vectors(tmp_path, 300, 20, 8)
+    items = index.read(tmp_path, 8, 0, 300)
+    users = np.fromfile(tmp_path / "users.f32", np.float32).reshape(20, 8)
+    exact = np.fromfile(tmp_path / "exact.i64", np.int64).reshape(20, 10)
+    assert np.linalg.norm(items, axis=1) == pytest.approx(1, rel=1e-5)
+    best = np.argsort(-(users @ items.T), axis=1)[:, :10]
+    assert np.sort(exact, axis=1).tolist() == np.sort(best, axis=1).tolist()

@@ -31,7 +31,7 @@ pytestmark = [
 ]
 PRESETS = sorted(
     path.relative_to(ROOT / "code").as_posix()
-    for folder in ("HLLM", "baselines", "overall")
+    for folder in ("HLLM", "IDNet", "baselines", "overall")
     for path in (ROOT / "code" / folder).glob("*.yaml")
 )
 

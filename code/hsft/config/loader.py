@@ -20,7 +20,7 @@ from hsft.utils.files import is_file, require_file
 _PACKAGE = Path(__file__).resolve().parents[1]
 # Folders of the YAML files that come with HSFT: beside the package in the repository, inside it where
 # it is installed.
-_SHIPPED = (("HLLM",), ("baselines",), ("overall",))
+_SHIPPED = (("HLLM",), ("IDNet",), ("baselines",), ("overall",))
 MAX_YAML_BYTES = 256 << 10
 MAX_DEPTH = 20
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import re
+from datetime import datetime
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
@@ -29,6 +30,14 @@ PER_USER_METRICS = get_args(PerUserMetric)
 METRIC_PATTERN = re.compile(rf"^({'|'.join(PER_USER_METRICS)})@([1-9][0-9]*)$")
 # Models that know items by their embeddings, so that an item they never met can be scored.
 READS_EMBEDDINGS = ("HLLM", "item_knn")
+# Models that are trained on item ids alone.
+ID_MODELS = ("sasrec", "hstu")
+# Models that main.py trains.
+TRAINED_MODELS = ("HLLM", *ID_MODELS)
+# Models that can be told when items were interacted with.
+TIME_MODELS = ("HLLM", "hstu")
+# Those of them that read seconds, not the fields of a date.
+RAW_TIME_MODELS = ("hstu",)
 # What the names of the keys of the ItemLLM's training begin with.
 ITEM_TRAINING_KEYS = (
     *("train_item_", "item_lora_", "item_quant_", "item_lr_", "item_freeze_", "item_gradient_"),
@@ -67,6 +76,30 @@ def _plain_name(value: str | None) -> str | None:
     return value
 
 
+def _split_time(value: str | None) -> str | None:
+    if value is None or re.fullmatch("-?[0-9]{1,18}", value):
+        return value
+    if re.fullmatch(r"0?\.[0-9]{1,18}", value) and float(value) > 0:
+        return value
+    try:
+        datetime.fromisoformat(value.removesuffix(" UTC"))
+    except ValueError as error:
+        raise ValueError(
+            "must be a share between 0 and 1, a date such as 2024-05-31, or a whole number as the "
+            "data's timestamps"
+        ) from error
+    return value
+
+
+def _data_split(value: Any) -> Any:
+    if value in ("leave_one_out", "global_time"):
+        raise ValueError(
+            f"cuts long training histories into pieces or not, as in HLLM; how users are held out is "
+            f"split: {value}"
+        )
+    return value
+
+
 def _not_repeated(value: list[Any]) -> list[Any]:
     if len(set(value)) != len(value):
         raise ValueError("has a repeated entry")
@@ -77,6 +110,7 @@ Number = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
 Text = Annotated[str, BeforeValidator(_text), Field(max_length=10_000)]
 Bool = StrictBool
 Int = StrictInt
+SplitTime = Annotated[Text, AfterValidator(_split_time)]
 PositiveInt = Annotated[StrictInt, Field(ge=1, le=2**31 - 1)]
 Runs = Annotated[list[Text], Field(min_length=2, max_length=3), AfterValidator(_not_repeated)]
 UniqueTexts = Annotated[list[Text], Field(min_length=1), AfterValidator(_not_repeated)]
@@ -138,6 +172,46 @@ class SasrecArgs(_Section):
         return self
 
 
+class HstuArgs(_Section):
+    """Shape of HSTU (`model: hstu`)."""
+
+    hidden_size: PositiveInt = Field(
+        512, le=65_536, description="width of the layers, HLLM's hstu_embedding_size"
+    )
+    layers: PositiveInt = Field(2, le=1000, description="number of layers, HLLM's n_layers")
+    heads: PositiveInt = Field(
+        4, description="attention heads, HLLM's n_heads; must divide hidden_size"
+    )
+    dropout: Number = Field(
+        0.1,
+        ge=0,
+        lt=1,
+        description="dropout probability of each layer's gated output, HLLM's hidden_dropout_prob",
+    )
+    input_dropout: Number = Field(
+        0.0, ge=0, lt=1, description="dropout probability of what the first layer reads"
+    )
+    item_width: PositiveInt | None = Field(
+        None,
+        le=65_536,
+        description="dimensions of the trained item vectors, HLLM's item_embedding_size, which a "
+        "linear map brings to hidden_size; default: hidden_size, without a map",
+    )
+    position_bias: Bool = Field(
+        True,
+        description="add a trained bias for the distance of two items to their attention; the bias "
+        "for their gap in time is use_timestamps",
+    )
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> HstuArgs:
+        if self.hidden_size % self.heads:
+            raise ValueError(
+                f"hstu.heads ({self.heads}) must divide hstu.hidden_size ({self.hidden_size})"
+            )
+        return self
+
+
 def _key(default: Any, group: str, description: str, **limits: Any) -> Any:
     if isinstance(default, list | BaseModel):
         return Field(
@@ -156,11 +230,13 @@ class Config(_Section):
     """
 
     # --- run
-    model: Literal["HLLM", "pop", "random", "item_knn", "tfidf", "sasrec", "ensemble"] = _key(
-        "HLLM",
-        "run",
-        "what ranks the items: HLLM's UserLLM, a reference model on the same split, or an ensemble "
-        "of finished runs",
+    model: Literal["HLLM", "pop", "random", "item_knn", "tfidf", "sasrec", "hstu", "ensemble"] = (
+        _key(
+            "HLLM",
+            "run",
+            "what ranks the items: HLLM's UserLLM, a model on item ids (sasrec, hstu) or another "
+            "reference on the same split, or an ensemble of finished runs",
+        )
     )
     runs: Runs | None = _key(
         None,
@@ -263,6 +339,37 @@ class Config(_Section):
         "file",
         "data",
         "order of a user's interactions with one timestamp: that of the file, or drawn with seed",
+    )
+    split: Literal["leave_one_out", "global_time"] = _key(
+        "leave_one_out",
+        "data",
+        "what is held out: leave_one_out, each user's last item for test and the one before for "
+        "validation; global_time, what comes after a time that is the same for all users, so that "
+        "training sees nothing later",
+    )
+    split_time: SplitTime | None = _key(
+        None,
+        "data",
+        "split: global_time: where the test period begins: a share of the interactions between 0 and 1, "
+        "a date (UTC), or a timestamp as in the data; default: 0.9",
+    )
+    split_valid_time: SplitTime | None = _key(
+        None,
+        "data",
+        "split: global_time: where the validation period begins, and training ends, likewise; default: "
+        "as many interactions before split_time as come after it",
+    )
+    split_cold: Literal["leave_out", "rank"] = _key(
+        "leave_out",
+        "data",
+        "split: global_time: items first seen after training, and users first seen in a period: left "
+        "out, or ranked, such a user from the second item on",
+    )
+    data_split: Annotated[Bool, BeforeValidator(_data_split)] = _key(
+        True,
+        "data",
+        "cut training histories longer than MAX_ITEM_LIST_LENGTH + 1 into pieces of that length; "
+        "False: train on the last piece alone (HLLM's key)",
     )
     num_workers: Int = _key(
         0, "data", "processes that prepare batches; 0 prepares them in the main one", ge=0, le=256
@@ -428,7 +535,8 @@ class Config(_Section):
         False,
         "UserLLM",
         "add trained embeddings of every item's date, hour and distance from the item before to what "
-        "the UserLLM reads; timestamps have to be dates",
+        "the UserLLM reads, or in model: hstu a trained bias for every gap in time to the attention; "
+        "timestamps have to be dates",
     )
     predict_at: Literal["unknown", "target"] = _key(
         "unknown",
@@ -503,7 +611,7 @@ class Config(_Section):
         None,
         "training",
         "drawn negatives per forward pass over all processes, shared by its sequences; setting it "
-        "implies negatives: sampled, also for model: sasrec, whose softmax is full without",
+        "implies negatives: sampled, also for models on item ids, whose softmax is full without",
         ge=1,
         le=10_000_000,
     )
@@ -590,8 +698,8 @@ class Config(_Section):
         True,
         "training",
         "put several sequences of a batch into one row, so that little is padding; the loss is the "
-        "same (models HLLM and sasrec); left off, with a line in the log, for models that would mix the "
-        "sequences of a row (OPT, BLOOM)",
+        "same; left off, with a line in the log, for LLMs that would mix the sequences of a row (OPT, "
+        "BLOOM)",
     )
     group_by_length: Bool = _key(
         False,
@@ -667,6 +775,7 @@ class Config(_Section):
 
     # --- reference models
     sasrec: SasrecArgs = _key(SasrecArgs(), "reference models", "shape of model: sasrec")
+    hstu: HstuArgs = _key(HstuArgs(), "reference models", "shape of model: hstu")
     knn_history: Literal["last", "mean"] = _key(
         "last",
         "reference models",
@@ -693,6 +802,20 @@ class Config(_Section):
                 f"valid_metric is {self.valid_metric}, but metrics {self.metrics} at topk {self.topk} "
                 f"do not contain it; change one of them"
             )
+        if self.split == "leave_one_out":
+            for key in ("split_time", "split_valid_time", "split_cold"):
+                if getattr(self, key) not in (None, "leave_out"):
+                    raise ValueError(f"{key} belongs to split: global_time; set it or drop {key}")
+        elif self.split_cold == "leave_out" and self.item_data is not None:
+            raise ValueError(
+                "item_data names the catalogue, and split_cold: leave_out leaves only the items that "
+                "are trained on; use split_cold: rank, or drop item_data"
+            )
+        if self.split_cold == "rank" and self.negatives == "catalogue" and self.model == "HLLM":
+            raise ValueError(
+                "negatives: catalogue contrasts with every item, those first seen after training too, "
+                "which split_cold: rank is to rank untouched; use negatives: in_batch, or num_negatives"
+            )
         if self.list_metrics and self.eval_protocol != "full":
             raise ValueError(
                 "list_metrics are of lists of the whole catalogue, and eval_protocol: sampled ranks "
@@ -713,10 +836,8 @@ class Config(_Section):
                 "negatives: catalogue contrasts with every item, so that negatives_logq has nothing "
                 "to correct; drop one"
             )
-        if self.model == "sasrec" and self.negatives_logq and self.effective_negatives != "sampled":
-            raise ValueError(
-                "negatives_logq needs num_negatives with model: sasrec, whose softmax is full without"
-            )
+        if self.model in ID_MODELS:
+            self._id_model_agrees()
         if self.loss == "bce" and (self.fix_temp or self.temperature is not None):
             raise ValueError("fix_temp and temperature belong to loss: nce; drop them or the loss")
         if self.encoder is not None and self.item_pretrain_dir is not None:
@@ -727,19 +848,43 @@ class Config(_Section):
             self._item_side_agrees()
         if self.predict_at != "unknown" and not self.use_timestamps:
             raise ValueError("predict_at needs use_timestamps: True; set it or drop predict_at")
-        if self.use_timestamps and self.model != "HLLM":
-            raise ValueError(f"use_timestamps belongs to model: HLLM, not to {self.model}")
+        if self.use_timestamps and self.model not in TIME_MODELS:
+            raise ValueError(
+                f"use_timestamps belongs to models {' and '.join(TIME_MODELS)}, not to {self.model}"
+            )
         if self.use_timestamps and self.val_only:
             raise ValueError("use_timestamps adds what is trained; drop it or val_only")
         if self.model == "ensemble" and self.runs is None:
             raise ValueError("model: ensemble needs runs: name two or three finished run folders")
         if self.model != "ensemble" and self.runs is not None:
             raise ValueError(f"runs belongs to model: ensemble, not to {self.model}; drop one")
-        if self.model == "sasrec" and self.val_only:
-            raise ValueError("model: sasrec has nothing to evaluate untrained; drop val_only")
         if self.loss == "nce" and self.similarity == "dot" and self.model == "HLLM":
             raise ValueError("loss: nce compares by cosine; similarity: dot needs loss: bce")
         return self
+
+    def _id_model_agrees(self) -> None:
+        if self.val_only:
+            raise ValueError(
+                f"model: {self.model} has nothing to evaluate untrained; drop val_only"
+            )
+        if self.negatives_logq and self.effective_negatives != "sampled":
+            raise ValueError(
+                f"negatives_logq needs num_negatives with model: {self.model}, whose softmax is full "
+                f"without"
+            )
+        if self.use_qlora:
+            raise ValueError(
+                f"use_qlora adapts the weights of an LLM, which model: {self.model} has none of; drop "
+                f"it"
+            )
+        if self.gradient_checkpointing:
+            raise ValueError(
+                f"gradient_checkpointing belongs to an LLM, not to model: {self.model}; drop it"
+            )
+        if self.model != "sasrec" and self.loss != "nce":
+            raise ValueError(
+                f"model: {self.model} is trained with loss: nce, as in HLLM; drop loss: {self.loss}"
+            )
 
     def _item_side_agrees(self) -> None:
         key = f"train_item_llm: {self.train_item_llm}"
@@ -799,7 +944,7 @@ class Config(_Section):
     @property
     def trains(self) -> bool:
         """Whether main.py trains a model, and does not only evaluate one."""
-        return self.model in ("HLLM", "sasrec") and not self.val_only
+        return self.model in TRAINED_MODELS and not self.val_only
 
     @property
     def effective_negatives(self) -> Literal["in_batch", "sampled", "catalogue"]:
@@ -836,7 +981,6 @@ HLLM_KEYS_WITHOUT_EFFECT = frozenset(
         "user_llm_init",
         "metric_decimal_place",
         "use_modality",
-        "data_split",
         "item_emb_pretrain",
         "load_pretrain",
     }

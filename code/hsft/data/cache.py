@@ -169,6 +169,7 @@ def write_cache(
     dtype: torch.dtype,
     metadata: Mapping[str, str],
     blocks: Iterable[tuple[np.ndarray, torch.Tensor]],
+    ids_name: str = "item_ids",
 ) -> None:
     """Write a native cache file block by block, so that the matrix is never in memory as a whole.
 
@@ -182,13 +183,14 @@ def write_cache(
         dtype: float16, bfloat16 or float32.
         metadata: text -> text; `format` and `dtype` are added.
         blocks: (rows int64 [b], embeddings [b, D] of `dtype` on the CPU), each row in one of them.
+        ids_name: name of the ids in the file, another than `item_ids` for vectors of something else.
 
     Raises:
         OSError: the disk is full or the file cannot be written.
     """
     ids = encode_ids(item_ids).numpy().tobytes()
     matrix_bytes = len(item_ids) * dim * dtype.itemsize
-    header = _file_header(len(item_ids), dim, dtype, len(ids), metadata)
+    header = _file_header(len(item_ids), dim, dtype, len(ids), metadata, ids_name)
     start = len(header)
     with path.open("w+b") as file:
         file.write(header)
@@ -203,7 +205,12 @@ def write_cache(
 
 
 def _file_header(
-    items: int, dim: int, dtype: torch.dtype, id_bytes: int, metadata: Mapping[str, str]
+    items: int,
+    dim: int,
+    dtype: torch.dtype,
+    id_bytes: int,
+    metadata: Mapping[str, str],
+    ids_name: str,
 ) -> bytes:
     """Return a safetensors file's bytes before its data: a length, and JSON of that length."""
     matrix_bytes = items * dim * dtype.itemsize
@@ -215,7 +222,7 @@ def _file_header(
             "shape": [items, dim],
             "data_offsets": [0, matrix_bytes],
         },
-        "item_ids": {
+        ids_name: {
             "dtype": "U8",
             "shape": [id_bytes],
             "data_offsets": [matrix_bytes, matrix_bytes + id_bytes],

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from hsft.config import Config
+from hsft.config.schema import RAW_TIME_MODELS
 from hsft.data.interactions import Interactions
 from hsft.data.time_checks import UNITS, unit_of_times
 from hsft.utils.errors import InputError
@@ -23,15 +24,17 @@ class ItemTimes:
     Attributes:
         seconds: int64 [N] since 1970, beside `Interactions.items`.
         of_next: whether a position is told the time of its next item too, the one it predicts.
+        raw: give the seconds themselves, not the fields of `encode_times`.
     """
 
     seconds: np.ndarray
     of_next: bool
+    raw: bool = False
 
     @property
     def width(self) -> int:
         """Number of fields F of a position."""
-        return len(FIELD_SIZES) * (2 if self.of_next else 1)
+        return (1 if self.raw else len(FIELD_SIZES)) * (2 if self.of_next else 1)
 
     def fields(self, starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
         """Return the fields of the items starts[i]..ends[i] - 1, each row's next item at ends[i].
@@ -42,17 +45,20 @@ class ItemTimes:
             starts, ends: int64 [B]; `seconds` holds an entry at ends[i] where `of_next`.
 
         Returns:
-            uint8 [B, T, F] with T the longest range, 0 where padded: the item's own fields, then
-            with `of_next` the next item's.
+            uint8 [B, T, F], or int64 if `raw`, with T the longest range, 0 where padded: the item's
+            own fields, then with `of_next` the next item's.
         """
         lengths = ends - starts
         steps = np.arange(lengths.max(initial=0))
         index = starts[:, None] + steps
         here = self.seconds.take(index, mode="clip")
+        after = self.seconds.take(index + 1, mode="clip")
+        if self.raw:
+            seconds = np.stack([here, after] if self.of_next else [here], axis=-1)
+            return np.where((steps < lengths[:, None])[..., None], seconds, 0)
         before = self.seconds.take(index - 1, mode="clip")
         parts = [encode_times(here, np.where(steps > 0, np.maximum(here - before, 0), -1))]
         if self.of_next:
-            after = self.seconds.take(index + 1, mode="clip")
             parts.append(encode_times(after, np.maximum(after - here, 0)))
         fields = np.concatenate(parts, axis=-1)
         fields[steps >= lengths[:, None]] = 0
@@ -68,7 +74,7 @@ def item_times(config: Config, interactions: Interactions) -> ItemTimes | None:
     if not config.use_timestamps:
         return None
     seconds = interactions.timestamps // unit_scale(interactions, config.dataset)
-    return ItemTimes(seconds, config.predict_at == "target")
+    return ItemTimes(seconds, config.predict_at == "target", raw=config.model in RAW_TIME_MODELS)
 
 
 def unit_scale(interactions: Interactions, dataset: str | None) -> int:

@@ -42,6 +42,7 @@ def recommend(
     budget_bytes: int = 1 << 28,
     times: Sequence[np.ndarray] | None = None,
     of_next: bool = False,
+    raw_times: bool = False,
 ) -> Recommendations:
     """Score the whole catalogue for each history and keep the best items.
 
@@ -58,11 +59,12 @@ def recommend(
         times: for a model that reads times, int64 [n + 1] of each history of n items: seconds since
             1970 of its items and, last, of the request.
         of_next: whether the model reads the request's time.
+        raw_times: whether it reads seconds, not their fields, see `ItemTimes`.
     """
     topk = min(topk, scorer.num_items)
     starts = np.cumsum([0, *(len(history) for history in histories)])
     flat = np.concatenate([np.asarray(history, dtype=np.int64) for history in histories])
-    item_times = None if times is None else ItemTimes(np.concatenate(times), of_next)
+    item_times = None if times is None else ItemTimes(np.concatenate(times), of_next, raw_times)
     parts = [
         _best(scorer, flat, starts[first : first + batch_size + 1], topk, max_length, device,
               exclude_seen, budget_bytes, item_times, first)

@@ -98,9 +98,9 @@ class ExportOptions:
     overrides: Mapping[str, Any] | None = None
 
 
-def default_folder(run: Path, format: Format) -> Path:
+def default_folder(run: Path, format: str) -> Path:
     """Return where an export goes unless another folder is named."""
-    return run / ("export" if format == "merged" else "export-adapter")
+    return run / ("export" if format == "merged" else f"export-{format}")
 
 
 def export(options: ExportOptions) -> Path:
@@ -128,7 +128,7 @@ def export(options: ExportOptions) -> Path:
 
 
 def _export(options: ExportOptions) -> Path:
-    _refuse_out(options)
+    refuse_out(options.out, options.overwrite)
     run = _TrainedRun(options.run, run_config(options.run, options.overrides), options)
     run.refuse()
     with atomic_path(options.out) as folder:
@@ -233,15 +233,19 @@ class _TrainedRun:
             check_files(self.base)
 
 
-def _refuse_out(options: ExportOptions) -> None:
-    out = options.out
+def refuse_out(out: Path, overwrite: bool) -> None:
+    """Refuse to write an export where something else is, or an export that is to be kept.
+
+    Raises:
+        InputError: `out` is in the way.
+    """
     if not out.exists() or (is_folder(out) and not any(out.iterdir())):
         return
     if not is_file(out / EXPORT_FILE):
         raise InputError(
             f"{out} exists and is no export (it has no {EXPORT_FILE}); give another --out."
         )
-    if not options.overwrite:
+    if not overwrite:
         raise InputError(f"{out} exists; give another --out or set --overwrite True.")
 
 
@@ -363,7 +367,7 @@ def _write_adapter(run: _TrainedRun, folder: Path) -> str:
         )
     # It would tell where the base model lay on this machine.
     settings["base_model_name_or_path"] = _base_repo(run) or run.base.name
-    _write_json(folder / _ADAPTER_FILES[0], settings)
+    write_json_file(folder / _ADAPTER_FILES[0], settings)
     if run.id_items is not None:
         # By item id: in trained.safetensors they are ordered by the run's item numbers.
         items = ItemTable(torch.zeros(1, run.hidden_size), id_items=run.id_items)
@@ -389,6 +393,12 @@ def _score(run: _TrainedRun, folder: Path) -> Evaluation:
             f"{config.eval_phase} target; name the run's own with --data_path."
         )
     return evaluation
+
+
+def portable_config(config: Config) -> Config:
+    """Return a run's configuration without what belongs to its machine."""
+    default = {name: Config.model_fields[name].get_default() for name in _LOCAL_KEYS}
+    return config.model_copy(update=default)
 
 
 def _merged_changes(run: _TrainedRun) -> dict[str, Any]:
@@ -442,10 +452,9 @@ def _write_about(
         item_llm=None if not run.config.trains_items else is_folder(folder / ITEM_LLM_DIR),
     )
     (folder / "README.md").write_text(model_card(card), encoding="utf-8")
-    default = {name: Config.model_fields[name].get_default() for name in _LOCAL_KEYS}
     changes = _merged_changes(run) if options.format == "merged" else {}
     changes |= _without_item_training(run.config)
-    portable = run.config.model_copy(update={**default, **changes})
+    portable = portable_config(run.config).model_copy(update=changes)
     (folder / CONFIG_FILE).write_text(dump_config(portable), encoding="utf-8")
     manifest = {
         "format": options.format,
@@ -458,16 +467,22 @@ def _write_about(
         else {"metrics": evaluation.metrics, "other_ranks": changed},
         "versions": versions(),
     }
-    _write_json(folder / EXPORT_FILE, manifest)
+    write_json_file(folder / EXPORT_FILE, manifest)
 
 
 def _table(run: _TrainedRun, evaluation: Evaluation | None) -> Comparison:
     """Return the run's own comparison, with the exported model's row when it was scored."""
-    whole = load_comparison([run.folder])
-    names = [entry["name"] for entry in run.result["rows"]]
+    table = result_table(run.folder)
+    if evaluation is None:
+        return table
+    return replace(table, rows=[*table.rows, Row(EXPORTED, evaluation.users, evaluation.ranks)])
+
+
+def result_table(folder: Path) -> Comparison:
+    """Return the comparison of the rows of a run's `result.json`, under their names there."""
+    whole = load_comparison([folder])
+    names = [entry["name"] for entry in read_result(folder)["rows"]]
     rows = [replace(row, name=name) for row, name in zip(whole.rows, names, strict=True)]
-    if evaluation is not None:
-        rows.append(Row(EXPORTED, evaluation.users, evaluation.ranks))
     return replace(whole, rows=rows)
 
 
@@ -478,5 +493,6 @@ def _base_repo(run: _TrainedRun) -> str | None:
     return repo if isinstance(repo, str) else None
 
 
-def _write_json(target: Path, value: Any) -> None:
+def write_json_file(target: Path, value: Any) -> None:
+    """Write indented JSON into a folder that is not yet in its place."""
     target.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -15,16 +15,18 @@ import numpy as np
 import torch
 
 from hsft.config import Config
-from hsft.config.schema import READS_EMBEDDINGS
+from hsft.config.schema import RAW_TIME_MODELS, READS_EMBEDDINGS
 from hsft.data.cache import ItemCache
 from hsft.data.dataset import CachedEmbeddingEvalDataset
 from hsft.data.files import information_file, interaction_file
 from hsft.data.item_text import read_item_titles
 from hsft.data.prepare.dates import parse_date
-from hsft.data.time_fields import item_times, unit_scale
+from hsft.data.time_fields import ItemTimes, item_times, unit_scale
 from hsft.evaluator.evaluator import EvalProtocol, Scorer
 from hsft.evaluator.fingerprint import differing_parts, evaluation_fingerprint
 from hsft.evaluator.recommend import Recommendations, recommend
+from hsft.finished.item_index import IndexedScorer, ItemIndex, ids_fingerprint, open_index
+from hsft.finished.user_vectors import encode_users
 from hsft.report.result import read_result
 from hsft.run.run_dir import CONFIG_FILE
 from hsft.run.saved_model import build_model, model_names, run_config, with_trained_items
@@ -35,6 +37,9 @@ from hsft.utils.files import is_file
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
+
+# Items whose vectors in an index are compared with the model's.
+_COMPARED_ITEMS = 64
 
 
 @dataclass(frozen=True)
@@ -47,6 +52,7 @@ class OpenRun:
         data: interactions, split and, where the model needs it, the item cache.
         fabric: Lightning Fabric, launched.
         new_titles: item id -> title of items added after the run.
+        index: what `recommend` searches instead of all items, for the model that it was made with.
     """
 
     folder: Path
@@ -54,6 +60,7 @@ class OpenRun:
     data: Data
     fabric: Fabric
     new_titles: Mapping[str, str] = field(default_factory=dict)
+    index: ItemIndex | None = None
 
     @property
     def models(self) -> tuple[str, ...]:
@@ -140,20 +147,50 @@ class OpenRun:
             ItemCache(item_ids[1:].tolist(), embeddings, cache.metadata, cache.path),
             self.own_items,
         )
-        return replace(self, data=data, new_titles={**self.new_titles, **(titles or {})})
+        # An index lacks the new items.
+        new_titles = {**self.new_titles, **(titles or {})}
+        return replace(self, data=data, new_titles=new_titles, index=None)
+
+    def with_index(self, folder: str | Path) -> OpenRun:
+        """Return the run with an exported index, which recommends from then on.
+
+        The model that the index was made with is the one that `build` gives it to. The other models
+        search all items.
+
+        Args:
+            folder: written by `export.py --format embeddings`.
+
+        Raises:
+            InputError: FAISS is not installed, the folder has no index, or it is another run's.
+        """
+        index, item_ids = open_index(Path(folder))
+        if index.model not in self.models or item_ids != ids_fingerprint(self.data.interactions):
+            raise _foreign_index(self.folder, index)
+        return replace(self, index=index)
 
     def build(self, name: str) -> Scorer:
         """Build one of `models`, in evaluation mode, on the device.
 
         Raises:
-            InputError: there is no such model in this run, its files are missing or damaged, or the
-                UserLLM's folder holds another model than the run's.
+            InputError: there is no such model in this run, its files are missing or damaged, the
+                UserLLM's folder holds another model than the run's, or the index other vectors.
         """
         if name not in self.models:
             raise InputError(
                 f"{self.folder} has no model '{name}'; it has {', '.join(self.models)}."
             )
-        return build_model(self.folder, self.config, self.data, self.fabric, name)
+        scorer = build_model(self.folder, self.config, self.data, self.fabric, name)
+        if self.index is None or self.index.model != name:
+            return scorer
+        # Wherever the run was trained again since, its vectors are others.
+        items = np.unique(np.linspace(1, scorer.num_items, _COMPARED_ITEMS).astype(np.int64))
+        with torch.no_grad(), self.fabric.autocast():
+            numbers = torch.from_numpy(items).to(self.fabric.device)
+            vectors = scorer.item_vectors(numbers).float().numpy(force=True)
+        stored = self.index.vectors(items)
+        if stored.shape != vectors.shape or _differ(stored, vectors):
+            raise _foreign_index(self.folder, self.index)
+        return IndexedScorer(scorer, self.index)
 
     def recommend(
         self,
@@ -179,6 +216,29 @@ class OpenRun:
                 f"{self.folder} was trained with use_timestamps, so a history needs the times of its "
                 f"items; name a user of the data (--user), or a run without use_timestamps."
             )
+        given = times if reads_times else None
+        if not isinstance(scorer, IndexedScorer):
+            return self._search_all(scorer, histories, topk, exclude_seen, given)
+        if not scorer.can_answer(histories, topk, exclude_seen):
+            return self._search_all(scorer.scorer, histories, topk, exclude_seen, given)
+        users = self._encode(scorer, histories, given).numpy(force=True)
+        seen = histories if exclude_seen else None
+        best, whole = scorer.index.best(users, min(topk, scorer.num_items), seen)
+        for row in np.flatnonzero(~whole).tolist():
+            # Too few of its neighbours were left.
+            asked = None if given is None else [given[row]]
+            exact = self._search_all(scorer.scorer, [histories[row]], topk, exclude_seen, asked)
+            best.items[row], best.scores[row] = exact.items[0], exact.scores[0]
+        return best
+
+    def _search_all(
+        self,
+        scorer: Scorer,
+        histories: Sequence[np.ndarray],
+        topk: int,
+        exclude_seen: bool,
+        times: Sequence[np.ndarray] | None,
+    ) -> Recommendations:
         with self.fabric.autocast():
             return recommend(
                 scorer,
@@ -189,9 +249,35 @@ class OpenRun:
                 exclude_seen=exclude_seen,
                 batch_size=self.config.eval_batch_size,
                 budget_bytes=self.config.logits_budget_mb << 20,
-                times=times if reads_times else None,
+                times=times,
                 of_next=self.config.predict_at == "target",
+                raw_times=self.config.model in RAW_TIME_MODELS,
             )
+
+    def _encode(
+        self, scorer: Scorer, histories: Sequence[np.ndarray], times: Sequence[np.ndarray] | None
+    ) -> torch.Tensor:
+        bounds = np.cumsum([0, *(len(history) for history in histories)])
+        flat = np.concatenate([np.asarray(history, dtype=np.int64) for history in histories])
+        of_next = self.config.predict_at == "target"
+        item_times = None if times is None else ItemTimes(np.concatenate(times), of_next)
+        size = self.config.eval_batch_size
+        with self.fabric.autocast():
+            parts = [
+                encode_users(
+                    scorer,
+                    flat,
+                    bounds[:-1][first : first + size],
+                    bounds[1:][first : first + size],
+                    max_length=self.config.MAX_ITEM_LIST_LENGTH,
+                    device=self.fabric.device,
+                    times=item_times,
+                    # Every history before has one time more than items, the request's.
+                    time_shifts=np.arange(len(histories))[first : first + size],
+                )
+                for first in range(0, len(histories), size)
+            ]
+        return torch.cat(parts)
 
     def history(self, user_id: str) -> np.ndarray:
         """Return all items of a user, oldest first: int32 [n].
@@ -224,21 +310,11 @@ class OpenRun:
         times = item_times(self.config, self.data.interactions)
         if times is None:
             return None
-        asked = int(time.time()) if at is None else self._seconds(at)
+        asked = int(time.time())
+        if at is not None:
+            scale = unit_scale(self.data.interactions, self.config.dataset)
+            asked = read_time(at, scale, "--predict_at")
         return np.append(times.seconds[self._range(user_id)], asked)
-
-    def _seconds(self, text: str) -> int:
-        scale = unit_scale(self.data.interactions, self.config.dataset)
-        try:
-            if re.fullmatch("[0-9]{1,18}", text):
-                return int(text) // scale
-            date = parse_date(text)
-            return int((date if date.tzinfo else date.replace(tzinfo=UTC)).timestamp())
-        except (ValueError, OverflowError) as error:
-            raise InputError(
-                f"--predict_at '{one_line(text, 40)}' is no time; write a date such as "
-                f"2024-05-31T18:00, or a number as in the data's timestamps."
-            ) from error
 
     def _range(self, user_id: str) -> slice:
         """Return where a user's items are among the interactions."""
@@ -270,6 +346,42 @@ class OpenRun:
     def _number_of(self) -> dict[str, int]:
         ids = self.data.interactions.item_ids
         return {str(item): number for number, item in enumerate(ids[1:], start=1)}
+
+
+def read_time(text: str, scale: int, name: str) -> int:
+    """Read a time that a person wrote: seconds since 1970.
+
+    Args:
+        text: a date in ISO 8601, in UTC unless it names a zone, or a number in the data's unit.
+        scale: how many of these units make a second.
+        name: what is read, for the error.
+
+    Raises:
+        InputError: it is no time.
+    """
+    try:
+        if re.fullmatch("[0-9]{1,18}", text):
+            return int(text) // scale
+        date = parse_date(text)
+        return int((date if date.tzinfo else date.replace(tzinfo=UTC)).timestamp())
+    except (ValueError, OverflowError) as error:
+        raise InputError(
+            f"{name} '{one_line(text, 40)}' is no time; write a date such as 2024-05-31T18:00, or a "
+            f"number as in the data's timestamps."
+        ) from error
+
+
+def _differ(stored: np.ndarray, vectors: np.ndarray) -> bool:
+    """Say whether a row of float32 [n, D] differs by more than 16-bit arithmetic explains."""
+    distances = np.linalg.norm(stored - vectors, axis=1)
+    return bool((distances > 1e-2 * np.linalg.norm(vectors, axis=1)).any())
+
+
+def _foreign_index(folder: Path, index: ItemIndex) -> InputError:
+    return InputError(
+        f"the index in {index.folder} is not of the items and the model '{index.model}' that {folder} "
+        f"has now; write it again with export.py --run {folder} --format embeddings."
+    )
 
 
 def items_read(config: Config, length: int) -> int:

@@ -37,6 +37,9 @@ def run_recommend(options: argparse.Namespace) -> None:
     run = open_run(options.run, {"show_progress": True, **location_overrides(options)})
     if options.add_items is not None:
         run = add_items(run, options.add_items)
+    if options.index is not None:
+        run = run.with_index(options.index)
+        _refuse_other_model(run, options.model)
     if options.serve is not None:
         serve(run, options.serve, options.host, options.topk)
         return
@@ -46,7 +49,7 @@ def run_recommend(options: argparse.Namespace) -> None:
         times = run.history_times(options.user, options.predict_at)
     else:
         history = run.item_numbers(asked)
-    model = options.model or run.models[-1]
+    model = options.model or (run.index.model if run.index else run.models[-1])
     adding = options.add_items is not None
     candidates = recommendations(
         run,
@@ -81,6 +84,10 @@ def _refuse_contradictions(options: argparse.Namespace) -> None:
         raise InputError(
             f"--{given[0] if given else 'json'} has no meaning with --serve; leave one of them out."
         )
+    if options.index is not None and options.add_items is not None:
+        raise InputError(
+            "--index holds the run's own items and none of --add_items; leave one of them out."
+        )
     if options.serve is None and (options.user is None) == (options.history is None):
         raise InputError(
             "name either a user (--user ID) or a history (--history ID,ID,...), and not both; or "
@@ -90,6 +97,14 @@ def _refuse_contradictions(options: argparse.Namespace) -> None:
         raise InputError(
             "--predict_at has no meaning with --history, whose items have no times; name a user "
             "with --user, or leave it out."
+        )
+
+
+def _refuse_other_model(run: OpenRun, name: str | None) -> None:
+    if run.index is not None and name not in (None, run.index.model):
+        raise InputError(
+            f"the index in {run.index.folder} is of the model {run.index.model}, not of {name}; leave "
+            f"--index or --model out."
         )
 
 

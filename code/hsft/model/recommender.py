@@ -28,7 +28,7 @@ class SequenceEncoder(nn.Module):
 
     Attributes:
         items: the table of item vectors; its `forward` and `slice` give item vectors.
-        reads_times: whether `forward` takes `times` too, uint8 [B, T, F], see `ItemTimes`.
+        reads_times: whether `forward` takes `times` too, [B, T, F], see `ItemTimes`.
     """
 
     items: ItemTable
@@ -252,7 +252,7 @@ class Recommender(nn.Module):
         Args:
             history: int64 [B, T], right-padded with 0.
             lengths: int64 [B], real items in each row.
-            times: uint8 [B, T, F] for a model that reads them (`reads_times`).
+            times: [B, T, F] of `ItemTimes` for a model that reads them (`reads_times`).
 
         Returns:
             float32 [B, D], of unit length under cosine similarity.
@@ -284,7 +284,7 @@ class Recommender(nn.Module):
             row: int64 [1, N].
             positions: int64 [1, N], each item's number in its own history.
             cu_lengths: int32 [B + 1], where each history starts, and N.
-            times: uint8 [1, N, F], as for `user_vectors`.
+            times: [1, N, F], as for `user_vectors`.
 
         Returns:
             As `user_vectors`.

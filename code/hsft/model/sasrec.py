@@ -2,54 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hsft.config import Config
 from hsft.data.interactions import PAD
-from hsft.model.item_table import AdaptedItems, ItemTable
-from hsft.model.losses import split_chunks
-from hsft.model.recommender import LossSettings, Recommender, SequenceEncoder
-
-_INITIAL_DEVIATION = 0.02
-
-
-class IdTable(ItemTable):
-    """Trainable vectors of item numbers, in place of cached embeddings.
-
-    Args:
-        num_items: I; row 0 is the padding item.
-        dim: D.
-    """
-
-    def __init__(self, num_items: int, dim: int) -> None:
-        super().__init__(torch.zeros(1, dim))
-        self.weight = nn.Parameter(torch.randn(num_items + 1, dim) * _INITIAL_DEVIATION)
-
-    @property
-    def num_items(self) -> int:
-        """Number of items I, the padding item not counted."""
-        return len(self.weight) - 1
-
-    def forward(self, items: Tensor, adapted: AdaptedItems | None = None) -> Tensor:
-        """Return the vectors of item numbers: int64 [...] -> float32 [..., D]; none is adapted."""
-        return self.weight[items]
-
-    def slice(self, start: int, end: int) -> Tensor:
-        """Return the vectors of items start..end-1: float32 [end - start, D]."""
-        return self.weight[start:end]
-
-    @property
-    def dim(self) -> int:
-        """Embedding dimension D."""
-        return self.weight.shape[1]
-
-    def chunks(self, size: int) -> list[Callable[[], Tensor]]:
-        """Return one function per `size` items (without the padding item) that gives their vectors."""
-        return split_chunks(self.weight[1:], size)
+from hsft.model.id_model import INITIAL_DEVIATION, IdTable, id_loss_settings, own_history
+from hsft.model.recommender import Recommender, SequenceEncoder
 
 
 class LigrLayer(nn.Module):
@@ -126,7 +86,7 @@ class SASRec(SequenceEncoder):
     ) -> None:
         super().__init__()
         self.items = IdTable(num_items, dim)
-        self.positions = nn.Parameter(torch.randn(max_length, dim) * _INITIAL_DEVIATION)
+        self.positions = nn.Parameter(torch.randn(max_length, dim) * INITIAL_DEVIATION)
         self.dropout = nn.Dropout(dropout)
         self.heads = heads
         if block == "ligr":
@@ -165,7 +125,7 @@ class SASRec(SequenceEncoder):
             # Padding at a row's end is numbered on, beyond the longest history.
             numbers = positions.clamp_max(len(self.positions) - 1)
             states = self.dropout(states + self.positions[numbers])
-            mask = _own_history(positions)
+            mask = own_history(positions)
         if isinstance(self.layers, nn.Sequential):
             *gated, norm = self.layers
             for layer in gated:
@@ -181,18 +141,10 @@ class SASRec(SequenceEncoder):
         return encoded
 
 
-def _own_history(positions: Tensor) -> Tensor:
-    """Return which positions each one of a packed row reads: bool [B, T, T]."""
-    history = (positions == 0).cumsum(dim=1)
-    same = history.unsqueeze(2) == history.unsqueeze(1)
-    return same.tril()
-
-
 def build_sasrec(config: Config, num_items: int) -> Recommender:
-    """Make SASRec with a full softmax, its strongest published training.
+    """Make SASRec with a softmax, which is full where no negatives are drawn: its strongest training.
 
-    It is over dot products, or with `similarity: cosine` over cosines, as the UserLLM's is. Where
-    negatives are drawn (`num_negatives`), it is a softmax over these and the positive.
+    It is over dot products, or with `similarity: cosine` over cosines, as the UserLLM's is.
     """
     shape = config.sasrec
     encoder = SASRec(
@@ -204,12 +156,6 @@ def build_sasrec(config: Config, num_items: int) -> Recommender:
         dropout=shape.dropout,
         block=shape.block,
     )
-    settings = LossSettings(
-        loss="nce",
-        negatives="sampled" if config.effective_negatives == "sampled" else "catalogue",
-        nce_thres=config.nce_thres,
-        budget_bytes=config.logits_budget_mb << 20,
-        similarity="cosine" if config.similarity == "cosine" else "dot",
-        mean=config.loss_mean,
+    return Recommender(
+        encoder, id_loss_settings(config, "dot"), config.initial_logit_scale, config.fix_temp
     )
-    return Recommender(encoder, settings, config.initial_logit_scale, config.fix_temp)

@@ -13,6 +13,7 @@ EXAMPLES = (
     "recommend --run saved/Pixel200K-qlora --user 1001",
     "recommend --run saved/Pixel200K-qlora --history 31,7,204 --topk 5 --json",
     "recommend --run saved/Pixel200K-qlora --user 1001 --add_items new.csv",
+    "recommend --run saved/Pixel200K-qlora --user 1001 --index saved/Pixel200K-qlora/export-embeddings",
     "recommend --run saved/Pixel200K-qlora --serve 8000",
     "recommend --run runs/demo/ml-100k-qlora --user 42",
 )
@@ -113,14 +114,20 @@ def _add_shared(parser: Parser) -> None:
         help="items that the data does not have, with the columns item_id and text_keys: they are "
         "encoded with the ItemLLM and recommended along with the others",
     )
+    parser.add_argument(
+        "--index",
+        metavar="DIR",
+        help="folder of export.py --format embeddings, whose FAISS index is searched instead of all "
+        "items (default: exact search over all items)",
+    )
 
 
 def _add_host(group: argparse._ActionsContainer) -> None:
     group.add_argument(
         "--host",
         default="127.0.0.1",
-        help="name or address to serve on (default: %(default)s, this machine only; there is no "
-        "password)",
+        help="name or address to serve on (default: %(default)s, this machine only; others need the "
+        "key in HSFT_API_KEY)",
     )
 
 

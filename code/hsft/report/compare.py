@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from hsft.config.schema import ID_MODELS
 from hsft.evaluator.fingerprint import differing_parts
 from hsft.evaluator.intervals import holm, interval, paired_p_value
 from hsft.evaluator.metrics import PER_USER, per_user
@@ -18,7 +19,7 @@ from hsft.report.table import relative_gain
 from hsft.utils.errors import InputError, one_line
 
 # Names of the rows of trained models.
-TRAINED = (TUNED, "sasrec")
+TRAINED = (TUNED, *ID_MODELS)
 # Keys of the UserLLM's training that are named where they are set.
 _OPTIONS = (
     *("item_id_embedding", "item_id_dropout", "item_dropout", "negatives_logq", "temperature"),
@@ -264,9 +265,10 @@ def refuse_unlike(
                 if size in sizes and size in first_sizes and sizes[size] != first_sizes[size]
             ]
         if unlike:
+            same = "the same split" if "split" in unlike else "the same version of the data"
             raise InputError(
                 f"{run_dir} cannot be compared with {run_dirs[0]}: they differ in {_and(unlike)}; "
-                f"name runs on the same version of the data."
+                f"name runs on {same}."
             )
     without = [
         str(run_dir)

@@ -15,6 +15,7 @@ from hsft.config import Config
 from hsft.evaluator.metrics import PER_USER
 from hsft.report.compare import Comparison, Row
 from hsft.report.comparison_files import markdown
+from hsft.report.result import split_sentence
 from hsft.utils.errors import one_line
 
 Format = Literal["merged", "adapter"]
@@ -22,7 +23,7 @@ Format = Literal["merged", "adapter"]
 # Name of the row that was measured on an exported folder itself.
 EXPORTED = "exported"
 # Metadata of the cards: what the hub sorts models by.
-_TAGS = ("sequential-recommendation", "recommender-system", "hllm")
+TAGS = ("sequential-recommendation", "recommender-system", "hllm")
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ def model_card(exported: Exported) -> str:
     """Return a `README.md`: YAML header, results, settings, how to load the folder, limits."""
     parts = [
         f"---\n{_metadata(exported).to_yaml()}\n---\n",
-        f"# {_plain(exported.name)}\n\n{_summary(exported)}\n",
+        f"# {plain_text(exported.name)}\n\n{_summary(exported)}\n",
         f"## Results\n\n{_results(exported)}",
         f"## Data\n\n{_data(exported)}\n",
         f"## Loading\n\n{_loading(exported)}",
@@ -108,7 +109,7 @@ def _metadata(exported: Exported) -> ModelCardData:
         )
         for record in measured
     ]
-    tags = [*_TAGS, *(["lora"] if config.use_qlora else []), f"loss:{config.loss}"]
+    tags = [*TAGS, *(["lora"] if config.use_qlora else []), f"loss:{config.loss}"]
     return ModelCardData(
         library_name="transformers" if exported.format == "merged" else "peft",
         base_model=exported.base_repo,
@@ -125,7 +126,7 @@ def _summary(exported: Exported) -> str:
     config = exported.config
     base = _code(exported.base)
     if exported.base_repo:
-        base += f" (imported from {_plain(exported.base_repo)})"
+        base += f" (imported from {plain_text(exported.base_repo)})"
     layers = f", its first {config.user_llm_layers} layers," if config.user_llm_layers else ""
     trained = "LoRA" if config.use_qlora else "all weights"
     if exported.quantised:
@@ -137,7 +138,7 @@ def _summary(exported: Exported) -> str:
     }
     return (
         f"A UserLLM of HLLM (arXiv 2409.12740): the decoder {base}{layers} fine-tuned on "
-        f"{_plain(config.dataset)} with {trained}. It reads the item embeddings of a user's history "
+        f"{plain_text(config.dataset)} with {trained}. It reads the item embeddings of a user's history "
         f"and gives a user vector, which is compared with item vectors by {exported.similarity}. "
         f"The folder holds {holds[exported.format]}."
     )
@@ -177,15 +178,12 @@ def _data(exported: Exported) -> str:
     data = exported.result.get("data")
     data = data if isinstance(data, dict) else {}
     sizes = [f"{data[key]} {key}" for key in ("users", "items", "interactions") if key in data]
-    text = f"{_plain(exported.config.dataset)}: {_plain(', '.join(sizes))}."
+    text = f"{plain_text(exported.config.dataset)}: {plain_text(', '.join(sizes))}."
     cache = exported.result.get("cache")
     if isinstance(cache, dict) and cache.get("model"):
         item_llm = str(cache["model"]).rstrip("/").rpartition("/")[2]
         text += f" Item embeddings: {_code(item_llm)}."
-    return (
-        f"{text} Split: leave-one-out by time, a user's last item for test, the one before it for "
-        f"validation."
-    )
+    return f"{text} Split: {split_sentence(exported.result)}."
 
 
 def _loading(exported: Exported) -> str:
@@ -341,7 +339,7 @@ def _limits(exported: Exported) -> str:
         lines.insert(
             1,
             f"The ItemLLM was trained along with it: `item_cache.safetensors` holds the vectors of "
-            f"the items of {_plain(config.dataset)}, and {new}.",
+            f"the items of {plain_text(config.dataset)}, and {new}.",
         )
     if exported.item_adapter != "none":
         lines.insert(
@@ -360,7 +358,7 @@ def _text(lines: list[str]) -> str:
     return "".join(f"{line}\n" for line in lines)
 
 
-def _plain(text: object) -> str:
+def plain_text(text: object) -> str:
     """Write a name from a file as one line that Markdown takes for text."""
     return "".join(f"\\{char}" if char in "\\`*<>[]|" else char for char in one_line(text, 200))
 

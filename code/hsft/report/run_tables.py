@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from hsft.config.loader import flat_values
-from hsft.config.schema import READS_EMBEDDINGS, Config
+from hsft.config.schema import ID_MODELS, READS_EMBEDDINGS, TIME_MODELS, TRAINED_MODELS, Config
 from hsft.report.page import Cell, Section, Table
 from hsft.utils.progress import format_seconds
 
@@ -43,10 +43,14 @@ def applies(key: str, config: Mapping[str, Any]) -> bool:
         config: the run's configuration, as in `result.json`.
     """
     model, name = config.get("model"), key.partition(".")[0]
-    trains = model in ("HLLM", "sasrec") and not config.get("val_only")
+    trains = model in TRAINED_MODELS and not config.get("val_only")
     group = _GROUP_OF_KEY.get(name)
-    if name == "sasrec":
-        return model == "sasrec"
+    if name.startswith("split_"):
+        return config.get("split") == "global_time"
+    if name == "data_split":
+        return trains
+    if name in ID_MODELS:
+        return model == name
     if name == "runs":
         return model == "ensemble"
     if name in ("knn_history", "knn_decay"):
@@ -60,7 +64,7 @@ def applies(key: str, config: Mapping[str, Any]) -> bool:
     if name == "stage":
         return trains and config.get("strategy") == "deepspeed"
     if name in _SCORING_KEYS:
-        scored = model in ("HLLM", "sasrec") or (model, name) == ("ensemble", "precision")
+        scored = model in TRAINED_MODELS or (model, name) == ("ensemble", "precision")
         return name == "logits_budget_mb" or scored
     if name in ("valid_metric", "valid_users"):
         return trains or model == "ensemble"
@@ -68,16 +72,18 @@ def applies(key: str, config: Mapping[str, Any]) -> bool:
         return trains
     if group == "item cache" or name in _READING_KEYS:
         return model in READS_EMBEDDINGS
+    if name == "use_timestamps":
+        return model in TIME_MODELS and trains
+    if name == "predict_at":
+        return bool(config.get("use_timestamps"))
     if group == "UserLLM":
         return model == "HLLM" and _user_llm_key_applies(name, config, trains)
     return True
 
 
 def _user_llm_key_applies(name: str, config: Mapping[str, Any], trains: bool) -> bool:
-    if name in ("use_qlora", "gradient_checkpointing", "use_timestamps"):
+    if name in ("use_qlora", "gradient_checkpointing"):
         return trains
-    if name == "predict_at":
-        return bool(config.get("use_timestamps"))
     return not name.startswith("qlora_") or (trains and bool(config.get("use_qlora")))
 
 

@@ -13,6 +13,7 @@ from hsft.report.charts import Series, bar_chart, group_chart, line_chart
 from hsft.report.compare import TRAINED, Comparison, Record, Row
 from hsft.report.comparison_files import INTERVALS, metric_bars
 from hsft.report.page import Cell, Chart, Section, Table
+from hsft.report.result import split_sentence
 from hsft.report.run_tables import NOT_RECORDED, Results, as_time
 
 _CURVE_TICKS = (1, 2, 5, 10, 20, 50, 100)
@@ -39,7 +40,7 @@ def facts(comparison: Comparison, results: Results) -> list[tuple[str, str]]:
     ended = sorted(str(result["finished"]) for _, _, result in results if result.get("finished"))
     return [
         ("Dataset", str(first["dataset"])),
-        ("Held-out items", f"{first['phase']}, leave-one-out by time"),
+        ("Held-out items", f"{first['phase']}, {split_sentence(first)}"),
         ("Users", f"{len(comparison.rows[0].users):,}"),
         ("Protocol", str(first["protocol"])),
         ("Runs", ", ".join(name for name, _, _ in results)),

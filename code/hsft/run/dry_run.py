@@ -17,8 +17,8 @@ from hsft.data.cache import DTYPES, is_native, open_cache, read_header
 from hsft.data.dataset import CachedEmbeddingEvalDataset, CachedEmbeddingTrainDataset
 from hsft.data.dataset.packing import Buckets
 from hsft.data.files import cache_path, find_cache, has_interactions, interaction_file
-from hsft.data.interactions import Interactions, load_interactions
-from hsft.data.split import Split, leave_one_out
+from hsft.data.interactions import load_interactions
+from hsft.data.split import Split, make_split
 from hsft.encoding.item_tower import check_frozen_layers
 from hsft.inputs.cache_items import sentence_source
 from hsft.model.accelerate import choose_acceleration
@@ -106,23 +106,29 @@ def dry_run(config: Config) -> None:
     split = _reader(config)
     shape, assumed = assumed_shape(config, split)
     size = _run_size(config, split)
-    sys.stdout.write(describe(config, shape, assumed) + "\n" + describe_times(config, shape, size))
+    time = split().time if has_interactions(config) else None
+    left = [] if time is None else [*time.sentences(), ""]
+    sys.stdout.write(
+        "".join(f"{line}\n" for line in left)
+        + describe(config, shape, assumed)
+        + "\n"
+        + describe_times(config, shape, size)
+    )
 
 
-def training_shape(config: Config, interactions: Interactions | None = None) -> TrainingShape:
+def training_shape(config: Config, split: Split | None = None) -> TrainingShape:
     """Return what memory depends on, as `assumed_shape`.
 
     Args:
         config: the configuration.
-        interactions: where they have been read; None: they are read when they are needed.
+        split: the interactions where they have been read; None: they are read when they are needed.
     """
-    split = None if interactions is None else lambda: leave_one_out(interactions)
-    return assumed_shape(config, split)[0]
+    return assumed_shape(config, None if split is None else lambda: split)[0]
 
 
 def _reader(config: Config) -> Callable[[], Split]:
     """Return a function that reads and splits the interactions, once."""
-    return cache(lambda: leave_one_out(load_interactions(config)))
+    return cache(lambda: make_split(config, load_interactions(config)))
 
 
 def choose_quant_type(

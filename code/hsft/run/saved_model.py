@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hsft.config import Config, load_config
-from hsft.config.schema import REFERENCES
+from hsft.config.schema import ID_MODELS, REFERENCES
 from hsft.data.cache import ItemCache, open_cache
 from hsft.data.dataset import CachedEmbeddingEvalDataset
 from hsft.data.split import Phase, Split
@@ -19,11 +19,10 @@ from hsft.inputs.cache_items import read_item_cache
 from hsft.model.ensemble import Ensemble, Member
 from hsft.model.folder import fingerprint
 from hsft.model.reference import build_reference
-from hsft.model.sasrec import build_sasrec
 from hsft.model.weights import load_trained
 from hsft.report.result import RESULT_FILE, TUNED, UNTRAINED, not_a_run, read_result, unfinished
 from hsft.run.run_dir import CONFIG_FILE
-from hsft.run.setup import Data, build_user_llm, eval_protocol, match_cache
+from hsft.run.setup import Data, build_id_model, build_user_llm, eval_protocol, match_cache
 from hsft.trainer.checkpoint import BEST_DIR
 from hsft.utils.errors import InputError
 from hsft.utils.files import is_file, is_folder
@@ -104,8 +103,8 @@ def build_model(folder: Path, config: Config, data: Data, fabric: Fabric, name: 
         ensemble = build_ensemble(member_runs(config), config, data, fabric)
         ensemble.weights = _recorded_weights(folder, len(ensemble.parts))
         return ensemble
-    if config.model == "sasrec":
-        model = build_sasrec(config, data.interactions.num_items)
+    if config.model in ID_MODELS:
+        model = build_id_model(config, data, fabric)
     else:
         refuse_other_user_llm(folder, config)
         model = build_user_llm(config, data, fabric, train=name == TUNED)

@@ -21,7 +21,7 @@ from hsft.data.dataset import CachedEmbeddingEvalDataset, CachedEmbeddingTrainDa
 from hsft.data.files import cache_path, find_cache, user_llm_folder
 from hsft.data.interactions import PAD, Interactions, drop_items, load_interactions
 from hsft.data.negatives import NegativeSampler
-from hsft.data.split import NEEDED, Split, leave_one_out, train_item_counts
+from hsft.data.split import NEEDED, Split, make_split, train_item_counts
 from hsft.data.time_fields import item_times
 from hsft.evaluator.evaluator import EvalProtocol, Evaluator
 from hsft.evaluator.list_metrics import ItemStatistics, count_item_users
@@ -39,6 +39,7 @@ from hsft.model.backbone import (
     model_kind,
     read_extra,
 )
+from hsft.model.hstu import build_hstu
 from hsft.model.item_adapter import adapter_shape, check_width, load_adapter
 from hsft.model.item_ids import load_id_vectors, read_id_vectors
 from hsft.model.item_table import ItemTable, fit_transform, sample_cosines, table_from_cache
@@ -46,6 +47,7 @@ from hsft.model.meta import read_kind
 from hsft.model.norms import fuse_norms
 from hsft.model.proposal import Proposal
 from hsft.model.recommender import LossSettings, Recommender, Similarity
+from hsft.model.sasrec import build_sasrec
 from hsft.model.structure import DecoderSource
 from hsft.model.time_embedding import TimeEmbedding
 from hsft.model.user_llm import UserLLM
@@ -74,7 +76,7 @@ class Data:
     """What a run reads.
 
     Attributes:
-        split: interactions, split leave-one-out.
+        split: interactions, split as the configuration says.
         cache: item embeddings; None for models that need none.
         own_items: the run's own items are numbers 1..own_items; later ones were added to a
             finished run and no fixed map is fitted on them. None: all are the run's own.
@@ -105,6 +107,8 @@ class Data:
             digest.update("\0".join(map(str, ids)).encode())
         for array in (data.items, data.offsets):
             digest.update(np.ascontiguousarray(array).data)
+        if self.split.time is not None:
+            digest.update(self.split.identity.encode())
         if self.cache is not None:
             rows = torch.linspace(0, len(self.cache) - 1, min(len(self.cache), 1024)).long()
             # Sorted, since safetensors gives the metadata in any order.
@@ -122,6 +126,7 @@ class Data:
             "interactions": len(data),
             "dropped_interactions": data.dropped,
             "users_too_short": self.split.too_short,
+            **({} if self.split.time is None else {"split": self.split.time.summary()}),
         }
 
 
@@ -152,17 +157,24 @@ def load_data(
             for warning in cache_warnings(config, cache, interactions.item_ids[1:]):
                 warn(warning)
         interactions = match_cache(interactions, cache, config)
-    split = leave_one_out(interactions)
+    split = make_split(config, interactions)
+    level = logging.DEBUG if again else logging.INFO
     log.log(
-        logging.DEBUG if again else logging.INFO,
-        "%s: %d users, %d items, %d interactions; %d users are too short to train (which needs %d "
-        "items), %d to validate (%d), %d to test (%d).",
+        level,
+        "%s: %d users, %d items, %d interactions%s",
         config.dataset,
         interactions.num_users,
         interactions.num_items,
         len(interactions),
-        *(count for phase in NEEDED for count in (split.too_short[phase], NEEDED[phase])),
+        "."
+        if split.time is not None
+        else "; {} users are too short to train (which needs {} items), {} to validate ({}), {} to "
+        "test ({}).".format(
+            *(count for phase in NEEDED for count in (split.too_short[phase], NEEDED[phase]))
+        ),
     )
+    for sentence in [] if split.time is None else split.time.sentences():
+        log.log(level, "%s", sentence)
     return Data(split, cache)
 
 
@@ -212,9 +224,9 @@ def check_training(config: Config, split: Split, sequences: CachedEmbeddingTrain
             be drawn.
     """
     if not len(sequences):
+        needed = "4 are needed: two are held out" if split.time is None else split.needs("train")
         raise InputError(
-            f"no user of {config.dataset} has enough items to train on (4 are needed: two are held "
-            f"out); use --val_only True."
+            f"no user of {config.dataset} has enough items to train on ({needed}); use --val_only True."
         )
     if split.interactions.num_items < 2:
         raise InputError(
@@ -230,7 +242,7 @@ def check_training(config: Config, split: Split, sequences: CachedEmbeddingTrain
             )
     if config.effective_negatives != "sampled":
         return
-    sampler = negative_sampler(config, split.interactions)
+    sampler = negative_sampler(config, split)
     users = np.unique(sequences.segments.users)
     full = users[sampler.available[users] < 1]
     if len(full):
@@ -238,14 +250,19 @@ def check_training(config: Config, split: Split, sequences: CachedEmbeddingTrain
         key = "negatives" if config.num_negatives is None else "num_negatives"
         raise InputError(
             f"{key}: {len(full)} users, for example '{user}', have all "
-            f"{split.interactions.num_items} items of the catalogue in their history, so none can "
+            f"{sampler.num_items} items of the catalogue in their history, so none can "
             f"be drawn for them; use negatives: in_batch or catalogue, or negatives_exclude: none."
         )
 
 
-def negative_sampler(config: Config, interactions: Interactions) -> NegativeSampler:
+def negative_sampler(config: Config, split: Split) -> NegativeSampler:
     """Return what draws the negatives of training."""
-    return NegativeSampler(interactions, held_out=2, exclude=config.negatives_exclude)
+    return NegativeSampler(
+        split.interactions,
+        held_out=split.held_out,
+        exclude=config.negatives_exclude,
+        items=split.train_items,
+    )
 
 
 def negative_proposal(config: Config, sequences: CachedEmbeddingTrainDataset) -> Proposal:
@@ -253,7 +270,7 @@ def negative_proposal(config: Config, sequences: CachedEmbeddingTrainDataset) ->
     targets = sequences.target_shares(config.train_positions == "random_split")
     drawn = np.zeros_like(targets)
     if config.effective_negatives == "sampled":
-        sampler = negative_sampler(config, sequences.interactions)
+        sampler = negative_sampler(config, sequences.split)
         drawn = sampler.shares(sequences.segments.users)
     return Proposal(targets, drawn)
 
@@ -434,7 +451,7 @@ def item_statistics(config: Config, data: Data) -> ItemStatistics | None:
     if not config.list_metrics:
         return None
     interactions = data.interactions
-    train_ends = np.maximum(interactions.offsets[1:] - 2, interactions.offsets[:-1])
+    train_ends = data.split.train_ends
     statistics = ItemStatistics(
         train_item_counts(data.split),
         count_item_users(interactions, train_ends),
@@ -614,6 +631,12 @@ def build_user_llm(config: Config, data: Data, fabric: Fabric, *, train: bool) -
         fix_scale=config.fix_temp,
     )
     return model.to(device)
+
+
+def build_id_model(config: Config, data: Data, fabric: Fabric) -> Recommender:
+    """Make one of `ID_MODELS`, untrained, on the device."""
+    build = {"sasrec": build_sasrec, "hstu": build_hstu}[config.model]
+    return build(config, data.interactions.num_items).to(fabric.device)
 
 
 def build_item_training(

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from hsft.config import Config
-from hsft.config.schema import REFERENCES
+from hsft.config.schema import ID_MODELS, REFERENCES
 from hsft.data.dataset import CachedEmbeddingTrainDataset, TrainCollate
 from hsft.data.dataset.packing import Buckets
 from hsft.data.time_fields import item_times
@@ -37,7 +37,6 @@ from hsft.model.ensemble import weight_grid
 from hsft.model.folder import fingerprint as model_fingerprint
 from hsft.model.recommender import Recommender
 from hsft.model.reference import build_reference
-from hsft.model.sasrec import build_sasrec
 from hsft.model.user_llm import UserLLM
 from hsft.model.weights import describe_trainable
 from hsft.report.result import (
@@ -61,6 +60,7 @@ from hsft.run.run_dir import (
 from hsft.run.saved_model import build_ensemble, member_runs
 from hsft.run.setup import (
     Data,
+    build_id_model,
     build_item_training,
     build_pretraining,
     build_user_llm,
@@ -200,7 +200,7 @@ def _run(run: RunContext) -> None:
         statistics=item_statistics(config, data),
     )
     config, quantisation = resolve_quant_type(
-        config, data.interactions, fabric.device, run.folder if run.resume else None
+        config, data.split, fabric.device, run.folder if run.resume else None
     )
     run = replace(run, config=config)
     run.session.lap("data")
@@ -244,7 +244,7 @@ def _evaluate_models(
         return {config.model: evaluation}, {}
     if config.model == "ensemble":
         return _weigh_and_evaluate_ensemble(run, data, final)
-    if config.model == "sasrec":
+    if config.model in ID_MODELS:
         evaluations, training = _train_and_evaluate_model(run, data, final)
         return evaluations, {"training": training}
     if config.val_only:
@@ -316,12 +316,10 @@ def _train_and_evaluate_model(
     config, fabric = run.config, run.fabric
     items = pretrained = None
     fingerprint = data.fingerprint
-    if config.model == "sasrec":
-        name = "sasrec"
-        model = build_sasrec(config, data.interactions.num_items)
-        model.to(fabric.device)
+    name = TUNED if config.model == "HLLM" else config.model
+    if config.model in ID_MODELS:
+        model = build_id_model(config, data, fabric)
     else:
-        name = TUNED
         if config.item_pretrain_epochs:
             data, pretrained = _pretrain(run, data)
         else:
@@ -475,7 +473,6 @@ def _train(
     loader = make_train_loader(
         config,
         dataset,
-        data,
         fabric,
         pack=_packs(config, model, fabric),
         list_items=model.encoder.items.adapter is not None,
@@ -587,7 +584,6 @@ def _packs(config: Config, model: Recommender, fabric: Fabric) -> bool:
 def make_train_loader(
     config: Config,
     dataset: CachedEmbeddingTrainDataset,
-    data: Data,
     fabric: Fabric,
     *,
     pack: bool = True,
@@ -598,7 +594,6 @@ def make_train_loader(
     Args:
         config: the configuration.
         dataset: the training sequences.
-        data: the interactions, for the negatives.
         fabric: the processes.
         pack: False gives every sequence a row of its own, whatever `pack_sequences` says.
         list_items: see `TrainCollate`; for a model whose items are adapted.
@@ -611,7 +606,7 @@ def make_train_loader(
         length, single_row = packed_row_length(config, kernel), kernel == VARLEN
     collate = TrainCollate(
         dataset,
-        sampler=negative_sampler(config, data.interactions) if drawn else None,
+        sampler=negative_sampler(config, dataset.split) if drawn else None,
         num_negatives=config.negatives_per_sequence(rows),
         random_split=config.train_positions == "random_split",
         seed=config.seed,

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from hsft.config import Config
+from hsft.config.schema import ID_MODELS
 from hsft.utils.distributed import TIMEOUT
 from hsft.utils.errors import InputError
 
@@ -93,9 +94,9 @@ def check_deepspeed(config: Config) -> None:
             "auto_resume is not supported under strategy: deepspeed, which spreads the state over "
             "its processes; use --strategy ddp."
         )
-    if config.stage == 3 and config.model == "sasrec":
+    if config.stage == 3 and config.model in ID_MODELS:
         raise InputError(
-            "model: sasrec reads its item vectors outside of a layer's forward pass, where ZeRO "
+            f"model: {config.model} reads its item vectors outside of a layer's forward pass, where ZeRO "
             "stage 3 has them divided; use --stage 2 or --strategy ddp."
         )
     if importlib.util.find_spec("deepspeed") is None:

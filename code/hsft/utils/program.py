@@ -153,7 +153,7 @@ def command_line(line: str) -> str:
     name, blank, arguments = line.partition(" ")
     if not _calls_scripts():
         # Names of the files that come with HSFT, which are not under code/ where it is installed.
-        arguments = re.sub(r"(?<!\S)code/(?=(HLLM|baselines|overall)/)", "", arguments)
+        arguments = re.sub(r"(?<!\S)code/(?=(HLLM|IDNet|baselines|overall)/)", "", arguments)
     return f"{command(name)}{blank}{arguments}"
 
 

@@ -38,8 +38,8 @@ class TrainBatch(NamedTuple):
             stands; [0, 0] when every row is one sequence.
         cu_lengths: int32 [S + 1], where the sequences of a single row (R = 1) start and the last
             one ends, for variable-length attention; [0] in batches of other layouts.
-        times: uint8 [R, T, F], fields of each position's time, see `ItemTimes`; [0, 0, 0] for a model
-            that reads none.
+        times: uint8 or int64 [R, T, F], fields of each position's time, see `ItemTimes`; [0, 0, 0] for
+            a model that reads none.
         scored: int64 [N], where `loss_mask` is True, as indices into the flattened [R, T]: made
             here, since a GPU would have to be waited for. [0]: to be taken from `loss_mask`.
         counted: bool [N], False for the entries of `scored` that fill a bucket up; [0] when all
@@ -83,8 +83,8 @@ class EvalBatch(NamedTuple):
         positions: int64 [1, N], beside `row`, as in `TrainBatch`.
         cu_lengths: int32 [S + 1], where each history starts in `row`, and N; [0] without one. S = B,
             but for rows that are padded to a bucket: what fills them stands after the histories.
-        times: uint8 [B, T, F] beside `history`, or [1, N, F] beside `row`: fields of each item's time;
-            [0, 0, 0] for a model that reads none.
+        times: uint8 or int64 [B, T, F] beside `history`, or [1, N, F] beside `row`: fields of each
+            item's time; [0, 0, 0] for a model that reads none.
     """
 
     rows: torch.Tensor
