@@ -310,21 +310,11 @@ class OpenRun:
         times = item_times(self.config, self.data.interactions)
         if times is None:
             return None
-        asked = int(time.time()) if at is None else self._seconds(at)
+        asked = int(time.time())
+        if at is not None:
+            scale = unit_scale(self.data.interactions, self.config.dataset)
+            asked = read_time(at, scale, "--predict_at")
         return np.append(times.seconds[self._range(user_id)], asked)
-
-    def _seconds(self, text: str) -> int:
-        scale = unit_scale(self.data.interactions, self.config.dataset)
-        try:
-            if re.fullmatch("[0-9]{1,18}", text):
-                return int(text) // scale
-            date = parse_date(text)
-            return int((date if date.tzinfo else date.replace(tzinfo=UTC)).timestamp())
-        except (ValueError, OverflowError) as error:
-            raise InputError(
-                f"--predict_at '{one_line(text, 40)}' is no time; write a date such as "
-                f"2024-05-31T18:00, or a number as in the data's timestamps."
-            ) from error
 
     def _range(self, user_id: str) -> slice:
         """Return where a user's items are among the interactions."""
@@ -356,6 +346,29 @@ class OpenRun:
     def _number_of(self) -> dict[str, int]:
         ids = self.data.interactions.item_ids
         return {str(item): number for number, item in enumerate(ids[1:], start=1)}
+
+
+def read_time(text: str, scale: int, name: str) -> int:
+    """Read a time that a person wrote: seconds since 1970.
+
+    Args:
+        text: a date in ISO 8601, in UTC unless it names a zone, or a number in the data's unit.
+        scale: how many of these units make a second.
+        name: what is read, for the error.
+
+    Raises:
+        InputError: it is no time.
+    """
+    try:
+        if re.fullmatch("[0-9]{1,18}", text):
+            return int(text) // scale
+        date = parse_date(text)
+        return int((date if date.tzinfo else date.replace(tzinfo=UTC)).timestamp())
+    except (ValueError, OverflowError) as error:
+        raise InputError(
+            f"{name} '{one_line(text, 40)}' is no time; write a date such as 2024-05-31T18:00, or a "
+            f"number as in the data's timestamps."
+        ) from error
 
 
 def _differ(stored: np.ndarray, vectors: np.ndarray) -> bool:
