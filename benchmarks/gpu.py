@@ -285,7 +285,7 @@ def build(bench: Bench, config: Config, variant: Variant) -> Trained:
             if isinstance(module, bnb.nn.Linear4bit):
                 module.__class__ = bnb.nn.Linear4bit
     dataset = sequences(bench.data.interactions, config.MAX_ITEM_LIST_LENGTH)
-    loader = make_train_loader(config, dataset, bench.data, fabric)
+    loader = make_train_loader(config, dataset, fabric)
     optimizer = build_optimizer(model, config, fabric.device)
     wrapped, wrapped_optimizer = fabric.setup(model, optimizer)
     wrapped.train()
@@ -325,7 +325,7 @@ def build_plain(bench: Bench, config: Config) -> tuple[Any, Any, Any, Any]:
     wrapped, wrapped_optimizer = fabric.setup(model, optimizer)
     wrapped.train()
     dataset = sequences(bench.data.interactions, config.MAX_ITEM_LIST_LENGTH)
-    loader = make_train_loader(config, dataset, bench.data, fabric)
+    loader = make_train_loader(config, dataset, fabric)
     loader.collate_fn = TrainCollate(dataset)
     return wrapped, wrapped_optimizer, loader, fabric
 

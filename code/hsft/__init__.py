@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from hsft.data.dataset.testset import CachedEmbeddingEvalDataset
     from hsft.data.dataset.trainset import CachedEmbeddingTrainDataset
     from hsft.data.interactions import Interactions, read_interactions
-    from hsft.data.split import Split, leave_one_out
+    from hsft.data.split import Split, TimeCuts, global_time, leave_one_out, time_cuts
     from hsft.evaluator.evaluator import Evaluation, Evaluator
     from hsft.model import losses
     from hsft.model.item_table import ItemTable
@@ -54,7 +54,9 @@ _MODULES = {
     "CachedEmbeddingEvalDataset": "hsft.data.dataset.testset",
     "CachedEmbeddingTrainDataset": "hsft.data.dataset.trainset",
     **dict.fromkeys(("Interactions", "read_interactions"), "hsft.data.interactions"),
-    **dict.fromkeys(("Split", "leave_one_out"), "hsft.data.split"),
+    **dict.fromkeys(
+        ("Split", "TimeCuts", "global_time", "leave_one_out", "time_cuts"), "hsft.data.split"
+    ),
     **dict.fromkeys(("Evaluation", "Evaluator"), "hsft.evaluator.evaluator"),
     "losses": "hsft.model",
     "ItemTable": "hsft.model.item_table",
@@ -80,11 +82,13 @@ __all__ = [
     "Run",
     "SequenceEncoder",
     "Split",
+    "TimeCuts",
     "UserLLM",
     "__version__",
     "cache_items",
     "compare",
     "evaluate",
+    "global_time",
     "leave_one_out",
     "load_config",
     "losses",
@@ -92,6 +96,7 @@ __all__ = [
     "open_run",
     "read_interactions",
     "save_cache",
+    "time_cuts",
     "train",
 ]
 

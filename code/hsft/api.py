@@ -104,7 +104,7 @@ def evaluate(config: Config) -> Run:
 
     Raises:
         InputError: something in the configuration or its files has to be changed, or the model
-            (`sasrec`, `hstu`) has nothing to evaluate before it is trained.
+            (`sasrec`, `hstu`, `llm_id`) has nothing to evaluate before it is trained.
     """
     if config.model in ID_MODELS:
         raise InputError(f"model: {config.model} has nothing to evaluate untrained; call train().")
@@ -160,8 +160,9 @@ def compare(*runs: Run | str | Path) -> pd.DataFrame:
 
     Returns:
         One row a model and metric, with the columns `run`, `metric`, `value`, `low`, `high` (95 %
-        interval over users), `gain` (relative to the first model, such as `+12.3 %`) and `p_value`
-        (paired randomisation test against the first model); both are missing for the first model.
+        interval over users), `gain` (relative to the first model, such as `+12.3 %`), `p_value`
+        (paired randomisation test against the first model) and `p_holm` (corrected for the number of
+        models by Holm's procedure); these three are missing for the first model.
         Metrics of all users together, such as `Coverage@10`, have a value alone.
 
     Raises:
@@ -171,7 +172,7 @@ def compare(*runs: Run | str | Path) -> pd.DataFrame:
     from hsft.report.comparison_files import csv_lines
 
     comparison = load_comparison([run.folder if isinstance(run, Run) else run for run in runs])
-    columns = ["run", "metric", "value", "low", "high", "gain", "p_value"]
+    columns = ["run", "metric", "value", "low", "high", "gain", "p_value", "p_holm"]
     lines = [line for lines in csv_lines(comparison) for line in lines]
     return pd.DataFrame.from_records(lines, columns=columns)
 

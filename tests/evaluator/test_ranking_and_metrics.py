@@ -22,6 +22,7 @@ from hsft.config.schema import PER_USER_METRICS, MetricName
 from hsft.evaluator import metrics, ranking
 from hsft.evaluator.intervals import (
     bootstrap_interval,
+    holm,
     interval,
     paired_p_value,
     wilson_interval,
@@ -187,6 +188,14 @@ def test_paired_test_by_hand() -> None:
     better, worse = np.array([1, 1, 1, 9]), np.array([9, 9, 9, 9])
     assert paired_p_value("Recall", better, worse, 5, draws=40_000) == pytest.approx(0.25, abs=0.01)
     assert paired_p_value("Recall", better, better, 5) == 1.0
+
+
+def test_holm_by_hand() -> None:
+    # 4 x 0.005, 3 x 0.01, 2 x 0.03, and 1 x 0.04, which may not be below the one before.
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.6, 0.9]) == [1.0, 1.0]
+    assert holm([0.03]) == [0.03]
+    assert holm([]) == []
 
 
 def test_configuration_and_metrics_agree_on_the_names() -> None:

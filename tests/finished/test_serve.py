@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import signal
 import socket
 import struct
@@ -24,11 +25,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
-from hsft.finished import serve_app
+from hsft.finished import serve_limits
 from hsft.finished.open_run import OpenRun, open_run
-from hsft.finished.serve import make_server
-from hsft.finished.serve_api import RecommendRequest, ServeApi, TextSearch
+from hsft.finished.serve import KEY_VARIABLE, make_server
+from hsft.finished.serve_api import ServeApi, TextSearch
 from hsft.finished.serve_app import RunServer
+from hsft.finished.serve_batches import Unavailable
+from hsft.finished.serve_schema import RecommendRequest
 from hsft.report.result import read_ranks
 from hsft.utils.errors import InputError
 from hsft.utils.program import run_program
@@ -43,6 +46,7 @@ if TYPE_CHECKING:
 
 JSON = {"Content-Type": "application/json"}
 ATTACK = "<img src=x onerror=\"document.title='taken'\">"
+KEY = "a-key-of-sixteen-characters"
 ENTER, DOWN, ESCAPE = "\ue007", "\ue015", "\ue00c"
 
 
@@ -257,14 +261,15 @@ BAD_BODIES = {
     "too deep": (b"[" * 100_000, "parsing the body"),
     "empty": (b"", "the request's body: field required"),
     "a list": (b"[]", "the request's body: input should be a valid dictionary"),
-    "no history": (b"{}", "history: field required"),
+    "neither": (b"{}", "either a user or a history, and not both"),
+    "both": (b'{"history": ["i1"], "user": "u1"}', "either a user or a history, and not both"),
     "numbers": (b'{"history": [1]}', "history.0: input should be a valid string"),
     "text": (b'{"history": "i1"}', "history: input should be a valid list"),
     "nothing": (b'{"history": []}', "history: list should have at least 1 item"),
     "too many": (b'{"history": [' + b'"i1",' * 10_000 + b'"i1"]}', "at most 10000 items"),
     "unknown item": (b'{"history": ["i1", "i99"]}', "no item 'i99'"),
     "line break": (b'{"history": ["a\\nb"]}', r"no item 'a\nb'"),
-    "half a surrogate": (b'{"history": ["\\ud800"]}', r"no item '\ud800'"),
+    "half a surrogate": (b'{"history": ["\\ud800"]}', "history.0: input should be a valid str"),
     "padding": (b'{"history": ["[PAD]"]}', "no item '[PAD]'"),
     "topk 0": (b'{"history": ["i1"], "topk": 0}', "topk: input should be greater than or equal"),
     "topk 101": (b'{"history": ["i1"], "topk": 101}', "less than or equal to 100"),
@@ -407,7 +412,7 @@ def test_clients_that_go_or_wait(
             client.sendall(request)
             # Closing then resets the connection.
             client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    monkeypatch.setattr(serve_app, "BODY_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(serve_limits, "BODY_TIMEOUT_S", 0.1)
     with socket.create_connection(("127.0.0.1", served.server.port), timeout=30) as client:
         client.sendall(request[:-5])
         assert client.recv(100)[9:12] == b"408"
@@ -419,8 +424,11 @@ def test_openapi_describes_the_routes_and_docs_lists_them_without_a_script(serve
     schema = served.ask("/openapi.json").json
     assert set(schema["paths"]) == {
         *("/info", "/items", "/users", "/users/{user_id}", "/random_user", "/recommend"),
+        *("/similar", "/health", "/metrics"),
     }
+    request = schema["paths"]["/recommend"]["post"]
     assert "RecommendRequest" in schema["components"]["schemas"]
+    assert set(request["responses"]) == {"200", "4XX", "5XX"}
     page = served.ask("/docs").body.decode()
     assert "POST /recommend" in page
     assert "item ids, oldest first" in page
@@ -469,6 +477,59 @@ def test_what_cannot_be_listened_on(served: Served) -> None:
         make_server(run, 0, topk=101)
 
 
+def test_beyond_loopback_an_api_key_is_needed(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(InputError, match=r"no API key for them; set HSFT_API_KEY"):
+        make_server(served.run, 0, "0.0.0.0")
+    for bad in ("short", "with a blank in its middle", "not-äscii-but-long-enough"):
+        monkeypatch.setenv(KEY_VARIABLE, bad)
+        with pytest.raises(InputError, match="must have 16 or more letters"):
+            make_server(served.run, 0)
+
+
+def test_requests_that_wait_are_computed_together(served: Served) -> None:
+    """Histories of unlike lengths in one forward pass score as each does alone."""
+    histories = [[f"i{n}" for n in range(first, first + 1 + first % 9)] for first in range(10)]
+    requests: list[dict[str, Any]] = [
+        {"history": history, "topk": 20, "exclude_seen": bool(n % 2), "find": "i19"}
+        for n, history in enumerate(histories)
+    ]
+    alone = [served.recommend(**request) for request in requests]
+    batches: list[int] = []
+    api = ServeApi(served.run, 5, lambda count, seconds: batches.append(count))
+    together: dict[int, Any] = {}
+
+    def ask(number: int) -> None:
+        together[number] = api.recommend(RecommendRequest.model_validate(requests[number]))[
+            "models"
+        ]
+
+    threads = [threading.Thread(target=ask, args=(n,)) for n in range(len(requests))]
+    with api._busy:
+        threads[0].start()
+        # The first is taken at once; the others wait for it.
+        while not (threads[0].ident and api._recommending.waiting == 0):
+            time.sleep(0.01)
+        time.sleep(0.1)
+        for thread in threads[1:]:
+            thread.start()
+        while api.waiting < len(requests) - 1:
+            time.sleep(0.01)
+    for thread in threads:
+        thread.join()
+    assert api.close(10)
+    assert batches == [1, len(requests) - 1]
+    for n, models in enumerate(alone):
+        for model, actual in zip(models, together[n], strict=True):
+            expected = {item["item_id"]: item["score"] for item in model["items"]}
+            scores = {item["item_id"]: item["score"] for item in actual["items"]}
+            assert scores == pytest.approx(expected, abs=1e-5)
+            assert model.get("found") == actual["found"]
+    with pytest.raises(Unavailable, match="the server is ending"):
+        api.recommend(RecommendRequest.model_validate(requests[0]))
+
+
 @pytest.mark.parametrize(
     ("number", "host", "code"),
     [(signal.SIGINT, "127.0.0.1", 130), (signal.SIGTERM, "0.0.0.0", 143)],
@@ -482,6 +543,7 @@ def test_a_signal_ends_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(served.run.folder.parents[1])
+    monkeypatch.setenv(KEY_VARIABLE, KEY)
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
     statuses = []
@@ -489,7 +551,8 @@ def test_a_signal_ends_it(
     def stop() -> None:
         while True:
             request = urllib.request.Request(
-                f"http://127.0.0.1:{port}/", headers={"Host": "other.example"}
+                f"http://127.0.0.1:{port}/",
+                headers={"Host": "other.example", "Authorization": f"Bearer {KEY}"},
             )
             try:
                 with urllib.request.urlopen(request, timeout=30) as answer:
@@ -513,7 +576,7 @@ def test_a_signal_ends_it(
     assert f":{port}/, its API at http" in out
     assert f"interrupted: stopped by {number.name}" in err
     assert "Traceback" not in err
-    warned = "--host 0.0.0.0 lets anyone who reaches port" in err
+    warned = "--host 0.0.0.0 lets others reach port" in err
     assert (warned, statuses) == ((True, [200]) if host == "0.0.0.0" else (False, [400]))
     # The port is free again.
     with socket.create_server((host, port)):
@@ -763,3 +826,31 @@ def test_page_fits_a_narrow_window(page: Page, scheme: str) -> None:
     page.chrome.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
     assert wide == 400
     assert back == {"light": "rgb(255, 255, 255)", "dark": "rgb(20, 23, 27)"}[scheme]
+
+
+def test_page_sends_the_times_of_a_history(chrome: webdriver.Chrome, project: Project) -> None:
+    file = project.root / "dataset" / "tiny.csv"
+    # Seconds since 1970, a step of about a day.
+    dated = re.sub(r",1(\d{3})$", r",16\g<1>00000", file.read_text(), flags=re.MULTILINE)
+    file.write_text(dated)
+    more = ["--use_timestamps", "True", "--predict_at", "target", "--use_qlora", "True"]
+    code, _, err = project.run(*more, "--epochs", "1", "--run_name", "run")
+    assert code == 0, err
+    run = open_run("saved/run")
+    with listening(make_server(run, 0, topk=5)) as server:
+        chrome.get(server.url)
+        page = Page(chrome, Served(run, server))
+        page.wait(lambda: "Run run" in page.text("about"))
+        page.type("user", "u2", ENTER)
+        # The left-out item has the rank of evaluation, which knows for when it predicts.
+        row = int(np.flatnonzero(run.data.interactions.user_ids == "u2")[0])
+        left = 20 - (len(run.history("u2")) - 1)
+        ranks = [read_ranks(run.folder, name) for name in run.models]
+        expected = [
+            f"The left-out item is at rank {int(rank[users == row][0])} of {left}."
+            for users, rank in ranks
+        ]
+        page.wait(lambda: set(expected) <= set(page.texts("#columns p")))
+        page.take("item 7")
+        page.wait(lambda: len(page.columns()) == 2)
+        assert page.text("error") == ""

@@ -37,7 +37,9 @@ from hsft.report.result import read_ranks
 from hsft.run.setup import build_user_llm, load_data
 from hsft.trainer.fabric import make_fabric
 from hsft.utils.program import run_program
+from hsft.utils.records import records_folder
 from item_caching import main as cache_main
+from main import main as train_main
 from tests.conftest import Project, last_wins
 from tests.helpers import ROOT
 from tests.hllm_checkpoint import TinyHllm, make_hllm
@@ -379,6 +381,27 @@ def test_a_published_checkpoint_is_named(hub: Hub, near_hub: NearHub, tmp_path: 
     code, line = near_hub.run("user")
     assert code == 2
     assert "you asked for 1B_Pixel8M/pytorch_model.bin" in line
+
+
+def test_checks_of_an_import_need_not_look_at_it(
+    hllm: TinyHllm, project: Project, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for side in ("item", "user"):
+        assert local(side, hllm, Path(side)) == 0
+    folder = records_folder()
+    assert folder is not None
+    before = {path.name for path in folder.iterdir()}
+    assert before
+    words = ["--config_file", "overall/LLM_ddp.yaml", "HLLM/HLLM.yaml", "--dataset", "tiny"]
+    words += ["--item_pretrain_dir", "item", "--user_pretrain_dir", "user", "--use_qlora", "True"]
+    for program, flag in (
+        (cache_main, "--check"),
+        (train_main, "--check"),
+        (train_main, "--dry_run"),
+    ):
+        code, _, err = project.call(program, [*words, flag, "True"])
+        assert code in (0, 2), err
+    assert {path.name for path in folder.iterdir()} == before
 
 
 def test_a_hub_out_of_reach_is_named(near_hub: NearHub, hllm: TinyHllm, tmp_path: Path) -> None:

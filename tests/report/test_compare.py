@@ -88,7 +88,10 @@ def test_marks_say_which_way_rows_differ_and_what_is_left_out(four_rows: Compari
     }
     assert cells["base"] == cells["same"] == "0.5000"
     assert (cells["better"], cells["worse"]) == ("1.0000*+", "0.0000*-")
-    assert "*+ higher, *- lower than base (paired randomisation test, p < 0.05)." in text
+    assert (
+        "*+ higher, *- lower than base (paired randomisation test, p < 0.05, by Holm's correction for "
+        "3 tests a metric)."
+    ) in text
     assert "\nx is left out: it is y.\n" in text
 
 
@@ -109,6 +112,42 @@ def test_every_row_is_compared_with_the_best_other(four_rows: Comparison) -> Non
     assert (lines[0]["gain"], lines[1]["gain"]) == ("", "+100.0%")
 
 
+def test_p_values_are_corrected_for_the_number_of_rows() -> None:
+    half = np.where(np.arange(200) % 2, 1, 20)
+    slight, more = half.copy(), half.copy()
+    # Six users gain and none loses: 2 of 64 sign patterns are as extreme.
+    slight[:12:2] = 1
+    more[:40:2] = 1
+    alone = comparison(base=half, slight=slight)
+    (test,) = (records[0].against_first for records in alone.records[1:])
+    assert test is not None
+    assert test.p_value == test.p_holm == pytest.approx(1 / 32, abs=0.01)
+    assert "| slight | 0.5300*+ [" in markdown(alone)
+    table = comparison(base=half, slight=slight, more=more, same=half)
+    first = [records[0].against_first for records in table.records]
+    assert [None if one is None else one.p_holm for one in first] == [
+        None,
+        # Of three tests the smallest is more's.
+        2 * test.p_value,
+        pytest.approx(3e-4, rel=0.01),
+        1.0,
+    ]
+    assert "| slight | 0.5300 [" in markdown(table)
+    # more against slight is one test, which counts for both of them.
+    best = [records[0].against_best_other for records in table.records]
+    assert [None if one is None else one.other for one in best] == [
+        "more",
+        "more",
+        "slight",
+        "more",
+    ]
+    p_values = [one.p_holm for one in best if one is not None]
+    assert p_values[1] == p_values[2]
+    assert p_values[0] == p_values[3] == pytest.approx(3e-4, rel=0.01)
+    line = next(csv.DictReader(io.StringIO(csv_text(table))))
+    assert {"p_value", "p_holm", "p_value_best_other", "p_holm_best_other"} <= set(line)
+
+
 def test_records_are_computed_once(
     four_rows: Comparison, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -124,8 +163,8 @@ def test_records_are_computed_once(
     monkeypatch.setattr(compare, "paired_p_value", counted)
     save_comparison(four_rows, tmp_path)
     markdown(four_rows)
-    # Three rows against the first, and against the best other: better's is the first again.
-    assert len(calls) == 3 + 3
+    # Three rows against the first, and two more against the best other.
+    assert len(calls) == 3 + 2
     assert (tmp_path / "comparison.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -17,6 +17,7 @@ from hsft.report.breakdown import (
     Group,
     group_estimate,
     history_groups,
+    popularity_deciles,
     popularity_groups,
     recall_curve,
 )
@@ -141,6 +142,25 @@ def test_popularity_has_a_middle_and_one_level_is_the_middle() -> None:
     assert [group.size for group in none] == [0, 0, 0, 2]
 
 
+def test_popularity_deciles_by_hand() -> None:
+    counts = np.array([0, 5, 1, 9, 2])
+    # Of 20 targets 7 are of item 2 (1 interaction), 1 of item 4 (2), 4 of item 1 (5), 8 of item 3 (9).
+    deciles = popularity_deciles(counts, np.repeat([3, 2, 1, 4], [8, 7, 4, 1]))
+    assert [(group.name, group.size, list(group.notes)) for group in deciles.groups] == [
+        ("decile 1 to 3", 7, ["1 interaction each"]),
+        ("decile 4", 1, ["2 interactions each"]),
+        ("decile 5 to 6", 4, ["5 interactions each"]),
+        ("decile 7 to 10", 8, ["9 interactions each"]),
+    ]
+    assert deciles.of_decile.tolist() == [0, 0, 0, 1, 2, 2, 3, 3, 3, 3]
+    assert deciles.groups[3].members.tolist() == [True] * 8 + [False] * 12
+    even = popularity_deciles(np.arange(101), np.arange(1, 101)[::-1])
+    assert [group.size for group in even.groups] == [10] * 10
+    assert list(even.groups[9].notes) == ["91 to 100 interactions each"]
+    one = popularity_deciles(np.array([0, 0, 3]), np.array([1]))
+    assert [group.name for group in one.groups] == ["decile 1 to 10"]
+
+
 def test_a_group_s_metric_is_over_its_users_alone() -> None:
     ranks = np.array([1, 3, 50, 2])
     group = Group("", np.array([True, True, True, False]))
@@ -253,7 +273,18 @@ def test_the_report_of_a_fine_tuning_and_a_reference(project: Project) -> None:
     assert folded["item cache: model"] == ["random (1 of 2 runs; it does not apply to the others)"]
     assert "torch" in folded
     assert read.tags.count("article") == 12
-    assert read.tags.count("svg") == 9
+    assert read.tags.count("svg") == 11
+    part = html.partition(">By item popularity</h2>")[2].partition("</section>")[0]
+    header = re.search(r"(?s)<caption>Recall@10 by popularity decile</caption>(.*?)</tr>", part)
+    assert header is not None
+    sizes = [int(size) for size in re.findall(r"(\d+) users?\b", header[1])]
+    assert sum(sizes) == 30
+    table = part.partition("Recall@10 by popularity decile</caption>")[2].partition("</table>")[0]
+    cells = tables_of(table)[0]["tiny-qlora: fine-tuned"]
+    values = [float(cell.partition("<")[0]) for cell in cells]
+    row = json.loads(Path("saved/tiny-qlora/result.json").read_text())["rows"][1]
+    mean = np.average(values, weights=sizes)
+    assert mean == pytest.approx(row["metrics"]["Recall@10"], abs=1e-3)
     assert "All ranks computed now equal the recorded ones." in read.text
     assert "drawn uniformly at random with seed 0" in read.text
     finished = json.loads(Path("saved/tiny-qlora/result.json").read_text())["finished"]
@@ -543,7 +574,7 @@ def test_the_page_in_a_browser(project: Project, tmp_path: Path) -> None:
         drawn = browser.execute_script(
             "return [...document.querySelectorAll('svg')].map(e => e.getBoundingClientRect().height)"
         )
-        assert len(drawn) == 9
+        assert len(drawn) == 11
         assert min(drawn) > 100
         hover = browser.execute_script(
             "return [...document.querySelectorAll('svg g > title')].map(e => e.textContent)"

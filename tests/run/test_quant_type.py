@@ -9,6 +9,7 @@ import torch
 
 from hsft.config import load_config
 from hsft.data.interactions import load_interactions
+from hsft.data.split import leave_one_out
 from hsft.report.memory import GIB, estimate
 from hsft.run import quant_type
 from hsft.run.dry_run import choose_quant_type
@@ -48,19 +49,19 @@ def test_a_cards_free_memory_decides(
     }
     config, _ = load_config([], values)
     monkeypatch.setattr(quant_type, "_free_bytes", lambda device: free)
-    interactions = load_interactions(config)
-    resolved, sentence = resolve_quant_type(config, interactions, torch.device("cuda"))
+    split = leave_one_out(load_interactions(config))
+    resolved, sentence = resolve_quant_type(config, split, torch.device("cuda"))
     assert resolved.qlora_quant_type == expected
     assert f"auto takes {expected}" in sentence
     assert f"of the {free / GIB:.2f} GiB that are free" in sentence
     along = config.model_copy(update={"train_item_llm": "lora"})
-    resolved, sentence = resolve_quant_type(along, interactions, torch.device("cuda"))
+    resolved, sentence = resolve_quant_type(along, split, torch.device("cuda"))
     assert resolved.qlora_quant_type == "nf4"
     assert "trained along" in sentence
     given = config.model_copy(update={"qlora_quant_type": "fp4"})
-    assert resolve_quant_type(given, interactions, torch.device("cuda")) == (given, "")
+    assert resolve_quant_type(given, split, torch.device("cuda")) == (given, "")
     monkeypatch.setattr(quant_type, "quantization_obstacle", lambda device: f"no {device}")
-    resolved, sentence = resolve_quant_type(config, interactions, torch.device("cuda"))
+    resolved, sentence = resolve_quant_type(config, split, torch.device("cuda"))
     assert resolved.qlora_quant_type == "none"
     assert "auto takes none (plain LoRA): no cuda." in sentence
 

@@ -19,22 +19,29 @@ class NegativeSampler:
 
     Args:
         interactions: whose users' items are excluded.
-        held_out: this many last items of each user are not excluded. Training passes 2: a sampler
-            that never drew the validation and test targets would tell the model about them.
+        held_out: this many last items of each user are not excluded, int64 [U] or one number for all.
+            Training passes those that it is not trained on: a sampler that never drew the
+            validation and test targets would tell the model about them.
         exclude: `history`; `none` draws from all items whatever the user.
+        items: draw from items 1..items; None: from all. Without those that are excluded it has to
+            hold all of the users' items.
     """
 
     def __init__(
         self,
         interactions: Interactions,
-        held_out: int = 0,
+        held_out: int | np.ndarray = 0,
         exclude: Literal["history", "none"] = "history",
+        items: int | None = None,
     ) -> None:
-        self.num_items = interactions.num_items
-        self._stride = np.int64(self.num_items + 1)
+        self.num_items = interactions.num_items if items is None else items
+        self._catalogue = interactions.num_items
+        self._stride = np.int64(self._catalogue + 1)
         lengths = interactions.lengths
         users = np.repeat(np.arange(interactions.num_users, dtype=np.int64), lengths)
         from_end = np.repeat(interactions.offsets[1:], lengths) - np.arange(len(interactions))
+        if isinstance(held_out, np.ndarray):
+            held_out = np.repeat(held_out, lengths)
         known = (from_end > held_out) & (exclude == "history")
         # Sorting and dropping repeats by hand: ten times as fast as np.unique, which hashes.
         pairs = np.sort(users[known] * self._stride + interactions.items[known])
@@ -100,10 +107,11 @@ class NegativeSampler:
         # A user's items share what is left of the catalogue evenly; the others have no share.
         per_item = np.bincount(users, minlength=len(self.available)) / len(users)
         per_item = np.divide(per_item, self.available, where=per_item > 0, out=per_item)
-        shares = np.full(self.num_items + 1, per_item.sum())
+        shares = np.full(self._catalogue + 1, per_item.sum())
         owners, items = np.divmod(self._pairs, self._stride)
-        shares -= np.bincount(items, per_item[owners], minlength=self.num_items + 1)
+        shares -= np.bincount(items, per_item[owners], minlength=self._catalogue + 1)
         shares[PAD] = 0.0
+        shares[self.num_items + 1 :] = 0.0
         return shares.clip(min=0.0)
 
     def _owned(self, users: np.ndarray, items: np.ndarray) -> np.ndarray:

@@ -184,7 +184,7 @@ class Evaluator:
         if not len(dataset):
             raise InputError(
                 f"no user has a history and a {dataset.phase} target; the interactions need users "
-                f"with at least {3 if dataset.phase == 'valid' else 2} items."
+                f"with {dataset.split.needs(dataset.phase)}."
             )
         self.dataset = dataset
         self.protocol = protocol

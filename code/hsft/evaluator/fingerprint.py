@@ -32,7 +32,7 @@ def evaluation_fingerprint(
     Returns:
         Part -> first 32 hex digits of a SHA-256: `users`, `order of users`, `held-out items` (each
         user's target), `catalogue` (all item ids), `histories` (what comes before the targets, and
-        so which items are masked) and `protocol`.
+        so which items are masked), `split` (its kind and times) and `protocol`.
     """
     from hsft.data.split import ragged_positions
 
@@ -54,6 +54,7 @@ def evaluation_fingerprint(
         "held-out items": _hash_ids(data.item_ids[dataset.targets[by_user_id]]),
         "catalogue": _hash_ids(item_ids[by_item_id]),
         "histories": _hash_arrays(sorted_number[data.items[before]], ends - starts),
+        "split": _hash_ids(np.array([dataset.split.identity], dtype=object)),
         "protocol": _hash_ids(np.array(kind, dtype=object)),
     }
 

@@ -8,6 +8,8 @@ users as for a thousand.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from hsft.evaluator.metrics import per_user
@@ -119,3 +121,24 @@ def paired_p_value(
     # Rounding must not turn a draw that equals the observation into a smaller one.
     extreme = int((np.abs(flipped) >= observed - 1e-9).sum())
     return (1 + extreme) / (1 + draws)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Adjust p-values of several tests so that one below a level is rarely below it by chance.
+
+    Holm's step-down procedure (Holm 1979): with m tests, the j-th smallest is multiplied by m - j + 1,
+    at most 1 and at least the one before it. The chance that any true null hypothesis has an adjusted
+    p-value below a level is at most that level, however the tests depend on each other.
+
+    Args:
+        p_values: of the tests, in any order.
+
+    Returns:
+        The adjusted ones, in the same order.
+    """
+    order = np.argsort(p_values, kind="stable")
+    factors = len(order) - np.arange(len(order))
+    stepped = np.maximum.accumulate(np.asarray(p_values, dtype=np.float64)[order] * factors)
+    adjusted = np.empty(len(order))
+    adjusted[order] = np.minimum(stepped, 1.0)
+    return [float(value) for value in adjusted]

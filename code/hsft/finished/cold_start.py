@@ -16,7 +16,7 @@ from hsft.data.cache import ItemCache
 from hsft.data.dataset import CachedEmbeddingEvalDataset
 from hsft.data.files import information_file
 from hsft.data.interactions import Interactions, load_interactions, renumber
-from hsft.data.split import leave_one_out
+from hsft.data.split import cut_at, leave_one_out
 from hsft.data.time_fields import item_times
 from hsft.evaluator.evaluator import EvalProtocol, Evaluator, Scorer
 from hsft.evaluator.intervals import interval
@@ -91,8 +91,10 @@ def cold_start(
 ) -> list[dict[str, Any]]:
     """Evaluate a run on the items that were held out from its data.
 
-    The users are those whose test target in the full data (leave-one-out) is a cold item, one that
-    the run's own data never had; the history is everything before it. The target is ranked with
+    The users are those whose test target in the full data, split as the run's was, is a cold item, one
+    that the run's own data never had; the history is everything before it. A run of split:
+    global_time that left out the items first seen after its training has these as cold items, so
+    that the full data may be the run's own. The target is ranked with
     seen items masked, once among all items of the full data and once among its cold items.
 
     Args:
@@ -182,7 +184,9 @@ def _open(
 
 
 def _refuse_same_data(run: OpenRun, name: str) -> None:
-    if run.config.dataset == name:
+    time = run.data.split.time
+    left_out = time is not None and time.cold == "leave_out" and time.cold_items > 0
+    if run.config.dataset == name and not left_out:
         shown = one_line(name)
         raise InputError(
             f"{run.folder} was trained on {shown} itself, so none of its items is new to it; make a "
@@ -225,9 +229,14 @@ def _embeddings(run: OpenRun, cold: Sequence[str], name: str) -> ItemCache:
 
 
 def _cold_targets(run: OpenRun, full: Interactions, name: str) -> CachedEmbeddingEvalDataset:
-    split = leave_one_out(renumber(full, run.data.interactions.item_ids))
+    whole = renumber(full, run.data.interactions.item_ids)
+    time = run.data.split.time
+    if time is None:
+        split = leave_one_out(whole)
+    else:
+        split = cut_at(whole, time.cuts, score_new_users=time.cold == "rank")
     times = item_times(run.config, split.interactions)
-    everyone = CachedEmbeddingEvalDataset(split, "test", run.config.MAX_ITEM_LIST_LENGTH, times)
+    everyone = CachedEmbeddingEvalDataset(split, "test", run.config.eval_list_length, times)
     dataset = everyone.keep(everyone.targets > run.own_items)
     if not len(dataset):
         raise InputError(

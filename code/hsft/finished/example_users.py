@@ -115,8 +115,8 @@ def choose_users(
     ]
     if missing:
         raise InputError(
-            f"--users: user '{missing[0]}' has too few items to have a {dataset.phase} target; "
-            f"name others."
+            f"--users: user '{missing[0]}' has no {dataset.phase} target, which needs "
+            f"{dataset.split.needs(dataset.phase)}; name others."
         )
     chosen = np.searchsorted(dataset.segments.users, numbers)
     return chosen, f"{len(ids)} of the {len(dataset):,} users, named with --users."

@@ -244,7 +244,7 @@ class OpenRun:
                 scorer,
                 histories,
                 topk=topk,
-                max_length=self.config.MAX_ITEM_LIST_LENGTH,
+                max_length=self.config.eval_list_length,
                 device=self.fabric.device,
                 exclude_seen=exclude_seen,
                 batch_size=self.config.eval_batch_size,
@@ -269,7 +269,7 @@ class OpenRun:
                     flat,
                     bounds[:-1][first : first + size],
                     bounds[1:][first : first + size],
-                    max_length=self.config.MAX_ITEM_LIST_LENGTH,
+                    max_length=self.config.eval_list_length,
                     device=self.fabric.device,
                     times=item_times,
                     # Every history before has one time more than items, the request's.
@@ -310,21 +310,11 @@ class OpenRun:
         times = item_times(self.config, self.data.interactions)
         if times is None:
             return None
-        asked = int(time.time()) if at is None else self._seconds(at)
+        asked = int(time.time())
+        if at is not None:
+            scale = unit_scale(self.data.interactions, self.config.dataset)
+            asked = read_time(at, scale, "--predict_at")
         return np.append(times.seconds[self._range(user_id)], asked)
-
-    def _seconds(self, text: str) -> int:
-        scale = unit_scale(self.data.interactions, self.config.dataset)
-        try:
-            if re.fullmatch("[0-9]{1,18}", text):
-                return int(text) // scale
-            date = parse_date(text)
-            return int((date if date.tzinfo else date.replace(tzinfo=UTC)).timestamp())
-        except (ValueError, OverflowError) as error:
-            raise InputError(
-                f"--predict_at '{one_line(text, 40)}' is no time; write a date such as "
-                f"2024-05-31T18:00, or a number as in the data's timestamps."
-            ) from error
 
     def _range(self, user_id: str) -> slice:
         """Return where a user's items are among the interactions."""
@@ -358,6 +348,29 @@ class OpenRun:
         return {str(item): number for number, item in enumerate(ids[1:], start=1)}
 
 
+def read_time(text: str, scale: int, name: str) -> int:
+    """Read a time that a person wrote: seconds since 1970.
+
+    Args:
+        text: a date in ISO 8601, in UTC unless it names a zone, or a number in the data's unit.
+        scale: how many of these units make a second.
+        name: what is read, for the error.
+
+    Raises:
+        InputError: it is no time.
+    """
+    try:
+        if re.fullmatch("[0-9]{1,18}", text):
+            return int(text) // scale
+        date = parse_date(text)
+        return int((date if date.tzinfo else date.replace(tzinfo=UTC)).timestamp())
+    except (ValueError, OverflowError) as error:
+        raise InputError(
+            f"{name} '{one_line(text, 40)}' is no time; write a date such as 2024-05-31T18:00, or a "
+            f"number as in the data's timestamps."
+        ) from error
+
+
 def _differ(stored: np.ndarray, vectors: np.ndarray) -> bool:
     """Say whether a row of float32 [n, D] differs by more than 16-bit arithmetic explains."""
     distances = np.linalg.norm(stored - vectors, axis=1)
@@ -377,7 +390,7 @@ def items_read(config: Config, length: int) -> int:
         return 0
     if config.model in ("item_knn", "tfidf") and config.knn_history == "last":
         return min(length, 1)
-    return min(length, config.MAX_ITEM_LIST_LENGTH)
+    return min(length, config.eval_list_length)
 
 
 def open_run(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import logging
+import os
 import socket
 import sys
 import time
@@ -23,6 +24,9 @@ log = logging.getLogger(__name__)
 
 # A computation under way at the end may take this long to finish.
 LAST_REQUEST_S = 5
+# Environment variable with the key that requests have to carry.
+KEY_VARIABLE = "HSFT_API_KEY"
+_SHORTEST_KEY = 16
 _LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1", "[::1]")
 
 
@@ -34,12 +38,13 @@ def serve(run: OpenRun, port: int, host: str = "127.0.0.1", topk: int = 10) -> N
     Args:
         run: the run.
         port: TCP port; 0 takes a free one.
-        host: name or address to bind to; anything but loopback lets others in, and is warned of.
+        host: name or address to bind to; anything but loopback lets others in and needs an API key
+            in the environment variable `HSFT_API_KEY`.
         topk: recommendations that the page shows at first, 1 to 100.
 
     Raises:
-        InputError: FastAPI or uvicorn is not installed, the port or the host cannot be used, or the
-            run's files are missing.
+        InputError: a package is not installed, there is no API key where one is needed, the port or
+            the host cannot be used, or the run's files are missing.
         Interrupted: a signal ended it.
     """
     # uvicorn handles signals while it runs, and raises them again once it has closed.
@@ -49,7 +54,7 @@ def serve(run: OpenRun, port: int, host: str = "127.0.0.1", topk: int = 10) -> N
             server.serve_until_signal()
         finally:
             # A thread that computes while the interpreter ends can crash it.
-            server.api.wait_until_idle(LAST_REQUEST_S)
+            server.api.close(LAST_REQUEST_S)
 
 
 def make_server(run: OpenRun, port: int, host: str = "127.0.0.1", topk: int = 10) -> RunServer:
@@ -65,33 +70,33 @@ def make_server(run: OpenRun, port: int, host: str = "127.0.0.1", topk: int = 10
         InputError: as `serve`.
     """
     require_packages()
-    if run.config.use_timestamps:
-        raise InputError(
-            f"{run.folder} was trained with use_timestamps, and the histories of the page have no "
-            f"times; recommend to users with --user, or serve a run without use_timestamps."
-        )
     from hsft.finished.serve_app import RunServer, make_app
+    from hsft.finished.serve_metrics import ServeMetrics
 
     bound = _bind(host, port)
     try:
         loopback = _address(bound).is_loopback
+        key = read_api_key(host, loopback=loopback)
         names = ["*"]
         if loopback:
             names = [*_LOOPBACK_NAMES, str(_address(bound)), host.lower()]
         log.info("building the model%s %s.", "s" * (len(run.models) > 1), " and ".join(run.models))
         began = time.perf_counter()
-        api = ServeApi(run, topk)
+        metrics = ServeMetrics()
+        api = ServeApi(run, topk, metrics.on_batch)
+        metrics.watch(lambda: api.waiting, lambda: api.num_items)
         log.info("built in %s.", format_seconds(time.perf_counter() - began))
         if not loopback:
             log.warning(
-                "--host %s lets anyone who reaches port %d of this machine read the run's items and "
-                "users and have recommendations computed; there is no password.",
+                "--host %s lets others reach port %d of this machine: requests need the key in %s, "
+                "and the connection is not encrypted; put a proxy with TLS in front of it.",
                 host,
                 bound.getsockname()[1],
+                KEY_VARIABLE,
             )
         url = _url(bound, host)
         return RunServer(
-            make_app(api, allowed_hosts=names),
+            make_app(api, metrics, allowed_hosts=names, api_key=key),
             api,
             bound,
             url,
@@ -103,6 +108,33 @@ def make_server(run: OpenRun, port: int, host: str = "127.0.0.1", topk: int = 10
         raise
 
 
+def read_api_key(host: str, *, loopback: bool) -> str | None:
+    """Read the key that requests have to carry from the environment.
+
+    Args:
+        host: what the server is bound to, for the error.
+        loopback: whether only this machine can reach it; then a key is not needed.
+
+    Raises:
+        InputError: there is none and one is needed, or it is short or has characters that a header
+            cannot carry.
+    """
+    key = os.environ.get(KEY_VARIABLE, "")
+    if not key and not loopback:
+        raise InputError(
+            f"--host {one_line(host, 80)} lets others reach this machine, and there is no API key "
+            f"for them; set {KEY_VARIABLE} to one of {_SHORTEST_KEY} characters or more, or serve on "
+            f"127.0.0.1."
+        )
+    sound = all("!" <= char <= "~" for char in key)
+    if key and (len(key) < _SHORTEST_KEY or not sound):
+        raise InputError(
+            f"the API key in {KEY_VARIABLE} must have {_SHORTEST_KEY} or more letters, digits and "
+            f"signs of ASCII without blanks; make one with: openssl rand -hex 32."
+        )
+    return key or None
+
+
 def require_packages() -> None:
     """Check that what serves is installed.
 
@@ -111,11 +143,12 @@ def require_packages() -> None:
     """
     try:
         import fastapi  # noqa: F401
+        import prometheus_client  # noqa: F401
         import uvicorn  # noqa: F401
     except ImportError as error:
         raise InputError(
-            f"--serve needs the packages fastapi and uvicorn, and {error.name} is not installed; "
-            f"install them with pip install 'hsft[serve]'."
+            f"--serve needs the packages fastapi, prometheus-client and uvicorn, and {error.name} is "
+            f"not installed; install them with pip install 'hsft[serve]'."
         ) from error
 
 

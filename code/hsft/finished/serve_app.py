@@ -2,45 +2,60 @@
 
 from __future__ import annotations
 
-import asyncio
-import base64
-import hashlib
 import json
-import re
 import socket
 from collections.abc import Callable, Sequence
 from http import HTTPStatus
 from pathlib import Path
 from typing import Annotated, Any
 
+import anyio.to_thread
 import uvicorn
-from fastapi import FastAPI, Query, Request
+from fastapi import Depends, FastAPI, Query, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import HTMLResponse, JSONResponse
+from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
+from fastapi.security import HTTPBearer
 from markupsafe import escape
-from starlette.datastructures import Headers, MutableHeaders
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.middleware.trustedhost import TrustedHostMiddleware
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp
 
-from hsft.finished.serve_api import (
-    LONGEST_QUERY,
+from hsft.finished.serve_api import LONGEST_QUERY, ServeApi
+from hsft.finished.serve_batches import Unavailable
+from hsft.finished.serve_limits import (
+    ApiKey,
+    BodyLimits,
+    RequestLimit,
+    SecurityHeaders,
+    content_policy,
+    problem,
+)
+from hsft.finished.serve_metrics import CountRequests, ServeMetrics
+from hsft.finished.serve_schema import (
+    Added,
+    AddRequest,
+    Health,
     History,
     Info,
     Items,
+    NewItem,
+    Problem,
     Recommended,
     RecommendRequest,
-    ServeApi,
+    SimilarRequest,
     Users,
 )
 from hsft.utils.errors import InputError, one_line
 
 PAGE = Path(__file__).with_name("serve.html")
-LARGEST_BODY = 1 << 20
-# A body up to this size is read though it is refused: closing a connection on unread bytes resets
-# it, and the client may lose the answer.
-LARGEST_READ = 8 << 20
-BODY_TIMEOUT_S = 30.0
+# Threads that read requests, wait for the models and write answers.
+_THREADS = 128
+_BODIES: dict[str, type[BaseModel]] = {
+    "/items": AddRequest,
+    "/recommend": RecommendRequest,
+    "/similar": SimilarRequest,
+}
 
 Search = Annotated[str, Query(description="words; without any, the first ones are returned")]
 
@@ -87,6 +102,7 @@ class RunServer(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Listen, then say so."""
+        anyio.to_thread.current_default_thread_limiter().total_tokens = _THREADS
         await super().startup(sockets)
         self._on_ready()
 
@@ -96,17 +112,22 @@ class RunServer(uvicorn.Server):
             self.run(sockets=[self._bound])
 
 
-def make_app(api: ServeApi, *, allowed_hosts: Sequence[str]) -> ASGIApp:
+def make_app(
+    api: ServeApi, metrics: ServeMetrics, *, allowed_hosts: Sequence[str], api_key: str | None
+) -> ASGIApp:
     """Return the application: the page, its API, and a page that lists the API's routes.
 
-    Every answer but the two pages is JSON; errors are `{"error": SENTENCE}`. The exceptions are
-    what Starlette refuses by its Host header and uvicorn as no HTTP, both in plain text.
+    Every answer but the two pages and the metrics is JSON; errors are `{"error": SENTENCE}`. The
+    exceptions are what Starlette refuses by its Host header and uvicorn as no HTTP, both in plain
+    text.
 
     Args:
         api: what answers.
+        metrics: where requests are counted.
         allowed_hosts: names that a request's Host header may have, `*` for any. A web page
             elsewhere can have its own name resolve to 127.0.0.1 and so have a browser ask this
             server; such a request carries that name.
+        api_key: what requests have to carry; None: nothing.
     """
     app = FastAPI(
         title="HSFT",
@@ -114,11 +135,14 @@ def make_app(api: ServeApi, *, allowed_hosts: Sequence[str]) -> ASGIApp:
         # FastAPI's own pages load scripts from another server.
         docs_url=None,
         redoc_url=None,
+        # `ApiKey` checks it; this describes it in /openapi.json.
+        dependencies=[Depends(HTTPBearer(auto_error=False))] if api_key else [],
+        responses={"4XX": {"model": Problem}, "5XX": {"model": Problem}},
     )
     _add_error_handlers(app)
-    _add_routes(app, api)
+    _add_routes(app, api, metrics)
     page = PAGE.read_text(encoding="utf-8")
-    listing = _list_routes(app.openapi())
+    listing = _list_routes(app.openapi(), with_key=api_key is not None)
 
     @app.get("/", include_in_schema=False)
     def show_page() -> HTMLResponse:
@@ -128,11 +152,24 @@ def make_app(api: ServeApi, *, allowed_hosts: Sequence[str]) -> ASGIApp:
     def show_routes() -> HTMLResponse:
         return HTMLResponse(listing)
 
-    guarded = TrustedHostMiddleware(BodyLimits(app), allowed_hosts, www_redirect=False)
-    return SecurityHeaders(guarded, content_policy(page, listing))
+    limited = RequestLimit(ApiKey(BodyLimits(app), api_key))
+    guarded = TrustedHostMiddleware(limited, allowed_hosts, www_redirect=False)
+    policy = content_policy(page, listing)
+    return CountRequests(SecurityHeaders(guarded, policy), metrics)
 
 
-def _add_routes(app: FastAPI, api: ServeApi) -> None:
+def _add_routes(app: FastAPI, api: ServeApi, metrics: ServeMetrics) -> None:
+    # Answered without a thread, all of which may wait for the models.
+    @app.get("/health", response_model=Health)
+    async def health() -> Any:
+        """Say that the server answers; needs no API key."""
+        return {"status": "ok"}
+
+    @app.get("/metrics", response_class=PlainTextResponse)
+    async def show_metrics() -> PlainTextResponse:
+        """Return counts of requests, batches and seconds, in Prometheus' text format."""
+        return PlainTextResponse(metrics.as_text(), media_type="text/plain; version=0.0.4")
+
     @app.get("/info", response_model=Info)
     def info() -> Any:
         """Say what is served."""
@@ -142,6 +179,11 @@ def _add_routes(app: FastAPI, api: ServeApi) -> None:
     def items(q: Search = "") -> Any:
         """Search items by the words of their titles, or by their ids."""
         return api.items(q[:LONGEST_QUERY])
+
+    @app.post("/items", response_model=Added, status_code=HTTPStatus.CREATED)
+    def add_items(request: AddRequest) -> Any:
+        """Add items until the server ends: texts are encoded by the ItemLLM, or vectors given."""
+        return api.add_items(request)
 
     @app.get("/users", response_model=Users)
     def users(q: Search = "") -> Any:
@@ -163,19 +205,28 @@ def _add_routes(app: FastAPI, api: ServeApi) -> None:
 
     @app.post("/recommend", response_model=Recommended, response_model_exclude_unset=True)
     def recommend(request: RecommendRequest) -> Any:
-        """Return every model's best items for a history."""
+        """Return every model's best items for a user or a history."""
         return api.recommend(request)
+
+    @app.post("/similar", response_model=Recommended, response_model_exclude_unset=True)
+    def similar(request: SimilarRequest) -> Any:
+        """Return the items whose vectors are nearest to an item's, by cosine, for every model."""
+        return api.similar(request)
 
 
 def _add_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(InputError)
     def refuse_input(request: Request, error: Exception) -> JSONResponse:
-        return _error(HTTPStatus.BAD_REQUEST, one_line(error))
+        return problem(HTTPStatus.BAD_REQUEST, one_line(error))
+
+    @app.exception_handler(Unavailable)
+    def put_off(request: Request, error: Exception) -> JSONResponse:
+        return problem(HTTPStatus.SERVICE_UNAVAILABLE, one_line(error), {"Retry-After": "1"})
 
     @app.exception_handler(RequestValidationError)
     def refuse_request(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, RequestValidationError)
-        return _error(HTTPStatus.BAD_REQUEST, _sentence(error.errors()[0]))
+        return problem(HTTPStatus.BAD_REQUEST, _sentence(error.errors()[0], request.url.path))
 
     @app.exception_handler(HTTPException)
     def refuse_route(request: Request, error: Exception) -> JSONResponse:
@@ -187,160 +238,28 @@ def _add_error_handlers(app: FastAPI) -> None:
         if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
             allowed = (error.headers or {}).get("Allow", "GET")
             sentence = f"{one_line(request.method, 20)} is not possible here; use {allowed}."
-        return _error(error.status_code, sentence, error.headers)
+        return problem(error.status_code, sentence, error.headers)
 
     @app.exception_handler(Exception)
     def hide_defect(request: Request, error: Exception) -> JSONResponse:
         # uvicorn logs it.
-        return _error(HTTPStatus.INTERNAL_SERVER_ERROR, "the request failed; the log says why.")
+        return problem(HTTPStatus.INTERNAL_SERVER_ERROR, "the request failed; the log says why.")
 
 
-def _sentence(problem: Any) -> str:
-    """Write what pydantic says of a request in one sentence."""
-    if problem["type"] == "json_invalid":
-        return "the request's body is not JSON; send a JSON object with the key history."
-    where = ".".join(map(str, problem["loc"][1:])) or "the request's body"
-    said = problem["msg"].removeprefix("Value error, ")
-    if problem["type"] == "extra_forbidden":
-        known = ", ".join(RecommendRequest.model_fields)
-        return f"the request has an unknown key '{one_line(where, 40)}'; it takes {known}."
-    return f"{one_line(where, 40)}: {said[:1].lower()}{said[1:].rstrip('.')}; change it."
+def _sentence(detail: Any, path: str) -> str:
+    """Write what pydantic says of a request to a route in one sentence."""
+    if detail["type"] == "json_invalid":
+        return "the request's body is not JSON; send a JSON object."
+    where = one_line(".".join(map(str, detail["loc"][1:])) or "the request's body", 40)
+    said = one_line(detail["msg"].removeprefix("Value error, "), 200)
+    if detail["type"] == "extra_forbidden":
+        body = NewItem if len(detail["loc"]) > 2 else _BODIES[path]
+        takes = f"it takes {', '.join(body.model_fields)}"
+        return f"the request has an unknown key '{where}'; {takes}."
+    return f"{where}: {said[:1].lower()}{said[1:].rstrip('.')}; change it."
 
 
-def _error(status: int, sentence: str, headers: Any = None) -> JSONResponse:
-    return JSONResponse({"error": sentence}, status, headers)
-
-
-class SecurityHeaders:
-    """ASGI middleware: every answer tells browsers to keep it to itself and to load nothing else.
-
-    Args:
-        app: the application.
-        policy: the value of Content-Security-Policy.
-    """
-
-    def __init__(self, app: ASGIApp, policy: str) -> None:
-        self._app = app
-        self._headers = {
-            "Cache-Control": "no-store",
-            "Content-Security-Policy": policy,
-            "Cross-Origin-Resource-Policy": "same-origin",
-            "Referrer-Policy": "no-referrer",
-            "X-Content-Type-Options": "nosniff",
-        }
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer a request."""
-
-        async def send_with_headers(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                MutableHeaders(scope=message).update(self._headers)
-            await send(message)
-
-        await self._app(scope, receive, send_with_headers)
-
-
-class BodyLimits:
-    """ASGI middleware: a request's body is JSON, of at most 1 MiB, and comes within 30 seconds.
-
-    JSON is insisted on because browsers send other types to this server from any web page.
-
-    Args:
-        app: the application.
-    """
-
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer a request whose body is read here, as a whole."""
-        if scope["type"] != "http":
-            return
-        try:
-            body = await asyncio.wait_for(_read_body(receive), BODY_TIMEOUT_S)
-        except ConnectionResetError:
-            return
-        except TimeoutError:
-            refusal = _error(
-                HTTPStatus.REQUEST_TIMEOUT,
-                "the request's body did not come in time; send it again.",
-            )
-            refusal.headers["Connection"] = "close"
-            await refusal(scope, receive, send)
-            return
-        kind = Headers(scope=scope).get("content-type", "").partition(";")[0].strip().lower()
-        if body is None:
-            refusal = _error(
-                HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
-                f"the request's body is larger than {LARGEST_BODY >> 20} MiB; send less.",
-            )
-            refusal.headers["Connection"] = "close"
-            await refusal(scope, receive, send)
-        elif body and kind != "application/json":
-            await _error(
-                HTTPStatus.UNSUPPORTED_MEDIA_TYPE,
-                "the request's Content-Type is not application/json; set it so.",
-            )(scope, receive, send)
-        else:
-            await self._app(scope, _receive_once(body, receive), send)
-
-
-async def _read_body(receive: Receive) -> bytes | None:
-    """Return the body; None when it is too large.
-
-    Raises:
-        ConnectionResetError: the client has gone.
-    """
-    parts, length = [], 0
-    while length <= LARGEST_READ:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            raise ConnectionResetError
-        parts.append(message.get("body", b""))
-        length += len(parts[-1])
-        if length > LARGEST_BODY:
-            parts.clear()
-        if not message.get("more_body", False):
-            break
-    return b"".join(parts) if length <= LARGEST_BODY else None
-
-
-def _receive_once(body: bytes, receive: Receive) -> Receive:
-    given = False
-
-    async def receive_body() -> Message:
-        nonlocal given
-        if given:
-            return await receive()
-        given = True
-        return {"type": "http.request", "body": body, "more_body": False}
-
-    return receive_body
-
-
-def content_policy(*pages: str) -> str:
-    """Return a Content-Security-Policy by which pages' own scripts and styles run, and no others.
-
-    Args:
-        pages: HTML with at most one `<style>` and one `<script>` each, and no other resource.
-    """
-
-    def allowed(tag: str) -> str:
-        blocks = [
-            block for page in pages for block in re.findall(f"(?s)<{tag}>(.*?)</{tag}>", page)
-        ]
-        hashes = (hashlib.sha256(block.encode()).digest() for block in blocks)
-        return " ".join(f"'sha256-{base64.b64encode(one).decode('ascii')}'" for one in hashes)
-
-    return (
-        f"default-src 'none'; style-src {allowed('style')}; script-src {allowed('script')}; "
-        # The empty icon, without which browsers ask for /favicon.ico.
-        "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; "
-        "frame-ancestors 'none'"
-    )
-
-
-def _list_routes(schema: dict[str, Any]) -> str:
+def _list_routes(schema: dict[str, Any], *, with_key: bool) -> str:
     """Return an HTML page that lists the routes of an OpenAPI description and loads nothing."""
     routes = []
     for path, methods in schema["paths"].items():
@@ -351,7 +270,9 @@ def _list_routes(schema: dict[str, Any]) -> str:
                 for parameter in route.get("parameters", [])
             ]
             if "requestBody" in route:
-                body = schema["components"]["schemas"]["RecommendRequest"]["properties"]
+                content = route["requestBody"]["content"]["application/json"]["schema"]
+                kind = content["$ref"].rpartition("/")[2]
+                body = schema["components"]["schemas"][kind]["properties"]
                 named += [
                     f"<code>{escape(name)}</code>: {escape(field.get('description', ''))}"
                     for name, field in body.items()
@@ -362,6 +283,7 @@ def _list_routes(schema: dict[str, Any]) -> str:
                 f"<p>{escape(route.get('description', ''))}</p><ul>{lines}</ul>"
             )
     example = json.dumps({"history": ["1", "2"], "topk": 3})
+    key = "-H 'Authorization: Bearer KEY' " if with_key else ""
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -373,7 +295,7 @@ def _list_routes(schema: dict[str, Any]) -> str:
         "pre { white-space: pre-wrap; }</style></head>"
         '<body><h1>HSFT: API</h1><p>The whole description is <a href="/openapi.json">'
         "/openapi.json</a>, in the OpenAPI format. A request by hand:</p>"
-        f"<pre>curl -H 'Content-Type: application/json' -d '{escape(example)}' "
+        f"<pre>curl {escape(key)}-H 'Content-Type: application/json' -d '{escape(example)}' "
         "http://ADDRESS/recommend</pre>"
         f"{''.join(routes)}</body></html>\n"
     )

@@ -26,7 +26,7 @@ from hsft.finished.open_run import (
     refuse_changed_data,
     refuse_elsewhere,
 )
-from hsft.report.breakdown import history_groups, popularity_groups
+from hsft.report.breakdown import history_groups, popularity_deciles, popularity_groups
 from hsft.report.compare import Comparison, load_comparison, run_names
 from hsft.report.page import Page, Section, render
 from hsft.report.result import read_result
@@ -38,6 +38,7 @@ from hsft.report.sections import (
     headline,
     metric_charts,
     metric_section,
+    popularity_section,
     recall_section,
     training_section,
 )
@@ -142,7 +143,7 @@ def _breakdowns(
         return [Section(HISTORY, [reason]), Section(POPULARITY, [reason])]
     segments = dataset.segments
     by_length = history_groups(segments.ends - segments.starts - 1)
-    by_popularity = popularity_groups(train_item_counts(data.split), dataset.targets)
+    counts = train_item_counts(data.split)
     return [
         group_section(
             HISTORY,
@@ -153,16 +154,10 @@ def _breakdowns(
             by_length,
             comparison,
         ),
-        group_section(
+        popularity_section(
             POPULARITY,
-            [
-                "Users grouped by how often their held-out item occurs in the training items. "
-                "Head: the most popular items, which hold the first 20 % of the training "
-                "interactions; tail: the least popular ones, which hold the last 20 %; middle: "
-                "those between. Items that occur equally often stay together. Items never in training are "
-                "a group of their own."
-            ],
-            by_popularity,
+            popularity_groups(counts, dataset.targets),
+            popularity_deciles(counts, dataset.targets),
             comparison,
         ),
     ]
@@ -275,7 +270,7 @@ def _evaluation_users(
     result = read_result(run_dir)
     phase: Phase = "valid" if result["phase"] == "valid" else "test"
     times = item_times(config, data.interactions)
-    dataset = CachedEmbeddingEvalDataset(data.split, phase, config.MAX_ITEM_LIST_LENGTH, times)
+    dataset = CachedEmbeddingEvalDataset(data.split, phase, config.eval_list_length, times)
     then, now = result.get("data", {}), data.summary()
     changed = [key for key in now if key in then and then[key] != now[key]]
     if changed:

@@ -26,6 +26,8 @@ def _download(side: Side, argv: Sequence[str]) -> int:
     options = parse_options(side, argv)
     # Imported here, so that --help and a mistyped option need not wait for torch.
     from hsft.inputs.import_hllm import import_checkpoint
+    from hsft.run.first_look import look_at_model
 
-    import_checkpoint(options)
+    if import_checkpoint(options):
+        look_at_model(side, options.out)
     return EXIT_OK

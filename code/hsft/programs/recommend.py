@@ -126,8 +126,8 @@ def _add_host(group: argparse._ActionsContainer) -> None:
     group.add_argument(
         "--host",
         default="127.0.0.1",
-        help="name or address to serve on (default: %(default)s, this machine only; there is no "
-        "password)",
+        help="name or address to serve on (default: %(default)s, this machine only; others need the "
+        "key in HSFT_API_KEY)",
     )
 
 

@@ -76,15 +76,19 @@ def history_groups(lengths: np.ndarray, parts: int = 4) -> list[Group]:
         lengths: int64 [E], items before the target, at least 1.
         parts: number of groups.
     """
-    shares = np.arange(1, parts) / parts
-    cuts = np.unique(np.quantile(lengths, shares, method="inverted_cdf").astype(np.int64))
-    cuts = np.append(cuts[cuts < lengths.max()], lengths.max())
+    cuts = np.unique(_quantile_cuts(lengths, parts))
     group_of = np.searchsorted(cuts, lengths)
     first = [int(lengths.min()), *(int(cut) + 1 for cut in cuts[:-1])]
     return [
         Group(f"{_span(low, int(high))} {'item' if high == 1 else 'items'}", group_of == number)
         for number, (low, high) in enumerate(zip(first, cuts, strict=True))
     ]
+
+
+def _quantile_cuts(values: np.ndarray, parts: int) -> np.ndarray:
+    """Return the largest value of each part of like size: int64 [parts], ascending, some equal."""
+    shares = np.arange(1, parts + 1) / parts
+    return np.quantile(values, shares, method="inverted_cdf").astype(np.int64)
 
 
 def popularity_groups(counts: np.ndarray, targets: np.ndarray) -> list[Group]:
@@ -104,6 +108,44 @@ def popularity_groups(counts: np.ndarray, targets: np.ndarray) -> list[Group]:
         Group(name, of_user == number, _about(counts[1:][of_item == number]))
         for number, name in names.items()
     ]
+
+
+@dataclass(frozen=True)
+class Deciles:
+    """Users in ten parts of like size, of which those with equal values are one.
+
+    Attributes:
+        groups: the distinct parts.
+        of_decile: int64 [10], the group of each decile.
+    """
+
+    groups: Sequence[Group]
+    of_decile: np.ndarray
+
+
+def popularity_deciles(counts: np.ndarray, targets: np.ndarray) -> Deciles:
+    """Group users by the decile of their target's popularity, from the least popular to the most.
+
+    Users whose targets are equally popular are never separated: deciles that end at one popularity
+    are one group.
+
+    Args:
+        counts: int64 [I + 1], training interactions of each item, entry 0 the padding item.
+        targets: int64 [E], item number of each user's target.
+    """
+    popularity = counts[targets]
+    cuts, of_decile = np.unique(_quantile_cuts(popularity, 10), return_inverse=True)
+    group_of = np.searchsorted(cuts, popularity)
+    groups = []
+    for number in range(len(cuts)):
+        deciles = np.flatnonzero(of_decile == number) + 1
+        name = f"decile {_span(int(deciles[0]), int(deciles[-1]))}"
+        members = group_of == number
+        shown = popularity[members]
+        span = _span(int(shown.min()), int(shown.max()))
+        unit = "interaction" if span == "1" else "interactions"
+        groups.append(Group(name, members, [f"{span} {unit} each"]))
+    return Deciles(groups, of_decile)
 
 
 def recall_curve(

@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from hsft.config.schema import ID_MODELS
+from hsft.config.schema import ID_MODELS, USER_LLM_MODELS
 from hsft.evaluator.fingerprint import differing_parts
-from hsft.evaluator.intervals import interval, paired_p_value
+from hsft.evaluator.intervals import holm, interval, paired_p_value
 from hsft.evaluator.metrics import PER_USER, per_user
 from hsft.report.result import TUNED, UNTRAINED, read_ranks, read_result
 from hsft.report.table import relative_gain
@@ -63,11 +63,14 @@ class Test:
         other: the other row's name.
         gain: relative difference as a signed percentage, or `n/a`.
         p_value: of a two-sided paired randomisation test.
+        p_holm: the same, corrected by Holm's procedure for the tests of this kind and metric in the
+            comparison: those of all rows against the first, or all against the best other.
     """
 
     other: str
     gain: str
     p_value: float
+    p_holm: float
 
 
 @dataclass(frozen=True)
@@ -148,33 +151,48 @@ class Comparison:
 
 def _records_of_column(rows: Sequence[Row], name: str, k: int) -> list[Record]:
     values = [float(per_user(name, row.ranks, k).mean()) for row in rows]
-    tests: dict[tuple[int, int], Test] = {}
+    # The test is the same either way round.
+    p_values: dict[frozenset[int], float] = {}
 
-    def against(number: int, other: int) -> Test:
-        if (number, other) not in tests:
-            tests[number, other] = Test(
+    def tests(pairs: Sequence[tuple[int, int]]) -> dict[int, Test]:
+        """Test a row against another, for each pair: the first one's number -> test."""
+        family = list(dict.fromkeys(map(frozenset, pairs)))
+        for pair in family:
+            if pair not in p_values:
+                one, two = (rows[number].ranks for number in pair)
+                p_values[pair] = paired_p_value(name, one, two, k)
+        adjusted = dict(zip(family, holm([p_values[pair] for pair in family]), strict=True))
+        return {
+            number: Test(
                 rows[other].name,
                 relative_gain(values[other], values[number]),
-                paired_p_value(name, rows[number].ranks, rows[other].ranks, k),
+                p_values[frozenset((number, other))],
+                adjusted[frozenset((number, other))],
             )
-        return tests[number, other]
+            for number, other in pairs
+        }
 
-    records = []
-    for number, row in enumerate(rows):
-        others = [other for other in range(len(rows)) if other != number]
-        best_other = max(others, key=lambda other: values[other], default=None)
-        records.append(
-            Record(
-                row.name,
-                f"{name}@{k}",
-                values[number],
-                *interval(name, row.ranks, k),
-                best=bool(others) and values[number] == max(values) > 0,
-                against_first=against(number, 0) if number else None,
-                against_best_other=None if best_other is None else against(number, best_other),
-            )
+    numbers = range(len(rows))
+    against_first = tests([(number, 0) for number in numbers[1:]])
+    against_best_other = tests(
+        [
+            (number, max((other for other in numbers if other != number), key=values.__getitem__))
+            for number in numbers
+            if len(rows) > 1
+        ]
+    )
+    return [
+        Record(
+            row.name,
+            f"{name}@{k}",
+            values[number],
+            *interval(name, row.ranks, k),
+            best=len(rows) > 1 and values[number] == max(values) > 0,
+            against_first=against_first.get(number),
+            against_best_other=against_best_other.get(number),
         )
-    return records
+        for number, row in enumerate(rows)
+    ]
 
 
 def load_comparison(run_dirs: Sequence[str | Path]) -> Comparison:
@@ -247,9 +265,10 @@ def refuse_unlike(
                 if size in sizes and size in first_sizes and sizes[size] != first_sizes[size]
             ]
         if unlike:
+            same = "the same split" if "split" in unlike else "the same version of the data"
             raise InputError(
                 f"{run_dir} cannot be compared with {run_dirs[0]}: they differ in {_and(unlike)}; "
-                f"name runs on the same version of the data."
+                f"name runs on {same}."
             )
     without = [
         str(run_dir)
@@ -325,6 +344,7 @@ def _settings(result: Mapping[str, Any], row: str) -> str:
     config = {**result["config"], "precision": result.get("environment", {}).get("precision")}
     if row == UNTRAINED:
         keys = ["user_pretrain_dir", "user_llm_layers", "MAX_ITEM_LIST_LENGTH"]
+        keys += ["MAX_ITEM_LIST_LENGTH_TEST"]
         keys += ["item_embedding_transform", "precision"]
         run = _exported_from(result)
         start = f"fine-tuned, exported from {run}, " if run else ""
@@ -333,7 +353,8 @@ def _settings(result: Mapping[str, Any], row: str) -> str:
         return _members(result)
     if row not in TRAINED:
         return ""
-    keys = ["epochs", "train_batch_size", "MAX_ITEM_LIST_LENGTH", "seed"]
+    keys = ["epochs", "train_batch_size", "MAX_ITEM_LIST_LENGTH"]
+    keys += ["MAX_ITEM_LIST_LENGTH_TEST", "seed"]
     if config.get("model") == "HLLM":
         keys += ["encoder", "user_llm_layers", "loss", "negatives", "num_negatives", "precision"]
         keys += ["item_embedding_transform", "item_adapter", "use_qlora"]
@@ -343,6 +364,8 @@ def _settings(result: Mapping[str, Any], row: str) -> str:
             keys += [key for key in config if key.startswith("qlora_")]
     else:
         keys += [str(config.get("model")), "num_negatives"]
+        if config.get("model") in USER_LLM_MODELS:
+            keys += ["user_pretrain_dir", "user_llm_layers", "use_qlora"]
         keys += [key for key in ("negatives_logq", "temperature", "fix_temp") if config.get(key)]
     return _listed({**{key: config.get(key) for key in keys}, **config.get("optim_args", {})})
 

@@ -37,9 +37,12 @@ def blocks(comparison: Comparison) -> Blocks:
     ]
     note = INTERVALS
     if len(comparison.rows) > 1:
+        corrected = ""
+        if len(comparison.rows) > 2:
+            corrected = f", by Holm's correction for {len(comparison.rows) - 1} tests a metric"
         note += (
             f"; *+ higher, *- lower than {comparison.rows[0].name} (paired randomisation test, "
-            f"p < 0.05)"
+            f"p < 0.05{corrected})"
         )
     settings = [f"{row.name}: {row.settings}." for row in comparison.rows if row.settings]
     return [
@@ -66,7 +69,7 @@ def _aggregates(comparison: Comparison) -> Blocks:
 
 def _mark(record: Record, first: Record) -> str:
     test = record.against_first
-    if test is None or test.p_value >= 0.05:
+    if test is None or test.p_holm >= 0.05:
         return ""
     return "*+" if record.value > first.value else "*-"
 
@@ -98,12 +101,12 @@ def csv_lines(comparison: Comparison) -> list[list[dict[str, Any]]]:
 def csv_columns(record: Record) -> dict[str, Any]:
     """Return one record as a line of CSV: column -> value."""
 
-    def tested(test: Test | None) -> tuple[str | None, float | None]:
-        return (None, None) if test is None else (test.gain, test.p_value)
+    def tested(test: Test | None) -> tuple[str | None, float | None, float | None]:
+        return (None, None, None) if test is None else (test.gain, test.p_value, test.p_holm)
 
-    gain, p_value = tested(record.against_first)
+    gain, p_value, p_holm = tested(record.against_first)
     other = record.against_best_other
-    gain_other, p_value_other = tested(other)
+    gain_other, p_value_other, p_holm_other = tested(other)
     return {
         "run": record.run,
         "metric": record.metric,
@@ -112,9 +115,11 @@ def csv_columns(record: Record) -> dict[str, Any]:
         "high": record.high,
         "gain": gain,
         "p_value": p_value,
+        "p_holm": p_holm,
         "best_other": None if other is None else other.other,
         "gain_over_best_other": gain_other,
         "p_value_best_other": p_value_other,
+        "p_holm_best_other": p_holm_other,
     }
 
 

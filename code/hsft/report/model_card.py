@@ -15,6 +15,7 @@ from hsft.config import Config
 from hsft.evaluator.metrics import PER_USER
 from hsft.report.compare import Comparison, Row
 from hsft.report.comparison_files import markdown
+from hsft.report.result import split_sentence
 from hsft.utils.errors import one_line
 
 Format = Literal["merged", "adapter", "onnx"]
@@ -187,10 +188,7 @@ def _data(exported: Exported) -> str:
     if isinstance(cache, dict) and cache.get("model"):
         item_llm = str(cache["model"]).rstrip("/").rpartition("/")[2]
         text += f" Item embeddings: {_code(item_llm)}."
-    return (
-        f"{text} Split: leave-one-out by time, a user's last item for test, the one before it for "
-        f"validation."
-    )
+    return f"{text} Split: {split_sentence(exported.result)}."
 
 
 def _loading(exported: Exported) -> str:

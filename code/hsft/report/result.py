@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -92,6 +93,26 @@ def read_result(run_dir: str | Path) -> dict[str, Any]:
             f"{path} is not a result of this program ({wrong}); run the command again."
         )
     return result
+
+
+def split_sentence(result: Mapping[str, Any]) -> str:
+    """Say how a run's held-out items were chosen, and what that leaks.
+
+    Args:
+        result: as `read_result` returns.
+    """
+    time = result.get("data", {}).get("split")
+    if not isinstance(time, dict) or time.get("kind") != "global_time":
+        return (
+            "leave-one-out by time: the last item of each user, the one before it for validation. Other "
+            "users' training items may be of later times than a user's held-out item, which a model "
+            "in use could not have seen (split: global_time)"
+        )
+    valid, test = (one_line(time.get(f"{phase}_from_shown"), 40) for phase in ("valid", "test"))
+    return (
+        f"global time: training before {valid}, validation from then on, test from {test} on; a user's "
+        f"first item in a period is held out"
+    )
 
 
 def _first_wrong(result: Any) -> str | None:

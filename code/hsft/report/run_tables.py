@@ -7,7 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from hsft.config.loader import flat_values
-from hsft.config.schema import ID_MODELS, READS_EMBEDDINGS, TIME_MODELS, TRAINED_MODELS, Config
+from hsft.config.schema import (
+    ID_MODELS,
+    READS_EMBEDDINGS,
+    TIME_MODELS,
+    TRAINED_MODELS,
+    USER_LLM_MODELS,
+    Config,
+)
 from hsft.report.page import Cell, Section, Table
 from hsft.utils.progress import format_seconds
 
@@ -45,13 +52,17 @@ def applies(key: str, config: Mapping[str, Any]) -> bool:
     model, name = config.get("model"), key.partition(".")[0]
     trains = model in TRAINED_MODELS and not config.get("val_only")
     group = _GROUP_OF_KEY.get(name)
+    if name.startswith("split_"):
+        return config.get("split") == "global_time"
+    if name == "data_split":
+        return trains
     if name in ID_MODELS:
         return model == name
     if name == "runs":
         return model == "ensemble"
     if name in ("knn_history", "knn_decay"):
         return model in ("item_knn", "tfidf")
-    if name == "MAX_ITEM_LIST_LENGTH":
+    if name.startswith("MAX_ITEM_LIST_LENGTH"):
         return model not in ("pop", "random")
     if name == "eval_baseline":
         return model == "HLLM" and trains
@@ -66,6 +77,8 @@ def applies(key: str, config: Mapping[str, Any]) -> bool:
         return trains or model == "ensemble"
     if group == "training" or name in _TRAINING_KEYS:
         return trains
+    if name == "item_dropout":
+        return model in USER_LLM_MODELS and trains
     if group == "item cache" or name in _READING_KEYS:
         return model in READS_EMBEDDINGS
     if name == "use_timestamps":
@@ -73,7 +86,7 @@ def applies(key: str, config: Mapping[str, Any]) -> bool:
     if name == "predict_at":
         return bool(config.get("use_timestamps"))
     if group == "UserLLM":
-        return model == "HLLM" and _user_llm_key_applies(name, config, trains)
+        return model in USER_LLM_MODELS and _user_llm_key_applies(name, config, trains)
     return True
 
 

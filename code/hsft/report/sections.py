@@ -8,11 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from hsft.report.breakdown import Estimate, Group, counted, group_estimate, recall_curve
+from hsft.report.breakdown import Deciles, Estimate, Group, counted, group_estimate, recall_curve
 from hsft.report.charts import Series, bar_chart, group_chart, line_chart
 from hsft.report.compare import TRAINED, Comparison, Record, Row
 from hsft.report.comparison_files import INTERVALS, metric_bars
 from hsft.report.page import Cell, Chart, Section, Table
+from hsft.report.result import split_sentence
 from hsft.report.run_tables import NOT_RECORDED, Results, as_time
 
 _CURVE_TICKS = (1, 2, 5, 10, 20, 50, 100)
@@ -39,7 +40,7 @@ def facts(comparison: Comparison, results: Results) -> list[tuple[str, str]]:
     ended = sorted(str(result["finished"]) for _, _, result in results if result.get("finished"))
     return [
         ("Dataset", str(first["dataset"])),
-        ("Held-out items", f"{first['phase']}, leave-one-out by time"),
+        ("Held-out items", f"{first['phase']}, {split_sentence(first)}"),
         ("Users", f"{len(comparison.rows[0].users):,}"),
         ("Protocol", str(first["protocol"])),
         ("Runs", ", ".join(name for name, _, _ in results)),
@@ -71,11 +72,11 @@ def headline(comparison: Comparison) -> str:
         return f"{best.run}: {value} over {users}."
     if best.value <= 0:
         return f"None of the {len(records)} models has a hit: {best.metric} is 0 over {users}."
-    sure = "" if test.p_value < _NOT_SIGNIFICANT else ", a difference that may be chance"
+    sure = "" if test.p_holm < _NOT_SIGNIFICANT else ", a difference that may be chance"
     gain = "" if test.gain == "n/a" else f"{test.gain} over "
     return (
         f"{best.run} is best of {len(records)} models: {value}, {gain or 'against '}the next best, "
-        f"{test.other} ({_p_value(test.p_value)}{sure}), over {users}."
+        f"{test.other} ({_p_value(test.p_holm)}{sure}), over {users}."
     )
 
 
@@ -121,7 +122,7 @@ def metric_section(comparison: Comparison) -> Section:
         text = [
             f"In brackets: {INTERVALS}. Below them: the relative difference to the best of the other "
             f"models, which for the best one is the second best, and the p-value of a two-sided "
-            f"paired randomisation test against it, not corrected for the number of comparisons."
+            f"paired randomisation test against it{_corrected(len(comparison.rows))}."
         ]
     measured = {name.partition("@")[0] for _, columns in aggregates for name in columns}
     meanings = [f"{name}: {said}" for name, said in _MEANINGS.items() if name in measured]
@@ -264,6 +265,63 @@ def group_section(
     return Section(title, text, charts, tables)
 
 
+def popularity_section(
+    title: str,
+    groups: Sequence[Group],
+    deciles: Deciles,
+    comparison: Comparison,
+) -> Section:
+    """Metrics at one cut-off by how popular the held-out item is: head to tail, and by deciles."""
+    text = [
+        "Users grouped by how often their held-out item occurs in the training items. "
+        "Head: the most popular items, which hold the first 20 % of the training "
+        "interactions; tail: the least popular ones, which hold the last 20 %; middle: "
+        "those between. Items that occur equally often stay together. Items never in training are "
+        "a group of their own.",
+        "Deciles: the users in ten parts of like size, from the least popular held-out items to the "
+        "most popular ones. Users whose items are equally popular stay together, so that several "
+        "deciles can have one value.",
+    ]
+    section = group_section(title, text, groups, comparison)
+    k = middle_cut([cut for _, cut in comparison.columns])
+    charts, tables = list(section.charts), list(section.tables)
+    for name in dict.fromkeys(name for name, _ in comparison.columns):
+        metric = f"{name}@{k}"
+        by_row = [
+            [
+                estimate
+                for group in deciles.groups
+                if (estimate := group_estimate(group, name, row.ranks, k)) is not None
+            ]
+            for row in comparison.rows
+        ]
+        series = []
+        for number, (row, estimates) in enumerate(zip(comparison.rows, by_row, strict=True)):
+            values, _, low, high = _columns([estimates[group] for group in deciles.of_decile])
+            at = np.arange(1, len(deciles.of_decile) + 1)
+            series.append(Series(row.name, number, values, at, low, high))
+        charts.append(
+            Chart(
+                line_chart(
+                    series,
+                    "popularity decile",
+                    metric,
+                    description=f"Line chart of {metric} by the popularity decile of the held-out item "
+                    f"for each model; the numbers are in the folded table below.",
+                ),
+                f"{metric} by popularity decile of the held-out item, 10 the most popular; bands are "
+                f"95 % intervals.",
+            )
+        )
+        rows: list[list[str | Cell]] = [
+            [row.name, *map(_estimate_cell, estimates)]
+            for row, estimates in zip(comparison.rows, by_row, strict=True)
+        ]
+        header: list[str | Cell] = ["model", *map(_group_header, deciles.groups)]
+        tables.append(Table(f"{metric} by popularity decile", header, rows, folded=True))
+    return Section(title, text, charts, tables)
+
+
 def cold_start_section(
     run: str, full_dataset: str, measured: Sequence[Mapping[str, Any]]
 ) -> Section:
@@ -359,8 +417,13 @@ def _metric_cell(record: Record) -> Cell:
     small = [f"[{record.low:.4f}, {record.high:.4f}]"]
     test = record.against_best_other
     if test is not None:
-        small.append(f"{test.gain}, {_p_value(test.p_value)}")
+        small.append(f"{test.gain}, {_p_value(test.p_holm)}")
     return Cell(f"{record.value:.4f}", small, best=record.best)
+
+
+def _corrected(rows: int) -> str:
+    """Say what the p-values of so many rows against the best other are corrected for."""
+    return f", corrected by Holm's procedure for {rows - 1} tests a metric" if rows > 2 else ""
 
 
 def _p_value(p_value: float) -> str:

@@ -32,7 +32,7 @@ from hsft.data.files import (
 )
 from hsft.data.interactions import Interactions, load_interactions
 from hsft.data.item_text import ItemTexts, read_item_texts, unfit_texts
-from hsft.data.split import Phase, Split, leave_one_out
+from hsft.data.split import Phase, Split, make_split
 from hsft.data.time_fields import item_times
 from hsft.encoding.item_llm import check_tokenizer, emb_token, no_emb_token
 from hsft.encoding.item_tower import check_frozen_layers
@@ -146,7 +146,7 @@ def check_run(config: Config) -> None:
     findings = Findings()
     _quick_run(config, findings)
     interactions = _interactions(config, findings)
-    cache = None
+    cache = split = None
     if config.reads_embeddings:
         if config.trains_items or not config.use_item_cache:
             texts = _item_texts(config, findings)
@@ -166,9 +166,11 @@ def check_run(config: Config) -> None:
                 if config.trains_items:
                     refuse_other_item_llm(config, cache)
                 interactions = match_cache(interactions, cache, config)
-        split = leave_one_out(interactions)
-        _split(config, split, findings)
-        if config.model == "ensemble" and not findings.problems:
+        with findings.collect():
+            split = make_split(config, interactions)
+            _split(config, split, findings)
+            interactions = split.interactions
+        if split is not None and config.model == "ensemble" and not findings.problems:
             with findings.collect():
                 refuse_unlike_members(member_runs(config), config, split)
         trains_nce = config.model == "HLLM" and config.trains and config.loss == "nce"
@@ -183,7 +185,7 @@ def check_run(config: Config) -> None:
                 note, high = check_cosines(config, cache, interactions)
                 findings.notes.append(note)
                 findings.warn(high)
-    _memory(config, findings, interactions, cache)
+    _memory(config, findings, split, cache)
     findings.finish()
 
 
@@ -238,13 +240,13 @@ def _quick_run(config: Config, findings: Findings) -> None:
         with findings.collect():
             information_file(config.text_path, config.dataset)
     hidden = None
-    if config.model == "HLLM":
-        hidden = _user_model(config, findings)
+    if config.has_user_llm:
+        hidden = check_user_model(config, findings)
     if config.trains_items:
         with findings.collect():
             information_file(config.text_path, config.dataset)
     if config.trains_items or (config.reads_embeddings and not config.use_item_cache):
-        _item_model(config, findings)
+        check_item_model(config, findings)
     if config.reads_embeddings and config.use_item_cache and has_cache_path(config):
         with findings.collect():
             _cache_header(config, hidden)
@@ -257,7 +259,7 @@ def _quick_caching(config: Config, findings: Findings) -> None:
         information_file(config.text_path, config.dataset)
     with findings.collect():
         _writable(cache_path(config), "item cache", "--item_cache_path")
-    _item_model(config, findings)
+    check_item_model(config, findings)
 
 
 def _writable(target: Path, name: str, key: str) -> None:
@@ -288,8 +290,13 @@ def _writable(target: Path, name: str, key: str) -> None:
         )
 
 
-def _user_model(config: Config, findings: Findings) -> int | None:
-    """Check the UserLLM's folder and return its hidden size, None when that is not known."""
+def check_user_model(config: Config, findings: Findings) -> int | None:
+    """Check the UserLLM's folder and return its hidden size, None when that is not known.
+
+    Args:
+        config: the configuration.
+        findings: where problems are booked.
+    """
     folder = hidden = None
     with findings.collect():
         folder = user_llm_folder(config)
@@ -302,31 +309,43 @@ def _user_model(config: Config, findings: Findings) -> int | None:
         kind = read_kind(source)
         check_decoder(kind, folder, source.layers)
         hidden = kind.hidden_size
-        weights = check_files(folder)
-        check_shapes(kind, weights, folder)
+        weights = None
+        if config.loads_user_llm:
+            weights = check_files(folder)
+            check_shapes(kind, weights, folder)
         decoder = read_structure(source)
         check_embeddings(decoder.embedding_width, decoder.hidden_size, folder)
-        check_positions(decoder, config.MAX_ITEM_LIST_LENGTH, folder, "MAX_ITEM_LIST_LENGTH")
+        check_positions(decoder, config.longest_list_length, folder, "MAX_ITEM_LIST_LENGTH")
         if config.use_qlora and not config.val_only:
             check_lora_targets(decoder.linear, config.qlora_target_modules)
-        check_weights(
-            folder, layers=config.user_llm_layers, trust_remote_code=config.trust_remote_code
+        if weights is not None:
+            check_weights(
+                folder, layers=config.user_llm_layers, trust_remote_code=config.trust_remote_code
+            )
+        _training_space(
+            config, sum(decoder.sizes) if weights is None else _trained(config, weights)
         )
-        _training_space(config, weights)
     with findings.collect():
         extra = read_extra(folder)
-        if hidden is not None:
+        if hidden is not None and config.model == "HLLM":
             train = not config.val_only
             adapter_shape(config, extra, folder, train=train, rectangular=False)
             read_id_vectors(folder, hidden)
     with findings.collect():
         user_attention(config, torch.device(choose_device(config)))
-    with findings.collect():
-        findings.warn(pretraining_overlap(folder, config.dataset))
+    if config.loads_user_llm:
+        with findings.collect():
+            findings.warn(pretraining_overlap(folder, config.dataset))
     return hidden
 
 
-def _item_model(config: Config, findings: Findings) -> None:
+def check_item_model(config: Config, findings: Findings) -> None:
+    """Check the folder of the ItemLLM, or of the sentence encoder in its place.
+
+    Args:
+        config: the configuration.
+        findings: where problems are booked.
+    """
     if config.encoder is not None:
         with findings.collect():
             source = sentence_source(config.encoder, config.trust_remote_code)
@@ -427,10 +446,11 @@ def _texts_suffice(
 
 def _split(config: Config, split: Split, findings: Findings) -> None:
     validates = config.trains or config.model == "ensemble"
+    findings.notes += [] if split.time is None else split.time.sentences()
     phases: set[Phase] = {config.eval_phase} | ({"valid"} if validates else set())
     for phase in sorted(phases):
         with findings.collect():
-            dataset = CachedEmbeddingEvalDataset(split, phase, config.MAX_ITEM_LIST_LENGTH)
+            dataset = CachedEmbeddingEvalDataset(split, phase, config.eval_list_length)
             Evaluator(dataset, eval_protocol(config), batch_size=config.eval_batch_size)
             findings.notes.append(f"{phase}: {len(dataset)} users are scored")
     if not config.trains:
@@ -445,11 +465,19 @@ def _split(config: Config, split: Split, findings: Findings) -> None:
         check_training(config, split, sequences)
 
 
-def _training_space(config: Config, weights: Weights) -> None:
-    if config.val_only or config.use_qlora or not weights.shapes:
+def _trained(config: Config, weights: Weights) -> int:
+    """Return the number of the UserLLM's weights, 0 where the files have no headers."""
+    if not weights.shapes:
+        return 0
+    return weights.count(config.user_llm_layers, vocabulary=False)
+
+
+def _training_space(config: Config, weights: int) -> None:
+    """Refuse a disk that does not hold so many trained weights."""
+    if config.val_only or config.use_qlora or not weights:
         return
     # `best/` holds every trained weight in float32; its successor is written before it is removed.
-    needed = 2 * 4 * weights.count(config.user_llm_layers, vocabulary=False)
+    needed = 2 * 4 * weights
     _enough(Path(config.checkpoint_dir), needed, "the trained weights", "--checkpoint_dir")
 
 
@@ -479,16 +507,16 @@ def _enough(target: Path, needed: int, what: str, key: str) -> None:
 
 
 def _memory(
-    config: Config, findings: Findings, interactions: Interactions | None, cache: ItemCache | None
+    config: Config, findings: Findings, split: Split | None, cache: ItemCache | None
 ) -> None:
     """Estimate memory; refuse only what the weights and the item table alone exceed."""
-    if findings.problems or config.model != "HLLM" or interactions is None or cache is None:
+    if findings.problems or config.model != "HLLM" or split is None or cache is None:
         return
     folder = Path(config.user_pretrain_dir or "")
     device = choose_device(config)
     weights = check_files(folder).count(config.user_llm_layers, vocabulary=False)
     size = 4 if config.item_embedding_transform != "none" else cache.embeddings.element_size()
-    table = len(interactions.item_ids) * cache.dim * size
+    table = len(split.interactions.item_ids) * cache.dim * size
     if config.trains_items:
         encoder = str(item_llm_folder(config))
         weights += check_files(sentence_source(encoder, config.trust_remote_code).folder).count()
@@ -509,9 +537,9 @@ def _memory(
             from hsft.run.dry_run import training_shape
             from hsft.run.quant_type import resolve_quant_type
 
-            config, chosen = resolve_quant_type(config, interactions, torch.device(device))
+            config, chosen = resolve_quant_type(config, split, torch.device(device))
             findings.notes += [chosen] if chosen else []
-            needed = estimate(training_shape(config, interactions), config.train_batch_size).total
+            needed = estimate(training_shape(config, split), config.train_batch_size).total
             findings.notes.append(f"memory: about {needed / GIB:.2f} GiB in a training step")
             if needed > total:
                 raise InputError(

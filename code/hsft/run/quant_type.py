@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from hsft.config import Config, load_config
-from hsft.data.interactions import Interactions
+from hsft.data.split import Split
 from hsft.model.backbone import quantization_obstacle
 from hsft.report.result import CONFIG_FILE
 from hsft.run.dry_run import choose_quant_type, training_shape
@@ -17,7 +17,7 @@ from hsft.utils.distributed import all_gather
 
 def resolve_quant_type(
     config: Config,
-    interactions: Interactions,
+    split: Split,
     device: torch.device,
     continued: Path | None = None,
 ) -> tuple[Config, str]:
@@ -27,7 +27,7 @@ def resolve_quant_type(
 
     Args:
         config: the configuration.
-        interactions: of the run, for the lengths of its sequences.
+        split: of the run, for the lengths of its sequences.
         device: where the model is trained.
         continued: folder of the run that is continued, which goes on with what it took; None: a new
             run.
@@ -46,11 +46,11 @@ def resolve_quant_type(
         taken = load_config([continued / CONFIG_FILE])[0].qlora_quant_type
         reason = f"qlora_quant_type: auto stays {taken}, as the run began."
     if taken == "auto":
-        taken, reason = _choose(config, interactions, device)
+        taken, reason = _choose(config, split, device)
     return config.model_copy(update={"qlora_quant_type": taken}), reason
 
 
-def _choose(config: Config, interactions: Interactions, device: torch.device) -> tuple[str, str]:
+def _choose(config: Config, split: Split, device: torch.device) -> tuple[str, str]:
     obstacle = quantization_obstacle(device.type)
     if obstacle is not None:
         return "none", f"qlora_quant_type: auto takes none (plain LoRA): {obstacle}."
@@ -63,7 +63,7 @@ def _choose(config: Config, interactions: Interactions, device: torch.device) ->
         )
     known = config.model_copy(update={"precision": choose_precision(config)})
     free = min(all_gather(_free_bytes(device)))
-    return choose_quant_type(training_shape(known, interactions), config.train_batch_size, free)
+    return choose_quant_type(training_shape(known, split), config.train_batch_size, free)
 
 
 def _free_bytes(device: torch.device) -> int:

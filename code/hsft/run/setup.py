@@ -21,7 +21,7 @@ from hsft.data.dataset import CachedEmbeddingEvalDataset, CachedEmbeddingTrainDa
 from hsft.data.files import cache_path, find_cache, user_llm_folder
 from hsft.data.interactions import PAD, Interactions, drop_items, load_interactions
 from hsft.data.negatives import NegativeSampler
-from hsft.data.split import NEEDED, Split, leave_one_out, train_item_counts
+from hsft.data.split import NEEDED, Split, make_split, train_item_counts
 from hsft.data.time_fields import item_times
 from hsft.evaluator.evaluator import EvalProtocol, Evaluator
 from hsft.evaluator.list_metrics import ItemStatistics, count_item_users
@@ -36,10 +36,12 @@ from hsft.model.backbone import (
     linear_layers,
     load_decoder,
     load_model_config,
+    make_decoder,
     model_kind,
     read_extra,
 )
 from hsft.model.hstu import build_hstu
+from hsft.model.id_model import IdTable, id_loss_settings
 from hsft.model.item_adapter import adapter_shape, check_width, load_adapter
 from hsft.model.item_ids import load_id_vectors, read_id_vectors
 from hsft.model.item_table import ItemTable, fit_transform, sample_cosines, table_from_cache
@@ -76,7 +78,7 @@ class Data:
     """What a run reads.
 
     Attributes:
-        split: interactions, split leave-one-out.
+        split: interactions, split as the configuration says.
         cache: item embeddings; None for models that need none.
         own_items: the run's own items are numbers 1..own_items; later ones were added to a
             finished run and no fixed map is fitted on them. None: all are the run's own.
@@ -107,6 +109,8 @@ class Data:
             digest.update("\0".join(map(str, ids)).encode())
         for array in (data.items, data.offsets):
             digest.update(np.ascontiguousarray(array).data)
+        if self.split.time is not None:
+            digest.update(self.split.identity.encode())
         if self.cache is not None:
             rows = torch.linspace(0, len(self.cache) - 1, min(len(self.cache), 1024)).long()
             # Sorted, since safetensors gives the metadata in any order.
@@ -124,6 +128,7 @@ class Data:
             "interactions": len(data),
             "dropped_interactions": data.dropped,
             "users_too_short": self.split.too_short,
+            **({} if self.split.time is None else {"split": self.split.time.summary()}),
         }
 
 
@@ -154,17 +159,24 @@ def load_data(
             for warning in cache_warnings(config, cache, interactions.item_ids[1:]):
                 warn(warning)
         interactions = match_cache(interactions, cache, config)
-    split = leave_one_out(interactions)
+    split = make_split(config, interactions)
+    level = logging.DEBUG if again else logging.INFO
     log.log(
-        logging.DEBUG if again else logging.INFO,
-        "%s: %d users, %d items, %d interactions; %d users are too short to train (which needs %d "
-        "items), %d to validate (%d), %d to test (%d).",
+        level,
+        "%s: %d users, %d items, %d interactions%s",
         config.dataset,
         interactions.num_users,
         interactions.num_items,
         len(interactions),
-        *(count for phase in NEEDED for count in (split.too_short[phase], NEEDED[phase])),
+        "."
+        if split.time is not None
+        else "; {} users are too short to train (which needs {} items), {} to validate ({}), {} to "
+        "test ({}).".format(
+            *(count for phase in NEEDED for count in (split.too_short[phase], NEEDED[phase]))
+        ),
     )
+    for sentence in [] if split.time is None else split.time.sentences():
+        log.log(level, "%s", sentence)
     return Data(split, cache)
 
 
@@ -214,9 +226,9 @@ def check_training(config: Config, split: Split, sequences: CachedEmbeddingTrain
             be drawn.
     """
     if not len(sequences):
+        needed = "4 are needed: two are held out" if split.time is None else split.needs("train")
         raise InputError(
-            f"no user of {config.dataset} has enough items to train on (4 are needed: two are held "
-            f"out); use --val_only True."
+            f"no user of {config.dataset} has enough items to train on ({needed}); use --val_only True."
         )
     if split.interactions.num_items < 2:
         raise InputError(
@@ -232,7 +244,7 @@ def check_training(config: Config, split: Split, sequences: CachedEmbeddingTrain
             )
     if config.effective_negatives != "sampled":
         return
-    sampler = negative_sampler(config, split.interactions)
+    sampler = negative_sampler(config, split)
     users = np.unique(sequences.segments.users)
     full = users[sampler.available[users] < 1]
     if len(full):
@@ -240,14 +252,19 @@ def check_training(config: Config, split: Split, sequences: CachedEmbeddingTrain
         key = "negatives" if config.num_negatives is None else "num_negatives"
         raise InputError(
             f"{key}: {len(full)} users, for example '{user}', have all "
-            f"{split.interactions.num_items} items of the catalogue in their history, so none can "
+            f"{sampler.num_items} items of the catalogue in their history, so none can "
             f"be drawn for them; use negatives: in_batch or catalogue, or negatives_exclude: none."
         )
 
 
-def negative_sampler(config: Config, interactions: Interactions) -> NegativeSampler:
+def negative_sampler(config: Config, split: Split) -> NegativeSampler:
     """Return what draws the negatives of training."""
-    return NegativeSampler(interactions, held_out=2, exclude=config.negatives_exclude)
+    return NegativeSampler(
+        split.interactions,
+        held_out=split.held_out,
+        exclude=config.negatives_exclude,
+        items=split.train_items,
+    )
 
 
 def negative_proposal(config: Config, sequences: CachedEmbeddingTrainDataset) -> Proposal:
@@ -255,7 +272,7 @@ def negative_proposal(config: Config, sequences: CachedEmbeddingTrainDataset) ->
     targets = sequences.target_shares(config.train_positions == "random_split")
     drawn = np.zeros_like(targets)
     if config.effective_negatives == "sampled":
-        sampler = negative_sampler(config, sequences.interactions)
+        sampler = negative_sampler(config, sequences.split)
         drawn = sampler.shares(sequences.segments.users)
     return Proposal(targets, drawn)
 
@@ -399,7 +416,7 @@ def make_evaluator(
         InputError: there is nobody to score.
     """
     times = item_times(config, split.interactions)
-    dataset = CachedEmbeddingEvalDataset(split, phase, config.MAX_ITEM_LIST_LENGTH, times)
+    dataset = CachedEmbeddingEvalDataset(split, phase, config.eval_list_length, times)
     if sample is not None and sample < len(dataset):
         log.info("%s: a sample of %d of %d users is scored.", phase, sample, len(dataset))
         rng = np.random.default_rng([config.seed, sample])
@@ -436,7 +453,7 @@ def item_statistics(config: Config, data: Data) -> ItemStatistics | None:
     if not config.list_metrics:
         return None
     interactions = data.interactions
-    train_ends = np.maximum(interactions.offsets[1:] - 2, interactions.offsets[:-1])
+    train_ends = data.split.train_ends
     statistics = ItemStatistics(
         train_item_counts(data.split),
         count_item_users(interactions, train_ends),
@@ -502,7 +519,7 @@ def packed_row_length(config: Config, kernel: str) -> int | None:
     """
     if not config.pack_sequences:
         return None
-    if config.model == "HLLM" and kernel in (VARLEN, "flash_attention_2"):
+    if config.has_user_llm and kernel in (VARLEN, "flash_attention_2"):
         return config.train_batch_size * config.MAX_ITEM_LIST_LENGTH
     return 4 * config.MAX_ITEM_LIST_LENGTH
 
@@ -552,23 +569,77 @@ def build_user_llm(config: Config, data: Data, fabric: Fabric, *, train: bool) -
     extra = read_extra(folder)
     cache = data.cache
     check_width(config, extra, cache.path or "made now", cache.dim, hidden)
+    device = fabric.device
+    decoder = _user_decoder(config, folder, device, train=train)
+    item_ids = data.interactions.item_ids
+    stored = read_id_vectors(folder, hidden)
+    has_ids = stored is not None or (train and config.item_id_embedding)
+    table = ItemTable(
+        table_from_cache(cache, item_ids, config.item_embedding_transform, data.own_items),
+        *adapter_shape(config, extra, folder, train=train, rectangular=cache.dim != hidden),
+        dim=hidden,
+        id_items=data.num_own_items if has_ids else None,
+        id_dropout=config.item_id_dropout,
+    )
+    load_adapter(table, extra, trained=train and config.item_adapter != "none")
+    if stored is not None:
+        load_id_vectors(table, stored, item_ids, trained=train and config.item_id_embedding)
+    time_embedding = None
+    if train and config.use_timestamps:
+        time_embedding = _time_embedding(config, hidden)
+    settings = loss_settings(config, scored_by="cosine" if not train else None)
+    model = Recommender(
+        UserLLM(
+            decoder,
+            table,
+            max_length=config.longest_list_length,
+            autocast=not computes_in_bfloat16(decoder),
+            item_dropout=config.item_dropout,
+            times=time_embedding,
+        ),
+        settings,
+        logit_scale=initial_logit_scale(config, extra),
+        fix_scale=config.fix_temp,
+    )
+    return model.to(device)
+
+
+def _user_decoder(config: Config, folder: str, device: torch.device, *, train: bool) -> Any:
+    """Load or make the decoder that reads histories, with the trainable parts of the configuration.
+
+    Args:
+        config: of a model with a UserLLM.
+        folder: its `user_pretrain_dir`.
+        device: where it will run.
+        train: as for `build_user_llm`.
+    """
     half = compute_dtype(config)
     lora = lora_settings(config) if train and config.use_qlora else None
     # Weights that are trained whole stay in float32 under mixed precision; frozen ones need not.
     whole = train and lora is None and choose_precision(config) != "bf16-true"
-    device = fabric.device
     attention = user_attention(config, device)
     if attention == "eager" and config.attn_implementation == "auto":
         log.info("%s runs with eager attention, since its kind of model has no sdpa.", folder)
-    decoder: Any = load_decoder(
-        folder,
-        dtype=torch.float32 if whole else half,
-        attention=attention,
-        layers=config.user_llm_layers,
-        lora=lora,
-        device=device,
-        trust_remote_code=config.trust_remote_code,
-    )
+    dtype = torch.float32 if whole else half
+    decoder: Any
+    if config.loads_user_llm:
+        decoder = load_decoder(
+            folder,
+            dtype=dtype,
+            attention=attention,
+            layers=config.user_llm_layers,
+            lora=lora,
+            device=device,
+            trust_remote_code=config.trust_remote_code,
+        )
+    else:
+        decoder = make_decoder(
+            folder,
+            dtype=dtype,
+            attention=attention,
+            layers=config.user_llm_layers,
+            trust_remote_code=config.trust_remote_code,
+        )
     fuse_norms(decoder)
     if attention == VARLEN:
         log.info("attention: torch's variable-length kernel, a batch's sequences in one row.")
@@ -585,43 +656,47 @@ def build_user_llm(config: Config, data: Data, fabric: Fabric, *, train: bool) -
         enable_checkpointing(decoder)
     elif not train:
         decoder.requires_grad_(False)
-    item_ids = data.interactions.item_ids
-    stored = read_id_vectors(folder, hidden)
-    has_ids = stored is not None or (train and config.item_id_embedding)
-    table = ItemTable(
-        table_from_cache(cache, item_ids, config.item_embedding_transform, data.own_items),
-        *adapter_shape(config, extra, folder, train=train, rectangular=cache.dim != hidden),
-        dim=hidden,
-        id_items=data.num_own_items if has_ids else None,
-        id_dropout=config.item_id_dropout,
+    return decoder
+
+
+def build_id_model(config: Config, data: Data, fabric: Fabric) -> Recommender:
+    """Make one of `ID_MODELS`, untrained, on the device.
+
+    Raises:
+        InputError: the model folder of `llm_id` is unusable.
+    """
+    num_items = data.interactions.num_items
+    if config.model == "llm_id":
+        return _build_llm_id(config, num_items, fabric.device)
+    build = {"sasrec": build_sasrec, "hstu": build_hstu}[config.model]
+    return build(config, num_items).to(fabric.device)
+
+
+def _build_llm_id(config: Config, num_items: int, device: torch.device) -> Recommender:
+    """Make HLLM's LLMIDRec: the UserLLM, all of it trained, on trained vectors of item ids."""
+    folder = str(user_llm_folder(config))
+    decoder = _user_decoder(config, folder, device, train=True)
+    hidden = int(decoder.config.hidden_size)
+    encoder = UserLLM(
+        decoder,
+        IdTable(num_items, hidden, config.llm_id.item_width),
+        max_length=config.MAX_ITEM_LIST_LENGTH,
+        autocast=not computes_in_bfloat16(decoder),
+        item_dropout=config.item_dropout,
+        times=_time_embedding(config, hidden) if config.use_timestamps else None,
     )
-    load_adapter(table, extra, trained=train and config.item_adapter != "none")
-    if stored is not None:
-        load_id_vectors(table, stored, item_ids, trained=train and config.item_id_embedding)
-    time_embedding = None
-    if train and config.use_timestamps:
-        time_embedding = TimeEmbedding(hidden, config.predict_at == "target")
-    settings = loss_settings(config, scored_by="cosine" if not train else None)
+    extra = read_extra(folder) if config.loads_user_llm else {}
     model = Recommender(
-        UserLLM(
-            decoder,
-            table,
-            max_length=config.MAX_ITEM_LIST_LENGTH,
-            autocast=not computes_in_bfloat16(decoder),
-            item_dropout=config.item_dropout,
-            times=time_embedding,
-        ),
-        settings,
+        encoder,
+        id_loss_settings(config, "cosine"),
         logit_scale=initial_logit_scale(config, extra),
         fix_scale=config.fix_temp,
     )
     return model.to(device)
 
 
-def build_id_model(config: Config, data: Data, fabric: Fabric) -> Recommender:
-    """Make one of `ID_MODELS`, untrained, on the device."""
-    build = {"sasrec": build_sasrec, "hstu": build_hstu}[config.model]
-    return build(config, data.interactions.num_items).to(fabric.device)
+def _time_embedding(config: Config, hidden: int) -> TimeEmbedding:
+    return TimeEmbedding(hidden, config.predict_at == "target")
 
 
 def build_item_training(

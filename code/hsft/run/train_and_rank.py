@@ -34,7 +34,6 @@ from hsft.model.accelerate import (
 )
 from hsft.model.attention import VARLEN
 from hsft.model.ensemble import weight_grid
-from hsft.model.folder import fingerprint as model_fingerprint
 from hsft.model.recommender import Recommender
 from hsft.model.reference import build_reference
 from hsft.model.user_llm import UserLLM
@@ -57,7 +56,7 @@ from hsft.run.run_dir import (
     has_checkpoint,
     start_run_dir,
 )
-from hsft.run.saved_model import build_ensemble, member_runs
+from hsft.run.saved_model import build_ensemble, member_runs, user_llm_fingerprint
 from hsft.run.setup import (
     Data,
     build_id_model,
@@ -136,8 +135,9 @@ def train_and_rank(config: Config, keep_going: KeepGoing | None = None) -> Path:
         Interrupted: SIGINT or SIGTERM came; it says how to continue.
     """
     if config.model == "ensemble":
-        longest = max(member.config.MAX_ITEM_LIST_LENGTH for member in member_runs(config))
-        config = config.model_copy(update={"MAX_ITEM_LIST_LENGTH": longest})
+        longest = max(member.config.eval_list_length for member in member_runs(config))
+        lengths = {"MAX_ITEM_LIST_LENGTH": longest, "MAX_ITEM_LIST_LENGTH_TEST": None}
+        config = config.model_copy(update=lengths)
     with StopSignals() as stop:
         fabric = make_fabric(config)
         # Workers' seeds, dropout and LoRA's initial values follow from it.
@@ -189,9 +189,8 @@ def _run(run: RunContext) -> None:
     elif config.ranking_precision == "tensor_cores":
         log.info("ranking_precision: tensor_cores needs a CUDA device; scores are float32.")
     data = load_data(config, need_cache=config.reads_embeddings)
-    if config.model == "HLLM" and config.user_pretrain_dir:
-        run = replace(run, user_llm_fingerprint=model_fingerprint(config.user_pretrain_dir))
-        warn(_overlap(config))
+    run = replace(run, user_llm_fingerprint=user_llm_fingerprint(config))
+    warn(_overlap(config))
     final = make_evaluator(
         config,
         data.split,
@@ -200,7 +199,7 @@ def _run(run: RunContext) -> None:
         statistics=item_statistics(config, data),
     )
     config, quantisation = resolve_quant_type(
-        config, data.interactions, fabric.device, run.folder if run.resume else None
+        config, data.split, fabric.device, run.folder if run.resume else None
     )
     run = replace(run, config=config)
     run.session.lap("data")
@@ -267,13 +266,13 @@ def _evaluate_models(
 
 def _overlap(config: Config) -> str | None:
     """Return the warning of a UserLLM that may have been trained on the held-out items."""
-    if config.model != "HLLM" or not config.user_pretrain_dir:
+    if not (config.loads_user_llm and config.user_pretrain_dir):
         return None
     return pretraining_overlap(config.user_pretrain_dir, config.dataset)
 
 
 def _origin(config: Config) -> dict[str, Any] | None:
-    return user_llm_origin(config.user_pretrain_dir or "") if config.model == "HLLM" else None
+    return user_llm_origin(config.user_pretrain_dir or "") if config.loads_user_llm else None
 
 
 def _baseline(run: RunContext, data: Data, final: Evaluator) -> Evaluation:
@@ -473,7 +472,6 @@ def _train(
     loader = make_train_loader(
         config,
         dataset,
-        data,
         fabric,
         pack=_packs(config, model, fabric),
         list_items=model.encoder.items.adapter is not None,
@@ -585,7 +583,6 @@ def _packs(config: Config, model: Recommender, fabric: Fabric) -> bool:
 def make_train_loader(
     config: Config,
     dataset: CachedEmbeddingTrainDataset,
-    data: Data,
     fabric: Fabric,
     *,
     pack: bool = True,
@@ -596,7 +593,6 @@ def make_train_loader(
     Args:
         config: the configuration.
         dataset: the training sequences.
-        data: the interactions, for the negatives.
         fabric: the processes.
         pack: False gives every sequence a row of its own, whatever `pack_sequences` says.
         list_items: see `TrainCollate`; for a model whose items are adapted.
@@ -605,11 +601,11 @@ def make_train_loader(
     rows = config.train_batch_size * world_size()
     length, single_row = None, False
     if pack and config.pack_sequences:
-        kernel = user_attention(config, fabric.device) if config.model == "HLLM" else "sdpa"
+        kernel = user_attention(config, fabric.device) if config.has_user_llm else "sdpa"
         length, single_row = packed_row_length(config, kernel), kernel == VARLEN
     collate = TrainCollate(
         dataset,
-        sampler=negative_sampler(config, data.interactions) if drawn else None,
+        sampler=negative_sampler(config, dataset.split) if drawn else None,
         num_negatives=config.negatives_per_sequence(rows),
         random_split=config.train_positions == "random_split",
         seed=config.seed,
@@ -682,6 +678,9 @@ def _write_result(
     run.checkpoints.remove()
     sys.stdout.write(
         f"\n{config.dataset}, {config.eval_phase}, {users} users, {protocol.describe()}\n\n"
-        + gain_table([(name, each.metrics) for name, each in evaluations.items()])
+        + gain_table(
+            [(name, each.metrics) for name, each in evaluations.items()],
+            config.metric_decimal_place,
+        )
         + f"\nresult: {folder / 'result.json'} ({format_seconds(sum(record['timings_s'].values()))})\n"
     )

@@ -17,12 +17,13 @@ class CachedEmbeddingEvalDataset(Dataset[np.ndarray]):
     """One sample a user that has a target in this phase and a history before it.
 
     Args:
-        split: the leave-one-out split.
+        split: the interactions, split.
         phase: `valid` or `test`.
-        max_length: `MAX_ITEM_LIST_LENGTH`; the model reads the last L items, all are "seen".
+        max_length: `Config.eval_list_length`; the model reads the last L items, all are "seen".
         times: of the interactions, for a model that reads them; None: batches have none.
 
     Attributes:
+        split: as given.
         interactions: the arrays that samples point into.
         segments: [E] ranges of `interactions.items`: whole history, then the target.
         max_length: L.
@@ -32,6 +33,7 @@ class CachedEmbeddingEvalDataset(Dataset[np.ndarray]):
     def __init__(
         self, split: Split, phase: Phase, max_length: int, times: ItemTimes | None = None
     ) -> None:
+        self.split = split
         self.interactions: Interactions = split.interactions
         self.segments: Segments = split.eval_segments(phase)
         self.max_length = max_length

@@ -19,17 +19,19 @@ class CachedEmbeddingTrainDataset(Dataset[np.ndarray]):
     array in a single indexing step, so nothing is stacked per sample.
 
     Args:
-        split: the leave-one-out split.
+        split: the interactions, split.
         max_length: `MAX_ITEM_LIST_LENGTH`, the longest history L in items.
         times: of the interactions, for a model that reads them; None: batches have none.
 
     Attributes:
+        split: as given.
         interactions: the arrays that samples point into.
         segments: [S] ranges of `interactions.items`, each of 2 to L + 1 items.
         max_length: L.
     """
 
     def __init__(self, split: Split, max_length: int, times: ItemTimes | None = None) -> None:
+        self.split = split
         self.interactions: Interactions = split.interactions
         self.segments: Segments = split.train_segments(max_length)
         self.max_length = max_length

@@ -1,0 +1,118 @@
+"""Repeat what HLLM's README reports on Amazon Books."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from reproduce.table import (
+    END_TO_END,
+    FETCH_BOTH,
+    HLLM,
+    IDS,
+    TINY_ITEM_LLM,
+    TINY_LLAMA,
+    Row,
+    Table,
+    main,
+)
+
+_TEXT = ("--text_keys", "[title, description]", "--MAX_TEXT_LENGTH", "256")
+_BASE = (*HLLM, "--item_pretrain_dir", TINY_ITEM_LLM, "--user_pretrain_dir", TINY_LLAMA)
+_LENGTH = ("--MAX_ITEM_LIST_LENGTH", "50")
+
+
+def _drawn(number: int) -> tuple[str, ...]:
+    return (
+        *("--negatives", "sampled", "--num_negatives", str(number)),
+        *("--negatives_exclude", "none"),
+    )
+
+
+def _published(checkpoint: str, about: str, published: dict[str, float]) -> Row:
+    """Return a row that evaluates a published checkpoint."""
+    folders = {side: f"model_checkpoints/{side}LLM_{checkpoint}" for side in ("Item", "User")}
+    cache = ("--item_cache_path", f"dataset/amazon_books_{checkpoint}.safetensors")
+    items = ("--item_pretrain_dir", folders["Item"])
+    return Row(
+        f"published-{checkpoint}",
+        about,
+        published,
+        training=(
+            *(*HLLM, *items, "--user_pretrain_dir", folders["User"], "--val_only", "True"),
+            *(*_LENGTH, *cache),
+        ),
+        caching=(*HLLM, *items, *_TEXT, *cache),
+        first=tuple(
+            f"python download_{side.lower()}llm.py --checkpoint {checkpoint} --out {folder}"
+            for side, folder in folders.items()
+        ),
+    )
+
+
+def _trained(number: int, name: str, published: dict[str, float], cost: str = "") -> Row:
+    """Return a row that trains both LLMs from TinyLlama with so many drawn negatives."""
+    return Row(
+        f"end-to-end-{name}",
+        f"both LLMs trained from TinyLlama, {number:,} negatives",
+        published,
+        training=(
+            *(*_BASE, *END_TO_END, *_TEXT, *_LENGTH, "--train_batch_size", "128"),
+            *_drawn(number),
+        ),
+        caching=(*_BASE, *_TEXT),
+        cost=cost,
+        first=FETCH_BOTH,
+    )
+
+
+TABLE = Table(
+    "amazon_books",
+    "python prepare_data.py hllm-books --reviews ratings_Books.csv --meta meta_Books.json.gz",
+    (
+        _published(
+            "1B_books_neg512",
+            "HLLM-1B as published, trained with 512 negatives, evaluated",
+            {
+                **{"Recall@10": 6.97, "Recall@50": 14.61, "Recall@200": 24.78},
+                **{"NDCG@10": 3.98, "NDCG@50": 5.64, "NDCG@200": 7.16},
+            },
+        ),
+        _published(
+            "1B_books",
+            "HLLM-1B as published, trained with 28,672 negatives, evaluated",
+            {
+                **{"Recall@10": 9.28, "Recall@50": 17.34, "Recall@200": 27.22},
+                **{"NDCG@10": 5.65, "NDCG@50": 7.41, "NDCG@200": 8.89},
+            },
+        ),
+        _trained(512, "neg512", {"Recall@10": 6.97, "NDCG@10": 3.98}, "about 2 days on 16 H100"),
+        _trained(28_672, "neg28k", {"Recall@10": 9.28, "NDCG@10": 5.65}),
+        Row(
+            "sasrec-neg512",
+            "SASRec on item ids, 512 negatives",
+            {"Recall@10": 5.35, "NDCG@10": 2.98},
+            training=(*IDS, "code/IDNet/sasrec.yaml", *_LENGTH, *_drawn(512)),
+        ),
+        Row(
+            "hstu-large-neg512",
+            "HSTU-large on item ids, 512 negatives",
+            {"Recall@10": 5.00, "NDCG@10": 2.78},
+            training=(*IDS, "code/IDNet/hstu_large.yaml", *_LENGTH),
+        ),
+        Row(
+            "hstu-large-neg28k",
+            "HSTU-large on item ids, 28,672 negatives and a fixed temperature",
+            {"Recall@10": 6.50, "NDCG@10": 4.04},
+            training=(
+                *(*IDS, "code/IDNet/hstu_large.yaml", *_LENGTH, *_drawn(28_672)),
+                *("--temperature", "0.05", "--fix_temp", "True"),
+            ),
+        ),
+    ),
+)
+
+if __name__ == "__main__":
+    sys.exit(main(TABLE, "reproduce/books.py", sys.argv[1:]))

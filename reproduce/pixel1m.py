@@ -1,0 +1,57 @@
+"""Repeat what HLLM's paper reports on Pixel1M: the effect of timestamps."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from reproduce.table import (
+    END_TO_END,
+    FETCH_BOTH,
+    HLLM,
+    TINY_ITEM_LLM,
+    TINY_LLAMA,
+    Row,
+    Table,
+    main,
+)
+
+_LLMS = (*HLLM, "--item_pretrain_dir", TINY_ITEM_LLM, "--user_pretrain_dir", TINY_LLAMA)
+_TEXT = ("--MAX_TEXT_LENGTH", "256")
+_TRAINING = (
+    *_LLMS,
+    *END_TO_END,
+    *_TEXT,
+    "--MAX_ITEM_LIST_LENGTH",
+    "10",
+    "--train_batch_size",
+    "512",
+)
+
+TABLE = Table(
+    "Pixel1M",
+    "python prepare_data.py pixelrec --interactions Pixel1M.csv --items item_info.csv --name Pixel1M",
+    (
+        Row(
+            "end-to-end",
+            "both LLMs trained from TinyLlama",
+            {},
+            training=_TRAINING,
+            caching=(*_LLMS, *_TEXT),
+            first=FETCH_BOTH,
+        ),
+        Row(
+            "timestamps",
+            "the same with times as inputs: 11 % more Recall@5 in the paper",
+            {},
+            training=(*_TRAINING, "--use_timestamps", "True", "--predict_at", "target"),
+            caching=(*_LLMS, *_TEXT),
+            first=FETCH_BOTH,
+        ),
+    ),
+)
+
+if __name__ == "__main__":
+    sys.exit(main(TABLE, "reproduce/pixel1m.py", sys.argv[1:]))
