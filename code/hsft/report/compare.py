@@ -137,9 +137,9 @@ class Comparison:
         whole = [name for name in names if "@" not in name]
         tables = [("Whole rankings", whole)] if whole else []
         of_lists = [name for name in names if "@" in name]
-        if len({name.partition("@")[0] for name in of_lists}) == 1:
-            return [*tables, ("Recommended lists", of_lists)]
         cuts = dict.fromkeys(name.partition("@")[2] for name in of_lists)
+        if len({name.partition("@")[0] for name in of_lists}) == 1 < len(cuts):
+            return [*tables, ("Recommended lists", of_lists)]
         return [
             *tables,
             *(
