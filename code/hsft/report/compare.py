@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from hsft.config.schema import ID_MODELS
+from hsft.config.schema import ID_MODELS, USER_LLM_MODELS
 from hsft.evaluator.fingerprint import differing_parts
 from hsft.evaluator.intervals import holm, interval, paired_p_value
 from hsft.evaluator.metrics import PER_USER, per_user
@@ -362,6 +362,8 @@ def _settings(result: Mapping[str, Any], row: str) -> str:
             keys += [key for key in config if key.startswith("qlora_")]
     else:
         keys += [str(config.get("model")), "num_negatives"]
+        if config.get("model") in USER_LLM_MODELS:
+            keys += ["user_pretrain_dir", "user_llm_layers", "use_qlora"]
         keys += [key for key in ("negatives_logq", "temperature", "fix_temp") if config.get(key)]
     return _listed({**{key: config.get(key) for key in keys}, **config.get("optim_args", {})})
 
