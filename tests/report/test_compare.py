@@ -265,8 +265,8 @@ def test_metrics_of_lists_are_recorded_compared_and_reported(project: Project) -
     assert code == 0, err
     page = Path("report.html").read_text()
     assert "Lists of 10, all users together" in page
-    table = page.partition("Lists of 10, all users together")[2].partition("</tr>")[0]
-    assert re.findall(r'<th scope="col">(?:<span>)?(\w+)', table)[:3] == [
+    columns = page.partition("Lists of 10, all users together")[2].partition("</tr>")[0]
+    assert re.findall(r'<th scope="col">(?:<span>)?(\w+)', columns)[:3] == [
         *("model", "Coverage", "GiniIndex"),
     ]
     assert "Novelty: mean self-information of a listed item, in bits" in page
