@@ -347,6 +347,13 @@ class Config(_Section):
     MAX_ITEM_LIST_LENGTH: PositiveInt = _key(
         50, "data", "longest history that the UserLLM reads, in items", le=100_000
     )
+    MAX_ITEM_LIST_LENGTH_TEST: PositiveInt | None = _key(
+        None,
+        "data",
+        "longest history that is read in evaluation and to recommend, in items; default: "
+        "MAX_ITEM_LIST_LENGTH",
+        le=100_000,
+    )
     MAX_TEXT_LENGTH: PositiveInt = _key(
         64, "data", "longest item text, in tokens, prompt included", le=100_000
     )
@@ -753,6 +760,13 @@ class Config(_Section):
         "measure the recommended lists too, at every K of the final evaluation: coverage, Gini index, "
         "entropy, popularity, tail, novelty, popularity lift and intra-list similarity (docs/method.md)",
     )
+    metric_decimal_place: Int = _key(
+        6,
+        "evaluation",
+        "decimals of the table at a run's end; result.json has the metrics unrounded",
+        ge=1,
+        le=17,
+    )
     valid_metric: Text = _key(
         "NDCG@10", "evaluation", "validation metric that picks the best epoch and stops early"
     )
@@ -884,6 +898,11 @@ class Config(_Section):
         return self
 
     def _id_model_agrees(self) -> None:
+        if self.eval_list_length > self.MAX_ITEM_LIST_LENGTH:
+            raise ValueError(
+                f"MAX_ITEM_LIST_LENGTH_TEST is more than MAX_ITEM_LIST_LENGTH, and model: {self.model} "
+                f"has no trained vector for the positions beyond; raise MAX_ITEM_LIST_LENGTH"
+            )
         if self.val_only:
             raise ValueError(
                 f"model: {self.model} has nothing to evaluate untrained; drop val_only"
@@ -947,6 +966,16 @@ class Config(_Section):
             )
 
     @property
+    def eval_list_length(self) -> int:
+        """Longest history in items that is read in evaluation and to recommend."""
+        return self.MAX_ITEM_LIST_LENGTH_TEST or self.MAX_ITEM_LIST_LENGTH
+
+    @property
+    def longest_list_length(self) -> int:
+        """Longest history in items that is read at all."""
+        return max(self.MAX_ITEM_LIST_LENGTH, self.eval_list_length)
+
+    @property
     def trains_items_along(self) -> bool:
         """Whether the ItemLLM is trained along with the UserLLM."""
         return self.train_item_llm != "none"
@@ -1002,21 +1031,3 @@ class Config(_Section):
         if self.negatives == "per_sequence":
             return self.MAX_ITEM_LIST_LENGTH + 1
         return -(-(self.num_negatives or 0) // sequences)
-
-
-# Keys of HLLM's own YAML files that have nothing to act on here. They are accepted with a warning,
-# so that an HLLM configuration file can be used as it is.
-HLLM_KEYS_WITHOUT_EFFECT = frozenset(
-    {
-        "state",
-        "use_text",
-        "reproducibility",
-        "test_dataset",
-        "item_llm_init",
-        "user_llm_init",
-        "metric_decimal_place",
-        "use_modality",
-        "item_emb_pretrain",
-        "load_pretrain",
-    }
-)

@@ -344,6 +344,7 @@ def _settings(result: Mapping[str, Any], row: str) -> str:
     config = {**result["config"], "precision": result.get("environment", {}).get("precision")}
     if row == UNTRAINED:
         keys = ["user_pretrain_dir", "user_llm_layers", "MAX_ITEM_LIST_LENGTH"]
+        keys += ["MAX_ITEM_LIST_LENGTH_TEST"]
         keys += ["item_embedding_transform", "precision"]
         run = _exported_from(result)
         start = f"fine-tuned, exported from {run}, " if run else ""
@@ -352,7 +353,8 @@ def _settings(result: Mapping[str, Any], row: str) -> str:
         return _members(result)
     if row not in TRAINED:
         return ""
-    keys = ["epochs", "train_batch_size", "MAX_ITEM_LIST_LENGTH", "seed"]
+    keys = ["epochs", "train_batch_size", "MAX_ITEM_LIST_LENGTH"]
+    keys += ["MAX_ITEM_LIST_LENGTH_TEST", "seed"]
     if config.get("model") == "HLLM":
         keys += ["encoder", "user_llm_layers", "loss", "negatives", "num_negatives", "precision"]
         keys += ["item_embedding_transform", "item_adapter", "use_qlora"]

@@ -62,7 +62,7 @@ def applies(key: str, config: Mapping[str, Any]) -> bool:
         return model == "ensemble"
     if name in ("knn_history", "knn_decay"):
         return model in ("item_knn", "tfidf")
-    if name == "MAX_ITEM_LIST_LENGTH":
+    if name.startswith("MAX_ITEM_LIST_LENGTH"):
         return model not in ("pop", "random")
     if name == "eval_baseline":
         return model == "HLLM" and trains

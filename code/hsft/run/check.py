@@ -315,7 +315,7 @@ def check_user_model(config: Config, findings: Findings) -> int | None:
             check_shapes(kind, weights, folder)
         decoder = read_structure(source)
         check_embeddings(decoder.embedding_width, decoder.hidden_size, folder)
-        check_positions(decoder, config.MAX_ITEM_LIST_LENGTH, folder, "MAX_ITEM_LIST_LENGTH")
+        check_positions(decoder, config.longest_list_length, folder, "MAX_ITEM_LIST_LENGTH")
         if config.use_qlora and not config.val_only:
             check_lora_targets(decoder.linear, config.qlora_target_modules)
         if weights is not None:
@@ -450,7 +450,7 @@ def _split(config: Config, split: Split, findings: Findings) -> None:
     phases: set[Phase] = {config.eval_phase} | ({"valid"} if validates else set())
     for phase in sorted(phases):
         with findings.collect():
-            dataset = CachedEmbeddingEvalDataset(split, phase, config.MAX_ITEM_LIST_LENGTH)
+            dataset = CachedEmbeddingEvalDataset(split, phase, config.eval_list_length)
             Evaluator(dataset, eval_protocol(config), batch_size=config.eval_batch_size)
             findings.notes.append(f"{phase}: {len(dataset)} users are scored")
     if not config.trains:

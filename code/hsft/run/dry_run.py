@@ -314,7 +314,7 @@ def _user_model(config: Config, folder: Path | None) -> tuple[DecoderStructure, 
     check_decoder(read_kind(source), folder, layers)
     decoder = read_structure(source)
     check_embeddings(decoder.embedding_width, decoder.hidden_size, folder)
-    check_positions(decoder, config.MAX_ITEM_LIST_LENGTH, folder, "MAX_ITEM_LIST_LENGTH")
+    check_positions(decoder, config.longest_list_length, folder, "MAX_ITEM_LIST_LENGTH")
     if config.use_qlora:
         check_lora_targets(decoder.linear, config.qlora_target_modules)
     return decoder, assumed
@@ -333,7 +333,7 @@ def _run_size(config: Config, split: Callable[[], Split]) -> RunSize | None:
     lengths = _lengths(config, split)
     if lengths is None:
         return None
-    valid = CachedEmbeddingEvalDataset(split(), "valid", config.MAX_ITEM_LIST_LENGTH)
+    valid = CachedEmbeddingEvalDataset(split(), "valid", config.eval_list_length)
     users = min(len(valid), config.valid_users or len(valid))
     return RunSize(lengths, users, float(valid.lengths.mean()) if len(valid) else 0.0)
 

@@ -166,7 +166,7 @@ def refuse_unlike_members(members: Sequence[MemberRun], config: Config, split: S
     for member in members:
         phase: Phase = "valid" if member.result["phase"] == "valid" else "test"
         if phase not in known:
-            users = CachedEmbeddingEvalDataset(split, phase, config.MAX_ITEM_LIST_LENGTH)
+            users = CachedEmbeddingEvalDataset(split, phase, config.eval_list_length)
             known[phase] = evaluation_fingerprint(users, eval_protocol(config))
         recorded = member.result.get("fingerprint", {})
         unlike = differing_parts(known[phase], recorded)
@@ -201,7 +201,7 @@ def build_ensemble(
             match_cache(data.interactions, cache, member_config)
         member_data = Data(data.split, cache)
         scorer = build_model(member.folder, member_config, member_data, fabric, member.model)
-        parts.append(Member(scorer, member.config.MAX_ITEM_LIST_LENGTH))
+        parts.append(Member(scorer, member.config.eval_list_length))
     return Ensemble(parts, [1.0] * len(parts))
 
 

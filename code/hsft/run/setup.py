@@ -416,7 +416,7 @@ def make_evaluator(
         InputError: there is nobody to score.
     """
     times = item_times(config, split.interactions)
-    dataset = CachedEmbeddingEvalDataset(split, phase, config.MAX_ITEM_LIST_LENGTH, times)
+    dataset = CachedEmbeddingEvalDataset(split, phase, config.eval_list_length, times)
     if sample is not None and sample < len(dataset):
         log.info("%s: a sample of %d of %d users is scored.", phase, sample, len(dataset))
         rng = np.random.default_rng([config.seed, sample])
@@ -592,7 +592,7 @@ def build_user_llm(config: Config, data: Data, fabric: Fabric, *, train: bool) -
         UserLLM(
             decoder,
             table,
-            max_length=config.MAX_ITEM_LIST_LENGTH,
+            max_length=config.longest_list_length,
             autocast=not computes_in_bfloat16(decoder),
             item_dropout=config.item_dropout,
             times=time_embedding,

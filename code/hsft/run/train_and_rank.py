@@ -135,8 +135,9 @@ def train_and_rank(config: Config, keep_going: KeepGoing | None = None) -> Path:
         Interrupted: SIGINT or SIGTERM came; it says how to continue.
     """
     if config.model == "ensemble":
-        longest = max(member.config.MAX_ITEM_LIST_LENGTH for member in member_runs(config))
-        config = config.model_copy(update={"MAX_ITEM_LIST_LENGTH": longest})
+        longest = max(member.config.eval_list_length for member in member_runs(config))
+        lengths = {"MAX_ITEM_LIST_LENGTH": longest, "MAX_ITEM_LIST_LENGTH_TEST": None}
+        config = config.model_copy(update=lengths)
     with StopSignals() as stop:
         fabric = make_fabric(config)
         # Workers' seeds, dropout and LoRA's initial values follow from it.
@@ -677,6 +678,9 @@ def _write_result(
     run.checkpoints.remove()
     sys.stdout.write(
         f"\n{config.dataset}, {config.eval_phase}, {users} users, {protocol.describe()}\n\n"
-        + gain_table([(name, each.metrics) for name, each in evaluations.items()])
+        + gain_table(
+            [(name, each.metrics) for name, each in evaluations.items()],
+            config.metric_decimal_place,
+        )
         + f"\nresult: {folder / 'result.json'} ({format_seconds(sum(record['timings_s'].values()))})\n"
     )
