@@ -104,7 +104,7 @@ def evaluate(config: Config) -> Run:
 
     Raises:
         InputError: something in the configuration or its files has to be changed, or the model
-            (`sasrec`, `hstu`) has nothing to evaluate before it is trained.
+            (`sasrec`, `hstu`, `llm_id`) has nothing to evaluate before it is trained.
     """
     if config.model in ID_MODELS:
         raise InputError(f"model: {config.model} has nothing to evaluate untrained; call train().")

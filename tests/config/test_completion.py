@@ -51,7 +51,7 @@ def offered(words: str, tmp_path: Path) -> list[str]:
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        ("code/main.py --MAX_IT", ["--MAX_ITEM_LIST_LENGTH"]),
+        ("code/main.py --MAX_IT", ["--MAX_ITEM_LIST_LENGTH", "--MAX_ITEM_LIST_LENGTH_TEST"]),
         ("code/main.py --qlora_quant_type ", ["auto", "nf4", "fp4", "int8", "none"]),
         ("code/main.py --val_only T", ["True"]),
         ("code/main.py --optim_args.l", ["--optim_args.learning_rate"]),
@@ -62,7 +62,7 @@ def offered(words: str, tmp_path: Path) -> list[str]:
         ("prepare_data.py hold", ["hold-out"]),
         ("download_userllm.py --dt", ["--dtype"]),
         ("hsft ev", ["evaluate"]),
-        ("hsft train --MAX_IT", ["--MAX_ITEM_LIST_LENGTH"]),
+        ("hsft train --MAX_IT", ["--MAX_ITEM_LIST_LENGTH", "--MAX_ITEM_LIST_LENGTH_TEST"]),
         ("hsft export --format ", ["merged", "adapter"]),
         ("hsft prepare hold", ["hold-out"]),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import random
 import re
 import threading
@@ -21,14 +22,18 @@ from hsft.data.time_fields import unit_scale
 from hsft.evaluator.evaluator import Scorer
 from hsft.finished.open_run import OpenRun, items_read, read_time
 from hsft.finished.serve_batches import Batcher
+from hsft.finished.serve_items import add_new_items, extend_models
 from hsft.finished.serve_ranking import ListQuery, Ranked, rank_for_histories, rank_similar
 from hsft.finished.serve_schema import (
     MOST_RECOMMENDED,
+    AddRequest,
     ListRequest,
     RecommendRequest,
     SimilarRequest,
 )
 from hsft.utils.errors import InputError, one_line
+
+log = logging.getLogger(__name__)
 
 MOST_MATCHES = 20
 LONGEST_QUERY = 200
@@ -81,17 +86,26 @@ class Filters:
 
     Args:
         run: the run.
+        added: item id -> column -> text of the items that were added to it.
+        before: filters of the same run with fewer items, whose columns are not read again.
 
     Attributes:
         columns: names of the columns, without `item_id`; empty without an information file.
     """
 
-    def __init__(self, run: OpenRun) -> None:
+    def __init__(
+        self,
+        run: OpenRun,
+        added: Mapping[str, Mapping[str, str]] | None = None,
+        before: Filters | None = None,
+    ) -> None:
         config = run.config
         self.columns: list[str] = []
+        self._cells: dict[str, dict[str, str]] = {} if before is None else before._cells
         self._numbers: dict[str, Mapping[str, np.ndarray]] = {}
         self._reading = threading.Lock()
         self._ids = [str(item) for item in run.data.interactions.item_ids[1:]]
+        self._added = added or {}
         try:
             self._path = information_file(config.text_path, config.dataset)
         except InputError:
@@ -119,14 +133,63 @@ class Filters:
         return np.unique(np.concatenate([np.empty(0, dtype=np.int64), *parts]))
 
     def _read(self, column: str) -> Mapping[str, np.ndarray]:
-        cells = read_item_titles(self._path, column)
+        if column not in self._cells:
+            self._cells[column] = read_item_titles(self._path, column)
+        cells = self._cells[column]
         numbers: dict[str, list[int]] = {}
         for number, item in enumerate(self._ids, start=1):
-            cell = cells.get(item, "")
-            parts = {part.strip().casefold() for part in (cell, *_SEPARATORS.split(cell))}
+            text = self._added[item].get(column, "") if item in self._added else cells.get(item, "")
+            parts = {part.strip().casefold() for part in (text, *_SEPARATORS.split(text))}
             for part in parts - {""}:
                 numbers.setdefault(part, []).append(number)
         return {part: np.array(each, dtype=np.int64) for part, each in numbers.items()}
+
+
+class Catalogue:
+    """A run's items and what finds them; replaced as a whole when items are added.
+
+    Args:
+        run: the run.
+        added, before: as for `Filters`; `before` is the catalogue without the last items.
+
+    Attributes:
+        run, added: as given.
+        filters: finds items by columns.
+    """
+
+    def __init__(
+        self,
+        run: OpenRun,
+        added: Mapping[str, Mapping[str, str]] | None = None,
+        before: Catalogue | None = None,
+    ) -> None:
+        data = run.data.interactions
+        self.run, self.added = run, added or {}
+        self.filters: Filters = Filters(run, self.added, None if before is None else before.filters)
+        self._ids = [str(item) for item in data.item_ids]
+        self._titles = [run.titles.get(item, "") for item in self._ids]
+        counts = np.bincount(data.items, minlength=len(self._ids))
+        self._new = counts == 0
+        # Item numbers, the most frequent first.
+        self._by_frequency = 1 + np.argsort(-counts[1:], kind="stable")
+        self._search = TextSearch(
+            [self._ids[number] for number in self._by_frequency],
+            [self._titles[number] for number in self._by_frequency],
+        )
+
+    @property
+    def num_items(self) -> int:
+        """Number of items I, the padding item not counted."""
+        return len(self._ids) - 1
+
+    def search(self, query: str) -> list[dict[str, Any]]:
+        """Return items as `item` does, at most 20, whose title and id contain the query's words."""
+        return [self.item(int(self._by_frequency[entry])) for entry in self._search.search(query)]
+
+    def item(self, number: int) -> dict[str, Any]:
+        """Return an item's `item_id` and `title`, and `new` where the data have none of it."""
+        item: dict[str, Any] = {"item_id": self._ids[number], "title": self._titles[number]}
+        return {**item, "new": True} if self._new[number] else item
 
 
 class ServeApi:
@@ -154,35 +217,29 @@ class ServeApi:
                 f"--topk {topk} is out of range for the page; choose 1 to {MOST_RECOMMENDED}."
             )
         data = run.data.interactions
-        self._run, self._topk = run, topk
-        self._ids = [str(item) for item in data.item_ids]
-        self._titles = [run.titles.get(item, "") for item in self._ids]
+        self._topk = topk
+        self._catalogue = Catalogue(run)
         self._rows = {str(user): row for row, user in enumerate(data.user_ids)}
         # Shorter ids first, which orders numbers by value.
         self._users = sorted(self._rows, key=lambda user: (len(user), user))
-        counts = np.bincount(data.items, minlength=len(self._ids))
-        self._new = counts == 0
-        # Item numbers, the most frequent first.
-        self._by_frequency = 1 + np.argsort(-counts[1:], kind="stable")
-        self._item_search = TextSearch(
-            [self._ids[number] for number in self._by_frequency],
-            [self._titles[number] for number in self._by_frequency],
-        )
         self._user_search = TextSearch(self._users, [""] * len(self._users))
         self._with_target = [user for user in self._users if data.lengths[self._rows[user]] >= 2]
-        self._filters = Filters(run)
         self._reads_times = run.config.use_timestamps
         self._time_scale = unit_scale(data, run.config.dataset) if self._reads_times else 1
         self._models: dict[str, Scorer] = {name: run.build(name) for name in run.models}
-        self._busy = threading.Lock()
+        self._busy, self._adding = threading.Lock(), threading.Lock()
         largest = run.config.eval_batch_size
         self._recommending = Batcher(self._rank_for_histories, largest, on_batch)
         self._comparing = Batcher(self._rank_similar, largest, on_batch)
 
     @property
+    def _run(self) -> OpenRun:
+        return self._catalogue.run
+
+    @property
     def num_items(self) -> int:
         """Number of items that can be recommended."""
-        return len(self._ids) - 1
+        return self._catalogue.num_items
 
     @property
     def waiting(self) -> int:
@@ -203,7 +260,7 @@ class ServeApi:
             "most": MOST_RECOMMENDED,
             "reads_times": self._reads_times,
             "predicts_at": self._reads_times and config.predict_at == "target",
-            "filters": self._filters.columns,
+            "filters": self._catalogue.filters.columns,
         }
 
     def items(self, query: str) -> dict[str, Any]:
@@ -212,8 +269,7 @@ class ServeApi:
         The item with that id comes first, then titles that begin with the query, then the others,
         each kind by the number of interactions. An empty query finds the most frequent items.
         """
-        matches = self._item_search.search(query)
-        return {"items": [self._item(int(self._by_frequency[entry])) for entry in matches]}
+        return {"items": self._catalogue.search(query)}
 
     def users(self, query: str) -> dict[str, Any]:
         """Return at most 20 user ids that contain the query, with the lengths of their histories."""
@@ -232,7 +288,7 @@ class ServeApi:
             InputError: there is no such user.
         """
         numbers, seconds = self._history(user_id)
-        history = [self._item(int(number)) for number in numbers]
+        history = [self._catalogue.item(int(number)) for number in numbers]
         if self._reads_times:
             for item, second in zip(history, seconds.tolist(), strict=True):
                 item["time"] = datetime.fromtimestamp(second, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
@@ -292,6 +348,24 @@ class ServeApi:
             diversity=request.diversify,
         )
         return self._answer(self._comparing.ask((names, query)), False)
+
+    def add_items(self, request: AddRequest) -> dict[str, Any]:
+        """Add items to the catalogue, all of a request's or none, until the server ends.
+
+        Raises:
+            InputError: as `serve_items.add_new_items`.
+        """
+        # Requests are answered meanwhile, with the items that there are.
+        with self._adding:
+            before = self._catalogue
+            run = add_new_items(before.run, request.items, before.filters.columns)
+            added = {**before.added, **{item.item_id: item.text for item in request.items}}
+            catalogue = Catalogue(run, added, before)
+            extended = extend_models(run, self._models)
+            with self._busy:
+                self._models, self._catalogue = extended.apply(), catalogue
+        log.info("added %d items; there are %d.", len(request.items), catalogue.num_items)
+        return {"added": len(request.items), "items": catalogue.num_items}
 
     def close(self, seconds: float) -> bool:
         """Wait for the requests that use the models, and let no further one begin.
@@ -391,7 +465,7 @@ class ServeApi:
             self._require_vectors("diversify")
         allowed: np.ndarray | None = None
         for column, values in request.filter.items():
-            numbers = self._filters.items(column, values)
+            numbers = self._catalogue.filters.items(column, values)
             allowed = numbers if allowed is None else np.intersect1d(allowed, numbers)
         return allowed
 
@@ -451,10 +525,11 @@ class ServeApi:
         return answers
 
     def _answer(self, ranked: Mapping[str, Ranked], with_rank: bool) -> dict[str, Any]:
-        models = []
+        # Read after the lists were made, so that it has every item of theirs.
+        catalogue, models = self._catalogue, []
         for name, one in ranked.items():
             items = [
-                {**self._item(number), "score": score}
+                {**catalogue.item(number), "score": score}
                 for number, score in zip(one.items.tolist(), one.scores.tolist(), strict=True)
             ]
             model: dict[str, Any] = {"name": name, "items": items}
@@ -463,7 +538,3 @@ class ServeApi:
                 model["found"] = None if one.rank is None else place
             models.append(model)
         return {"models": models}
-
-    def _item(self, number: int) -> dict[str, Any]:
-        item: dict[str, Any] = {"item_id": self._ids[number], "title": self._titles[number]}
-        return {**item, "new": True} if self._new[number] else item

@@ -33,10 +33,13 @@ from hsft.finished.serve_limits import (
 )
 from hsft.finished.serve_metrics import CountRequests, ServeMetrics
 from hsft.finished.serve_schema import (
+    Added,
+    AddRequest,
     Health,
     History,
     Info,
     Items,
+    NewItem,
     Problem,
     Recommended,
     RecommendRequest,
@@ -48,7 +51,11 @@ from hsft.utils.errors import InputError, one_line
 PAGE = Path(__file__).with_name("serve.html")
 # Threads that read requests, wait for the models and write answers.
 _THREADS = 128
-_BODIES: dict[str, type[BaseModel]] = {"/recommend": RecommendRequest, "/similar": SimilarRequest}
+_BODIES: dict[str, type[BaseModel]] = {
+    "/items": AddRequest,
+    "/recommend": RecommendRequest,
+    "/similar": SimilarRequest,
+}
 
 Search = Annotated[str, Query(description="words; without any, the first ones are returned")]
 
@@ -173,6 +180,11 @@ def _add_routes(app: FastAPI, api: ServeApi, metrics: ServeMetrics) -> None:
         """Search items by the words of their titles, or by their ids."""
         return api.items(q[:LONGEST_QUERY])
 
+    @app.post("/items", response_model=Added, status_code=HTTPStatus.CREATED)
+    def add_items(request: AddRequest) -> Any:
+        """Add items until the server ends: texts are encoded by the ItemLLM, or vectors given."""
+        return api.add_items(request)
+
     @app.get("/users", response_model=Users)
     def users(q: Search = "") -> Any:
         """Search users by their ids."""
@@ -241,7 +253,8 @@ def _sentence(detail: Any, path: str) -> str:
     where = one_line(".".join(map(str, detail["loc"][1:])) or "the request's body", 40)
     said = one_line(detail["msg"].removeprefix("Value error, "), 200)
     if detail["type"] == "extra_forbidden":
-        takes = f"it takes {', '.join(_BODIES[path].model_fields)}"
+        body = NewItem if len(detail["loc"]) > 2 else _BODIES[path]
+        takes = f"it takes {', '.join(body.model_fields)}"
         return f"the request has an unknown key '{where}'; {takes}."
     return f"{where}: {said[:1].lower()}{said[1:].rstrip('.')}; change it."
 

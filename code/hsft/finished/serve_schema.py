@@ -11,6 +11,8 @@ LONGEST_HISTORY = 10_000
 MOST_EXCLUDED = 10_000
 MOST_FILTERS = 100
 LONGEST_ID = 1000
+MOST_ADDED = 100
+LONGEST_VECTOR = 65_536
 
 Id = Annotated[str, Field(max_length=LONGEST_ID)]
 
@@ -184,3 +186,41 @@ class SimilarRequest(ListRequest):
     """What is asked of `/similar`."""
 
     item: Id = Field(description="id of the item that others are compared with")
+
+
+class NewItem(BaseModel):
+    """An item to add: texts that are encoded, or a vector as the run's item cache has them."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    item_id: Id
+    text: Annotated[dict[str, str], Field(max_length=100)] = Field(
+        {}, description="column of the item information to the item's text"
+    )
+    embedding: (
+        Annotated[
+            list[Annotated[float, Field(strict=False, allow_inf_nan=False)]],
+            Field(min_length=1, max_length=LONGEST_VECTOR),
+        ]
+        | None
+    ) = Field(
+        None,
+        description="vector by the ItemLLM of the run's item cache; without it, text is encoded",
+    )
+
+
+class AddRequest(BaseModel):
+    """What is asked of `POST /items`."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    items: Annotated[list[NewItem], Field(min_length=1, max_length=MOST_ADDED)] = Field(
+        description="item_id, and text by column or an embedding, of each item"
+    )
+
+
+class Added(BaseModel):
+    """How many items were added, and how many there are."""
+
+    added: int
+    items: int

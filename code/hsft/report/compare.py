@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from hsft.config.schema import ID_MODELS
+from hsft.config.schema import ID_MODELS, USER_LLM_MODELS
 from hsft.evaluator.fingerprint import differing_parts
 from hsft.evaluator.intervals import holm, interval, paired_p_value
 from hsft.evaluator.metrics import PER_USER, per_user
@@ -344,6 +344,7 @@ def _settings(result: Mapping[str, Any], row: str) -> str:
     config = {**result["config"], "precision": result.get("environment", {}).get("precision")}
     if row == UNTRAINED:
         keys = ["user_pretrain_dir", "user_llm_layers", "MAX_ITEM_LIST_LENGTH"]
+        keys += ["MAX_ITEM_LIST_LENGTH_TEST"]
         keys += ["item_embedding_transform", "precision"]
         run = _exported_from(result)
         start = f"fine-tuned, exported from {run}, " if run else ""
@@ -352,7 +353,8 @@ def _settings(result: Mapping[str, Any], row: str) -> str:
         return _members(result)
     if row not in TRAINED:
         return ""
-    keys = ["epochs", "train_batch_size", "MAX_ITEM_LIST_LENGTH", "seed"]
+    keys = ["epochs", "train_batch_size", "MAX_ITEM_LIST_LENGTH"]
+    keys += ["MAX_ITEM_LIST_LENGTH_TEST", "seed"]
     if config.get("model") == "HLLM":
         keys += ["encoder", "user_llm_layers", "loss", "negatives", "num_negatives", "precision"]
         keys += ["item_embedding_transform", "item_adapter", "use_qlora"]
@@ -362,6 +364,8 @@ def _settings(result: Mapping[str, Any], row: str) -> str:
             keys += [key for key in config if key.startswith("qlora_")]
     else:
         keys += [str(config.get("model")), "num_negatives"]
+        if config.get("model") in USER_LLM_MODELS:
+            keys += ["user_pretrain_dir", "user_llm_layers", "use_qlora"]
         keys += [key for key in ("negatives_logq", "temperature", "fix_temp") if config.get(key)]
     return _listed({**{key: config.get(key) for key in keys}, **config.get("optim_args", {})})
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 
-def gain_table(rows: Sequence[tuple[str, Mapping[str, float]]]) -> str:
+def gain_table(rows: Sequence[tuple[str, Mapping[str, float]]], decimals: int = 6) -> str:
     """Format metrics as text columns, with the last row's gain over the first one.
 
     Args:
         rows: (name, metrics) from baseline to fine-tune; one row gives no gain column.
+        decimals: of the metrics.
 
     Returns:
         A table with a line a metric.
@@ -20,7 +21,7 @@ def gain_table(rows: Sequence[tuple[str, Mapping[str, float]]]) -> str:
     lines = [[*header, "gain"] if with_gain else header]
     for metric in names:
         values = [metrics[metric] for _, metrics in rows]
-        cells = [metric, *(f"{value:.6f}" for value in values)]
+        cells = [metric, *(f"{value:.{decimals}f}" for value in values)]
         lines.append([*cells, relative_gain(values[0], values[-1])] if with_gain else cells)
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     text = []
