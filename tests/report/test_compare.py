@@ -265,6 +265,10 @@ def test_metrics_of_lists_are_recorded_compared_and_reported(project: Project) -
     assert code == 0, err
     page = Path("report.html").read_text()
     assert "Lists of 10, all users together" in page
+    columns = page.partition("Lists of 10, all users together")[2].partition("</tr>")[0]
+    assert re.findall(r'<th scope="col">(?:<span>)?(\w+)', columns)[:3] == [
+        *("model", "Coverage", "GiniIndex"),
+    ]
     assert "Novelty: mean self-information of a listed item, in bits" in page
     value = f"{metrics['tiny-pop']['TailPercentage@10']:.4f}"
     assert f"<td>{value}</td>" in page

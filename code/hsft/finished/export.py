@@ -224,9 +224,11 @@ class _TrainedRun:
                 f"the table of {self.folder} was measured with its adapter as it is; leave out "
                 f"--evaluate, which scores what --format merged writes."
             )
-        if config.use_timestamps:
+        for key in ("use_timestamps", "last_item_residual"):
+            if not getattr(config, key):
+                continue
             raise InputError(
-                f"{self.folder} was trained with use_timestamps, for which a model folder has no "
+                f"{self.folder} was trained with {key}, for which a model folder has no "
                 f"place; recommend with the run itself, or export a run without."
             )
         if not any(row["name"] == TUNED for row in self.result["rows"]):

@@ -23,7 +23,7 @@ TRAINED = (TUNED, *ID_MODELS)
 # Keys of the UserLLM's training that are named where they are set.
 _OPTIONS = (
     *("item_id_embedding", "item_id_dropout", "item_dropout", "negatives_logq", "temperature"),
-    *("fix_temp", "use_timestamps", "train_item_llm", "item_pretrain_epochs"),
+    *("fix_temp", "use_timestamps", "last_item_residual", "train_item_llm", "item_pretrain_epochs"),
 )
 # What every run of a comparison must share, beside its fingerprint.
 _SHARED = ("dataset", "phase", "protocol")
@@ -137,9 +137,9 @@ class Comparison:
         whole = [name for name in names if "@" not in name]
         tables = [("Whole rankings", whole)] if whole else []
         of_lists = [name for name in names if "@" in name]
-        if len({name.partition("@")[0] for name in of_lists}) == 1:
-            return [*tables, ("Recommended lists", of_lists)]
         cuts = dict.fromkeys(name.partition("@")[2] for name in of_lists)
+        if len({name.partition("@")[0] for name in of_lists}) == 1 < len(cuts):
+            return [*tables, ("Recommended lists", of_lists)]
         return [
             *tables,
             *(
