@@ -9,6 +9,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from reproduce.table import (
     END_TO_END,
+    FETCH,
     FETCH_BOTH,
     HLLM,
     IDS,
@@ -95,6 +96,16 @@ TABLE = Table(
             "SASRec on item ids, 512 negatives",
             {"Recall@10": 5.35, "NDCG@10": 2.98},
             training=(*IDS, "code/IDNet/sasrec.yaml", *_LENGTH, *_drawn(512)),
+        ),
+        Row(
+            "sasrec-1b-neg512",
+            "TinyLlama on trained item ids, HLLM's SASRec-1B, 512 negatives: no published figure",
+            {},
+            training=(
+                *(*IDS, "code/IDNet/llama_id.yaml", "--user_pretrain_dir", TINY_LLAMA, *_LENGTH),
+                *_drawn(512),
+            ),
+            first=FETCH,
         ),
         Row(
             "hstu-large-neg512",

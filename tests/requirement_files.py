@@ -22,7 +22,17 @@ CONSTRAINTS = ROOT / "constraints.txt"
 # What `pip install -r requirements.txt` brings beside the dependencies: LLM_deepspeed.yaml needs it.
 USER_EXTRAS = ("deepspeed",)
 # Extras that take part in the tests on the lowest versions, and what of `dev` those tests use.
-LOWEST_EXTRAS = ("completion", "deepspeed", "demo", "index", "parquet", "serve", "sweep", "wandb")
+LOWEST_EXTRAS = (
+    "completion",
+    "deepspeed",
+    "demo",
+    "index",
+    "onnx",
+    "parquet",
+    "serve",
+    "sweep",
+    "wandb",
+)
 LOWEST_TOOLS = ("httpx", "hypothesis", "pytest", "pytest-timeout", "pytest-xdist", "torchmetrics")
 _MADE = "# Made by tests/requirement_files.py from pyproject.toml.\n"
 

@@ -104,7 +104,7 @@ def evaluate(config: Config) -> Run:
 
     Raises:
         InputError: something in the configuration or its files has to be changed, or the model
-            (`sasrec`, `hstu`) has nothing to evaluate before it is trained.
+            (`sasrec`, `hstu`, `llm_id`) has nothing to evaluate before it is trained.
     """
     if config.model in ID_MODELS:
         raise InputError(f"model: {config.model} has nothing to evaluate untrained; call train().")
@@ -311,18 +311,18 @@ class Run:
         self,
         out: str | Path | None = None,
         *,
-        format: Literal["merged", "adapter"] = "merged",
-        dtype: Literal["float16", "bfloat16", "float32"] = "bfloat16",
+        format: Literal["merged", "adapter", "onnx"] = "merged",
+        dtype: Literal["float16", "bfloat16", "float32"] | None = None,
         evaluate: bool = False,
         overwrite: bool = False,
     ) -> Path:
         """Write the fine-tuned UserLLM as a model folder with a model card, as `hsft export` does.
 
         Args:
-            out: the folder; by default `export` or `export-adapter` in the run's folder.
+            out: the folder; by default `export`, `export-adapter` or `export-onnx` in the run's folder.
             format: `merged`: one transformers model without quantisation; `adapter`: LoRA in peft's
-                format.
-            dtype: number type of merged weights.
+                format; `onnx`: graphs of the merged UserLLM and of its map of items.
+            dtype: number type of merged weights; bfloat16 by default, and always float32 for `onnx`.
             evaluate: score the merged model as the run was scored, for the card's table.
             overwrite: replace an earlier export.
 
@@ -340,7 +340,7 @@ class Run:
                     run=self.folder,
                     out=Path(out) if out is not None else default_folder(self.folder, format),
                     format=format,
-                    dtype=dtype,
+                    dtype=dtype or ("float32" if format == "onnx" else "bfloat16"),
                     evaluate=evaluate,
                     overwrite=overwrite,
                     overrides=dict(self.overrides),

@@ -96,6 +96,13 @@ BAD_YAML: dict[str, tuple[str | bytes, list[str]]] = {
     "no such metric": ("metrics: [AUC]\n", ["metrics", "'AUC'"]),
     "folder in the dataset": ("dataset: ../../etc/passwd\n", ["dataset", "plain name"]),
     "heads": ("sasrec: {heads: 7}\n", ["must divide"]),
+    "heads of HSTU": ("hstu: {heads: 7}\n", ["hstu.heads (7)", "must divide"]),
+    "bce of ids": ("model: sasrec\nloss: bce\n", ["trained with loss: nce"]),
+    "QLoRA of ids": ("model: sasrec\nuse_qlora: True\n", ["model: sasrec has none"]),
+    "QLoRA of random weights": (
+        "model: llm_id\nuse_qlora: True\n",
+        ["use_qlora", "llm_id.pretrained: True"],
+    ),
     "metric not reported": ("valid_metric: NDCG@7\n", ["valid_metric is NDCG@7"]),
     "metric of nothing": ("valid_metric: '@'\n", ["valid_metric", "NAME@K"]),
     "softmax of bce": ("negatives: catalogue\nloss: bce\n", ["needs loss: nce"]),

@@ -51,19 +51,19 @@ def offered(words: str, tmp_path: Path) -> list[str]:
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        ("code/main.py --MAX_IT", ["--MAX_ITEM_LIST_LENGTH"]),
+        ("code/main.py --MAX_IT", ["--MAX_ITEM_LIST_LENGTH", "--MAX_ITEM_LIST_LENGTH_TEST"]),
         ("code/main.py --qlora_quant_type ", ["auto", "nf4", "fp4", "int8", "none"]),
         ("code/main.py --val_only T", ["True"]),
         ("code/main.py --optim_args.l", ["--optim_args.learning_rate"]),
         ("item_caching.py --item_ba", ["--item_batch_tokens"]),
         ("item_caching.py --optim_args.l", []),
         ("code/recommend.py --exc", ["--exclude_seen"]),
-        ("code/export.py --format ", ["merged", "adapter"]),
+        ("code/export.py --format ", ["merged", "adapter", "embeddings"]),
         ("prepare_data.py hold", ["hold-out"]),
         ("download_userllm.py --dt", ["--dtype"]),
         ("hsft ev", ["evaluate"]),
-        ("hsft train --MAX_IT", ["--MAX_ITEM_LIST_LENGTH"]),
-        ("hsft export --format ", ["merged", "adapter"]),
+        ("hsft train --MAX_IT", ["--MAX_ITEM_LIST_LENGTH", "--MAX_ITEM_LIST_LENGTH_TEST"]),
+        ("hsft export --format ", ["merged", "adapter", "embeddings"]),
         ("hsft prepare hold", ["hold-out"]),
     ],
 )

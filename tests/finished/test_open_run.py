@@ -70,9 +70,11 @@ def test_only_the_last_items_are_read() -> None:
         ("--use_qlora", "False", "--epochs", "1", "--loss", "bce"),
         ("--val_only", "True", "--item_embedding_transform", "whiten"),
         ("--config_file", f"{ROOT}/code/baselines/sasrec.yaml", "--epochs", "3"),
+        ("--model", "hstu", "--hstu.hidden_size", "8", "--epochs", "3"),
+        ("--model", "llm_id", "--llm_id.item_width", "8", "--epochs", "1"),
         ("--model", "pop"),
     ],
-    ids=["qlora", "full", "baseline", "sasrec", "pop"],
+    ids=["qlora", "full", "baseline", "sasrec", "hstu", "llm_id", "pop"],
 )
 def test_every_model_ranks_as_in_the_run(project: Project, more: tuple[str, ...]) -> None:
     code, _, err = project.run(*more, "--run_name", "run")

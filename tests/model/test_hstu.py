@@ -185,7 +185,7 @@ def test_a_run_learns_is_recommended_from_and_refuses_what_it_lacks(project: Pro
         (
             "--use_qlora",
             "True",
-        ): "use_qlora adapts the weights of an LLM, which model: hstu has none",
+        ): "use_qlora adapts the weights of an LLM, and model: hstu has none",
         ("--val_only", "True"): "model: hstu has nothing to evaluate untrained; drop val_only",
         ("--loss", "bce"): "model: hstu is trained with loss: nce",
         ("--gradient_checkpointing", "True"): "belongs to an LLM, not to model: hstu",

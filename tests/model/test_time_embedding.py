@@ -225,7 +225,7 @@ def test_what_has_no_times_is_refused(project: Project) -> None:
             *TIMES,
             "--model",
             "sasrec",
-        ): "use_timestamps belongs to models HLLM and hstu, not to sasrec",
+        ): "use_timestamps belongs to models HLLM, hstu, llm_id, not to sasrec",
         (*TIMES, "--val_only", "True"): "use_timestamps adds what is trained",
         ("--predict_at", "target"): "predict_at needs use_timestamps: True",
     }.items():

@@ -265,6 +265,10 @@ def test_metrics_of_lists_are_recorded_compared_and_reported(project: Project) -
     assert code == 0, err
     page = Path("report.html").read_text()
     assert "Lists of 10, all users together" in page
+    columns = page.partition("Lists of 10, all users together")[2].partition("</tr>")[0]
+    assert re.findall(r'<th scope="col">(?:<span>)?(\w+)', columns)[:3] == [
+        *("model", "Coverage", "GiniIndex"),
+    ]
     assert "Novelty: mean self-information of a listed item, in bits" in page
     value = f"{metrics['tiny-pop']['TailPercentage@10']:.4f}"
     assert f"<td>{value}</td>" in page
@@ -389,3 +393,8 @@ def test_optional_parts_of_a_training_are_named_where_they_are_set() -> None:
         assert "temperature" not in named
     sasrec = Config(model="sasrec", temperature=0.1).model_dump(mode="json")
     assert "temperature 0.1" in compare._settings({"config": sasrec}, "sasrec")
+    timed = Config(model="hstu", use_timestamps=True, predict_at="target").model_dump(mode="json")
+    named = compare._settings({"config": timed}, "hstu")
+    assert "use_timestamps True, predict_at target" in named
+    on_ids = Config(model="llm_id", user_pretrain_dir="llama").model_dump(mode="json")
+    assert "user_pretrain_dir llama" in compare._settings({"config": on_ids}, "llm_id")

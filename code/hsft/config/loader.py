@@ -13,7 +13,8 @@ from typing import Any, Literal, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from hsft.config.schema import HLLM_KEYS_WITHOUT_EFFECT, Config
+from hsft.config.hllm_keys import HLLM_KEYS, HLLM_MODELS, SHAPES
+from hsft.config.schema import Config
 from hsft.utils.errors import InputError, one_line, refuse
 from hsft.utils.files import is_file, require_file
 
@@ -325,15 +326,58 @@ def load_config(
         for part in reversed(key.split(".")):
             nested = {part: nested}
         _merge(merged, origin, nested, where)
-    warnings = []
-    for key in sorted(HLLM_KEYS_WITHOUT_EFFECT & merged.keys()):
-        del merged[key]
-        warnings.append(f"{key} (from {origin[key]}) is a key of HLLM that has no effect here.")
+    warnings, problems = _take_hllm_keys(merged, origin)
     try:
-        return Config.model_validate(merged), warnings
+        config = Config.model_validate(merged)
     except ValidationError as error:
-        refuse(_explain(error, origin))
+        refuse([*problems, *_explain(error, origin)])
         raise
+    refuse(problems)
+    return config, warnings
+
+
+def _take_hllm_keys(
+    merged: dict[str, Any], origin: Mapping[str, str]
+) -> tuple[list[str], list[str]]:
+    """Take out the keys of HLLM that are no keys here.
+
+    Returns:
+        Warnings of those that change nothing, and a sentence for each that is refused.
+    """
+    warnings, problems = [], []
+    for name in [*HLLM_KEYS, *SHAPES]:
+        section, _, key = name.rpartition(".")
+        values = merged.get(section) if section else merged
+        if not isinstance(values, dict) or key not in values:
+            continue
+        value, where = values.pop(key), origin[name]
+        known = HLLM_KEYS.get(name)
+        if value is None or (known is not None and known.accepts(value)):
+            why = f": {known.why}" if known is not None and known.why else ""
+            warnings.append(f"{name} (from {where}) is a key of HLLM that has no effect here{why}.")
+            continue
+        instead = _shape_keys(name) if known is None else known.instead
+        shown = one_line(repr(value), 40)
+        problems.append(
+            f"key '{name}' in {where} is one of HLLM's and cannot be {shown} here: {instead}."
+        )
+    model = merged.get("model")
+    if isinstance(model, str) and model in HLLM_MODELS:
+        del merged["model"]
+        own = HLLM_MODELS[model]
+        instead = f"use model: {own}, with its shape in the section {own}"
+        if own not in Config.model_fields:
+            instead = "that model is not here; use model: hstu"
+        problems.append(f"model: {model} in {origin['model']} is HLLM's name: {instead}.")
+    return warnings, problems
+
+
+def _shape_keys(name: str) -> str:
+    """Say which keys stand for one of the shape of HLLM's models on item ids."""
+    keys = [key for key in flat_fields() if key.partition(".")[2] in SHAPES[name]]
+    if keys:
+        return f"use {' or '.join(keys)}"
+    return "it is fixed; the section of the model, such as sasrec, has what can be chosen"
 
 
 def _merge(

@@ -31,11 +31,13 @@ METRIC_PATTERN = re.compile(rf"^({'|'.join(PER_USER_METRICS)})@([1-9][0-9]*)$")
 # Models that know items by their embeddings, so that an item they never met can be scored.
 READS_EMBEDDINGS = ("HLLM", "item_knn")
 # Models that are trained on item ids alone.
-ID_MODELS = ("sasrec", "hstu")
+ID_MODELS = ("sasrec", "hstu", "llm_id")
 # Models that main.py trains.
 TRAINED_MODELS = ("HLLM", *ID_MODELS)
 # Models that can be told when items were interacted with.
-TIME_MODELS = ("HLLM", "hstu")
+TIME_MODELS = ("HLLM", "hstu", "llm_id")
+# Models whose histories an LLM reads.
+USER_LLM_MODELS = ("HLLM", "llm_id")
 # Those of them that read seconds, not the fields of a date.
 RAW_TIME_MODELS = ("hstu",)
 # What the names of the keys of the ItemLLM's training begin with.
@@ -212,6 +214,22 @@ class HstuArgs(_Section):
         return self
 
 
+class LlmIdArgs(_Section):
+    """The LLM on item ids (`model: llm_id`)."""
+
+    item_width: PositiveInt | None = Field(
+        512,
+        le=65_536,
+        description="dimensions of the trained item vectors, HLLM's item_embed_dim, which a linear "
+        "map brings to the LLM's; null: the LLM's, without a map",
+    )
+    pretrained: Bool = Field(
+        False,
+        description="begin with the weights in user_pretrain_dir, HLLM's user_llm_init; False reads "
+        "that folder's config.json alone and begins with random ones",
+    )
+
+
 def _key(default: Any, group: str, description: str, **limits: Any) -> Any:
     if isinstance(default, list | BaseModel):
         return Field(
@@ -230,13 +248,13 @@ class Config(_Section):
     """
 
     # --- run
-    model: Literal["HLLM", "pop", "random", "item_knn", "tfidf", "sasrec", "hstu", "ensemble"] = (
-        _key(
-            "HLLM",
-            "run",
-            "what ranks the items: HLLM's UserLLM, a model on item ids (sasrec, hstu) or another "
-            "reference on the same split, or an ensemble of finished runs",
-        )
+    model: Literal[
+        "HLLM", "pop", "random", "item_knn", "tfidf", "sasrec", "hstu", "llm_id", "ensemble"
+    ] = _key(
+        "HLLM",
+        "run",
+        "what ranks the items: HLLM's UserLLM, a model on item ids (sasrec, hstu, llm_id) or another "
+        "reference on the same split, or an ensemble of finished runs",
     )
     runs: Runs | None = _key(
         None,
@@ -328,6 +346,13 @@ class Config(_Section):
     )
     MAX_ITEM_LIST_LENGTH: PositiveInt = _key(
         50, "data", "longest history that the UserLLM reads, in items", le=100_000
+    )
+    MAX_ITEM_LIST_LENGTH_TEST: PositiveInt | None = _key(
+        None,
+        "data",
+        "longest history that is read in evaluation and to recommend, in items; default: "
+        "MAX_ITEM_LIST_LENGTH",
+        le=100_000,
     )
     MAX_TEXT_LENGTH: PositiveInt = _key(
         64, "data", "longest item text, in tokens, prompt included", le=100_000
@@ -530,6 +555,13 @@ class Config(_Section):
     user_pretrain_dir: Text | None = _key(None, "UserLLM", "model folder of the UserLLM")
     user_llm_layers: Int | None = _key(
         None, "UserLLM", "keep the first N decoder layers; default: all of them", ge=1
+    )
+    last_item_residual: Bool = _key(
+        False,
+        "UserLLM",
+        "start a user's vector as that of the last item, and add the UserLLM's output through a "
+        "trained map that is zero at first: for item embeddings whose neighbours are alike, and data "
+        "too small to learn that from",
     )
     use_timestamps: Bool = _key(
         False,
@@ -735,6 +767,13 @@ class Config(_Section):
         "measure the recommended lists too, at every K of the final evaluation: coverage, Gini index, "
         "entropy, popularity, tail, novelty, popularity lift and intra-list similarity (docs/method.md)",
     )
+    metric_decimal_place: Int = _key(
+        6,
+        "evaluation",
+        "decimals of the table at a run's end; result.json has the metrics unrounded",
+        ge=1,
+        le=17,
+    )
     valid_metric: Text = _key(
         "NDCG@10", "evaluation", "validation metric that picks the best epoch and stops early"
     )
@@ -776,6 +815,9 @@ class Config(_Section):
     # --- reference models
     sasrec: SasrecArgs = _key(SasrecArgs(), "reference models", "shape of model: sasrec")
     hstu: HstuArgs = _key(HstuArgs(), "reference models", "shape of model: hstu")
+    llm_id: LlmIdArgs = _key(
+        LlmIdArgs(), "reference models", "settings of model: llm_id; the LLM is user_pretrain_dir's"
+    )
     knn_history: Literal["last", "mean"] = _key(
         "last",
         "reference models",
@@ -850,7 +892,11 @@ class Config(_Section):
             raise ValueError("predict_at needs use_timestamps: True; set it or drop predict_at")
         if self.use_timestamps and self.model not in TIME_MODELS:
             raise ValueError(
-                f"use_timestamps belongs to models {' and '.join(TIME_MODELS)}, not to {self.model}"
+                f"use_timestamps belongs to models {', '.join(TIME_MODELS)}, not to {self.model}"
+            )
+        if self.last_item_residual and (self.val_only or self.model != "HLLM"):
+            raise ValueError(
+                "last_item_residual adds what is trained to the UserLLM; drop it, val_only or model"
             )
         if self.use_timestamps and self.val_only:
             raise ValueError("use_timestamps adds what is trained; drop it or val_only")
@@ -863,6 +909,11 @@ class Config(_Section):
         return self
 
     def _id_model_agrees(self) -> None:
+        if self.eval_list_length > self.MAX_ITEM_LIST_LENGTH:
+            raise ValueError(
+                f"MAX_ITEM_LIST_LENGTH_TEST is more than MAX_ITEM_LIST_LENGTH, and model: {self.model} "
+                f"has no trained vector for the positions beyond; raise MAX_ITEM_LIST_LENGTH"
+            )
         if self.val_only:
             raise ValueError(
                 f"model: {self.model} has nothing to evaluate untrained; drop val_only"
@@ -872,18 +923,22 @@ class Config(_Section):
                 f"negatives_logq needs num_negatives with model: {self.model}, whose softmax is full "
                 f"without"
             )
-        if self.use_qlora:
+        if self.use_qlora and self.model == "llm_id" and not self.llm_id.pretrained:
             raise ValueError(
-                f"use_qlora adapts the weights of an LLM, which model: {self.model} has none of; drop "
-                f"it"
+                "use_qlora adapts an LLM that was trained before, which llm_id.pretrained: False does "
+                "not read; set llm_id.pretrained: True or drop use_qlora"
             )
-        if self.gradient_checkpointing:
+        if self.use_qlora and not self.has_user_llm:
+            raise ValueError(
+                f"use_qlora adapts the weights of an LLM, and model: {self.model} has none; drop it"
+            )
+        if self.gradient_checkpointing and not self.has_user_llm:
             raise ValueError(
                 f"gradient_checkpointing belongs to an LLM, not to model: {self.model}; drop it"
             )
-        if self.model != "sasrec" and self.loss != "nce":
+        if self.loss != "nce":
             raise ValueError(
-                f"model: {self.model} is trained with loss: nce, as in HLLM; drop loss: {self.loss}"
+                f"model: {self.model} is trained with loss: nce, a softmax; drop loss: {self.loss}"
             )
 
     def _item_side_agrees(self) -> None:
@@ -922,6 +977,16 @@ class Config(_Section):
             )
 
     @property
+    def eval_list_length(self) -> int:
+        """Longest history in items that is read in evaluation and to recommend."""
+        return self.MAX_ITEM_LIST_LENGTH_TEST or self.MAX_ITEM_LIST_LENGTH
+
+    @property
+    def longest_list_length(self) -> int:
+        """Longest history in items that is read at all."""
+        return max(self.MAX_ITEM_LIST_LENGTH, self.eval_list_length)
+
+    @property
     def trains_items_along(self) -> bool:
         """Whether the ItemLLM is trained along with the UserLLM."""
         return self.train_item_llm != "none"
@@ -940,6 +1005,16 @@ class Config(_Section):
     def reads_embeddings(self) -> bool:
         """Whether the model knows items by their embeddings, and so needs the item cache."""
         return self.model in READS_EMBEDDINGS
+
+    @property
+    def has_user_llm(self) -> bool:
+        """Whether an LLM reads the histories, of the shape in `user_pretrain_dir`."""
+        return self.model in USER_LLM_MODELS
+
+    @property
+    def loads_user_llm(self) -> bool:
+        """Whether the weights of `user_pretrain_dir` are read too."""
+        return self.model == "HLLM" or (self.model == "llm_id" and self.llm_id.pretrained)
 
     @property
     def trains(self) -> bool:
@@ -967,21 +1042,3 @@ class Config(_Section):
         if self.negatives == "per_sequence":
             return self.MAX_ITEM_LIST_LENGTH + 1
         return -(-(self.num_negatives or 0) // sequences)
-
-
-# Keys of HLLM's own YAML files that have nothing to act on here. They are accepted with a warning,
-# so that an HLLM configuration file can be used as it is.
-HLLM_KEYS_WITHOUT_EFFECT = frozenset(
-    {
-        "state",
-        "use_text",
-        "reproducibility",
-        "test_dataset",
-        "item_llm_init",
-        "user_llm_init",
-        "metric_decimal_place",
-        "use_modality",
-        "item_emb_pretrain",
-        "load_pretrain",
-    }
-)

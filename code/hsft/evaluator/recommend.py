@@ -51,7 +51,7 @@ def recommend(
         histories: item numbers of each user, oldest first, at least one; the model reads the last
             `max_length`.
         topk: K; cut to the catalogue's size.
-        max_length: `MAX_ITEM_LIST_LENGTH`.
+        max_length: `Config.eval_list_length`.
         device: where the model is.
         exclude_seen: leave out every item of the history, as full ranking does.
         batch_size: users encoded at a time.

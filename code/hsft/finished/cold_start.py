@@ -236,7 +236,7 @@ def _cold_targets(run: OpenRun, full: Interactions, name: str) -> CachedEmbeddin
     else:
         split = cut_at(whole, time.cuts, score_new_users=time.cold == "rank")
     times = item_times(run.config, split.interactions)
-    everyone = CachedEmbeddingEvalDataset(split, "test", run.config.MAX_ITEM_LIST_LENGTH, times)
+    everyone = CachedEmbeddingEvalDataset(split, "test", run.config.eval_list_length, times)
     dataset = everyone.keep(everyone.targets > run.own_items)
     if not len(dataset):
         raise InputError(

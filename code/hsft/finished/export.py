@@ -20,9 +20,10 @@ from hsft.config.help import dump_config
 from hsft.config.options import LOCATION_KEYS
 from hsft.config.schema import ITEM_TRAINING_KEYS
 from hsft.data.cache import DTYPES
-from hsft.evaluator.evaluator import Evaluation
+from hsft.evaluator.evaluator import Evaluation, Scorer
 from hsft.finished.export_items import ITEM_LLM_DIR, export_items, refuse_overflow
-from hsft.finished.open_run import open_run, refuse_changed_data
+from hsft.finished.export_onnx import OnnxGraphs, OnnxScorer, require_onnx, write_graphs
+from hsft.finished.open_run import OpenRun, open_run, refuse_changed_data
 from hsft.hub.manifest import EXPORT_FILE, origin
 from hsft.model.backbone import add_lora, load_decoder, load_model_config, read_extra
 from hsft.model.folder import EMBEDDING_KEYS, EXTRA_FILE, ID_FILE, check_files
@@ -34,7 +35,7 @@ from hsft.model.item_adapter import (
     load_adapter,
 )
 from hsft.model.item_ids import save_id_vectors
-from hsft.model.item_table import ItemTable
+from hsft.model.item_table import ItemTable, table_from_cache
 from hsft.model.recommender import Recommender
 from hsft.model.user_llm import UserLLM
 from hsft.model.weights import ADAPTER_DIR, REST_FILE, load_trained, read_rest
@@ -82,8 +83,8 @@ class ExportOptions:
     Attributes:
         run: the run's folder.
         out: the folder to write.
-        format: `merged` or `adapter`.
-        dtype: number type of merged weights, a name of `DTYPES`.
+        format: `merged`, `adapter` or `onnx`.
+        dtype: number type of merged weights, a name of `DTYPES`; `onnx` is float32.
         evaluate: score what was merged, on the run's phase and protocol.
         overwrite: replace an earlier export at `out`.
         overrides: keys of the run's configuration with other values, for what has moved.
@@ -108,7 +109,8 @@ def export(options: ExportOptions) -> Path:
 
     The folder appears whole at the end or not at all. `merged` holds safetensors and `config.json`
     of a plain transformers decoder and `hllm_extra.safetensors`, and is a `user_pretrain_dir`;
-    `adapter` holds peft's two files and `trained.safetensors`. Both have the run's settings in
+    `adapter` holds peft's two files and `trained.safetensors`; `onnx` two graphs, see
+    `export_onnx.write_graphs`. All have the run's settings in
     `config.yaml`, the card `README.md`, and `export.json`. Of a run that trained the ItemLLM they also
     hold the catalogue's vectors, and `merged` the ItemLLM as a model folder (see `export_items.py`).
 
@@ -136,6 +138,9 @@ def _export(options: ExportOptions) -> Path:
         if options.format == "merged":
             item_adapter = _write_merged(run, folder)
             evaluation = _score(run, folder) if options.evaluate else None
+        elif options.format == "onnx":
+            item_adapter = _write_onnx(run, folder)
+            evaluation = _score_onnx(run, folder) if options.evaluate else None
         else:
             item_adapter, evaluation = _write_adapter(run, folder), None
         if run.config.trains_items:
@@ -219,18 +224,35 @@ class _TrainedRun:
                 f"the table of {self.folder} was measured with its adapter as it is; leave out "
                 f"--evaluate, which scores what --format merged writes."
             )
-        if config.use_timestamps:
+        for key in ("use_timestamps", "last_item_residual"):
+            if not getattr(config, key):
+                continue
             raise InputError(
-                f"{self.folder} was trained with use_timestamps, for which a model folder has no "
+                f"{self.folder} was trained with {key}, for which a model folder has no "
                 f"place; recommend with the run itself, or export a run without."
             )
         if not any(row["name"] == TUNED for row in self.result["rows"]):
             raise InputError(f"{self.folder}/result.json has no row '{TUNED}'; run it again.")
         refuse_other_user_llm(self.folder, config)
-        if options.format == "merged":
+        if options.format == "onnx":
+            self.refuse_onnx()
+        if options.format != "adapter":
             # atomic_path would take a missing folder's error for one of writing.
             load_model_config(self.base, config.trust_remote_code)
             check_files(self.base)
+
+    def refuse_onnx(self) -> None:
+        """Refuse what ONNX graphs of this run have no place for."""
+        require_onnx()
+        if self.options.dtype != "float32":
+            raise InputError(
+                f"--format onnx writes float32 and not {self.options.dtype}; leave --dtype out."
+            )
+        if self.config.item_id_embedding or is_file(self.base / ID_FILE):
+            raise InputError(
+                f"{self.folder} has id vectors of items, for which the ONNX graphs have no place; use "
+                f"--format merged."
+            )
 
 
 def refuse_out(out: Path, overwrite: bool) -> None:
@@ -279,6 +301,22 @@ def _write_merged(run: _TrainedRun, folder: Path) -> str:
     }
     save_file(extra, folder / EXTRA_FILE, metadata={"format": "pt"})
     _write_id_vectors(run, items, folder)
+    return run.item_adapter
+
+
+def _write_onnx(run: _TrainedRun, folder: Path) -> str:
+    """Write the ONNX graphs; return the kind of item adapter."""
+    weights = check_files(run.base)
+    needed = weights.count(run.config.user_llm_layers) * torch.float32.itemsize
+    _refuse_full_disk(run.options.out, needed)
+    log.info("loading %s in float32, without quantisation.", run.base)
+    model = _load_unquantised(run, keep_token_embedding=False)
+    encoder: Any = model.encoder
+    if run.config.use_qlora:
+        log.info("merging the adapter.")
+        encoder.decoder = encoder.decoder.merge_and_unload()
+    log.info("writing %s.", run.options.out)
+    write_graphs(model.eval(), folder, run.item_width, run.config.MAX_ITEM_LIST_LENGTH)
     return run.item_adapter
 
 
@@ -382,10 +420,27 @@ def _score(run: _TrainedRun, folder: Path) -> Evaluation:
     opened = open_run(run.folder, {**(run.options.overrides or {}), "show_progress": True})
     changes = {**_merged_changes(run), "user_pretrain_dir": str(folder)}
     config = opened.config.model_copy(update=changes)
+    model = build_user_llm(config, opened.data, opened.fabric, train=False)
+    return _score_as_run(run, opened, model)
+
+
+def _score_onnx(run: _TrainedRun, folder: Path) -> Evaluation:
+    """Score the folder's graphs in ONNX Runtime as the run was scored."""
+    opened = open_run(run.folder, {**(run.options.overrides or {}), "show_progress": True})
+    data, config = opened.data, opened.config
+    assert data.cache is not None
+    table = table_from_cache(
+        data.cache, data.interactions.item_ids, config.item_embedding_transform, data.own_items
+    )
+    scorer = OnnxScorer(OnnxGraphs(folder), table, opened.fabric.device)
+    return _score_as_run(run, opened, scorer)
+
+
+def _score_as_run(run: _TrainedRun, opened: OpenRun, scorer: Scorer) -> Evaluation:
+    config = opened.config
     evaluator = make_evaluator(config, opened.data.split, config.eval_phase, opened.fabric)
     refuse_changed_data(run.folder, evaluator.dataset, evaluator.protocol)
-    model = build_user_llm(config, opened.data, opened.fabric, train=False)
-    evaluation = evaluate(config, model.eval(), evaluator, opened.fabric)
+    evaluation = evaluate(config, scorer, evaluator, opened.fabric)
     users, _ = read_ranks(run.folder, TUNED)
     if not np.array_equal(users, evaluation.users):
         raise InputError(
@@ -433,7 +488,7 @@ def _write_about(
     options = run.options
     ranks = read_ranks(run.folder, TUNED)[1]
     changed = None if evaluation is None else int((evaluation.ranks != ranks).sum())
-    dtype = options.dtype if options.format == "merged" else "float32"
+    dtype = "float32" if options.format == "adapter" else options.dtype
     card = Exported(
         name=run.folder.resolve().name,
         format=options.format,

@@ -231,7 +231,7 @@ class _Vectors:
                 data.items,
                 data.offsets[:-1][rows],
                 data.offsets[1:][rows],
-                max_length=config.MAX_ITEM_LIST_LENGTH,
+                max_length=config.eval_list_length,
                 device=self.run.fabric.device,
                 times=item_times(config, data),
             ).numpy(force=True)

@@ -57,9 +57,9 @@ def export_items(
     """Write what a run's trained ItemLLM made, and the ItemLLM itself.
 
     `item_cache.safetensors` holds the catalogue's vectors. `merged` has the ItemLLM in `item_llm`, a
-    folder for `item_pretrain_dir`; `adapter` its trained weights as the run keeps them. A fixed map of
-    the vectors (`item_embedding_transform`) is not a part of any model, so that the ItemLLM is left
-    out then, and sentence encoders are.
+    folder for `item_pretrain_dir`; `adapter` its trained weights as the run keeps them; `onnx` neither.
+    A fixed map of the vectors (`item_embedding_transform`) is not a part of any model, so that the
+    ItemLLM is left out then, and sentence encoders are.
 
     Args:
         run: the run's folder.
@@ -77,7 +77,7 @@ def export_items(
         if not is_file(best / name):
             raise InputError(f"{best / name} does not exist; the run has no trained ItemLLM.")
         shutil.copyfile(best / name, folder / name)
-    if format == "adapter":
+    if format != "merged":
         return
     base = item_llm_folder(config)
     obstacle = None

@@ -244,7 +244,7 @@ class OpenRun:
                 scorer,
                 histories,
                 topk=topk,
-                max_length=self.config.MAX_ITEM_LIST_LENGTH,
+                max_length=self.config.eval_list_length,
                 device=self.fabric.device,
                 exclude_seen=exclude_seen,
                 batch_size=self.config.eval_batch_size,
@@ -269,7 +269,7 @@ class OpenRun:
                     flat,
                     bounds[:-1][first : first + size],
                     bounds[1:][first : first + size],
-                    max_length=self.config.MAX_ITEM_LIST_LENGTH,
+                    max_length=self.config.eval_list_length,
                     device=self.fabric.device,
                     times=item_times,
                     # Every history before has one time more than items, the request's.
@@ -390,7 +390,7 @@ def items_read(config: Config, length: int) -> int:
         return 0
     if config.model in ("item_knn", "tfidf") and config.knn_history == "last":
         return min(length, 1)
-    return min(length, config.MAX_ITEM_LIST_LENGTH)
+    return min(length, config.eval_list_length)
 
 
 def open_run(

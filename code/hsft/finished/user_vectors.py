@@ -29,7 +29,7 @@ def encode_users(
         scorer: the model, in evaluation mode.
         items: int [N], item numbers.
         starts, ends: int64 [B]; history b is `items[starts[b]:ends[b]]`, oldest first, not empty.
-        max_length: `MAX_ITEM_LIST_LENGTH`.
+        max_length: `Config.eval_list_length`.
         device: where the model is.
         times: of the items, for a model that reads times.
         time_shifts: how many more entries `times` has than `items` before each history.

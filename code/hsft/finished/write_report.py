@@ -270,7 +270,7 @@ def _evaluation_users(
     result = read_result(run_dir)
     phase: Phase = "valid" if result["phase"] == "valid" else "test"
     times = item_times(config, data.interactions)
-    dataset = CachedEmbeddingEvalDataset(data.split, phase, config.MAX_ITEM_LIST_LENGTH, times)
+    dataset = CachedEmbeddingEvalDataset(data.split, phase, config.eval_list_length, times)
     then, now = result.get("data", {}), data.summary()
     changed = [key for key in now if key in then and then[key] != now[key]]
     if changed:

@@ -222,6 +222,52 @@ def load_decoder(
     return model
 
 
+def make_decoder(
+    folder: str | Path,
+    *,
+    dtype: torch.dtype,
+    attention: str,
+    layers: int | None = None,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """Build a decoder with random weights, of the shape in a model folder's `config.json`.
+
+    The weights are those that its kind of model begins its training with in transformers, drawn from
+    torch's generator.
+
+    Args:
+        folder, dtype, attention, layers, trust_remote_code: as for `load_decoder`.
+
+    Returns:
+        As `load_decoder` without a token embedding.
+
+    Raises:
+        InputError: the folder's configuration is not one of a decoder that reads vectors, or has
+            fewer layers than asked for.
+    """
+    from transformers import AutoModel
+
+    folder = Path(folder)
+    if attention == VARLEN:
+        importlib.import_module("hsft.model.varlen")
+    config = load_model_config(folder, trust_remote_code)
+    check_decoder(model_kind(config), folder, layers)
+    cut_decoder(config, layers)
+    try:
+        model: PreTrainedModel = AutoModel.from_config(
+            config,
+            dtype=dtype,
+            attn_implementation=attention,
+            trust_remote_code=trust_remote_code,
+        )
+    except Exception as error:  # models raise many kinds for sizes that do not fit
+        raise _unreadable(folder, error, attention) from error
+    check_embeddings(embedding_width(model), config.hidden_size, folder)
+    model.config.use_cache = False
+    model.get_input_embeddings().requires_grad_(False)
+    return model
+
+
 def check_weights(
     folder: str | Path,
     *,

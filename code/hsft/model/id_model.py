@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hsft.config import Config
@@ -40,7 +41,7 @@ class IdTable(ItemTable):
 
     def forward(self, items: Tensor, adapted: AdaptedItems | None = None) -> Tensor:
         """Return the vectors of item numbers: int64 [...] -> float32 [..., D]; none is adapted."""
-        return self._project(self.weight[items])
+        return self._project(F.embedding(items, self.weight))
 
     def slice(self, start: int, end: int) -> Tensor:
         """Return the vectors of items start..end-1: float32 [end - start, D]."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from hsft.model.attention import VARLEN
 from hsft.model.item_table import ItemTable
 from hsft.model.recommender import SequenceEncoder
+from hsft.model.residual import LastItemResidual
 from hsft.model.time_embedding import TimeEmbedding
 
 
@@ -34,6 +35,7 @@ class UserLLM(SequenceEncoder):
         item_dropout: dropout probability of every number of the item vectors that are read, in
             training mode; the vectors that are scored are whole.
         times: embeds the times of items, which are added to their vectors; None: times are not read.
+        residual: adds the last item's vector to the output; None: the output stays as it is.
     """
 
     def __init__(
@@ -45,6 +47,7 @@ class UserLLM(SequenceEncoder):
         autocast: bool = True,
         item_dropout: float = 0.0,
         times: TimeEmbedding | None = None,
+        residual: LastItemResidual | None = None,
     ) -> None:
         super().__init__()
         self.decoder = decoder
@@ -53,6 +56,7 @@ class UserLLM(SequenceEncoder):
         self.autocast = autocast
         self.item_dropout = item_dropout
         self.times = times
+        self.residual = residual
 
     @property
     def reads_times(self) -> bool:  # type: ignore[override]
@@ -74,10 +78,11 @@ class UserLLM(SequenceEncoder):
         if (times is None) != (self.times is None):
             raise ValueError("times are given to a model that reads them, and to no other")
         vectors = self.items(history) if vectors is None else vectors
-        vectors = F.dropout(vectors, self.item_dropout, self.training)
+        read = F.dropout(vectors, self.item_dropout, self.training)
         if self.times is not None:
-            vectors = vectors + self.times(times)
-        return self._states(vectors.to(self._dtype), positions, cu_lengths)
+            read = read + self.times(times)
+        states = self._states(read.to(self._dtype), positions, cu_lengths)
+        return states if self.residual is None else self.residual(states, vectors)
 
     @property
     def varlen(self) -> bool:

@@ -18,6 +18,7 @@ EXAMPLES = (
     "export --run saved/Pixel200K-qlora --format adapter --out UserLLM-lora",
     "export --run saved/Pixel200K-qlora --format embeddings",
     "export --run saved/Pixel200K-qlora --format embeddings --vector_files parquet --index hnsw",
+    "export --run saved/Pixel200K-qlora --format onnx --evaluate True",
     "export --run runs/demo/ml-100k-qlora --evaluate True",
 )
 
@@ -33,21 +34,22 @@ def main(argv: Sequence[str]) -> int:
     )
     parser.add_argument(
         "--format",
-        choices=("merged", "adapter", "embeddings"),
+        choices=("merged", "adapter", "embeddings", "onnx"),
         default="merged",
         help="merged: one transformers model, without quantisation; adapter: LoRA in peft's format; "
-        "embeddings: the vectors of all items and users, with an index (default: %(default)s)",
+        "embeddings: the vectors of all items and users, with an index; onnx: ONNX graphs of the merged "
+        "UserLLM and of its map of items (default: %(default)s)",
     )
     parser.add_argument(
         "--dtype",
         choices=get_args(DType),
         help="number type of merged weights (default: bfloat16), or of embeddings: float16 or float32 "
-        "(default: float32)",
+        "(default: float32); onnx is float32",
     )
     add_flag(
         parser,
         "--evaluate",
-        "score the merged model as the run was scored, for the card's table",
+        "score the merged model or the ONNX graphs as the run was scored, for the card's table",
     )
     add_flag(parser, "--overwrite", "replace an earlier export")
     group = parser.add_argument_group("with --format embeddings")
@@ -107,7 +109,7 @@ def main(argv: Sequence[str]) -> int:
             ExportOptions(
                 **shared,
                 format=args.format,
-                dtype=args.dtype or "bfloat16",
+                dtype=args.dtype or ("float32" if args.format == "onnx" else "bfloat16"),
                 evaluate=args.evaluate,
             )
         )

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from hsft.config.schema import ID_MODELS
+from hsft.config.schema import ID_MODELS, USER_LLM_MODELS
 from hsft.evaluator.fingerprint import differing_parts
 from hsft.evaluator.intervals import holm, interval, paired_p_value
 from hsft.evaluator.metrics import PER_USER, per_user
@@ -23,7 +23,7 @@ TRAINED = (TUNED, *ID_MODELS)
 # Keys of the UserLLM's training that are named where they are set.
 _OPTIONS = (
     *("item_id_embedding", "item_id_dropout", "item_dropout", "negatives_logq", "temperature"),
-    *("fix_temp", "use_timestamps", "train_item_llm", "item_pretrain_epochs"),
+    *("fix_temp", "use_timestamps", "last_item_residual", "train_item_llm", "item_pretrain_epochs"),
 )
 # What every run of a comparison must share, beside its fingerprint.
 _SHARED = ("dataset", "phase", "protocol")
@@ -137,9 +137,9 @@ class Comparison:
         whole = [name for name in names if "@" not in name]
         tables = [("Whole rankings", whole)] if whole else []
         of_lists = [name for name in names if "@" in name]
-        if len({name.partition("@")[0] for name in of_lists}) == 1:
-            return [*tables, ("Recommended lists", of_lists)]
         cuts = dict.fromkeys(name.partition("@")[2] for name in of_lists)
+        if len({name.partition("@")[0] for name in of_lists}) == 1 < len(cuts):
+            return [*tables, ("Recommended lists", of_lists)]
         return [
             *tables,
             *(
@@ -344,6 +344,7 @@ def _settings(result: Mapping[str, Any], row: str) -> str:
     config = {**result["config"], "precision": result.get("environment", {}).get("precision")}
     if row == UNTRAINED:
         keys = ["user_pretrain_dir", "user_llm_layers", "MAX_ITEM_LIST_LENGTH"]
+        keys += ["MAX_ITEM_LIST_LENGTH_TEST"]
         keys += ["item_embedding_transform", "precision"]
         run = _exported_from(result)
         start = f"fine-tuned, exported from {run}, " if run else ""
@@ -352,7 +353,8 @@ def _settings(result: Mapping[str, Any], row: str) -> str:
         return _members(result)
     if row not in TRAINED:
         return ""
-    keys = ["epochs", "train_batch_size", "MAX_ITEM_LIST_LENGTH", "seed"]
+    keys = ["epochs", "train_batch_size", "MAX_ITEM_LIST_LENGTH"]
+    keys += ["MAX_ITEM_LIST_LENGTH_TEST", "seed"]
     if config.get("model") == "HLLM":
         keys += ["encoder", "user_llm_layers", "loss", "negatives", "num_negatives", "precision"]
         keys += ["item_embedding_transform", "item_adapter", "use_qlora"]
@@ -362,7 +364,11 @@ def _settings(result: Mapping[str, Any], row: str) -> str:
             keys += [key for key in config if key.startswith("qlora_")]
     else:
         keys += [str(config.get("model")), "num_negatives"]
-        keys += [key for key in ("negatives_logq", "temperature", "fix_temp") if config.get(key)]
+        if config.get("model") in USER_LLM_MODELS:
+            keys += ["user_pretrain_dir", "user_llm_layers", "use_qlora"]
+        optional = ("negatives_logq", "temperature", "fix_temp", "use_timestamps")
+        keys += [key for key in optional if config.get(key)]
+        keys += ["predict_at"] if config.get("use_timestamps") else []
     return _listed({**{key: config.get(key) for key in keys}, **config.get("optim_args", {})})
 
 

@@ -51,6 +51,7 @@ class TrainingShape:
         adapter_rank: of `lowrank`.
         item_width: dimensions of the item embeddings, None: the UserLLM's hidden size.
         id_vectors: whether every item has a trained id vector.
+        trained_items: whether the item table itself is trained.
         length: L, most positions of a sequence.
         mean_length, length_deviation: mean and standard deviation of the sequences' positions, where
             they are known and batches are packed; else every sequence is taken to be full.
@@ -84,6 +85,7 @@ class TrainingShape:
     attention: Literal["sdpa", "eager"] = "sdpa"
     item_width: int | None = None
     id_vectors: bool = False
+    trained_items: bool = False
     mean_length: float | None = None
     length_deviation: float = 0.0
     negatives_logq: bool = False
@@ -182,6 +184,8 @@ def trained_sizes(shape: TrainingShape) -> list[int]:
         sizes += [dim, dim]
     if shape.id_vectors and shape.items is not None:
         sizes.append((shape.items + 1) * dim)
+    if shape.trained_items and shape.items is not None:
+        sizes.append((shape.items + 1) * (shape.item_width or dim))
     return sizes
 
 
@@ -199,6 +203,9 @@ def adapter_matrices(shape: TrainingShape) -> list[int]:
 
 
 def _table_bytes(items: int, dim: int, shape: TrainingShape) -> int:
+    if shape.trained_items and shape.lora_rank is not None:
+        # Among the trained weights beside the frozen ones.
+        return 0
     return (items + 1) * (shape.item_width or dim) * shape.item_bytes
 
 

@@ -18,8 +18,9 @@ from hsft.report.comparison_files import markdown
 from hsft.report.result import split_sentence
 from hsft.utils.errors import one_line
 
-Format = Literal["merged", "adapter"]
+Format = Literal["merged", "adapter", "onnx"]
 
+_LIBRARIES = {"merged": "transformers", "adapter": "peft", "onnx": "onnx"}
 # Name of the row that was measured on an exported folder itself.
 EXPORTED = "exported"
 # Metadata of the cards: what the hub sorts models by.
@@ -32,7 +33,8 @@ class Exported:
 
     Attributes:
         name: the run's name.
-        format: `merged`, a whole model, or `adapter`, LoRA matrices for the base model.
+        format: `merged`, a whole model; `adapter`, LoRA matrices for the base model; or `onnx`, the
+            merged model as ONNX graphs.
         dtype: number type of the weights in the folder.
         config: the run's configuration.
         result: the run's `result.json`.
@@ -73,7 +75,7 @@ class Exported:
     @property
     def own_row(self) -> Row | None:
         """The row that was measured on what the folder holds, None when nothing was."""
-        name = EXPORTED if self.format == "merged" else self.tuned
+        name = self.tuned if self.format == "adapter" else EXPORTED
         return next((row for row in self.table.rows if row.name == name), None)
 
 
@@ -111,7 +113,7 @@ def _metadata(exported: Exported) -> ModelCardData:
     ]
     tags = [*TAGS, *(["lora"] if config.use_qlora else []), f"loss:{config.loss}"]
     return ModelCardData(
-        library_name="transformers" if exported.format == "merged" else "peft",
+        library_name=_LIBRARIES[exported.format],
         base_model=exported.base_repo,
         tags=tags,
         datasets=[str(config.dataset)],
@@ -133,6 +135,8 @@ def _summary(exported: Exported) -> str:
         trained = f"LoRA on {config.qlora_quant_type} weights (QLoRA)"
     holds = {
         "merged": f"a whole decoder in {exported.dtype}"
+        + (", the LoRA adapter merged into it" if config.use_qlora else ""),
+        "onnx": "the decoder as an ONNX graph in float32"
         + (", the LoRA adapter merged into it" if config.use_qlora else ""),
         "adapter": "the LoRA adapter in peft's format, without the base model's weights",
     }
@@ -168,8 +172,9 @@ def _what_was_scored(exported: Exported) -> str:
     if exported.other_ranks is None:
         return text + "What this folder itself scores was not measured (`--evaluate True` does so)."
     users = len(exported.table.rows[0].users)
+    how = "in ONNX Runtime" if exported.format == "onnx" else "by the same code"
     return (
-        f"{text}The row exported was measured on this folder by the same code: the target ranks "
+        f"{text}The row exported was measured on this folder {how}: the target ranks "
         f"elsewhere for {exported.other_ranks} of {users} users."
     )
 
@@ -187,8 +192,10 @@ def _data(exported: Exported) -> str:
 
 
 def _loading(exported: Exported) -> str:
-    python = _merged_code(exported) if exported.format == "merged" else _adapter_code(exported)
-    text = f"```python\n{python}```\n"
+    codes = {"merged": _merged_code, "adapter": _adapter_code, "onnx": _onnx_code}
+    text = f"```python\n{codes[exported.format](exported)}```\n"
+    if exported.format == "onnx":
+        return text
     if exported.format == "adapter":
         return text + (
             "\n`trained.safetensors` holds what was trained besides the adapter; `config.yaml` the "
@@ -249,6 +256,28 @@ def _adapter_code(exported: Exported) -> str:
         "user_llm = PeftModel.from_pretrained(decoder, folder).eval()",
     ]
     return _text([*lines, *_use(exported, "trained.safetensors", "encoder.items.adapter.")])
+
+
+def _onnx_code(_: Exported) -> str:
+    return _text(
+        [
+            "import numpy as np",
+            "import onnxruntime",
+            "",
+            'user_llm = onnxruntime.InferenceSession("user_llm.onnx")',
+            'items = onnxruntime.InferenceSession("items.onnx")',
+            "",
+            "# The item embeddings of two histories, oldest first, padded on the right.",
+            "width = user_llm.get_inputs()[0].shape[2]",
+            "history = np.random.randn(2, 5, width).astype(np.float32)",
+            'given = {"embeddings": history, "lengths": np.array([5, 3])}',
+            "(user_vectors,) = user_llm.run(None, given)",
+            "# The item embeddings of all candidates.",
+            "catalogue = np.random.randn(100, width).astype(np.float32)",
+            '(item_vectors,) = items.run(None, {"embeddings": catalogue})',
+            "scores = user_vectors @ item_vectors.T",
+        ]
+    )
 
 
 def _quantization_code(config: Config) -> str:

@@ -7,7 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from hsft.config.loader import flat_values
-from hsft.config.schema import ID_MODELS, READS_EMBEDDINGS, TIME_MODELS, TRAINED_MODELS, Config
+from hsft.config.schema import (
+    ID_MODELS,
+    READS_EMBEDDINGS,
+    TIME_MODELS,
+    TRAINED_MODELS,
+    USER_LLM_MODELS,
+    Config,
+)
 from hsft.report.page import Cell, Section, Table
 from hsft.utils.progress import format_seconds
 
@@ -55,7 +62,7 @@ def applies(key: str, config: Mapping[str, Any]) -> bool:
         return model == "ensemble"
     if name in ("knn_history", "knn_decay"):
         return model in ("item_knn", "tfidf")
-    if name == "MAX_ITEM_LIST_LENGTH":
+    if name.startswith("MAX_ITEM_LIST_LENGTH"):
         return model not in ("pop", "random")
     if name == "eval_baseline":
         return model == "HLLM" and trains
@@ -70,6 +77,8 @@ def applies(key: str, config: Mapping[str, Any]) -> bool:
         return trains or model == "ensemble"
     if group == "training" or name in _TRAINING_KEYS:
         return trains
+    if name == "item_dropout":
+        return model in USER_LLM_MODELS and trains
     if group == "item cache" or name in _READING_KEYS:
         return model in READS_EMBEDDINGS
     if name == "use_timestamps":
@@ -77,12 +86,12 @@ def applies(key: str, config: Mapping[str, Any]) -> bool:
     if name == "predict_at":
         return bool(config.get("use_timestamps"))
     if group == "UserLLM":
-        return model == "HLLM" and _user_llm_key_applies(name, config, trains)
+        return model in USER_LLM_MODELS and _user_llm_key_applies(name, config, trains)
     return True
 
 
 def _user_llm_key_applies(name: str, config: Mapping[str, Any], trains: bool) -> bool:
-    if name in ("use_qlora", "gradient_checkpointing"):
+    if name in ("use_qlora", "gradient_checkpointing", "last_item_residual"):
         return trains
     return not name.startswith("qlora_") or (trains and bool(config.get("use_qlora")))
 

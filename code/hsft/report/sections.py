@@ -116,7 +116,10 @@ def metric_section(comparison: Comparison) -> Section:
             [row.name, *(_number(row.metrics.get(name)) for name in columns)]
             for row in comparison.rows
         ]
-        tables.append(Table(f"{caption}, all users together", ["model", *columns], values))
+        cuts = {name.partition("@")[2] for name in columns}
+        # A caption names a single cut-off.
+        shown = [name.partition("@")[0] for name in columns] if len(cuts) == 1 else columns
+        tables.append(Table(f"{caption}, all users together", ["model", *shown], values))
     text = [f"In brackets: {INTERVALS}."]
     if len(comparison.rows) > 1:
         text = [

@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 
-def gain_table(rows: Sequence[tuple[str, Mapping[str, float]]]) -> str:
+def gain_table(rows: Sequence[tuple[str, Mapping[str, float]]], decimals: int = 6) -> str:
     """Format metrics as text columns, with the last row's gain over the first one.
 
     Args:
-        rows: (name, metrics) from baseline to fine-tune; one row gives no gain column.
+        rows: (name, metrics) from baseline to fine-tune; one row gives no gain column. A metric that a
+            row lacks, such as those of lists without items, is `n/a` there.
+        decimals: of the metrics.
 
     Returns:
         A table with a line a metric.
     """
-    names = list(rows[0][1])
+    names = list(dict.fromkeys(name for _, metrics in rows for name in metrics))
     header = ["metric", *(name for name, _ in rows)]
     with_gain = len(rows) > 1
     lines = [[*header, "gain"] if with_gain else header]
     for metric in names:
-        values = [metrics[metric] for _, metrics in rows]
-        cells = [metric, *(f"{value:.6f}" for value in values)]
+        values = [metrics.get(metric, math.nan) for _, metrics in rows]
+        shown = ["n/a" if math.isnan(value) else f"{value:.{decimals}f}" for value in values]
+        cells = [metric, *shown]
         lines.append([*cells, relative_gain(values[0], values[-1])] if with_gain else cells)
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     text = []
@@ -33,5 +37,6 @@ def gain_table(rows: Sequence[tuple[str, Mapping[str, float]]]) -> str:
 
 
 def relative_gain(before: float, after: float) -> str:
-    """Write (after - before) / before as a signed percentage; `n/a` when there is nothing before."""
-    return f"{(after - before) / before:+.1%}" if before > 0 else "n/a"
+    """Write (after - before) / before as a signed percentage; `n/a` where that is no number."""
+    gain = (after - before) / before if before > 0 else math.nan
+    return "n/a" if math.isnan(gain) else f"{gain:+.1%}"

@@ -240,7 +240,7 @@ def _quick_run(config: Config, findings: Findings) -> None:
         with findings.collect():
             information_file(config.text_path, config.dataset)
     hidden = None
-    if config.model == "HLLM":
+    if config.has_user_llm:
         hidden = check_user_model(config, findings)
     if config.trains_items:
         with findings.collect():
@@ -309,27 +309,33 @@ def check_user_model(config: Config, findings: Findings) -> int | None:
         kind = read_kind(source)
         check_decoder(kind, folder, source.layers)
         hidden = kind.hidden_size
-        weights = check_files(folder)
-        check_shapes(kind, weights, folder)
+        weights = None
+        if config.loads_user_llm:
+            weights = check_files(folder)
+            check_shapes(kind, weights, folder)
         decoder = read_structure(source)
         check_embeddings(decoder.embedding_width, decoder.hidden_size, folder)
-        check_positions(decoder, config.MAX_ITEM_LIST_LENGTH, folder, "MAX_ITEM_LIST_LENGTH")
+        check_positions(decoder, config.longest_list_length, folder, "MAX_ITEM_LIST_LENGTH")
         if config.use_qlora and not config.val_only:
             check_lora_targets(decoder.linear, config.qlora_target_modules)
-        check_weights(
-            folder, layers=config.user_llm_layers, trust_remote_code=config.trust_remote_code
+        if weights is not None:
+            check_weights(
+                folder, layers=config.user_llm_layers, trust_remote_code=config.trust_remote_code
+            )
+        _training_space(
+            config, sum(decoder.sizes) if weights is None else _trained(config, weights)
         )
-        _training_space(config, weights)
     with findings.collect():
         extra = read_extra(folder)
-        if hidden is not None:
+        if hidden is not None and config.model == "HLLM":
             train = not config.val_only
             adapter_shape(config, extra, folder, train=train, rectangular=False)
             read_id_vectors(folder, hidden)
     with findings.collect():
         user_attention(config, torch.device(choose_device(config)))
-    with findings.collect():
-        findings.warn(pretraining_overlap(folder, config.dataset))
+    if config.loads_user_llm:
+        with findings.collect():
+            findings.warn(pretraining_overlap(folder, config.dataset))
     return hidden
 
 
@@ -444,7 +450,7 @@ def _split(config: Config, split: Split, findings: Findings) -> None:
     phases: set[Phase] = {config.eval_phase} | ({"valid"} if validates else set())
     for phase in sorted(phases):
         with findings.collect():
-            dataset = CachedEmbeddingEvalDataset(split, phase, config.MAX_ITEM_LIST_LENGTH)
+            dataset = CachedEmbeddingEvalDataset(split, phase, config.eval_list_length)
             Evaluator(dataset, eval_protocol(config), batch_size=config.eval_batch_size)
             findings.notes.append(f"{phase}: {len(dataset)} users are scored")
     if not config.trains:
@@ -459,11 +465,19 @@ def _split(config: Config, split: Split, findings: Findings) -> None:
         check_training(config, split, sequences)
 
 
-def _training_space(config: Config, weights: Weights) -> None:
-    if config.val_only or config.use_qlora or not weights.shapes:
+def _trained(config: Config, weights: Weights) -> int:
+    """Return the number of the UserLLM's weights, 0 where the files have no headers."""
+    if not weights.shapes:
+        return 0
+    return weights.count(config.user_llm_layers, vocabulary=False)
+
+
+def _training_space(config: Config, weights: int) -> None:
+    """Refuse a disk that does not hold so many trained weights."""
+    if config.val_only or config.use_qlora or not weights:
         return
     # `best/` holds every trained weight in float32; its successor is written before it is removed.
-    needed = 2 * 4 * weights.count(config.user_llm_layers, vocabulary=False)
+    needed = 2 * 4 * weights
     _enough(Path(config.checkpoint_dir), needed, "the trained weights", "--checkpoint_dir")
 
 

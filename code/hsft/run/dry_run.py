@@ -25,6 +25,7 @@ from hsft.model.accelerate import choose_acceleration
 from hsft.model.attention import VARLEN, choose_attention
 from hsft.model.backbone import check_lora_targets, read_extra
 from hsft.model.folder import check_decoder, check_embeddings, check_positions, layer_number
+from hsft.model.id_model import id_loss_settings
 from hsft.model.item_adapter import check_width
 from hsft.model.meta import read_kind, read_structure
 from hsft.model.structure import DecoderSource, DecoderStructure
@@ -179,14 +180,18 @@ def assumed_shape(
     Raises:
         InputError: what is there is bad or does not fit, or nothing would be fine-tuned.
     """
-    if config.model != "HLLM" or config.val_only:
+    if not config.has_user_llm or config.val_only:
         raise InputError(
-            "dry_run estimates fine-tuning of the UserLLM; set model: HLLM, not val_only."
+            "dry_run estimates fine-tuning of the UserLLM; set model: HLLM (or llm_id), not val_only."
         )
     named = config.user_pretrain_dir
     decoder, assumed = _user_model(config, Path(named) if named else None)
     split = split or _reader(config)
-    items = _items(config, decoder.hidden_size, split, known_width=not assumed)
+    on_ids = config.model == "llm_id"
+    if on_ids:
+        items = _trained_items(config, decoder.hidden_size, split)
+    else:
+        items = _items(config, decoder.hidden_size, split, known_width=not assumed)
     asked = config.attn_implementation
     kernel = choose_attention(
         "auto" if asked == "flash_attention_2" else asked,
@@ -195,7 +200,12 @@ def assumed_shape(
         half=config.precision != "32-true",
         kind=read_kind(decoder.source),
     )
-    transformed = config.item_embedding_transform != "none"
+    transformed = config.item_embedding_transform != "none" and not on_ids
+    adapter = config.item_adapter
+    negatives = config.effective_negatives
+    if on_ids:
+        adapter = "none" if items.width == decoder.hidden_size else "linear"
+        negatives = id_loss_settings(config, "cosine").negatives
     precision = "bf16-mixed" if config.precision == "auto" else config.precision
     lengths = _lengths(config, split) if packed_row_length(config, kernel) else None
     shape = TrainingShape(
@@ -209,15 +219,16 @@ def assumed_shape(
         checkpointing=config.gradient_checkpointing,
         items=items.count,
         item_bytes=4 if transformed else DTYPES[items.dtype].itemsize,
-        adapter=config.item_adapter,
+        adapter=adapter,
         adapter_rank=config.item_adapter_rank,
         item_width=items.width,
-        id_vectors=config.item_id_embedding,
+        id_vectors=config.item_id_embedding and not on_ids,
+        trained_items=on_ids,
         length=config.MAX_ITEM_LIST_LENGTH,
         masked_row=None if kernel == VARLEN else packed_row_length(config, kernel),
         mean_length=None if lengths is None else float(lengths.mean()),
         length_deviation=0.0 if lengths is None else float(lengths.std()),
-        negatives=config.effective_negatives,
+        negatives=negatives,
         num_negatives=config.num_negatives or 0,
         negatives_logq=config.negatives_logq,
         budget_bytes=config.logits_budget_mb * MIB,
@@ -303,7 +314,7 @@ def _user_model(config: Config, folder: Path | None) -> tuple[DecoderStructure, 
     check_decoder(read_kind(source), folder, layers)
     decoder = read_structure(source)
     check_embeddings(decoder.embedding_width, decoder.hidden_size, folder)
-    check_positions(decoder, config.MAX_ITEM_LIST_LENGTH, folder, "MAX_ITEM_LIST_LENGTH")
+    check_positions(decoder, config.longest_list_length, folder, "MAX_ITEM_LIST_LENGTH")
     if config.use_qlora:
         check_lora_targets(decoder.linear, config.qlora_target_modules)
     return decoder, assumed
@@ -322,7 +333,7 @@ def _run_size(config: Config, split: Callable[[], Split]) -> RunSize | None:
     lengths = _lengths(config, split)
     if lengths is None:
         return None
-    valid = CachedEmbeddingEvalDataset(split(), "valid", config.MAX_ITEM_LIST_LENGTH)
+    valid = CachedEmbeddingEvalDataset(split(), "valid", config.eval_list_length)
     users = min(len(valid), config.valid_users or len(valid))
     return RunSize(lengths, users, float(valid.lengths.mean()) if len(valid) else 0.0)
 
@@ -354,6 +365,15 @@ def _items(config: Config, width: int, split: Callable[[], Split], *, known_widt
     missing = f"no interactions at {data}" if config.dataset else "no dataset is named"
     sentence = f"{missing}: the number of items is unknown and the item table is not counted."
     return _Items(None, config.item_cache_dtype, (*assumed, sentence))
+
+
+def _trained_items(config: Config, hidden: int, split: Callable[[], Split]) -> _Items:
+    """Count the items of a model that trains a vector for each: those of the interactions."""
+    width = config.llm_id.item_width or hidden
+    if has_interactions(config):
+        return _Items(split().interactions.num_items, "float32", width=width)
+    sentence = "there are no interactions: the number of items is unknown and the item table is not counted."
+    return _Items(None, "float32", (sentence,), width)
 
 
 def _cached_items(config: Config, path: Path, width: int, *, known_width: bool) -> _Items:

@@ -27,7 +27,7 @@ def missing_for_run(config: Config) -> list[str]:
     finds: list[Callable[[], Path]] = [lambda: dataset_file(config.data_path, config.dataset)]
     if config.item_data is not None:
         finds.append(lambda: dataset_file(config.data_path, config.item_data, "item_data"))
-    if config.model == "HLLM":
+    if config.has_user_llm:
         finds.append(lambda: user_llm_folder(config))
     if config.trains_items or (config.reads_embeddings and not config.use_item_cache):
         finds += _encoding(config)

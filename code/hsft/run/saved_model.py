@@ -17,7 +17,7 @@ from hsft.evaluator.evaluator import Scorer
 from hsft.evaluator.fingerprint import differing_parts, evaluation_fingerprint
 from hsft.inputs.cache_items import read_item_cache
 from hsft.model.ensemble import Ensemble, Member
-from hsft.model.folder import fingerprint
+from hsft.model.folder import config_digest, fingerprint
 from hsft.model.reference import build_reference
 from hsft.model.weights import load_trained
 from hsft.report.result import RESULT_FILE, TUNED, UNTRAINED, not_a_run, read_result, unfinished
@@ -103,10 +103,10 @@ def build_model(folder: Path, config: Config, data: Data, fabric: Fabric, name: 
         ensemble = build_ensemble(member_runs(config), config, data, fabric)
         ensemble.weights = _recorded_weights(folder, len(ensemble.parts))
         return ensemble
+    refuse_other_user_llm(folder, config)
     if config.model in ID_MODELS:
         model = build_id_model(config, data, fabric)
     else:
-        refuse_other_user_llm(folder, config)
         model = build_user_llm(config, data, fabric, train=name == TUNED)
     if name != UNTRAINED:
         if not is_folder(folder / BEST_DIR) and not is_file(folder / RESULT_FILE):
@@ -166,7 +166,7 @@ def refuse_unlike_members(members: Sequence[MemberRun], config: Config, split: S
     for member in members:
         phase: Phase = "valid" if member.result["phase"] == "valid" else "test"
         if phase not in known:
-            users = CachedEmbeddingEvalDataset(split, phase, config.MAX_ITEM_LIST_LENGTH)
+            users = CachedEmbeddingEvalDataset(split, phase, config.eval_list_length)
             known[phase] = evaluation_fingerprint(users, eval_protocol(config))
         recorded = member.result.get("fingerprint", {})
         unlike = differing_parts(known[phase], recorded)
@@ -201,7 +201,7 @@ def build_ensemble(
             match_cache(data.interactions, cache, member_config)
         member_data = Data(data.split, cache)
         scorer = build_model(member.folder, member_config, member_data, fabric, member.model)
-        parts.append(Member(scorer, member.config.MAX_ITEM_LIST_LENGTH))
+        parts.append(Member(scorer, member.config.eval_list_length))
     return Ensemble(parts, [1.0] * len(parts))
 
 
@@ -218,6 +218,21 @@ def _recorded_weights(folder: Path, count: int) -> list[float]:
     return [float(weight) for weight in weights or ()]
 
 
+def user_llm_fingerprint(config: Config) -> str | None:
+    """Return what tells a configuration's UserLLM from others: of its weights, if they are read.
+
+    None for a model without one, and for a config.json that does not decide alone what is built.
+
+    Raises:
+        InputError: the folder has no readable config.json or weights.
+    """
+    if not config.has_user_llm or not config.user_pretrain_dir:
+        return None
+    if config.loads_user_llm:
+        return fingerprint(config.user_pretrain_dir)
+    return config_digest(Path(config.user_pretrain_dir))
+
+
 def refuse_other_user_llm(folder: Path, config: Config) -> None:
     """Refuse a UserLLM that is not the one a run was made with.
 
@@ -231,12 +246,12 @@ def refuse_other_user_llm(folder: Path, config: Config) -> None:
         InputError: the folder's config.json or weights have changed since the run.
     """
     base = config.user_pretrain_dir
-    if config.model != "HLLM" or not base or not is_folder(base):
+    if not config.has_user_llm or not base or not is_folder(base):
         return
     if not is_file(folder / RESULT_FILE):
         return
     recorded = read_result(folder).get("user_llm_fingerprint")
-    if recorded is not None and recorded != fingerprint(base):
+    if recorded is not None and recorded != user_llm_fingerprint(config):
         raise InputError(
             f"the UserLLM in {base} is not the one that {folder} was made with: its config.json or "
             f"weights have changed since; put the old ones back, or say where they are with "

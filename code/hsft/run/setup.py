@@ -36,10 +36,12 @@ from hsft.model.backbone import (
     linear_layers,
     load_decoder,
     load_model_config,
+    make_decoder,
     model_kind,
     read_extra,
 )
 from hsft.model.hstu import build_hstu
+from hsft.model.id_model import IdTable, id_loss_settings
 from hsft.model.item_adapter import adapter_shape, check_width, load_adapter
 from hsft.model.item_ids import load_id_vectors, read_id_vectors
 from hsft.model.item_table import ItemTable, fit_transform, sample_cosines, table_from_cache
@@ -47,6 +49,7 @@ from hsft.model.meta import read_kind
 from hsft.model.norms import fuse_norms
 from hsft.model.proposal import Proposal
 from hsft.model.recommender import LossSettings, Recommender, Similarity
+from hsft.model.residual import LastItemResidual
 from hsft.model.sasrec import build_sasrec
 from hsft.model.structure import DecoderSource
 from hsft.model.time_embedding import TimeEmbedding
@@ -414,7 +417,7 @@ def make_evaluator(
         InputError: there is nobody to score.
     """
     times = item_times(config, split.interactions)
-    dataset = CachedEmbeddingEvalDataset(split, phase, config.MAX_ITEM_LIST_LENGTH, times)
+    dataset = CachedEmbeddingEvalDataset(split, phase, config.eval_list_length, times)
     if sample is not None and sample < len(dataset):
         log.info("%s: a sample of %d of %d users is scored.", phase, sample, len(dataset))
         rng = np.random.default_rng([config.seed, sample])
@@ -517,7 +520,7 @@ def packed_row_length(config: Config, kernel: str) -> int | None:
     """
     if not config.pack_sequences:
         return None
-    if config.model == "HLLM" and kernel in (VARLEN, "flash_attention_2"):
+    if config.has_user_llm and kernel in (VARLEN, "flash_attention_2"):
         return config.train_batch_size * config.MAX_ITEM_LIST_LENGTH
     return 4 * config.MAX_ITEM_LIST_LENGTH
 
@@ -567,23 +570,79 @@ def build_user_llm(config: Config, data: Data, fabric: Fabric, *, train: bool) -
     extra = read_extra(folder)
     cache = data.cache
     check_width(config, extra, cache.path or "made now", cache.dim, hidden)
+    device = fabric.device
+    decoder = _user_decoder(config, folder, device, train=train)
+    item_ids = data.interactions.item_ids
+    stored = read_id_vectors(folder, hidden)
+    has_ids = stored is not None or (train and config.item_id_embedding)
+    table = ItemTable(
+        table_from_cache(cache, item_ids, config.item_embedding_transform, data.own_items),
+        *adapter_shape(config, extra, folder, train=train, rectangular=cache.dim != hidden),
+        dim=hidden,
+        id_items=data.num_own_items if has_ids else None,
+        id_dropout=config.item_id_dropout,
+    )
+    load_adapter(table, extra, trained=train and config.item_adapter != "none")
+    if stored is not None:
+        load_id_vectors(table, stored, item_ids, trained=train and config.item_id_embedding)
+    time_embedding = None
+    if train and config.use_timestamps:
+        time_embedding = _time_embedding(config, hidden)
+    residual = LastItemResidual(hidden) if train and config.last_item_residual else None
+    settings = loss_settings(config, scored_by="cosine" if not train else None)
+    model = Recommender(
+        UserLLM(
+            decoder,
+            table,
+            max_length=config.longest_list_length,
+            autocast=not computes_in_bfloat16(decoder),
+            item_dropout=config.item_dropout,
+            times=time_embedding,
+            residual=residual,
+        ),
+        settings,
+        logit_scale=initial_logit_scale(config, extra),
+        fix_scale=config.fix_temp,
+    )
+    return model.to(device)
+
+
+def _user_decoder(config: Config, folder: str, device: torch.device, *, train: bool) -> Any:
+    """Load or make the decoder that reads histories, with the trainable parts of the configuration.
+
+    Args:
+        config: of a model with a UserLLM.
+        folder: its `user_pretrain_dir`.
+        device: where it will run.
+        train: as for `build_user_llm`.
+    """
     half = compute_dtype(config)
     lora = lora_settings(config) if train and config.use_qlora else None
     # Weights that are trained whole stay in float32 under mixed precision; frozen ones need not.
     whole = train and lora is None and choose_precision(config) != "bf16-true"
-    device = fabric.device
     attention = user_attention(config, device)
     if attention == "eager" and config.attn_implementation == "auto":
         log.info("%s runs with eager attention, since its kind of model has no sdpa.", folder)
-    decoder: Any = load_decoder(
-        folder,
-        dtype=torch.float32 if whole else half,
-        attention=attention,
-        layers=config.user_llm_layers,
-        lora=lora,
-        device=device,
-        trust_remote_code=config.trust_remote_code,
-    )
+    dtype = torch.float32 if whole else half
+    decoder: Any
+    if config.loads_user_llm:
+        decoder = load_decoder(
+            folder,
+            dtype=dtype,
+            attention=attention,
+            layers=config.user_llm_layers,
+            lora=lora,
+            device=device,
+            trust_remote_code=config.trust_remote_code,
+        )
+    else:
+        decoder = make_decoder(
+            folder,
+            dtype=dtype,
+            attention=attention,
+            layers=config.user_llm_layers,
+            trust_remote_code=config.trust_remote_code,
+        )
     fuse_norms(decoder)
     if attention == VARLEN:
         log.info("attention: torch's variable-length kernel, a batch's sequences in one row.")
@@ -600,43 +659,47 @@ def build_user_llm(config: Config, data: Data, fabric: Fabric, *, train: bool) -
         enable_checkpointing(decoder)
     elif not train:
         decoder.requires_grad_(False)
-    item_ids = data.interactions.item_ids
-    stored = read_id_vectors(folder, hidden)
-    has_ids = stored is not None or (train and config.item_id_embedding)
-    table = ItemTable(
-        table_from_cache(cache, item_ids, config.item_embedding_transform, data.own_items),
-        *adapter_shape(config, extra, folder, train=train, rectangular=cache.dim != hidden),
-        dim=hidden,
-        id_items=data.num_own_items if has_ids else None,
-        id_dropout=config.item_id_dropout,
+    return decoder
+
+
+def build_id_model(config: Config, data: Data, fabric: Fabric) -> Recommender:
+    """Make one of `ID_MODELS`, untrained, on the device.
+
+    Raises:
+        InputError: the model folder of `llm_id` is unusable.
+    """
+    num_items = data.interactions.num_items
+    if config.model == "llm_id":
+        return _build_llm_id(config, num_items, fabric.device)
+    build = {"sasrec": build_sasrec, "hstu": build_hstu}[config.model]
+    return build(config, num_items).to(fabric.device)
+
+
+def _build_llm_id(config: Config, num_items: int, device: torch.device) -> Recommender:
+    """Make HLLM's LLMIDRec: the UserLLM, all of it trained, on trained vectors of item ids."""
+    folder = str(user_llm_folder(config))
+    decoder = _user_decoder(config, folder, device, train=True)
+    hidden = int(decoder.config.hidden_size)
+    encoder = UserLLM(
+        decoder,
+        IdTable(num_items, hidden, config.llm_id.item_width),
+        max_length=config.MAX_ITEM_LIST_LENGTH,
+        autocast=not computes_in_bfloat16(decoder),
+        item_dropout=config.item_dropout,
+        times=_time_embedding(config, hidden) if config.use_timestamps else None,
     )
-    load_adapter(table, extra, trained=train and config.item_adapter != "none")
-    if stored is not None:
-        load_id_vectors(table, stored, item_ids, trained=train and config.item_id_embedding)
-    time_embedding = None
-    if train and config.use_timestamps:
-        time_embedding = TimeEmbedding(hidden, config.predict_at == "target")
-    settings = loss_settings(config, scored_by="cosine" if not train else None)
+    extra = read_extra(folder) if config.loads_user_llm else {}
     model = Recommender(
-        UserLLM(
-            decoder,
-            table,
-            max_length=config.MAX_ITEM_LIST_LENGTH,
-            autocast=not computes_in_bfloat16(decoder),
-            item_dropout=config.item_dropout,
-            times=time_embedding,
-        ),
-        settings,
+        encoder,
+        id_loss_settings(config, "cosine"),
         logit_scale=initial_logit_scale(config, extra),
         fix_scale=config.fix_temp,
     )
     return model.to(device)
 
 
-def build_id_model(config: Config, data: Data, fabric: Fabric) -> Recommender:
-    """Make one of `ID_MODELS`, untrained, on the device."""
-    build = {"sasrec": build_sasrec, "hstu": build_hstu}[config.model]
-    return build(config, data.interactions.num_items).to(fabric.device)
+def _time_embedding(config: Config, hidden: int) -> TimeEmbedding:
+    return TimeEmbedding(hidden, config.predict_at == "target")
 
 
 def build_item_training(

@@ -34,7 +34,6 @@ from hsft.model.accelerate import (
 )
 from hsft.model.attention import VARLEN
 from hsft.model.ensemble import weight_grid
-from hsft.model.folder import fingerprint as model_fingerprint
 from hsft.model.recommender import Recommender
 from hsft.model.reference import build_reference
 from hsft.model.user_llm import UserLLM
@@ -57,7 +56,7 @@ from hsft.run.run_dir import (
     has_checkpoint,
     start_run_dir,
 )
-from hsft.run.saved_model import build_ensemble, member_runs
+from hsft.run.saved_model import build_ensemble, member_runs, user_llm_fingerprint
 from hsft.run.setup import (
     Data,
     build_id_model,
@@ -136,8 +135,9 @@ def train_and_rank(config: Config, keep_going: KeepGoing | None = None) -> Path:
         Interrupted: SIGINT or SIGTERM came; it says how to continue.
     """
     if config.model == "ensemble":
-        longest = max(member.config.MAX_ITEM_LIST_LENGTH for member in member_runs(config))
-        config = config.model_copy(update={"MAX_ITEM_LIST_LENGTH": longest})
+        longest = max(member.config.eval_list_length for member in member_runs(config))
+        lengths = {"MAX_ITEM_LIST_LENGTH": longest, "MAX_ITEM_LIST_LENGTH_TEST": None}
+        config = config.model_copy(update=lengths)
     with StopSignals() as stop:
         fabric = make_fabric(config)
         # Workers' seeds, dropout and LoRA's initial values follow from it.
@@ -189,9 +189,8 @@ def _run(run: RunContext) -> None:
     elif config.ranking_precision == "tensor_cores":
         log.info("ranking_precision: tensor_cores needs a CUDA device; scores are float32.")
     data = load_data(config, need_cache=config.reads_embeddings)
-    if config.model == "HLLM" and config.user_pretrain_dir:
-        run = replace(run, user_llm_fingerprint=model_fingerprint(config.user_pretrain_dir))
-        warn(_overlap(config))
+    run = replace(run, user_llm_fingerprint=user_llm_fingerprint(config))
+    warn(_overlap(config))
     final = make_evaluator(
         config,
         data.split,
@@ -267,13 +266,13 @@ def _evaluate_models(
 
 def _overlap(config: Config) -> str | None:
     """Return the warning of a UserLLM that may have been trained on the held-out items."""
-    if config.model != "HLLM" or not config.user_pretrain_dir:
+    if not (config.loads_user_llm and config.user_pretrain_dir):
         return None
     return pretraining_overlap(config.user_pretrain_dir, config.dataset)
 
 
 def _origin(config: Config) -> dict[str, Any] | None:
-    return user_llm_origin(config.user_pretrain_dir or "") if config.model == "HLLM" else None
+    return user_llm_origin(config.user_pretrain_dir or "") if config.loads_user_llm else None
 
 
 def _baseline(run: RunContext, data: Data, final: Evaluator) -> Evaluation:
@@ -602,7 +601,7 @@ def make_train_loader(
     rows = config.train_batch_size * world_size()
     length, single_row = None, False
     if pack and config.pack_sequences:
-        kernel = user_attention(config, fabric.device) if config.model == "HLLM" else "sdpa"
+        kernel = user_attention(config, fabric.device) if config.has_user_llm else "sdpa"
         length, single_row = packed_row_length(config, kernel), kernel == VARLEN
     collate = TrainCollate(
         dataset,
@@ -679,6 +678,9 @@ def _write_result(
     run.checkpoints.remove()
     sys.stdout.write(
         f"\n{config.dataset}, {config.eval_phase}, {users} users, {protocol.describe()}\n\n"
-        + gain_table([(name, each.metrics) for name, each in evaluations.items()])
+        + gain_table(
+            [(name, each.metrics) for name, each in evaluations.items()],
+            config.metric_decimal_place,
+        )
         + f"\nresult: {folder / 'result.json'} ({format_seconds(sum(record['timings_s'].values()))})\n"
     )

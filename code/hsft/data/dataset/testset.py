@@ -19,7 +19,7 @@ class CachedEmbeddingEvalDataset(Dataset[np.ndarray]):
     Args:
         split: the interactions, split.
         phase: `valid` or `test`.
-        max_length: `MAX_ITEM_LIST_LENGTH`; the model reads the last L items, all are "seen".
+        max_length: `Config.eval_list_length`; the model reads the last L items, all are "seen".
         times: of the interactions, for a model that reads them; None: batches have none.
 
     Attributes:
