@@ -99,9 +99,9 @@ def test_what_is_first_seen_later_is_left_out(data: Interactions) -> None:
     assert time.sentences() == [
         "split: global_time: training before 50, 5 interactions (29.4%); validation from then until "
         "80, 4 interactions (23.5%); test from then on, 8 interactions (47.1%).",
-        "valid: 2 of 3 users with an interaction in the period are scored; 1 are first seen in it.",
-        "test: 3 of 5 users with an interaction in the period are scored; 2 are first seen in it.",
-        "1 items are first seen after training: left out, with 2 interactions.",
+        "valid: 2 of 3 users with an interaction in the period are scored; users first seen in it: 1.",
+        "test: 3 of 5 users with an interaction in the period are scored; users first seen in it: 2.",
+        "items first seen after training: 1, left out with their 2 interactions.",
     ]
 
 
@@ -125,7 +125,7 @@ def test_what_is_first_seen_later_is_ranked(data: Interactions) -> None:
     assert "4 of 5" not in split.time.sentences()[2]
     assert split.time.sentences()[2].startswith(
         "test: 5 of 5 users with an interaction in the period are scored, 1 of them on an item that "
-        "training has not seen; 2 are first seen"
+        "training has not seen; users first seen in it: 2"
     )
     sampler = NegativeSampler(split.interactions, held_out=split.held_out, items=split.train_items)
     users = np.arange(6)
@@ -396,8 +396,11 @@ def test_a_fine_tuned_run_from_check_to_report(
     code, out, err = walking.run(*TRAIN, *TIMES, "--check", "True")
     assert code == 0, err
     assert "training before 1007, 84 interactions (62.2%)" in out
-    assert "test: 12 of 13 users with an interaction in the period are scored; 1 are first" in out
-    assert "2 items are first seen after training: left out, with 4 interactions." in out
+    assert (
+        "test: 12 of 13 users with an interaction in the period are scored; users first seen in it: 1"
+        in out
+    )
+    assert "items first seen after training: 2, left out with their 4 interactions." in out
     assert "training: 12 sequences, 72 transitions a pass" in out
     code, out, err = walking.run(*TRAIN, *TIMES, "--dry_run", "True")
     assert code == 0, err

@@ -393,3 +393,8 @@ def test_optional_parts_of_a_training_are_named_where_they_are_set() -> None:
         assert "temperature" not in named
     sasrec = Config(model="sasrec", temperature=0.1).model_dump(mode="json")
     assert "temperature 0.1" in compare._settings({"config": sasrec}, "sasrec")
+    timed = Config(model="hstu", use_timestamps=True, predict_at="target").model_dump(mode="json")
+    named = compare._settings({"config": timed}, "hstu")
+    assert "use_timestamps True, predict_at target" in named
+    on_ids = Config(model="llm_id", user_pretrain_dir="llama").model_dump(mode="json")
+    assert "user_pretrain_dir llama" in compare._settings({"config": on_ids}, "llm_id")

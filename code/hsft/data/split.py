@@ -110,15 +110,15 @@ class TimeSplit:
             )
             lines.append(
                 f"{phase}: {self.scored_users[phase]} of {self.active_users[phase]} users with an "
-                f"interaction in the period are scored{cold}; {self.new_users[phase]} are first seen "
-                f"in it."
+                f"interaction in the period are scored{cold}; users first seen in it: "
+                f"{self.new_users[phase]}."
             )
         fate = (
-            f"left out, with {self.cold_interactions} interactions"
+            f"left out with their {self.cold_interactions} interactions"
             if self.cold == "leave_out"
             else "ranked with the others"
         )
-        return [*lines, f"{self.cold_items} items are first seen after training: {fate}."]
+        return [*lines, f"items first seen after training: {self.cold_items}, {fate}."]
 
     def summary(self) -> dict[str, object]:
         """Return the counts for `result.json`."""

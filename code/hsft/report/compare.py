@@ -366,7 +366,9 @@ def _settings(result: Mapping[str, Any], row: str) -> str:
         keys += [str(config.get("model")), "num_negatives"]
         if config.get("model") in USER_LLM_MODELS:
             keys += ["user_pretrain_dir", "user_llm_layers", "use_qlora"]
-        keys += [key for key in ("negatives_logq", "temperature", "fix_temp") if config.get(key)]
+        optional = ("negatives_logq", "temperature", "fix_temp", "use_timestamps")
+        keys += [key for key in optional if config.get(key)]
+        keys += ["predict_at"] if config.get("use_timestamps") else []
     return _listed({**{key: config.get(key) for key in keys}, **config.get("optim_args", {})})
 
 
