@@ -257,8 +257,8 @@ def test_every_answer_carries_the_security_headers(served: Served) -> None:
 
 BAD_BODIES = {
     "not JSON": (b"{", "not JSON"),
-    "not UTF-8": (b'{"history": ["\xff"]}', "parsing the body"),
-    "too deep": (b"[" * 100_000, "parsing the body"),
+    "not UTF-8": (b'{"history": ["\xff"]}', "body is not JSON in UTF-8, or nests too deep"),
+    "too deep": (b"[" * 100_000, "body is not JSON in UTF-8, or nests too deep"),
     "empty": (b"", "the request's body: field required"),
     "a list": (b"[]", "the request's body: input should be a valid dictionary"),
     "neither": (b"{}", "either a user or a history, and not both"),

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import index, naive, report, stages, synthetic
+from benchmarks import index, naive, report, serve, stages, synthetic
 from hsft.data.cache import open_cache
 from hsft.data.dataset import (
     CachedEmbeddingEvalDataset,
@@ -271,6 +271,18 @@ def test_the_index_benchmark_measures_an_index(tmp_path: Path) -> None:
     assert 0.128 < row["file_mb"] < 0.2
     assert row["queries_per_s"] > 0
     assert (tmp_path / "index.md").read_text().count("\n| 2,000 | ivf | ") == 1
+
+
+def test_the_load_benchmark_measures_a_server(tmp_path: Path) -> None:
+    pytest.importorskip("uvicorn", reason="uvicorn is not installed (hsft[serve])")
+    assert serve.main(["--tiny", "True", "--clients", "4", "--out", str(tmp_path)]) == 0
+    (row,) = json.loads((tmp_path / "serve.json").read_text())["rows"]
+    assert row["clients"] == 4
+    assert row["requests"] > 0
+    assert 0 < row["p50_ms"] <= row["p99_ms"]
+    # Every request of the clients is in a batch, and no batch has more than there are clients.
+    assert 1 <= row["requests_per_batch"] <= 4
+    assert (tmp_path / "serve.md").read_text().count("\n| 4 | ") == 1
 
 
 def test_the_exact_items_of_the_index_benchmark(tmp_path: Path) -> None:

@@ -235,6 +235,10 @@ def _add_error_handlers(app: FastAPI) -> None:
         sentence = str(error.detail)
         if error.status_code == HTTPStatus.NOT_FOUND and sentence == "Not Found":
             sentence = f"there is nothing at {path}; /docs lists what there is."
+        if sentence == "There was an error parsing the body":
+            sentence = (
+                "the request's body is not JSON in UTF-8, or nests too deep; send a JSON object."
+            )
         if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
             allowed = (error.headers or {}).get("Allow", "GET")
             sentence = f"{one_line(request.method, 20)} is not possible here; use {allowed}."
