@@ -242,6 +242,22 @@ def test_an_index_of_something_else_is_refused(project: Project, faiss: Any) -> 
     assert "items.faiss does not exist" in refused()
 
 
+@pytest.mark.parametrize("kind", ["hstu", "llm_id"])
+def test_models_on_item_ids_give_their_vectors(
+    project: Project, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    more = ("--model", kind, "--epochs", "1", "--run_name", "run")
+    assert project.run(*more, "--hstu.hidden_size", "32", "--llm_id.item_width", "16")[0] == 0
+    code, err = export(project)
+    assert code == 0, err
+    read = run_snippet(OUT, monkeypatch)
+    run = open_run("saved/run")
+    seen = {read["item_ids"][n - 1] for n in run.history("u7")}
+    scores = read["items"] @ read["users"][read["user_ids"].index("u7")]
+    expected = ranked(read["item_ids"], scores, seen)[:4]
+    assert_same(ask(project, "--user", "u7", "--topk", "4"), expected)
+
+
 def test_what_cannot_be_exported(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     assert project.run("--model", "pop", "--run_name", "run")[0] == 0
     assert "is a run of model: pop" in export(project)[1]

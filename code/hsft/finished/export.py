@@ -316,7 +316,7 @@ def _write_onnx(run: _TrainedRun, folder: Path) -> str:
         log.info("merging the adapter.")
         encoder.decoder = encoder.decoder.merge_and_unload()
     log.info("writing %s.", run.options.out)
-    write_graphs(model.eval(), folder, run.item_width, run.config.MAX_ITEM_LIST_LENGTH)
+    write_graphs(model.eval(), folder, run.item_width, run.config.longest_list_length)
     return run.item_adapter
 
 

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from hsft.config.help import dump_config
+from hsft.config.schema import TRAINED_MODELS
 from hsft.data.cache import DTYPES, write_cache
 from hsft.data.time_fields import item_times
 from hsft.evaluator.evaluator import Scorer
@@ -49,7 +50,7 @@ log = logging.getLogger(__name__)
 VectorFiles = Literal["safetensors", "parquet"]
 VECTOR_FILES: tuple[VectorFiles, ...] = get_args(VectorFiles)
 # Models whose vectors mean something outside of this program.
-_MODELS_WITH_VECTORS = ("HLLM", "sasrec", "item_knn")
+_MODELS_WITH_VECTORS = (*TRAINED_MODELS, "item_knn")
 # Users whose nearest items are searched exactly, half of them to choose how widely the index searches.
 _MEASURED_USERS = 2_000
 _ITEMS_AT_A_TIME = 4_096

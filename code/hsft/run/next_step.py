@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from hsft.config import Config, load_config
+from hsft.config.schema import TRAINED_MODELS
 from hsft.data.files import cache_path, default_cache_path, has_interactions
 from hsft.utils.program import command, command_line
 
@@ -60,7 +61,7 @@ def commands_after_run(config: Config, folder: Path) -> str:
         f"intervals and paired tests: {command('compare')} {run_dir}",
         f"a page to look at: {command('report')} {run_dir}",
     ]
-    if config.trains and config.model == "HLLM":
+    if config.trains and config.model in TRAINED_MODELS:
         # The page's histories have no times.
         how = "--user ID" if config.use_timestamps else "--serve 8000"
         lines.append(f"recommendations: {command('recommend')} --run {run_dir} {how}")
