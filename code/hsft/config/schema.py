@@ -556,12 +556,14 @@ class Config(_Section):
     user_llm_layers: Int | None = _key(
         None, "UserLLM", "keep the first N decoder layers; default: all of them", ge=1
     )
-    last_item_residual: Bool = _key(
-        False,
+    residual_items: Int = _key(
+        0,
         "UserLLM",
-        "start a user's vector as that of the last item, and add the UserLLM's output through a "
-        "trained map that is zero at first: for item embeddings whose neighbours are alike, and data "
-        "too small to learn that from",
+        "start a user's vector as the weighted sum of so many last items' vectors, and add the "
+        "UserLLM's output through a trained map that is zero at first; for items whose neighbours are "
+        "alike, and data too small to learn that from. 0: the output alone, as in HLLM",
+        ge=0,
+        le=64,
     )
     use_timestamps: Bool = _key(
         False,
@@ -894,9 +896,9 @@ class Config(_Section):
             raise ValueError(
                 f"use_timestamps belongs to models {', '.join(TIME_MODELS)}, not to {self.model}"
             )
-        if self.last_item_residual and (self.val_only or self.model != "HLLM"):
+        if self.residual_items and (self.val_only or self.model != "HLLM"):
             raise ValueError(
-                "last_item_residual adds what is trained to the UserLLM; drop it, val_only or model"
+                "residual_items adds what is trained to the UserLLM; drop it, val_only or model"
             )
         if self.use_timestamps and self.val_only:
             raise ValueError("use_timestamps adds what is trained; drop it or val_only")

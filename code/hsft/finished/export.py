@@ -224,7 +224,7 @@ class _TrainedRun:
                 f"the table of {self.folder} was measured with its adapter as it is; leave out "
                 f"--evaluate, which scores what --format merged writes."
             )
-        for key in ("use_timestamps", "last_item_residual"):
+        for key in ("use_timestamps", "residual_items"):
             if not getattr(config, key):
                 continue
             raise InputError(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from hsft.model.attention import VARLEN
 from hsft.model.item_table import ItemTable
 from hsft.model.recommender import SequenceEncoder
-from hsft.model.residual import LastItemResidual
+from hsft.model.residual import HistoryResidual
 from hsft.model.time_embedding import TimeEmbedding
 
 
@@ -35,7 +35,7 @@ class UserLLM(SequenceEncoder):
         item_dropout: dropout probability of every number of the item vectors that are read, in
             training mode; the vectors that are scored are whole.
         times: embeds the times of items, which are added to their vectors; None: times are not read.
-        residual: adds the last item's vector to the output; None: the output stays as it is.
+        residual: adds the last items' vectors to the output; None: the output stays as it is.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class UserLLM(SequenceEncoder):
         autocast: bool = True,
         item_dropout: float = 0.0,
         times: TimeEmbedding | None = None,
-        residual: LastItemResidual | None = None,
+        residual: HistoryResidual | None = None,
     ) -> None:
         super().__init__()
         self.decoder = decoder
@@ -82,7 +82,7 @@ class UserLLM(SequenceEncoder):
         if self.times is not None:
             read = read + self.times(times)
         states = self._states(read.to(self._dtype), positions, cu_lengths)
-        return states if self.residual is None else self.residual(states, vectors)
+        return states if self.residual is None else self.residual(states, vectors, positions)
 
     @property
     def varlen(self) -> bool:

@@ -23,7 +23,7 @@ TRAINED = (TUNED, *ID_MODELS)
 # Keys of the UserLLM's training that are named where they are set.
 _OPTIONS = (
     *("item_id_embedding", "item_id_dropout", "item_dropout", "negatives_logq", "temperature"),
-    *("fix_temp", "use_timestamps", "last_item_residual", "train_item_llm", "item_pretrain_epochs"),
+    *("fix_temp", "use_timestamps", "residual_items", "train_item_llm", "item_pretrain_epochs"),
 )
 # What every run of a comparison must share, beside its fingerprint.
 _SHARED = ("dataset", "phase", "protocol")

@@ -91,7 +91,7 @@ def applies(key: str, config: Mapping[str, Any]) -> bool:
 
 
 def _user_llm_key_applies(name: str, config: Mapping[str, Any], trains: bool) -> bool:
-    if name in ("use_qlora", "gradient_checkpointing", "last_item_residual"):
+    if name in ("use_qlora", "gradient_checkpointing", "residual_items"):
         return trains
     return not name.startswith("qlora_") or (trains and bool(config.get("use_qlora")))
 

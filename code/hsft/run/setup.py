@@ -49,7 +49,7 @@ from hsft.model.meta import read_kind
 from hsft.model.norms import fuse_norms
 from hsft.model.proposal import Proposal
 from hsft.model.recommender import LossSettings, Recommender, Similarity
-from hsft.model.residual import LastItemResidual
+from hsft.model.residual import HistoryResidual
 from hsft.model.sasrec import build_sasrec
 from hsft.model.structure import DecoderSource
 from hsft.model.time_embedding import TimeEmbedding
@@ -588,7 +588,9 @@ def build_user_llm(config: Config, data: Data, fabric: Fabric, *, train: bool) -
     time_embedding = None
     if train and config.use_timestamps:
         time_embedding = _time_embedding(config, hidden)
-    residual = LastItemResidual(hidden) if train and config.last_item_residual else None
+    residual = None
+    if train and config.residual_items:
+        residual = HistoryResidual(hidden, config.residual_items)
     settings = loss_settings(config, scored_by="cosine" if not train else None)
     model = Recommender(
         UserLLM(
