@@ -161,7 +161,9 @@ def _bind(host: str, port: int) -> socket.socket:
     if not 0 <= port <= 65535:
         raise InputError(f"--serve {port} is no port; choose 1 to 65535, or 0 for a free one.")
     family, address = _resolve(host, port)
-    bound = socket.socket(family, socket.SOCK_STREAM)
+    # asyncio sends at once (TCP_NODELAY) only on sockets that name TCP; else answers, of two parts,
+    # wait 40 ms for the client's acknowledgement.
+    bound = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
         # Only where it does not let two servers share a port.
         if sys.platform != "win32":
