@@ -260,7 +260,8 @@ class OpenRun:
         bounds = np.cumsum([0, *(len(history) for history in histories)])
         flat = np.concatenate([np.asarray(history, dtype=np.int64) for history in histories])
         of_next = self.config.predict_at == "target"
-        item_times = None if times is None else ItemTimes(np.concatenate(times), of_next)
+        raw = self.config.model in RAW_TIME_MODELS
+        item_times = None if times is None else ItemTimes(np.concatenate(times), of_next, raw)
         size = self.config.eval_batch_size
         with self.fabric.autocast():
             parts = [

@@ -255,7 +255,7 @@ class ServeApi:
             "models": list(self._models),
             "items": self.num_items,
             "users": data.num_users,
-            "max_length": items_read(config, config.MAX_ITEM_LIST_LENGTH) or None,
+            "max_length": items_read(config, config.eval_list_length) or None,
             "topk": self._topk,
             "most": MOST_RECOMMENDED,
             "reads_times": self._reads_times,
@@ -485,7 +485,7 @@ class ServeApi:
             return rank_for_histories(
                 scorer,
                 queries,
-                max_length=config.MAX_ITEM_LIST_LENGTH,
+                max_length=config.eval_list_length,
                 device=self._run.fabric.device,
                 batch_size=config.eval_batch_size,
                 budget_bytes=config.logits_budget_mb << 20,

@@ -81,7 +81,7 @@ def rank_for_histories(
         scorer: the model, in evaluation mode; one with an index searches it for requests that
             neither filter nor ask for a rank.
         queries: the lists; all of them have times where the model reads times.
-        max_length: `MAX_ITEM_LIST_LENGTH`; the model reads as many of a history's last items.
+        max_length: `Config.eval_list_length`; the model reads as many of a history's last items.
         device: where the model is.
         batch_size: histories in one forward pass.
         budget_bytes: largest score matrix held at once.
