@@ -240,7 +240,6 @@ def test_what_has_no_times_is_refused(project: Project) -> None:
     for program, argv, sentence in (
         (export_main, run, "saved/run was trained with use_timestamps"),
         (recommend_main, [*run, "--history", "i1,i2"], "so a history needs the times of its items"),
-        (recommend_main, [*run, "--serve", "0"], "the histories of the page have no times"),
         (recommend_main, [*run, "--user", "u1", "--predict_at", "2020-01-01"], "has no meaning"),
         (
             recommend_main,
