@@ -6,7 +6,7 @@ from typing import Literal
 
 import numpy as np
 
-from hsft.data.interactions import PAD, Interactions
+from hsft.data.interactions import PAD, Interactions, distinct
 from hsft.data.split import ragged_positions
 
 
@@ -43,9 +43,7 @@ class NegativeSampler:
         if isinstance(held_out, np.ndarray):
             held_out = np.repeat(held_out, lengths)
         known = (from_end > held_out) & (exclude == "history")
-        # Sorting and dropping repeats by hand: ten times as fast as np.unique, which hashes.
-        pairs = np.sort(users[known] * self._stride + interactions.items[known])
-        self._pairs = pairs[np.diff(pairs, prepend=-1) != 0]
+        self._pairs = distinct(users[known] * self._stride + interactions.items[known])
         self._first = np.searchsorted(
             self._pairs, np.arange(interactions.num_users + 1, dtype=np.int64) * self._stride
         )

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
@@ -209,17 +210,21 @@ class Evaluator:
         if self._statistics is None:
             return None
         return {
-            "history_popularity": self._history_popularity(self._statistics),
+            "history_popularity": self._history_popularity,
             "vectors": self._statistics.vectors_origin,
         }
 
-    def _history_popularity(self, statistics: ItemStatistics) -> float:
+    @cached_property
+    def _history_popularity(self) -> float:
+        """Mean popularity of the users' histories; 0 where lists are not measured."""
+        if self._statistics is None:
+            return 0.0
         segments = self.dataset.segments
         return mean_history_popularity(
             self.dataset.interactions.items,
             segments.starts,
             segments.ends - 1,
-            statistics.interactions,
+            self._statistics.interactions,
         )
 
     # Not inference_mode: its tensors would stay behind as ZeRO stage 3's gathered parameters.
@@ -349,10 +354,9 @@ class Evaluator:
         is_asked = self._statistics is not None or "Coverage" in self.protocol.metrics
         if not is_asked or self.protocol.kind != "full":
             return None
-        popularity = 0.0
-        if self._statistics is not None:
-            popularity = self._history_popularity(self._statistics)
-        return ListMetrics(self.protocol.topk, scorer.num_items, self._statistics, popularity)
+        return ListMetrics(
+            self.protocol.topk, scorer.num_items, self._statistics, self._history_popularity
+        )
 
     def _write(self, copy: HostCopy | None, ranks: np.ndarray, lists: ListMetrics | None) -> None:
         """Write a group's ranks into int64 [E] and add its lists.

@@ -23,12 +23,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from hsft.data.interactions import PAD, Interactions
+from hsft.data.interactions import PAD, Interactions, distinct
 
 NAMES = (
     *("Coverage", "GiniIndex", "ShannonEntropy", "AveragePopularity", "TailPercentage"),
@@ -62,6 +63,16 @@ class ItemStatistics:
     num_users: int
     vectors: Callable[[np.ndarray], Tensor] | None = None
     vectors_origin: Mapping[str, str] | None = None
+
+    @cached_property
+    def is_tail(self) -> np.ndarray:
+        """Bool [I]: which items are tail items or never in training."""
+        return popularity_classes(self.interactions[1:]) >= TAIL
+
+    @cached_property
+    def information(self) -> np.ndarray:
+        """float64 [I]: each item's self-information in bits."""
+        return -np.log2(np.maximum(self.users[1:], 1) / max(self.num_users, 1))
 
 
 def popularity_classes(counts: np.ndarray) -> np.ndarray:
@@ -105,10 +116,8 @@ def count_item_users(interactions: Interactions, ends: np.ndarray) -> np.ndarray
         users = np.repeat(np.arange(len(bounds) - 1), np.diff(bounds))
         counted = rows < ends[first + users]
         items = interactions.items[bounds[0] : bounds[-1]]
-        # Sorting and dropping repeats by hand: ten times as fast as np.unique, which hashes.
-        pairs = np.sort(users[counted] * stride + items[counted])
-        distinct = pairs[np.diff(pairs, prepend=-1) != 0]
-        counts += np.bincount(distinct % stride, minlength=len(counts))
+        pairs = distinct(users[counted] * stride + items[counted])
+        counts += np.bincount(pairs % stride, minlength=len(counts))
     return counts
 
 
@@ -236,15 +245,12 @@ class ListMetrics:
         if statistics is None or not total:
             return values
         shares = counts / total
-        popularity = statistics.interactions[1:]
-        of_class = popularity_classes(popularity)
-        known_by = np.maximum(statistics.users[1:], 1) / max(statistics.num_users, 1)
         values["GiniIndex"] = gini_index(counts)
         listed = shares[shares > 0]
         values["ShannonEntropy"] = float(-(listed * np.log(listed)).sum())
-        values["AveragePopularity"] = float(shares @ popularity)
-        values["TailPercentage"] = float(shares[of_class >= TAIL].sum())
-        values["Novelty"] = float(shares @ -np.log2(known_by))
+        values["AveragePopularity"] = float(shares @ statistics.interactions[1:])
+        values["TailPercentage"] = float(shares[statistics.is_tail].sum())
+        values["Novelty"] = float(shares @ statistics.information)
         if self._history_popularity > 0:
             lift = values["AveragePopularity"] / self._history_popularity - 1
             values["PopularityLift"] = lift

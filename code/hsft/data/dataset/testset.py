@@ -8,7 +8,7 @@ from copy import copy
 import numpy as np
 from torch.utils.data import Dataset
 
-from hsft.data.interactions import Interactions
+from hsft.data.interactions import Interactions, distinct
 from hsft.data.split import Phase, Segments, Split, ragged_positions
 from hsft.data.time_fields import ItemTimes
 
@@ -80,9 +80,8 @@ class CachedEmbeddingEvalDataset(Dataset[np.ndarray]):
         owners = np.repeat(np.arange(len(self), dtype=np.int64), lengths)
         stride = np.int64(self.interactions.num_items + 1)
         rows = ragged_positions(self.segments.starts, self.segments.ends - 1)
-        # Sorting and dropping repeats by hand: ten times as fast as np.unique, which hashes.
-        pairs = np.sort(owners * stride + self.interactions.items[rows])
-        return np.bincount(pairs[np.diff(pairs, prepend=-1) != 0] // stride, minlength=len(self))
+        pairs = distinct(owners * stride + self.interactions.items[rows])
+        return np.bincount(pairs // stride, minlength=len(self))
 
     def count_seen_targets(self) -> int:
         """Count users whose target is in their history: masked as seen, it can only be a miss."""
