@@ -7,7 +7,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hsft.config import Config
-from hsft.model.id_model import INITIAL_DEVIATION, IdTable, id_loss_settings, own_history
+from hsft.model.id_model import (
+    INITIAL_DEVIATION,
+    IdTable,
+    id_loss_settings,
+    own_history,
+    position_vectors,
+)
 from hsft.model.recommender import Recommender, SequenceEncoder
 
 # Gaps of n seconds have the time bias of bucket floor(ln(max(n, 1)) / 0.301): those of 128 and above,
@@ -172,12 +178,10 @@ class HSTU(SequenceEncoder):
         length = history.shape[1]
         if positions is None:
             # Padding is on the right, where the causal mask hides it from every real position.
-            embedded = self.positions[:length]
             reads = torch.ones(1, length, length, dtype=torch.bool, device=history.device).tril()
         else:
-            # Padding at a row's end is numbered on, beyond the longest history.
-            embedded = self.positions[positions.clamp_max(len(self.positions) - 1)]
             reads = own_history(positions)
+        embedded = position_vectors(self.positions, length, positions)
         states: Tensor = self.input_dropout(self.items(history) + embedded)
         buckets = None if times is None else time_buckets(times[..., -1], times[..., 0])
         for layer in self.layers:

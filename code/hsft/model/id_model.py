@@ -60,6 +60,20 @@ class IdTable(ItemTable):
         return projected.to(torch.promote_types(projected.dtype, torch.float32))
 
 
+def position_vectors(table: Tensor, length: int, positions: Tensor | None) -> Tensor:
+    """Return the vectors of a batch's positions: float [T, D], or [B, T, D] of packed rows.
+
+    Args:
+        table: float [L, D], of the numbers of items in a history.
+        length: T.
+        positions: int64 [B, T] when rows are packed: each item's number in its own history.
+    """
+    if positions is None:
+        return table[:length]
+    # Padding at a row's end is numbered on, beyond the longest history.
+    return table[positions.clamp_max(len(table) - 1)]
+
+
 def own_history(positions: Tensor) -> Tensor:
     """Return which positions each one of a packed row reads: bool [B, T, T].
 

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hsft.model.losses import normalize
+
 _DECAY = 0.8
 
 
@@ -35,8 +37,8 @@ class HistoryResidual(nn.Module):
             vectors: float [B, T, D], the items' vectors.
             positions: int64 [B, T] when rows hold several histories: each item's number in its own.
         """
-        units = F.normalize(vectors.float(), dim=-1)
-        users = units + F.linear(F.normalize(states.float(), dim=-1), self.weight).float()
+        units = normalize(vectors)
+        users = units + F.linear(normalize(states), self.weight).float()
         if self.lags is None:
             return users
         for lag, factor in enumerate(self.lags[: units.shape[1] - 1], start=1):

@@ -8,7 +8,13 @@ from torch import Tensor, nn
 
 from hsft.config import Config
 from hsft.data.interactions import PAD
-from hsft.model.id_model import INITIAL_DEVIATION, IdTable, id_loss_settings, own_history
+from hsft.model.id_model import (
+    INITIAL_DEVIATION,
+    IdTable,
+    id_loss_settings,
+    own_history,
+    position_vectors,
+)
 from hsft.model.recommender import Recommender, SequenceEncoder
 
 
@@ -118,14 +124,8 @@ class SASRec(SequenceEncoder):
         length = history.shape[1]
         # Padding is on the right, where the causal mask hides it from every real position.
         states = self.items(history) * (history != PAD).unsqueeze(-1)
-        if positions is None:
-            states = self.dropout(states + self.positions[:length])
-            mask = None
-        else:
-            # Padding at a row's end is numbered on, beyond the longest history.
-            numbers = positions.clamp_max(len(self.positions) - 1)
-            states = self.dropout(states + self.positions[numbers])
-            mask = own_history(positions)
+        states = self.dropout(states + position_vectors(self.positions, length, positions))
+        mask = None if positions is None else own_history(positions)
         if isinstance(self.layers, nn.Sequential):
             *gated, norm = self.layers
             for layer in gated:
