@@ -28,6 +28,9 @@ PerUserMetric = Literal["Recall", "NDCG", "MRR", "HitRate", "MAP", "Precision"]
 MetricName = Literal[PerUserMetric, "AUC", "GAUC", "Coverage"]
 PER_USER_METRICS = get_args(PerUserMetric)
 METRIC_PATTERN = re.compile(rf"^({'|'.join(PER_USER_METRICS)})@([1-9][0-9]*)$")
+# What a time of `split: global_time` may be beside a date.
+SHARE_PATTERN = re.compile(r"0?\.[0-9]{1,18}")
+TIMESTAMP_PATTERN = re.compile(r"-?[0-9]{1,18}")
 # Models that know items by their embeddings, so that an item they never met can be scored.
 READS_EMBEDDINGS = ("HLLM", "item_knn")
 # Models that are trained on item ids alone.
@@ -36,10 +39,10 @@ ID_MODELS = ("sasrec", "hstu", "llm_id")
 TRAINED_MODELS = ("HLLM", *ID_MODELS)
 # Models that can be told when items were interacted with.
 TIME_MODELS = ("HLLM", "hstu", "llm_id")
-# Models whose histories an LLM reads.
-USER_LLM_MODELS = ("HLLM", "llm_id")
 # Those of them that read seconds, not the fields of a date.
 RAW_TIME_MODELS = ("hstu",)
+# Models whose histories an LLM reads.
+USER_LLM_MODELS = ("HLLM", "llm_id")
 # What the names of the keys of the ItemLLM's training begin with.
 ITEM_TRAINING_KEYS = (
     *("train_item_", "item_lora_", "item_quant_", "item_lr_", "item_freeze_", "item_gradient_"),
@@ -79,9 +82,9 @@ def _plain_name(value: str | None) -> str | None:
 
 
 def _split_time(value: str | None) -> str | None:
-    if value is None or re.fullmatch("-?[0-9]{1,18}", value):
+    if value is None or TIMESTAMP_PATTERN.fullmatch(value):
         return value
-    if re.fullmatch(r"0?\.[0-9]{1,18}", value) and float(value) > 0:
+    if SHARE_PATTERN.fullmatch(value) and float(value) > 0:
         return value
     try:
         datetime.fromisoformat(value.removesuffix(" UTC"))

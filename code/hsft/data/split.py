@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -12,8 +11,9 @@ from typing import Literal
 import numpy as np
 
 from hsft.config import Config
+from hsft.config.schema import SHARE_PATTERN, TIMESTAMP_PATTERN
 from hsft.data.interactions import Interactions, drop_items, renumber
-from hsft.data.prepare.dates import parse_date
+from hsft.data.prepare.dates import utc_seconds
 from hsft.data.time_checks import UNITS, unit_of_times
 from hsft.utils.errors import InputError, one_line
 
@@ -23,8 +23,6 @@ Phase = Literal["valid", "test"]
 # validation, and two items that are no target for a transition to train on.
 NEEDED = {"train": 4, "valid": 3, "test": 2}
 _PERIODS = ("train", "valid", "test")
-_SHARE = re.compile(r"0?\.[0-9]{1,18}")
-_STAMP = re.compile(r"-?[0-9]{1,18}")
 
 
 @dataclass(frozen=True)
@@ -409,15 +407,14 @@ def shown_time(time: int, unit: str | None) -> str:
 
 def _cut_time(times: np.ndarray, text: str, key: str, unit: str | None, dataset: str | None) -> int:
     text = text.strip()
-    if _SHARE.fullmatch(text) and Fraction(text) > 0:
+    if SHARE_PATTERN.fullmatch(text) and Fraction(text) > 0:
         # A double's share of the rows may come out one short.
         rank = int(Fraction(text) * len(times))
         return int(np.partition(times, rank)[rank])
-    if _STAMP.fullmatch(text):
+    if TIMESTAMP_PATTERN.fullmatch(text):
         return int(text)
     try:
-        date = parse_date(text)
-        seconds = int((date if date.tzinfo else date.replace(tzinfo=UTC)).timestamp())
+        seconds = utc_seconds(text)
     except (ValueError, OverflowError) as error:
         raise InputError(
             f"{key} '{one_line(text, 40)}' is no share between 0 and 1, no date such as 2024-05-31 "

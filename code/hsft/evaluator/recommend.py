@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hsft.data.dataset.collate_fn import gather_padded
 from hsft.data.interactions import PAD
 from hsft.data.time_fields import ItemTimes
 from hsft.evaluator import ranking
 from hsft.evaluator.evaluator import Scorer
+from hsft.evaluator.user_vectors import encode_users
 
 
 @dataclass(frozen=True)
@@ -88,15 +88,17 @@ def _best(
     first_history: int,
 ) -> tuple[Tensor, Tensor]:
     starts, ends = bounds[:-1], bounds[1:]
-    recent = np.maximum(starts, ends - max_length)
-    history, _ = gather_padded(flat, recent, ends)
-    given = [torch.from_numpy(history).to(device), torch.from_numpy(ends - recent).to(device)]
-    if times is not None:
+    vectors = encode_users(
+        scorer,
+        flat,
+        starts,
+        ends,
+        max_length=max_length,
+        device=device,
+        times=times,
         # Every history before has one time more than items.
-        before = first_history + np.arange(len(starts))
-        fields = times.fields(recent + before, ends + before)
-        given.append(torch.from_numpy(fields).to(device))
-    vectors = scorer.user_vectors(*given).float()
+        time_shifts=first_history + np.arange(len(starts)),
+    )
     dim = vectors.shape[1]
     size = ranking.users_at_a_time(scorer.num_items, budget_bytes, dim)
     seen = torch.from_numpy(flat[starts[0] : ends[-1]]).to(device)

@@ -16,8 +16,9 @@ import torch
 from hsft.config.help import dump_config
 from hsft.config.schema import TRAINED_MODELS
 from hsft.data.cache import DTYPES, write_cache
-from hsft.data.time_fields import item_times
+from hsft.data.time_fields import ItemTimes, item_times
 from hsft.evaluator.evaluator import Scorer
+from hsft.evaluator.user_vectors import encode_users
 from hsft.finished.export import portable_config, refuse_out, result_table, write_json_file
 from hsft.finished.item_index import (
     INDEX_FILE,
@@ -32,7 +33,6 @@ from hsft.finished.item_index import (
     tune,
 )
 from hsft.finished.open_run import OpenRun, open_run
-from hsft.finished.user_vectors import encode_users
 from hsft.hub.manifest import EXPORT_FILE
 from hsft.model.recommender import Recommender
 from hsft.report.embeddings_card import ExportedEmbeddings, MeasuredIndex, embeddings_card
@@ -201,6 +201,10 @@ class _Vectors:
         return self.scorer.num_items
 
     @cached_property
+    def _times(self) -> ItemTimes | None:
+        return item_times(self.run.config, self.run.data.interactions)
+
+    @cached_property
     def dim(self) -> int:
         return self.items(0, 1).shape[1]
 
@@ -234,7 +238,7 @@ class _Vectors:
                 data.offsets[1:][rows],
                 max_length=config.eval_list_length,
                 device=self.run.fabric.device,
-                times=item_times(config, data),
+                times=self._times,
             ).numpy(force=True)
 
     def user_blocks(self) -> Iterator[tuple[np.ndarray, torch.Tensor]]:

@@ -6,7 +6,6 @@ import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from datetime import UTC
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,13 +19,13 @@ from hsft.data.cache import ItemCache
 from hsft.data.dataset import CachedEmbeddingEvalDataset
 from hsft.data.files import information_file, interaction_file
 from hsft.data.item_text import read_item_titles
-from hsft.data.prepare.dates import parse_date
+from hsft.data.prepare.dates import utc_seconds
 from hsft.data.time_fields import ItemTimes, item_times, unit_scale
 from hsft.evaluator.evaluator import EvalProtocol, Scorer
 from hsft.evaluator.fingerprint import differing_parts, evaluation_fingerprint
 from hsft.evaluator.recommend import Recommendations, recommend
+from hsft.evaluator.user_vectors import encode_users
 from hsft.finished.item_index import IndexedScorer, ItemIndex, ids_fingerprint, open_index
-from hsft.finished.user_vectors import encode_users
 from hsft.report.result import read_result
 from hsft.run.run_dir import CONFIG_FILE
 from hsft.run.saved_model import build_model, model_names, run_config, with_trained_items
@@ -363,8 +362,7 @@ def read_time(text: str, scale: int, name: str) -> int:
     try:
         if re.fullmatch("[0-9]{1,18}", text):
             return int(text) // scale
-        date = parse_date(text)
-        return int((date if date.tzinfo else date.replace(tzinfo=UTC)).timestamp())
+        return utc_seconds(text)
     except (ValueError, OverflowError) as error:
         raise InputError(
             f"{name} '{one_line(text, 40)}' is no time; write a date such as 2024-05-31T18:00, or a "

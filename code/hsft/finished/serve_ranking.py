@@ -1,4 +1,4 @@
-"""Rank the catalogue for many requests in query forward pass, each with candidates of its own."""
+"""Rank the catalogue for many requests in one forward pass, each with candidates of its own."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from hsft.data.time_fields import ItemTimes
 from hsft.evaluator import ranking
 from hsft.evaluator.evaluator import Scorer
+from hsft.evaluator.user_vectors import encode_users
 from hsft.finished.item_index import IndexedScorer
-from hsft.finished.user_vectors import encode_users
+from hsft.model.losses import normalize
 
 # Diversified lists are chosen from this many times as many of the best items.
 _POOL = 10
@@ -118,8 +118,8 @@ def rank_similar(
         budget_bytes: largest score matrix held at once.
     """
     items = torch.from_numpy(np.array([int(query.history[0]) for query in queries], dtype=np.int64))
-    vectors = scorer.item_vectors(items.to(device)).float()
-    return _rank(scorer, F.normalize(vectors, dim=-1), queries, budget_bytes, unit=True)
+    vectors = normalize(scorer.item_vectors(items.to(device)))
+    return _rank(scorer, vectors, queries, budget_bytes, unit=True)
 
 
 def diversify(
@@ -216,7 +216,7 @@ def _rank(
     """Rank items by dot products with [B, D] vectors; `unit`: with the items' vectors normalised."""
 
     def unit_slice(start: int, end: int) -> Tensor:
-        return F.normalize(scorer.item_slice(start, end).float(), dim=-1)
+        return normalize(scorer.item_slice(start, end))
 
     dim = vectors.shape[1]
     size = ranking.users_at_a_time(scorer.num_items, budget_bytes, dim)
@@ -276,8 +276,7 @@ def _choose(
     chosen = np.arange(min(query.topk, len(numbers)))
     if query.diversity > 0 and len(numbers):
         items = torch.from_numpy(np.ascontiguousarray(numbers))
-        vectors = scorer.item_vectors(items.to(device)).float()
-        unit = F.normalize(vectors, dim=-1).numpy(force=True)
+        unit = normalize(scorer.item_vectors(items.to(device))).numpy(force=True)
         chosen = diversify(relevance, unit, query.topk, query.diversity)
     return Ranked(numbers[chosen], relevance[chosen], candidates, rank)
 

@@ -17,3 +17,18 @@ def parse_date(text: str) -> datetime:
     if text.endswith(" UTC"):
         return datetime.fromisoformat(text.removesuffix(" UTC")).replace(tzinfo=UTC)
     return datetime.fromisoformat(text)
+
+
+def in_utc(date: datetime) -> datetime:
+    """Return a date with a time zone: UTC where it has none."""
+    return date if date.tzinfo else date.replace(tzinfo=UTC)
+
+
+def utc_seconds(text: str) -> int:
+    """Read a date as `parse_date`, in UTC unless it names a time zone: whole seconds since 1970.
+
+    Raises:
+        ValueError: it is no date.
+        OverflowError: it is out of range.
+    """
+    return int(in_utc(parse_date(text)).timestamp())

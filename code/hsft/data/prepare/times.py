@@ -11,7 +11,7 @@ import numpy as np
 from hsft.data.column_checks import Finding
 from hsft.data.csv_rows import RowProblems
 from hsft.data.interactions import timestamp_problem
-from hsft.data.prepare.dates import parse_date
+from hsft.data.prepare.dates import in_utc, parse_date
 from hsft.data.time_checks import UNITS, check_time_texts, date_of, unit_of_times
 from hsft.utils.errors import InputError, one_line
 
@@ -114,8 +114,7 @@ class TimeColumn:
         date = parse_date(text)
         if date.tzinfo is None:
             self._without_zone += 1
-            date = date.replace(tzinfo=UTC)
-        return (date - _EPOCH) // _MICROSECOND
+        return (in_utc(date) - _EPOCH) // _MICROSECOND
 
 
 def first_since(timestamps: np.ndarray, since: datetime) -> tuple[int, str]:
@@ -134,7 +133,5 @@ def first_since(timestamps: np.ndarray, since: datetime) -> tuple[int, str]:
             "--since: the timestamps are no dates of 1990 to 2099 in any unit, so none of them can be "
             "told to be before one; leave out --since."
         )
-    if since.tzinfo is None:
-        since = since.replace(tzinfo=UTC)
-    stamp = (since - _EPOCH) // _MICROSECOND * UNITS[unit] // 10**6
+    stamp = (in_utc(since) - _EPOCH) // _MICROSECOND * UNITS[unit] // 10**6
     return stamp, date_of(stamp, UNITS[unit])
