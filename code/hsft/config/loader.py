@@ -364,11 +364,11 @@ def _take_hllm_keys(
     model = merged.get("model")
     if isinstance(model, str) and model in HLLM_MODELS:
         del merged["model"]
-        own = HLLM_MODELS[model]
-        instead = f"use model: {own}, with its shape in the section {own}"
-        if own not in Config.model_fields:
-            instead = "that model is not here; use model: hstu"
-        problems.append(f"model: {model} in {origin['model']} is HLLM's name: {instead}.")
+        name = HLLM_MODELS[model]
+        problems.append(
+            f"model: {model} in {origin['model']} is HLLM's name: use model: {name}, with its shape in "
+            f"the section {name}."
+        )
     return warnings, problems
 
 

@@ -32,8 +32,8 @@ def look_at_model(side: Literal["item", "user"], folder: Path) -> None:
     with findings.collect():
         if side == "item":
             check_item_model(config, findings)
-            return
-        check_user_model(config, findings)
-        saved_bytes_per_token(training_shape(config))
+        else:
+            check_user_model(config, findings)
+            saved_bytes_per_token(training_shape(config))
     for problem in findings.problems:
         log.debug("%s", problem)

@@ -62,7 +62,7 @@ def commands_after_run(config: Config, folder: Path) -> str:
         f"a page to look at: {command('report')} {run_dir}",
     ]
     if config.trains and config.model in TRAINED_MODELS:
-        # The page's histories have no times.
+        # A history that is put together on the page has times of now, a user's has its own.
         how = "--user ID" if config.use_timestamps else "--serve 8000"
         lines.append(f"recommendations: {command('recommend')} --run {run_dir} {how}")
     return "\n".join(lines) + "\n"

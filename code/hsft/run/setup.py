@@ -162,21 +162,25 @@ def load_data(
         interactions = match_cache(interactions, cache, config)
     split = make_split(config, interactions)
     level = logging.DEBUG if again else logging.INFO
+    if split.time is not None:
+        too_short, sentences = "", split.time.sentences()
+    else:
+        train, valid, test = (f"{split.too_short[phase]}" for phase in NEEDED)
+        too_short, sentences = (
+            f"; {train} users are too short to train (which needs {NEEDED['train']} items), {valid} to "
+            f"validate ({NEEDED['valid']}), {test} to test ({NEEDED['test']})",
+            [],
+        )
     log.log(
         level,
-        "%s: %d users, %d items, %d interactions%s",
+        "%s: %d users, %d items, %d interactions%s.",
         config.dataset,
         interactions.num_users,
         interactions.num_items,
         len(interactions),
-        "."
-        if split.time is not None
-        else "; {} users are too short to train (which needs {} items), {} to validate ({}), {} to "
-        "test ({}).".format(
-            *(count for phase in NEEDED for count in (split.too_short[phase], NEEDED[phase]))
-        ),
+        too_short,
     )
-    for sentence in [] if split.time is None else split.time.sentences():
+    for sentence in sentences:
         log.log(level, "%s", sentence)
     return Data(split, cache)
 

@@ -216,12 +216,8 @@ def once_filtered_rows(table: Table, least: int) -> np.ndarray:
     keep = np.ones(len(table), dtype=bool)
     for codes in (table.items, table.users):
         keep &= np.bincount(codes)[codes] >= least
-    return (
-        keep
-        & (np.bincount(table.users[keep], minlength=int(table.users.max()) + 1) >= least)[
-            table.users
-        ]
-    )
+    left = np.bincount(table.users[keep], minlength=int(table.users.max()) + 1)
+    return keep & (left[table.users] >= least)
 
 
 def _ratings(rows: Sequence[int], texts: Sequence[str], problems: RowProblems) -> np.ndarray:
