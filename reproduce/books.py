@@ -8,12 +8,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from reproduce.table import (
+    BOTH_LLMS,
     END_TO_END,
     FETCH,
     FETCH_BOTH,
     HLLM,
     IDS,
-    TINY_ITEM_LLM,
     TINY_LLAMA,
     Row,
     Table,
@@ -21,7 +21,6 @@ from reproduce.table import (
 )
 
 _TEXT = ("--text_keys", "[title, description]", "--MAX_TEXT_LENGTH", "256")
-_BASE = (*HLLM, "--item_pretrain_dir", TINY_ITEM_LLM, "--user_pretrain_dir", TINY_LLAMA)
 _LENGTH = ("--MAX_ITEM_LIST_LENGTH", "50")
 
 
@@ -60,10 +59,10 @@ def _trained(number: int, name: str, published: dict[str, float], cost: str = ""
         f"both LLMs trained from TinyLlama, {number:,} negatives",
         published,
         training=(
-            *(*_BASE, *END_TO_END, *_TEXT, *_LENGTH, "--train_batch_size", "128"),
+            *(*BOTH_LLMS, *END_TO_END, *_TEXT, *_LENGTH, "--train_batch_size", "128"),
             *_drawn(number),
         ),
-        caching=(*_BASE, *_TEXT),
+        caching=(*BOTH_LLMS, *_TEXT),
         cost=cost,
         first=FETCH_BOTH,
     )

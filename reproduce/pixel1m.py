@@ -8,20 +8,17 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from reproduce.table import (
+    BOTH_LLMS,
     END_TO_END,
     FETCH_BOTH,
-    HLLM,
-    TINY_ITEM_LLM,
-    TINY_LLAMA,
     Row,
     Table,
     main,
 )
 
-_LLMS = (*HLLM, "--item_pretrain_dir", TINY_ITEM_LLM, "--user_pretrain_dir", TINY_LLAMA)
 _TEXT = ("--MAX_TEXT_LENGTH", "256")
 _TRAINING = (
-    *_LLMS,
+    *BOTH_LLMS,
     *END_TO_END,
     *_TEXT,
     "--MAX_ITEM_LIST_LENGTH",
@@ -39,7 +36,7 @@ TABLE = Table(
             "both LLMs trained from TinyLlama",
             {},
             training=_TRAINING,
-            caching=(*_LLMS, *_TEXT),
+            caching=(*BOTH_LLMS, *_TEXT),
             first=FETCH_BOTH,
         ),
         Row(
@@ -47,7 +44,7 @@ TABLE = Table(
             "the same with times as inputs: 11 % more Recall@5 in the paper",
             {},
             training=(*_TRAINING, "--use_timestamps", "True", "--predict_at", "target"),
-            caching=(*_LLMS, *_TEXT),
+            caching=(*BOTH_LLMS, *_TEXT),
             first=FETCH_BOTH,
         ),
     ),

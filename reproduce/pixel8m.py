@@ -8,11 +8,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from reproduce.table import (
+    BOTH_LLMS,
     END_TO_END,
     FETCH_BOTH,
     HLLM,
     IDS,
-    TINY_ITEM_LLM,
     TINY_LLAMA,
     Row,
     Table,
@@ -21,7 +21,6 @@ from reproduce.table import (
 
 _TEXT = ("--MAX_TEXT_LENGTH", "256")
 _SEQUENCES = ("--MAX_ITEM_LIST_LENGTH", "10", "--train_batch_size", "512")
-_BASE = (*HLLM, "--item_pretrain_dir", TINY_ITEM_LLM, "--user_pretrain_dir", TINY_LLAMA)
 _IMPORTED_ITEMS = ("--item_pretrain_dir", "model_checkpoints/ItemLLM_complete")
 _IMPORTED = (
     *(*HLLM, *_IMPORTED_ITEMS),
@@ -60,8 +59,8 @@ TABLE = Table(
             "end-to-end",
             "both LLMs trained from TinyLlama",
             {"Recall@5": 4.278, "Recall@10": 6.106, "NDCG@10": 3.54},
-            training=(*_BASE, *END_TO_END, *_TEXT, *_SEQUENCES, *_BASE_CACHE),
-            caching=(*_BASE, *_TEXT, *_BASE_CACHE),
+            training=(*BOTH_LLMS, *END_TO_END, *_TEXT, *_SEQUENCES, *_BASE_CACHE),
+            caching=(*BOTH_LLMS, *_TEXT, *_BASE_CACHE),
             cost="about 4.1 days on 32 A100",
             first=FETCH_BOTH,
         ),

@@ -27,6 +27,8 @@ HLLM = (
     *("--config_file", "code/overall/LLM_ddp.yaml", "code/HLLM/HLLM.yaml"),
     "code/HLLM/hllm_original.yaml",
 )
+# Both LLMs as HLLM starts: TinyLlama, on the item side with a new emb token.
+BOTH_LLMS = (*HLLM, "--item_pretrain_dir", TINY_ITEM_LLM, "--user_pretrain_dir", TINY_LLAMA)
 END_TO_END = ("--train_item_llm", "full", "--epochs", "5", "--optim_args.learning_rate", "1e-4")
 IDS = ("--config_file", "code/overall/LLM_ddp.yaml")
 TOPK = ("--topk", "[5, 10, 50, 200]", "--valid_metric", "NDCG@200")
