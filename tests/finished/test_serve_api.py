@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import json
-import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,10 +18,9 @@ from hsft.finished.open_run import OpenRun, open_run
 from hsft.finished.serve_api import ServeApi
 from hsft.finished.serve_app import make_app
 from hsft.finished.serve_metrics import ServeMetrics
-from hsft.utils.program import run_program
-from main import main
 from tests.conftest import Project
-from tests.helpers import ROOT, make_cache, make_dataset
+from tests.helpers import make_cache, make_dataset
+from tests.served_runs import knn_run
 
 KEY = "a-key-of-sixteen-characters"
 
@@ -45,13 +43,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OpenRun]:
     rows = file.read_text().splitlines()
     rows[1:4] = ["i0,item 0,Comedy,0", 'i1,item 1,"Drama, Comedy",1', "i2,item 2,war|drama,2"]
     file.write_text("\n".join(rows) + "\n")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(root)
-        arguments = ["--config_file", f"{ROOT}/code/overall/LLM_ddp.yaml", "--dataset", "tiny"]
-        arguments += ["--model", "item_knn", "--run_name", "run", "--show_progress", "False"]
-        assert run_program(main, arguments) == 0
-        logging.basicConfig(handlers=[logging.NullHandler()], force=True)
-        yield open_run("saved/run")
+    with knn_run(root) as opened:
+        yield opened
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import os
 import signal
 import subprocess
@@ -22,15 +21,14 @@ from fastapi.testclient import TestClient
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from hsft.finished.open_run import OpenRun, open_run
+from hsft.finished.open_run import OpenRun
 from hsft.finished.serve import make_server
 from hsft.finished.serve_api import ServeApi
 from hsft.finished.serve_app import make_app
 from hsft.finished.serve_metrics import ServeMetrics
 from hsft.finished.serve_schema import AddRequest, NewItem, RecommendRequest, SimilarRequest
-from hsft.utils.program import run_program
-from main import main
 from tests.helpers import ROOT, make_cache, make_dataset
+from tests.served_runs import knn_run
 
 JSON = {"Content-Type": "application/json"}
 EXAMPLES = int(os.environ.get("HSFT_FUZZ_EXAMPLES", "150"))
@@ -40,13 +38,8 @@ EXAMPLES = int(os.environ.get("HSFT_FUZZ_EXAMPLES", "150"))
 def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OpenRun]:
     root = make_dataset(tmp_path_factory.mktemp("faults"))
     make_cache(root / "dataset" / "tiny_item_embeddings.safetensors", dim=8)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(root)
-        arguments = ["--config_file", f"{ROOT}/code/overall/LLM_ddp.yaml", "--dataset", "tiny"]
-        arguments += ["--model", "item_knn", "--run_name", "run", "--show_progress", "False"]
-        assert run_program(main, arguments) == 0
-        logging.basicConfig(handlers=[logging.NullHandler()], force=True)
-        yield open_run("saved/run")
+    with knn_run(root) as opened:
+        yield opened
 
 
 @pytest.fixture(scope="module")
