@@ -58,8 +58,10 @@ def make_vectors(folder: Path, items: int, users: int, dim: int) -> None:
     with (folder / "items.f32").open("wb") as file:
         for start in range(0, items, _ITEMS_AT_A_TIME):
             count = min(_ITEMS_AT_A_TIME, items - start)
-            own = centres[rng.integers(len(centres), size=count)]
-            block = _unit(own + _SPREAD * rng.standard_normal((count, dim), dtype=np.float32))
+            near_centre = centres[rng.integers(len(centres), size=count)]
+            block = _unit(
+                near_centre + _SPREAD * rng.standard_normal((count, dim), dtype=np.float32)
+            )
             block.tofile(file)
             here = (near >= start) & (near < start + count)
             origins[here] = block[near[here] - start]

@@ -120,20 +120,20 @@ def load(address: tuple[str, int], clients: int, seconds: float) -> dict[str, An
     taken: list[list[float]] = [[] for _ in range(clients)]
     failures: list[BaseException] = []
 
-    def send(own: list[float], order: random.Random) -> None:
+    def send(seconds_taken: list[float], order: random.Random) -> None:
         connection = http.client.HTTPConnection(*address, timeout=60)
         try:
             while (began := time.perf_counter()) < ends:
                 request = {"user": order.choice(users), "topk": 10, "model": info["models"][-1]}
                 ask(connection, "/recommend", request)
-                own.append(time.perf_counter() - began)
+                seconds_taken.append(time.perf_counter() - began)
         except (OSError, http.client.HTTPException, RuntimeError) as error:
             failures.append(error)
         finally:
             connection.close()
 
     threads = [
-        threading.Thread(target=send, args=(own, random.Random(drawn.random()))) for own in taken
+        threading.Thread(target=send, args=(each, random.Random(drawn.random()))) for each in taken
     ]
     began = time.perf_counter()
     for thread in threads:
@@ -147,7 +147,7 @@ def load(address: tuple[str, int], clients: int, seconds: float) -> dict[str, An
         a - b for a, b in zip(_batches(ask(probe, "/metrics")), before, strict=True)
     )
     probe.close()
-    latencies = np.concatenate([np.array(own) for own in taken])
+    latencies = np.concatenate([np.array(each) for each in taken])
     return {
         "clients": clients,
         "requests": len(latencies),

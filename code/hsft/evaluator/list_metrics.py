@@ -227,13 +227,13 @@ class ListMetrics:
             has_direction = listed & (norms > 0)
             factors = torch.where(has_direction, 1 / norms, 0.0).unsqueeze(1)
             total = given.new_zeros(len(part), given.shape[2])
-            length = own = torch.zeros(len(part), dtype=torch.int64)
+            length = squares = torch.zeros(len(part), dtype=torch.int64)
             for number, ranks in enumerate(self._parts()):
                 total = total + (factors[:, :, ranks] @ given[:, ranks]).squeeze(1)
                 length = length + listed[:, ranks].sum(dim=1)
-                own = own + has_direction[:, ranks].sum(dim=1)
+                squares = squares + has_direction[:, ranks].sum(dim=1)
                 # The square of a sum holds every pair twice, and every vector's own square.
-                both_ways = total.square().sum(dim=1).double() - own
+                both_ways = total.square().sum(dim=1).double() - squares
                 has_pair = length > 1
                 means = both_ways[has_pair] / (length * (length - 1))[has_pair]
                 self._cosines[:, number] += [float(means.sum()), int(has_pair.sum())]
