@@ -175,7 +175,7 @@ def test_hllm_s_files_are_read_as_they_are(project: Project) -> None:
     config, warnings = load_config(["hllm.yaml"])
     assert (config.strategy, config.stage, config.topk[-1]) == ("deepspeed", 2, 200)
     assert [line.split()[0] for line in warnings] == [
-        *("state", "reproducibility", "test_dataset", "use_text", "item_llm_init", "user_llm_init"),
+        *("state", "reproducibility", "test_dataset", "use_text"),
     ]
 
 

@@ -1052,6 +1052,21 @@ class Config(_Section):
         return self.model in USER_LLM_MODELS
 
     @property
+    def loads_user_llm(self) -> bool:
+        """Whether the weights of `user_pretrain_dir` are read, beside its `config.json`."""
+        return self.has_user_llm and not self.has_random_user_llm and self.load_pretrain is None
+
+    @property
+    def loads_item_llm(self) -> bool:
+        """Whether the weights of `item_pretrain_dir` are read, beside its `config.json`."""
+        return not self.has_random_item_llm and self.load_pretrain is None
+
+    @property
+    def random_item_seed(self) -> int | None:
+        """Seed of the ItemLLM's random weights, None where they are not."""
+        return self.seed if self.has_random_item_llm else None
+
+    @property
     def has_random_user_llm(self) -> bool:
         """Whether the LLM that reads the histories begins with random weights."""
         drawn = self.model != "HLLM" if self.user_llm_init is None else not self.user_llm_init
@@ -1061,21 +1076,6 @@ class Config(_Section):
     def has_random_item_llm(self) -> bool:
         """Whether the ItemLLM begins with random weights."""
         return not self.item_llm_init and self.load_pretrain is None
-
-    @property
-    def random_item_seed(self) -> int | None:
-        """Seed of the ItemLLM's random weights, None where they are not."""
-        return self.seed if self.has_random_item_llm else None
-
-    @property
-    def loads_user_llm(self) -> bool:
-        """Whether the weights of `user_pretrain_dir` are read, beside its `config.json`."""
-        return self.has_user_llm and not self.has_random_user_llm and self.load_pretrain is None
-
-    @property
-    def loads_item_llm(self) -> bool:
-        """Whether the weights of `item_pretrain_dir` are read, beside its `config.json`."""
-        return not self.has_random_item_llm and self.load_pretrain is None
 
     @property
     def trains(self) -> bool:
