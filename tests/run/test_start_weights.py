@@ -133,8 +133,8 @@ def test_both_llms_from_scratch(project: Project, shape: Path) -> None:
     for seed, code in (("2020", 0), ("1", 2)):
         Path("random.safetensors").unlink(missing_ok=True)
         assert project.call(cache_main, [*words, "--seed", seed])[0] == 0
-        more = ("--use_item_cache", "True", "--item_cache_path", "random.safetensors")
-        more = (*more, "--check", "True", "--run_name", "other")
+        more = ["--use_item_cache", "True", "--item_cache_path", "random.safetensors"]
+        more += ["--check", "True", "--run_name", "other"]
         actual, _, err = project.run(*RANDOM_BOTH, *TRAIN, *more)
         assert actual == code, err
         assert (code == 0) != ("was not made by the ItemLLM in shape" in err)
