@@ -492,7 +492,7 @@ def check_losses(bench: Bench, *, compiled: bool) -> None:
         Variant("bfloat16, one row, CUDA graph", {**BF16, "compile": "graph"}),
         Variant("one row, compiled layers, CUDA graph", {"compile": "graph"}, layers=True),
     ):
-        if variant is not simple and (compiles(variant) != compiled or bench.tiny and compiled):
+        if variant is not simple and (compiles(variant) != compiled or (bench.tiny and compiled)):
             continue
         keyed = Variant(
             variant.label,
