@@ -25,6 +25,7 @@ from hsft.evaluator.evaluator import Evaluation, Evaluator, Scorer
 from hsft.evaluator.fingerprint import evaluation_fingerprint
 from hsft.evaluator.metrics import per_user
 from hsft.hub.manifest import exported_from, pretraining_overlap, user_llm_origin
+from hsft.inputs.import_hllm import import_pretrained
 from hsft.model.accelerate import (
     SHORTEST_ENCODING,
     EncodingGraphs,
@@ -145,6 +146,8 @@ def train_and_rank(config: Config, keep_going: KeepGoing | None = None) -> Path:
         # Workers' seeds, dropout and LoRA's initial values follow from it.
         fabric.seed_everything(config.seed, workers=True, verbose=False)
         session = Session(fabric.device)
+        given = config
+        config = run_on_rank_zero(lambda: import_pretrained(given))
         with ExitStack() as held:
             chosen = run_on_rank_zero(lambda: _lock_and_choose(config, held))
             run = RunContext(
