@@ -101,7 +101,7 @@ BAD_YAML: dict[str, tuple[str | bytes, list[str]]] = {
     "QLoRA of ids": ("model: sasrec\nuse_qlora: True\n", ["model: sasrec has none"]),
     "QLoRA of random weights": (
         "model: llm_id\nuse_qlora: True\n",
-        ["use_qlora", "llm_id.pretrained: True"],
+        ["use_qlora", "user_llm_init: True"],
     ),
     "metric not reported": ("valid_metric: NDCG@7\n", ["valid_metric is NDCG@7"]),
     "metric of nothing": ("valid_metric: '@'\n", ["valid_metric", "NAME@K"]),

@@ -100,10 +100,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "train_path": ("train.csv", "data_path"),
     "use_modality": (True, "ids"),
     "use_time": (True, "use_timestamps"),
-    "item_llm_init": (False, "item_pretrain_dir"),
-    "user_llm_init": (False, "user_pretrain_dir"),
     "item_emb_pretrain": ("token.bin", "download_itemllm.py"),
-    "load_pretrain": ("pytorch_model.bin", "download_userllm.py"),
     "freeze_prefix": (["item_llm"], "train_item_llm"),
     "freeze_ad": (True, "train_item_llm"),
     "ft_item": (False, "train_item_llm"),
@@ -178,7 +175,7 @@ def test_hllm_s_files_are_read_as_they_are(project: Project) -> None:
     config, warnings = load_config(["hllm.yaml"])
     assert (config.strategy, config.stage, config.topk[-1]) == ("deepspeed", 2, 200)
     assert [line.split()[0] for line in warnings] == [
-        *("state", "reproducibility", "test_dataset", "use_text", "item_llm_init", "user_llm_init"),
+        *("state", "reproducibility", "test_dataset", "use_text"),
     ]
 
 

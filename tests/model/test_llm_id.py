@@ -100,8 +100,8 @@ def test_random_weights_need_no_more_than_a_configuration(project: Project, tmp_
     with pytest.raises(InputError, match="is not the one that saved/run was made with"):
         open_run("saved/run").build("llm_id")
     for more, sentence in {
-        ("--use_qlora", "True"): "set llm_id.pretrained: True or drop use_qlora",
-        ("--llm_id.pretrained", "True"): "holds no weights",
+        ("--use_qlora", "True"): "set user_llm_init: True or drop use_qlora",
+        ("--user_llm_init", "True"): "holds no weights",
         ("--val_only", "True"): "model: llm_id has nothing to evaluate untrained",
         ("--user_pretrain_dir", "nowhere"): "model folder nowhere does not exist",
         ("--user_llm_layers", "3"): "has only 2 layers",
@@ -114,7 +114,7 @@ def test_random_weights_need_no_more_than_a_configuration(project: Project, tmp_
 
 def test_pretrained_weights_are_read_and_adapted(project: Project) -> None:
     fabric = make_fabric(Config(device="cpu", precision="32-true"))
-    config = built(project, llm_id={"pretrained": True})
+    config = built(project, user_llm_init=True)
     data = load_data(config, need_cache=False)
     states = []
     for seed in (0, 1):
@@ -122,7 +122,7 @@ def test_pretrained_weights_are_read_and_adapted(project: Project) -> None:
         model = build_id_model(config, data, fabric)
         states.append({name: part for name, part in model.state_dict().items() if "layers" in name})
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
-    lora = ("--use_qlora", "True", "--qlora_quant_type", "none", "--llm_id.pretrained", "True")
+    lora = ("--use_qlora", "True", "--qlora_quant_type", "none", "--user_llm_init", "True")
     code, _, err = project.run(*FILES, *lora, "--epochs", "1", "--run_name", "run")
     assert code == 0, err
     saved = project.root / "saved/run/best"

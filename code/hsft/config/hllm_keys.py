@@ -44,9 +44,6 @@ _CHECKPOINT = (
     "import the checkpoint with download_itemllm.py and download_userllm.py, and name the folders "
     "with item_pretrain_dir and user_pretrain_dir"
 )
-_RANDOM_WEIGHTS = (
-    "weights are always those of {}; name a folder with random ones for a start from scratch"
-)
 
 HLLM_KEYS: Mapping[str, HllmKey] = {
     # General.
@@ -69,18 +66,9 @@ HLLM_KEYS: Mapping[str, HllmKey] = {
     "use_modality": HllmKey("items are known by their text or their ids", (False,), "it is off"),
     "use_time": HllmKey("use use_timestamps", (False,), "use_timestamps is off"),
     # Weights.
-    "item_llm_init": HllmKey(
-        _RANDOM_WEIGHTS.format("item_pretrain_dir"),
-        (True,),
-        "weights are those of item_pretrain_dir",
+    "item_emb_pretrain": HllmKey(
+        f"the emb token is in the ItemLLM's folder or in load_pretrain; {_CHECKPOINT}"
     ),
-    "user_llm_init": HllmKey(
-        _RANDOM_WEIGHTS.format("user_pretrain_dir"),
-        (True,),
-        "weights are those of user_pretrain_dir",
-    ),
-    "item_emb_pretrain": HllmKey(f"the emb token is in the ItemLLM's folder; {_CHECKPOINT}"),
-    "load_pretrain": HllmKey(_CHECKPOINT),
     # Training.
     "freeze_prefix": HllmKey(_TRAINED_ITEMS, ([],), "nothing is named"),
     "freeze_ad": HllmKey("use train_item_llm: none", (False,), "train_item_llm decides it"),

@@ -46,7 +46,7 @@ USER_LLM_MODELS = ("HLLM", "llm_id")
 # What the names of the keys of the ItemLLM's training begin with.
 ITEM_TRAINING_KEYS = (
     *("train_item_", "item_lora_", "item_quant_", "item_lr_", "item_freeze_", "item_gradient_"),
-    *("item_chunk_", "item_pretrain_epochs", "item_pretrain_batch_size"),
+    *("item_chunk_", "item_llm_init", "item_pretrain_epochs", "item_pretrain_batch_size"),
 )
 # Models without training.
 REFERENCES = ("pop", "random", "item_knn", "tfidf")
@@ -226,11 +226,6 @@ class LlmIdArgs(_Section):
         description="dimensions of the trained item vectors, HLLM's item_embed_dim, which a linear "
         "map brings to the LLM's; null: the LLM's, without a map",
     )
-    pretrained: Bool = Field(
-        False,
-        description="begin with the weights in user_pretrain_dir, HLLM's user_llm_init; False reads "
-        "that folder's config.json alone and begins with random ones",
-    )
 
 
 def _key(default: Any, group: str, description: str, **limits: Any) -> Any:
@@ -323,6 +318,15 @@ class Config(_Section):
     )
     wandb_project: Text | None = _key(
         None, "run", "project at Weights & Biases; default: W&B's own choice (WANDB_PROJECT)"
+    )
+    log_mlflow: Bool = _key(
+        False,
+        "run",
+        "send the scalars of training and the configuration to MLflow too (MLFLOW_TRACKING_URI); "
+        "needs the package mlflow-skinny or mlflow",
+    )
+    mlflow_experiment: Text | None = _key(
+        None, "run", "experiment at MLflow; default: that of MLFLOW_EXPERIMENT_NAME, else Default"
     )
     trust_remote_code: Bool = _key(
         False, "run", "let transformers run Python code found in a model folder"
@@ -489,6 +493,13 @@ class Config(_Section):
         "emb token, full every weight. Each validation encodes the catalogue, and that of the best "
         "epoch is kept in the run's folder",
     )
+    item_llm_init: Bool = _key(
+        True,
+        "training the ItemLLM",
+        "begin with the weights in item_pretrain_dir; False reads that folder's config.json and "
+        "tokenizer alone and begins with random ones, drawn by seed, emb token included "
+        "(train_item_llm: full)",
+    )
     item_pretrain_epochs: Int = _key(
         0,
         "training the ItemLLM",
@@ -556,6 +567,19 @@ class Config(_Section):
 
     # --- UserLLM
     user_pretrain_dir: Text | None = _key(None, "UserLLM", "model folder of the UserLLM")
+    user_llm_init: Bool | None = _key(
+        None,
+        "UserLLM",
+        "begin with the weights in user_pretrain_dir; False reads that folder's config.json alone and "
+        "begins with random ones, drawn by seed; default: True, False for model: llm_id",
+    )
+    load_pretrain: Text | None = _key(
+        None,
+        "UserLLM",
+        "a checkpoint of HLLM (pytorch_model.bin) to begin with: the weights of both LLMs, the emb "
+        "token and logit_scale; config.json and tokenizer are those of user_pretrain_dir and "
+        "item_pretrain_dir. It is imported into model folders beside the file, once",
+    )
     user_llm_layers: Int | None = _key(
         None, "UserLLM", "keep the first N decoder layers; default: all of them", ge=1
     )
@@ -893,6 +917,7 @@ class Config(_Section):
             raise ValueError("item_id_dropout needs item_id_embedding: True; set it or drop one")
         if self.trains_items:
             self._item_side_agrees()
+        self._start_agrees()
         if self.predict_at != "unknown" and not self.use_timestamps:
             raise ValueError("predict_at needs use_timestamps: True; set it or drop predict_at")
         if self.use_timestamps and self.model not in TIME_MODELS:
@@ -913,6 +938,30 @@ class Config(_Section):
             raise ValueError("loss: nce compares by cosine; similarity: dot needs loss: bce")
         return self
 
+    def _start_agrees(self) -> None:
+        """Check the keys of the weights that training begins with."""
+        if self.load_pretrain is not None and self.model != "HLLM":
+            raise ValueError(
+                f"load_pretrain is a checkpoint of HLLM, not of model: {self.model}; drop one"
+            )
+        if self.use_qlora and self.has_user_llm and self.has_random_user_llm:
+            raise ValueError(
+                "use_qlora adapts an LLM that was trained before, and random weights were not; set "
+                "user_llm_init: True or drop use_qlora"
+            )
+        if not self.has_random_item_llm:
+            return
+        if self.train_item_llm != "full" or self.encoder is not None:
+            raise ValueError(
+                "item_llm_init: False begins with a random ItemLLM, all of which has to be trained; use "
+                "train_item_llm: full with item_pretrain_dir, or drop item_llm_init"
+            )
+        if self.item_freeze_layers or self.item_freeze_embeddings:
+            raise ValueError(
+                "item_llm_init: False begins with random weights, which item_freeze_layers and "
+                "item_freeze_embeddings would keep; drop these"
+            )
+
     def _id_model_agrees(self) -> None:
         if self.eval_list_length > self.MAX_ITEM_LIST_LENGTH:
             raise ValueError(
@@ -927,11 +976,6 @@ class Config(_Section):
             raise ValueError(
                 f"negatives_logq needs num_negatives with model: {self.model}, whose softmax is full "
                 f"without"
-            )
-        if self.use_qlora and self.model == "llm_id" and not self.llm_id.pretrained:
-            raise ValueError(
-                "use_qlora adapts an LLM that was trained before, which llm_id.pretrained: False does "
-                "not read; set llm_id.pretrained: True or drop use_qlora"
             )
         if self.use_qlora and not self.has_user_llm:
             raise ValueError(
@@ -1018,8 +1062,29 @@ class Config(_Section):
 
     @property
     def loads_user_llm(self) -> bool:
-        """Whether the weights of `user_pretrain_dir` are read too."""
-        return self.model == "HLLM" or (self.model == "llm_id" and self.llm_id.pretrained)
+        """Whether the weights of `user_pretrain_dir` are read, beside its `config.json`."""
+        return self.has_user_llm and not self.has_random_user_llm and self.load_pretrain is None
+
+    @property
+    def loads_item_llm(self) -> bool:
+        """Whether the weights of `item_pretrain_dir` are read, beside its `config.json`."""
+        return not self.has_random_item_llm and self.load_pretrain is None
+
+    @property
+    def random_item_seed(self) -> int | None:
+        """Seed of the ItemLLM's random weights, None where they are not."""
+        return self.seed if self.has_random_item_llm else None
+
+    @property
+    def has_random_user_llm(self) -> bool:
+        """Whether the LLM that reads the histories begins with random weights."""
+        drawn = self.model != "HLLM" if self.user_llm_init is None else not self.user_llm_init
+        return self.has_user_llm and drawn and self.load_pretrain is None
+
+    @property
+    def has_random_item_llm(self) -> bool:
+        """Whether the ItemLLM begins with random weights."""
+        return not self.item_llm_init and self.load_pretrain is None
 
     @property
     def trains(self) -> bool:

@@ -15,7 +15,7 @@ from torch import Tensor
 from hsft.encoding.packed import PackedTexts, pack_texts
 from hsft.model.accelerate import compile_layers
 from hsft.model.attention import VARLEN
-from hsft.model.backbone import LoraSettings, add_lora, load_decoder, read_extra
+from hsft.model.backbone import LoraSettings, add_lora, load_decoder, make_decoder, read_extra
 from hsft.model.norms import fuse_norms
 from hsft.utils.errors import InputError, brief, one_line
 from hsft.utils.files import is_file, sha256
@@ -39,6 +39,8 @@ _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.01}
 # What a tokenizer is not made of, and how many bytes of the other files are read to know them again.
 _WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack")
 _QUICKLY_READ = 64 << 20
+# Of HLLM's emb token before it is trained.
+_EMB_TOKEN_DEVIATION = 0.02
 _TOKENIZER_PACKAGES = ("tokenizers", "sentencepiece", "tiktoken", "protobuf")
 
 Pooling = Literal["emb_token", "mean", "sentence"]
@@ -313,8 +315,9 @@ def load_item_encoder(
     trust_remote_code: bool = False,
     tokenizer_as_saved: bool = False,
     lora: LoraSettings | None = None,
+    random_seed: int | None = None,
 ) -> ItemEncoder:
-    """Load an ItemLLM and decide its pooling.
+    """Load or make an ItemLLM and decide its pooling.
 
     Args:
         folder: a transformers model folder; an imported HLLM has `hllm_extra.safetensors` in it.
@@ -325,23 +328,32 @@ def load_item_encoder(
         trust_remote_code: let transformers run code from the folder.
         tokenizer_as_saved: see `load_tokenizer`.
         lora: for its quantisation, and the adapter that is added.
+        random_seed: draw the weights, with an emb token as HLLM's begins (normally distributed, of
+            standard deviation 0.02), in place of the folder's.
 
     Raises:
         InputError: the model or its tokenizer cannot be loaded.
     """
-    model: Any = load_decoder(
-        folder,
-        dtype=dtype,
-        attention=attention,
-        keep_token_embedding=True,
-        lora=lora,
-        device=device,
-        trust_remote_code=trust_remote_code,
-    ).to(device)
+    given: dict[str, Any] = {
+        "dtype": dtype,
+        "attention": attention,
+        "keep_token_embedding": True,
+        "trust_remote_code": trust_remote_code,
+    }
+    model: Any
+    if random_seed is None:
+        model = load_decoder(folder, lora=lora, device=device, **given)
+    else:
+        model = make_decoder(folder, seed=random_seed, **given)
+    model = model.to(device)
     if device.type == "cuda":
         fuse_norms(model)
     tokenizer = load_tokenizer(folder, trust_remote_code, as_saved=tokenizer_as_saved)
-    token = emb_token(folder, item_emb_token_n, int(model.config.hidden_size))
+    dim = int(model.config.hidden_size)
+    if random_seed is None:
+        token = emb_token(folder, item_emb_token_n, dim)
+    else:
+        token = _random_emb_token(random_seed, dim) if item_emb_token_n else None
     if token is None and item_emb_token_n:
         log.info("%s", no_emb_token(folder))
     if lora is not None:
@@ -440,13 +452,24 @@ def emb_token(folder: str | Path, item_emb_token_n: int, dim: int) -> Tensor | N
     return token.reshape(dim)
 
 
-def model_fingerprint(folder: str | Path) -> str:
-    """Return a SHA-256 that tells a model folder from others, whatever its name.
+def _random_emb_token(seed: int, dim: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(dim, generator=generator) * _EMB_TOKEN_DEVIATION
+
+
+def model_fingerprint(folder: str | Path, random_seed: int | None = None) -> str:
+    """Return a SHA-256 that tells an ItemLLM from others, whatever its folder's name.
 
     Of files above 1 MiB it reads the size and 64 pages spread over the file: retrained weights
     differ everywhere, and a model of many gigabytes must not be read a second time.
+
+    Args:
+        folder: a model folder.
+        random_seed: of weights that are drawn in place of the folder's.
     """
     digest = hashlib.sha256()
+    if random_seed is not None:
+        digest.update(f"random {random_seed}\0".encode())
     for path in sorted(Path(folder).iterdir()):
         if not path.is_file() or path.suffix not in _MODEL_FILES:
             continue

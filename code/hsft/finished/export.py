@@ -25,18 +25,21 @@ from hsft.finished.export_items import ITEM_LLM_DIR, export_items, refuse_overfl
 from hsft.finished.export_onnx import OnnxGraphs, OnnxScorer, require_onnx, write_graphs
 from hsft.finished.open_run import OpenRun, open_run, refuse_changed_data
 from hsft.hub.manifest import EXPORT_FILE, origin
-from hsft.model.backbone import add_lora, load_decoder, load_model_config, read_extra
-from hsft.model.folder import EMBEDDING_KEYS, EXTRA_FILE, ID_FILE, check_files
+from hsft.model.backbone import add_lora, load_decoder, load_model_config, make_decoder
+from hsft.model.folder import EMBEDDING_KEYS, EXTRA_FILE, ID_FILE, Weights, check_files
 from hsft.model.item_adapter import (
     PREFIX,
     adapter_shape,
     adapter_tensors,
     adapter_width,
     load_adapter,
+    user_extra,
 )
 from hsft.model.item_ids import save_id_vectors
 from hsft.model.item_table import ItemTable, table_from_cache
+from hsft.model.meta import read_structure
 from hsft.model.recommender import Recommender
+from hsft.model.structure import DecoderSource
 from hsft.model.user_llm import UserLLM
 from hsft.model.weights import ADAPTER_DIR, REST_FILE, load_trained, read_rest
 from hsft.report.compare import Comparison, Row, load_comparison
@@ -173,10 +176,25 @@ class _TrainedRun:
         return int(load_model_config(self.base, self.config.trust_remote_code).hidden_size)
 
     @cached_property
+    def weights(self) -> Weights:
+        """Weights of the base model's files, of which there are none where it began with random ones."""
+        return check_files(self.base) if self.config.loads_user_llm else Weights({})
+
+    def count_weights(self) -> int:
+        """Return the number of weights of the decoder to export."""
+        config = self.config
+        if config.loads_user_llm:
+            return self.weights.count(config.user_llm_layers)
+        layers, trusted = config.user_llm_layers, config.trust_remote_code
+        return sum(
+            read_structure(DecoderSource(self.base, layers, trust_remote_code=trusted)).sizes
+        )
+
+    @cached_property
     def item_width(self) -> int:
         """Dimensions of the embeddings that its item adapter reads, or else the UserLLM's."""
         trained = read_rest(self.best)
-        stored = {**read_extra(self.base), **trained}
+        stored = {**user_extra(self.config), **trained}
         for prefix in (f"{ADAPTER}.", PREFIX):
             width = adapter_width(
                 {
@@ -196,11 +214,16 @@ class _TrainedRun:
         return None if vectors is None else len(vectors) - 1
 
     @property
+    def has_stored_ids(self) -> bool:
+        """Whether the UserLLM that it began with came with id vectors."""
+        return self.config.loads_user_llm and is_file(self.base / ID_FILE)
+
+    @property
     def item_adapter(self) -> str:
         """Kind of its item adapter, trained or as the base model came with it."""
         return adapter_shape(
             self.config,
-            read_extra(self.base),
+            user_extra(self.config),
             self.base,
             train=True,
             rectangular=self.item_width != self.hidden_size,
@@ -239,7 +262,7 @@ class _TrainedRun:
         if options.format != "adapter":
             # atomic_path would take a missing folder's error for one of writing.
             load_model_config(self.base, config.trust_remote_code)
-            check_files(self.base)
+            self.count_weights()
 
     def refuse_onnx(self) -> None:
         """Refuse what ONNX graphs of this run have no place for."""
@@ -248,7 +271,7 @@ class _TrainedRun:
             raise InputError(
                 f"--format onnx writes float32 and not {self.options.dtype}; leave --dtype out."
             )
-        if self.config.item_id_embedding or is_file(self.base / ID_FILE):
+        if self.config.item_id_embedding or self.has_stored_ids:
             raise InputError(
                 f"{self.folder} has id vectors of items, for which the ONNX graphs have no place; use "
                 f"--format merged."
@@ -274,11 +297,11 @@ def refuse_out(out: Path, overwrite: bool) -> None:
 def _write_merged(run: _TrainedRun, folder: Path) -> str:
     """Write the decoder and what belongs to it; return the kind of item adapter."""
     config, dtype = run.config, DTYPES[run.options.dtype]
-    weights = check_files(run.base)
-    _refuse_full_disk(run.options.out, weights.count(config.user_llm_layers) * dtype.itemsize)
+    _refuse_full_disk(run.options.out, run.count_weights() * dtype.itemsize)
     # UserLLMs read vectors; one that came without a token embedding is exported without.
-    whole = not weights.shapes or any(
-        part in name for name in weights.shapes for part in EMBEDDING_KEYS
+    names = run.weights.shapes
+    whole = config.loads_user_llm and (
+        not names or any(part in name for name in names for part in EMBEDDING_KEYS)
     )
     log.info("loading %s in float32, without quantisation.", run.base)
     model = _load_unquantised(run, keep_token_embedding=whole)
@@ -295,7 +318,7 @@ def _write_merged(run: _TrainedRun, folder: Path) -> str:
     decoder.save_pretrained(folder)
     items = model.encoder.items
     extra = {
-        **read_extra(run.base),
+        **user_extra(config),
         **adapter_tensors(items),
         "logit_scale": model.logit_scale.detach().reshape(()).contiguous(),
     }
@@ -306,9 +329,7 @@ def _write_merged(run: _TrainedRun, folder: Path) -> str:
 
 def _write_onnx(run: _TrainedRun, folder: Path) -> str:
     """Write the ONNX graphs; return the kind of item adapter."""
-    weights = check_files(run.base)
-    needed = weights.count(run.config.user_llm_layers) * torch.float32.itemsize
-    _refuse_full_disk(run.options.out, needed)
+    _refuse_full_disk(run.options.out, run.count_weights() * torch.float32.itemsize)
     log.info("loading %s in float32, without quantisation.", run.base)
     model = _load_unquantised(run, keep_token_embedding=False)
     encoder: Any = model.encoder
@@ -323,21 +344,25 @@ def _write_onnx(run: _TrainedRun, folder: Path) -> str:
 def _load_unquantised(run: _TrainedRun, *, keep_token_embedding: bool) -> Recommender:
     """Load the trained model in float32 on the CPU, without the data."""
     config = run.config
-    decoder: Any = load_decoder(
-        run.base,
-        dtype=torch.float32,
-        attention="eager",  # every model has it, and nothing is computed
-        layers=config.user_llm_layers,
-        keep_token_embedding=keep_token_embedding,
-        trust_remote_code=config.trust_remote_code,
-    )
+    given: dict[str, Any] = {
+        "dtype": torch.float32,
+        "attention": "eager",  # every model has it, and nothing is computed
+        "layers": config.user_llm_layers,
+        "keep_token_embedding": keep_token_embedding,
+        "trust_remote_code": config.trust_remote_code,
+    }
+    decoder: Any
+    if config.loads_user_llm:
+        decoder = load_decoder(run.base, **given)
+    else:
+        decoder = make_decoder(run.base, seed=config.seed, **given)
     # Frozen in training, which has no use for it.
     decoder.get_input_embeddings().requires_grad_(False)
     hidden = int(decoder.config.hidden_size)
     if config.use_qlora:
         lora = replace(lora_settings(config), quant_type="none")
         decoder = add_lora(decoder, lora, gradient_checkpointing=False)
-    extra = read_extra(run.base)
+    extra = user_extra(config)
     width = run.item_width or hidden
     items = ItemTable(
         torch.zeros(1, width),
@@ -367,7 +392,7 @@ def _write_id_vectors(run: _TrainedRun, items: ItemTable, folder: Path) -> None:
                 f"the run's own with --data_path."
             )
         save_id_vectors(items, data.interactions.item_ids, folder)
-    elif is_file(run.base / ID_FILE):
+    elif run.has_stored_ids:
         shutil.copyfile(run.base / ID_FILE, folder / ID_FILE)
 
 
@@ -384,7 +409,7 @@ def _write_adapter(run: _TrainedRun, folder: Path) -> str:
     """Copy the adapter and what else was trained; return the kind of item adapter."""
     frozen = {
         "an item adapter": run.config.item_adapter == "none" and run.item_adapter != "none",
-        "id vectors": is_file(run.base / ID_FILE) and not run.config.item_id_embedding,
+        "id vectors": run.has_stored_ids and not run.config.item_id_embedding,
     }
     for what in (name for name, there in frozen.items() if there):
         raise InputError(
@@ -461,6 +486,7 @@ def _merged_changes(run: _TrainedRun) -> dict[str, Any]:
     return {
         "val_only": True,
         "use_qlora": False,
+        "user_llm_init": None,
         "user_llm_layers": None,
         "item_adapter": "none",
         "item_id_embedding": False,

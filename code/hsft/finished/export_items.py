@@ -119,7 +119,7 @@ def _write_item_llm(
         of_tokenizer = path.name == _TOKENIZER_CONFIG or not path.name.endswith(_OF_WEIGHTS)
         if path.is_file() and of_tokenizer:
             shutil.copyfile(path, folder / path.name)
-    extra = read_extra(base)
+    extra = read_extra(base) if config.loads_item_llm else {}
     if tower.emb_token is not None:
         extra["item_emb_tokens"] = tower.emb_token.detach().reshape(1, 1, -1).contiguous()
     if extra:

@@ -151,7 +151,7 @@ def _refuse_other_model(config: Config, cache: ItemCache) -> None:
             _name(cache),
             folder,
         )
-    elif model_fingerprint(folder) != made_by:
+    elif model_fingerprint(folder, config.random_item_seed) != made_by:
         raise InputError(
             f"the ItemLLM in {folder} is not the one that made the item cache {_name(cache)} "
             f"({cache.metadata.get('model', 'unnamed')}), so their embeddings cannot be compared; "

@@ -30,6 +30,7 @@ from hsft.encoding.sentence_encoder import (
     read_sentence_folder,
 )
 from hsft.hub.manifest import origin
+from hsft.inputs.import_hllm import import_pretrained
 from hsft.model.attention import varlen_obstacle
 from hsft.model.backbone import LoraSettings
 from hsft.model.meta import read_kind
@@ -107,6 +108,8 @@ def write_item_cache(config: Config) -> Path:
     target = cache_path(config).with_suffix(".safetensors")
     with StopSignals() as stop:
         init_process_group(_PATIENCE)
+        given = config
+        config = run_on_rank_zero(lambda: import_pretrained(given))
         builder = CacheBuilder(
             target,
             target.with_name(f"{target.name}.parts"),
@@ -232,7 +235,7 @@ def _other_cache(config: Config, cache: ItemCache, item_ids: np.ndarray) -> str 
     if config.item_emb_token_n == 0 and stated.get("pooling") != "sentence":
         expected["pooling"] = ("item_emb_token_n", "mean")
     if config.item_pretrain_dir and Path(config.item_pretrain_dir).is_dir():
-        mark = model_fingerprint(config.item_pretrain_dir)
+        mark = model_fingerprint(config.item_pretrain_dir, config.random_item_seed)
         expected["model_fingerprint"] = ("item_pretrain_dir", mark)
     other = [
         key for name, (key, value) in expected.items() if stated.get(name) not in (None, value)
@@ -334,7 +337,7 @@ def encoding_job(
         fingerprint=fingerprint,
         model_folder=folder,
         information=information,
-        model_fingerprint=model_fingerprint(folder),
+        model_fingerprint=model_fingerprint(folder, config.random_item_seed),
         batch_tokens=config.item_batch_tokens
         or BATCH_TOKENS["cpu" if encoder.model.device.type == "cpu" else "gpu"],
         compute_dtype=str(compute_dtype(config)).removeprefix("torch."),
@@ -387,6 +390,7 @@ def load_encoder(
         trust_remote_code=config.trust_remote_code,
         tokenizer_as_saved=config.text_format == "hllm",
         lora=lora,
+        random_seed=config.random_item_seed,
     )
     if config.item_compile and lora is None:
         encoder.compile()

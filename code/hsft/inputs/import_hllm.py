@@ -8,15 +8,25 @@ import logging
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer
 
+from hsft.config import Config
 from hsft.data.cache import DTYPES
 from hsft.hub import fetch as hub
 from hsft.hub.convert import write_weights
-from hsft.hub.layout import CONFIG_FILE, Layout, read_layout, refuse_no_checkpoint
+from hsft.hub.layout import (
+    CONFIG_FILE,
+    Layout,
+    Side,
+    check_tensors,
+    open_side,
+    read_layout,
+    refuse_no_checkpoint,
+)
 from hsft.hub.manifest import MANIFEST_FILE, read_manifest
 from hsft.hub.options import ImportOptions
 from hsft.utils.environment import versions
@@ -62,6 +72,105 @@ def import_checkpoint(options: ImportOptions) -> bool:
             f"{ending}; no model folder was written, and what was downloaded is kept: run again",
             ending.exit_code,
         ) from None
+
+
+def import_pretrained(config: Config) -> Config:
+    """Import the checkpoint of `load_pretrain` into a model folder beside it for each LLM.
+
+    An LLM is imported where its folder is named, which has its config.json and tokenizer. Weights keep
+    their number type. A folder that holds this checkpoint already is left as it is.
+
+    Returns:
+        The configuration with these folders as `user_pretrain_dir` and `item_pretrain_dir`, and
+        without the keys that chose other weights.
+
+    Raises:
+        InputError: as `import_checkpoint`.
+    """
+    if config.load_pretrain is None:
+        return config
+    for side, base in _pretrained_sides(config):
+        options = _pretrained_options(config.load_pretrain, side, base)
+        _import(options)
+    return with_pretrained(config)
+
+
+def check_pretrained(config: Config) -> None:
+    """Check that the checkpoint of `load_pretrain` fits the LLMs, without reading its tensors.
+
+    Raises:
+        InputError: it is missing, no checkpoint of HLLM, or of other shapes.
+    """
+    if config.load_pretrain is None:
+        return
+    path = Path(config.load_pretrain)
+    refuse_no_checkpoint(path)
+    for side, base in _pretrained_sides(config):
+        check_tensors(open_side(path, side), read_layout(base, side), path)
+
+
+def with_pretrained(config: Config) -> Config:
+    """Return what `import_pretrained` returns where it has been called, else the same configuration."""
+    if config.load_pretrain is None:
+        return config
+    folders = {
+        f"{side}_pretrain_dir": pretrained_folder(config.load_pretrain, side)
+        for side, _ in _pretrained_sides(config)
+    }
+    if not all((folder / MANIFEST_FILE).is_file() for folder in folders.values()):
+        return config
+    changes = {name: str(folder) for name, folder in folders.items()}
+    reset = {"load_pretrain": None, "user_llm_init": None, "item_llm_init": True}
+    return config.model_copy(update={**changes, **reset})
+
+
+def pretrained_folder(checkpoint: str, side: Side) -> Path:
+    """Return the model folder of one LLM of a checkpoint that `load_pretrain` names."""
+    path = Path(checkpoint)
+    return path.with_name(f"{path.stem}_{side.capitalize()}LLM")
+
+
+def _pretrained_sides(config: Config) -> list[tuple[Side, Path]]:
+    """Return the sides that a configuration reads, with the folders of config.json and tokenizer."""
+    sides: list[tuple[Side, Path]] = []
+    if config.user_pretrain_dir is not None:
+        sides.append(("user", Path(config.user_pretrain_dir)))
+    if config.item_pretrain_dir is not None:
+        sides.append(("item", Path(config.item_pretrain_dir)))
+    return sides
+
+
+def _pretrained_options(checkpoint: str, side: Side, base: Path) -> ImportOptions:
+    """Return how one side of a checkpoint is imported: again where the file or the base changed."""
+    path = Path(checkpoint)
+    refuse_no_checkpoint(path)
+    weights = open_side(path, side)
+    kinds = {str(value.dtype).removeprefix("torch.") for value in weights.values()}
+    options = ImportOptions(
+        side=side,
+        out=pretrained_folder(checkpoint, side).absolute(),
+        from_file=path,
+        sha256=None,
+        repo="",
+        file="",
+        revision="",
+        base_repo="",
+        base_revision="",
+        base_dir=base,
+        cache=path.parent,
+        dtype="float32" if "float32" in kinds else min(kinds & set(DTYPES), default="bfloat16"),
+        shard_bytes=250 * hub.MB,
+        force=False,
+    )
+    if not (options.out / MANIFEST_FILE).is_file():
+        return options
+    there = read_manifest(options.out)
+    same = (
+        there.get("dtype") == options.dtype
+        and there.get("base") == {"path": str(base.resolve())}
+        and there["source"].get("sha256") == hub.hash_file(path)
+    )
+    return replace(options, force=not same)
 
 
 def _import(options: ImportOptions) -> bool:

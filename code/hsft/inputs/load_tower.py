@@ -119,7 +119,8 @@ def refuse_other_item_llm(config: Config, cache: ItemCache, dim: int | None = No
     """
     folder = item_llm_folder(config)
     made_by = cache.metadata.get("model_fingerprint")
-    if dim not in (None, cache.dim) or made_by not in (None, model_fingerprint(folder)):
+    mark = model_fingerprint(folder, config.random_item_seed)
+    if dim not in (None, cache.dim) or made_by not in (None, mark):
         raise InputError(
             f"the item cache {cache.path or 'made now'} was not made by the ItemLLM in {folder}, "
             f"which is to be trained; make it again with item_caching.py, or name the ItemLLM that made "

@@ -228,19 +228,23 @@ def make_decoder(
     *,
     dtype: torch.dtype,
     attention: str,
+    seed: int,
     layers: int | None = None,
+    keep_token_embedding: bool = False,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
     """Build a decoder with random weights, of the shape in a model folder's `config.json`.
 
-    The weights are those that its kind of model begins its training with in transformers, drawn from
-    torch's generator.
+    The weights are those that its kind of model begins its training with in transformers, for most
+    kinds normally distributed with the standard deviation `initializer_range` of `config.json`.
 
     Args:
-        folder, dtype, attention, layers, trust_remote_code: as for `load_decoder`.
+        folder, dtype, attention, layers, keep_token_embedding, trust_remote_code: as for
+            `load_decoder`.
+        seed: of the weights, which nothing else decides: torch's generator is left as it is.
 
     Returns:
-        As `load_decoder` without a token embedding.
+        As `load_decoder`.
 
     Raises:
         InputError: the folder's configuration is not one of a decoder that reads vectors, or has
@@ -253,19 +257,23 @@ def make_decoder(
         importlib.import_module("hsft.model.varlen")
     config = load_model_config(folder, trust_remote_code)
     check_decoder(model_kind(config), folder, layers)
-    cut_decoder(config, layers)
+    cut_decoder(config, layers, keep_token_embedding)
     try:
-        model: PreTrainedModel = AutoModel.from_config(
-            config,
-            dtype=dtype,
-            attn_implementation=attention,
-            trust_remote_code=trust_remote_code,
-        )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            # Drawn in float32, so that weights of another number type are the same ones, rounded.
+            model: PreTrainedModel = AutoModel.from_config(
+                config,
+                dtype=torch.float32,
+                attn_implementation=attention,
+                trust_remote_code=trust_remote_code,
+            ).to(dtype)
     except Exception as error:  # models raise many kinds for sizes that do not fit
         raise _unreadable(folder, error, attention) from error
     check_embeddings(embedding_width(model), config.hidden_size, folder)
     model.config.use_cache = False
-    model.get_input_embeddings().requires_grad_(False)
+    if not keep_token_embedding:
+        model.get_input_embeddings().requires_grad_(False)
     return model
 
 

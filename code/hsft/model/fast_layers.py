@@ -25,6 +25,23 @@ except ImportError:  # some systems have no build of it
 _Layout = tuple[int, str, tuple[int, int], torch.dtype]
 
 
+@torch.library.custom_op("hsft::dequantize_4bit", mutates_args=())
+def _dequantize(
+    packed: Tensor, absmax: Tensor, blocksize: int, kind: str, shape: list[int], dtype: torch.dtype
+) -> Tensor:
+    weight: Tensor = torch.ops.bitsandbytes.dequantize_4bit.default(
+        packed, absmax, blocksize, kind, shape, dtype
+    )
+    return weight
+
+
+@_dequantize.register_fake
+def _(
+    packed: Tensor, absmax: Tensor, blocksize: int, kind: str, shape: list[int], dtype: torch.dtype
+) -> Tensor:
+    return packed.new_empty(shape, dtype=dtype)
+
+
 class _DequantizedLinear(torch.autograd.Function):
     """x W' with a frozen 4-bit W, dequantised in the forward and again in the backward pass.
 
@@ -44,7 +61,11 @@ class _DequantizedLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         packed, absmax = ctx.saved_tensors
-        weight = torch.ops.bitsandbytes.dequantize_4bit.default(packed, absmax, *ctx.layout)
+        # By another name than in the forward pass: torch.compile would take both for one computation
+        # and keep every layer's dequantised weights between them, four times what QLoRA saves.
+        compiling = torch.compiler.is_compiling()
+        again = _dequantize if compiling else torch.ops.bitsandbytes.dequantize_4bit.default
+        weight = again(packed, absmax, *ctx.layout)
         return grad @ weight.to(grad.dtype), None, None, None, None
 
 

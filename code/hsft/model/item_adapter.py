@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hsft.config import Config
+from hsft.model.backbone import read_extra
 from hsft.model.folder import EXTRA_FILE
 from hsft.model.item_table import ItemTable
 from hsft.utils.errors import InputError
@@ -62,6 +63,15 @@ def adapter_shape(
             f"it is."
         )
     return kind, rank
+
+
+def user_extra(config: Config) -> dict[str, Tensor]:
+    """Return what lies beside the weights of the UserLLM that a run begins with, as `read_extra`.
+
+    Raises:
+        InputError: the file is damaged.
+    """
+    return read_extra(config.user_pretrain_dir or "") if config.loads_user_llm else {}
 
 
 def check_width(

@@ -18,10 +18,11 @@ EXAMPLES = (
 )
 # The keys that --help shows: those that item caching reads.
 KEYS = (
-    *("check", "device", "num_threads", "show_progress", "trust_remote_code"),
+    *("check", "seed", "device", "num_threads", "show_progress", "trust_remote_code"),
     *("data_path", "dataset", "item_data", "text_path", "text_keys", "MAX_TEXT_LENGTH"),
     *("item_cache_path", "item_pretrain_dir", "encoder", "item_prompt", "text_format"),
     *("item_emb_token_n", "item_cache_dtype", "item_batch_tokens", "item_compile"),
+    *("train_item_llm", "item_llm_init", "load_pretrain"),
     *("attn_implementation", "use_ft_flash_attn", "precision"),
 )
 

@@ -39,12 +39,12 @@ from hsft.encoding.item_tower import check_frozen_layers
 from hsft.evaluator.evaluator import Evaluator
 from hsft.hub.manifest import pretraining_overlap
 from hsft.inputs.cache_items import cache_warnings, sentence_source, with_encoder
+from hsft.inputs.import_hllm import check_pretrained, with_pretrained
 from hsft.inputs.load_tower import refuse_other_item_llm
 from hsft.model.backbone import (
     check_lora_targets,
     check_quantization,
     check_weights,
-    read_extra,
 )
 from hsft.model.folder import (
     Weights,
@@ -54,7 +54,7 @@ from hsft.model.folder import (
     check_positions,
     check_shapes,
 )
-from hsft.model.item_adapter import adapter_shape, check_width
+from hsft.model.item_adapter import adapter_shape, check_width, user_extra
 from hsft.model.item_ids import read_id_vectors
 from hsft.model.meta import read_kind, read_structure
 from hsft.model.structure import DecoderSource
@@ -69,6 +69,7 @@ from hsft.run.setup import (
     user_attention,
 )
 from hsft.trainer.fabric import attention_kernel, check_device, choose_device, compute_dtype
+from hsft.trainer.mlflow_log import load_mlflow
 from hsft.trainer.optim import check_optimizer
 from hsft.trainer.wandb_log import load_wandb
 from hsft.utils.distributed import is_rank_zero
@@ -143,6 +144,7 @@ def check_run(config: Config) -> None:
     Raises:
         InputError: something has to be changed; `InputErrors` with all of it.
     """
+    config = with_pretrained(config)
     findings = Findings()
     _quick_run(config, findings)
     interactions = _interactions(config, findings)
@@ -195,6 +197,7 @@ def check_caching(config: Config) -> None:
     Raises:
         InputError: something has to be changed; `InputErrors` with all of it.
     """
+    config = with_pretrained(config)
     findings = Findings()
     _quick_caching(config, findings)
     texts = _item_texts(config, findings)
@@ -225,6 +228,9 @@ def _quick_run(config: Config, findings: Findings) -> None:
     if config.trains and config.log_wandb:
         with findings.collect():
             load_wandb()
+    if config.trains and config.log_mlflow:
+        with findings.collect():
+            load_mlflow()
     if config.trains:
         with findings.collect():
             device = choose_device(config)
@@ -239,6 +245,8 @@ def _quick_run(config: Config, findings: Findings) -> None:
     if config.model == "tfidf":
         with findings.collect():
             information_file(config.text_path, config.dataset)
+    with findings.collect():
+        check_pretrained(config)
     hidden = None
     if config.has_user_llm:
         hidden = check_user_model(config, findings)
@@ -259,6 +267,8 @@ def _quick_caching(config: Config, findings: Findings) -> None:
         information_file(config.text_path, config.dataset)
     with findings.collect():
         _writable(cache_path(config), "item cache", "--item_cache_path")
+    with findings.collect():
+        check_pretrained(config)
     check_item_model(config, findings)
 
 
@@ -326,11 +336,12 @@ def check_user_model(config: Config, findings: Findings) -> int | None:
             config, sum(decoder.sizes) if weights is None else _trained(config, weights)
         )
     with findings.collect():
-        extra = read_extra(folder)
+        extra = user_extra(config)
         if hidden is not None and config.model == "HLLM":
             train = not config.val_only
             adapter_shape(config, extra, folder, train=train, rectangular=False)
-            read_id_vectors(folder, hidden)
+            if config.loads_user_llm:
+                read_id_vectors(folder, hidden)
     with findings.collect():
         user_attention(config, torch.device(choose_device(config)))
     if config.loads_user_llm:
@@ -365,18 +376,24 @@ def check_item_model(config: Config, findings: Findings) -> None:
     with findings.collect():
         kind = read_kind(source)
         check_decoder(kind, folder)
-        check_shapes(kind, check_files(folder), folder)
+        if config.loads_item_llm:
+            check_shapes(kind, check_files(folder), folder)
         check_tokenizer(folder, config.trust_remote_code)
-        token = emb_token(folder, config.item_emb_token_n, kind.hidden_size or 0)
-        if token is None and config.item_emb_token_n:
-            findings.notes.append(no_emb_token(folder))
+        has_token = config.item_emb_token_n > 0
+        if has_token and config.loads_item_llm:
+            has_token = emb_token(folder, 1, kind.hidden_size or 0) is not None
+            if not has_token:
+                findings.notes.append(no_emb_token(folder))
         _item_training(config, source)
         decoder = read_structure(source)
         check_embeddings(decoder.embedding_width, decoder.hidden_size, folder)
         # The emb token comes after the longest text.
-        longest = config.MAX_TEXT_LENGTH + (0 if token is None else 1)
+        longest = config.MAX_TEXT_LENGTH + has_token
         check_positions(decoder, longest, folder, "MAX_TEXT_LENGTH")
-        check_weights(folder, keep_token_embedding=True, trust_remote_code=config.trust_remote_code)
+        if config.loads_item_llm:
+            check_weights(
+                folder, keep_token_embedding=True, trust_remote_code=config.trust_remote_code
+            )
     with findings.collect():
         device = torch.device(choose_device(config))
         attention_kernel(config, device, read_kind(source), rows=False)
@@ -386,13 +403,13 @@ def _item_training(config: Config, source: DecoderSource) -> None:
     """Check that what `train_item_llm` asks for fits an ItemLLM's configuration."""
     if not config.trains_items:
         return
-    layers = read_structure(source).linear
+    decoder = read_structure(source)
     if config.trains_item_lora:
-        check_lora_targets(layers, config.item_lora_target_modules, "ItemLLM")
-    check_frozen_layers(layers, config.item_freeze_layers)
+        check_lora_targets(decoder.linear, config.item_lora_target_modules, "ItemLLM")
+    check_frozen_layers(decoder.linear, config.item_freeze_layers)
     if not config.trains_item_lora:
         # As in `_training_space`.
-        needed = 2 * 4 * check_files(source.folder).count()
+        needed = 2 * 4 * sum(decoder.sizes)
         _enough(Path(config.checkpoint_dir), needed, "the ItemLLM's weights", "--checkpoint_dir")
 
 
@@ -401,7 +418,7 @@ def _cache_header(config: Config, hidden: int | None) -> None:
     if hidden is None or not is_native(path):
         return
     _, dim, _ = read_header(path)
-    check_width(config, read_extra(config.user_pretrain_dir or ""), path, dim, hidden)
+    check_width(config, user_extra(config), path, dim, hidden)
 
 
 def _interactions(config: Config, findings: Findings) -> Interactions | None:
@@ -514,12 +531,18 @@ def _memory(
         return
     folder = Path(config.user_pretrain_dir or "")
     device = choose_device(config)
-    weights = check_files(folder).count(config.user_llm_layers, vocabulary=False)
+    trusted = config.trust_remote_code
+    if config.loads_user_llm:
+        weights = check_files(folder).count(config.user_llm_layers, vocabulary=False)
+    else:
+        source = DecoderSource(folder, config.user_llm_layers, trust_remote_code=trusted)
+        weights = sum(read_structure(source).sizes)
     size = 4 if config.item_embedding_transform != "none" else cache.embeddings.element_size()
     table = len(split.interactions.item_ids) * cache.dim * size
     if config.trains_items:
-        encoder = str(item_llm_folder(config))
-        weights += check_files(sentence_source(encoder, config.trust_remote_code).folder).count()
+        transformer = sentence_source(str(item_llm_folder(config)), trusted).folder
+        source = DecoderSource(transformer, keep_token_embedding=True, trust_remote_code=trusted)
+        weights += sum(read_structure(source).sizes)
     least = table + weights * compute_dtype(config).itemsize
     if device in ("cuda", "xpu"):
         total = torch.get_device_module(device).get_device_properties(0).total_memory

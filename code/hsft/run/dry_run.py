@@ -23,10 +23,10 @@ from hsft.encoding.item_tower import check_frozen_layers
 from hsft.inputs.cache_items import sentence_source
 from hsft.model.accelerate import choose_acceleration
 from hsft.model.attention import VARLEN, choose_attention
-from hsft.model.backbone import check_lora_targets, read_extra
+from hsft.model.backbone import check_lora_targets
 from hsft.model.folder import check_decoder, check_embeddings, check_positions, layer_number
 from hsft.model.id_model import id_loss_settings
-from hsft.model.item_adapter import check_width
+from hsft.model.item_adapter import check_width, user_extra
 from hsft.model.meta import read_kind, read_structure
 from hsft.model.structure import DecoderSource, DecoderStructure
 from hsft.report.memory import (
@@ -384,7 +384,7 @@ def _cached_items(config: Config, path: Path, width: int, *, known_width: bool) 
         count, dim = len(items), items.dim
         dtype = str(items.embeddings.dtype).removeprefix("torch.")
     if known_width:
-        check_width(config, read_extra(config.user_pretrain_dir or ""), path, dim, width)
+        check_width(config, user_extra(config), path, dim, width)
     elif dim != width:
         sentence = f"item cache {path} has {dim} dimensions: only its number of items is used."
         return _Items(count, dtype, (sentence,))

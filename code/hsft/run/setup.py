@@ -38,11 +38,10 @@ from hsft.model.backbone import (
     load_model_config,
     make_decoder,
     model_kind,
-    read_extra,
 )
 from hsft.model.hstu import build_hstu
 from hsft.model.id_model import IdTable, id_loss_settings
-from hsft.model.item_adapter import adapter_shape, check_width, load_adapter
+from hsft.model.item_adapter import adapter_shape, check_width, load_adapter, user_extra
 from hsft.model.item_ids import load_id_vectors, read_id_vectors
 from hsft.model.item_table import ItemTable, fit_transform, sample_cosines, table_from_cache
 from hsft.model.meta import read_kind
@@ -301,11 +300,11 @@ def check_cosines(
     """
     cosines = sample_cosines(cache, interactions.item_ids, config.item_embedding_transform)
     where = cache.path or "made now"
-    remedy = (
-        "use an ItemLLM that was trained to embed, or set --item_embedding_transform standardize"
-        if config.item_embedding_transform == "none"
-        else "use an ItemLLM that was trained to embed"
-    )
+    remedy = "use an ItemLLM that was trained to embed"
+    if config.has_random_item_llm:
+        remedy = "a random ItemLLM makes items alike: set --nce_thres 1.01, which masks nothing"
+    elif config.item_embedding_transform == "none":
+        remedy += ", or set --item_embedding_transform standardize"
     summary = (
         f"item cache {where}: cosine {cosines.mean():.3f} on average over {len(cosines):,} pairs "
         f"of items"
@@ -571,13 +570,13 @@ def build_user_llm(config: Config, data: Data, fabric: Fabric, *, train: bool) -
     folder = str(user_llm_folder(config))
     assert data.cache is not None
     hidden = int(load_model_config(folder, config.trust_remote_code).hidden_size)
-    extra = read_extra(folder)
+    extra = user_extra(config)
     cache = data.cache
     check_width(config, extra, cache.path or "made now", cache.dim, hidden)
     device = fabric.device
     decoder = _user_decoder(config, folder, device, train=train)
     item_ids = data.interactions.item_ids
-    stored = read_id_vectors(folder, hidden)
+    stored = read_id_vectors(folder, hidden) if config.loads_user_llm else None
     has_ids = stored is not None or (train and config.item_id_embedding)
     table = ItemTable(
         table_from_cache(cache, item_ids, config.item_embedding_transform, data.own_items),
@@ -646,6 +645,7 @@ def _user_decoder(config: Config, folder: str, device: torch.device, *, train: b
             folder,
             dtype=dtype,
             attention=attention,
+            seed=config.seed,
             layers=config.user_llm_layers,
             trust_remote_code=config.trust_remote_code,
         )
@@ -694,7 +694,7 @@ def _build_llm_id(config: Config, num_items: int, device: torch.device) -> Recom
         item_dropout=config.item_dropout,
         times=_time_embedding(config, hidden) if config.use_timestamps else None,
     )
-    extra = read_extra(folder) if config.loads_user_llm else {}
+    extra = user_extra(config)
     model = Recommender(
         encoder,
         id_loss_settings(config, "cosine"),
