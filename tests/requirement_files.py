@@ -27,6 +27,7 @@ LOWEST_EXTRAS = (
     "deepspeed",
     "demo",
     "index",
+    "mlflow",
     "onnx",
     "parquet",
     "serve",

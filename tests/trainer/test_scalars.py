@@ -14,7 +14,6 @@ from hsft.trainer.checkpoint import (
     Checkpoints,
 )
 from hsft.trainer.scalars import open_scalars
-from hsft.trainer.wandb_log import WandbLog
 from tests.conftest import Project
 from tests.training_runs import (
     RESUME,
@@ -44,7 +43,7 @@ def test_tensorboard_has_every_step_once(project: Project, monkeypatch: pytest.M
 
 def test_sessions_of_scalars_are_read_in_their_order(tmp_path: Path) -> None:
     for session in range(3):
-        with open_scalars(tmp_path, WandbLog(), 1 if session else None) as scalars:
+        with open_scalars(tmp_path, [], 1 if session else None) as scalars:
             scalars.log({"loss": float(session)}, 1)
     events = EventAccumulator(str(tmp_path)).Reload()
     assert [(event.step, event.value) for event in events.Scalars("loss")] == [(1, 2.0)]

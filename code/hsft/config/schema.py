@@ -358,6 +358,15 @@ class Config(_Section):
     wandb_project: Text | None = _key(
         None, "run", "project at Weights & Biases; default: W&B's own choice (WANDB_PROJECT)"
     )
+    log_mlflow: Bool = _key(
+        False,
+        "run",
+        "send the scalars of training and the configuration to MLflow too (MLFLOW_TRACKING_URI); "
+        "needs the package mlflow-skinny or mlflow",
+    )
+    mlflow_experiment: Text | None = _key(
+        None, "run", "experiment at MLflow; default: that of MLFLOW_EXPERIMENT_NAME, else Default"
+    )
     trust_remote_code: Bool = _key(
         False, "run", "let transformers run Python code found in a model folder"
     )

@@ -32,6 +32,7 @@ _GROUP_OF_KEY = {
 _TRAINING_KEYS = frozenset(
     {
         *("checkpoint_every", "checkpoint_minutes", "keep_last", "log_wandb", "wandb_project"),
+        *("log_mlflow", "mlflow_experiment"),
         *("valid_metric", "eval_step", "stopping_step"),
     }
 )

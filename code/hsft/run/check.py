@@ -69,6 +69,7 @@ from hsft.run.setup import (
     user_attention,
 )
 from hsft.trainer.fabric import attention_kernel, check_device, choose_device, compute_dtype
+from hsft.trainer.mlflow_log import load_mlflow
 from hsft.trainer.optim import check_optimizer
 from hsft.trainer.wandb_log import load_wandb
 from hsft.utils.distributed import is_rank_zero
@@ -227,6 +228,9 @@ def _quick_run(config: Config, findings: Findings) -> None:
     if config.trains and config.log_wandb:
         with findings.collect():
             load_wandb()
+    if config.trains and config.log_mlflow:
+        with findings.collect():
+            load_mlflow()
     if config.trains:
         with findings.collect():
             device = choose_device(config)

@@ -89,11 +89,13 @@ from hsft.trainer.fabric import (
 from hsft.trainer.item_pretraining import pretrain_items
 from hsft.trainer.item_training import ItemTraining
 from hsft.trainer.loop import train
+from hsft.trainer.mlflow_log import MlflowLog
 from hsft.trainer.optim import steps_per_epoch
 from hsft.trainer.resume import TrainState, refuse_other_user_llm
 from hsft.trainer.sampler import SequenceBatches
 from hsft.trainer.session import Session
 from hsft.trainer.step import make_learner
+from hsft.trainer.tracker import Tracker
 from hsft.trainer.wandb_log import WandbLog
 from hsft.utils import environment
 from hsft.utils.distributed import (
@@ -157,7 +159,7 @@ def train_and_rank(config: Config, keep_going: KeepGoing | None = None) -> Path:
                 checkpoints=Checkpoints(chosen.path / CHECKPOINTS_DIR, config.keep_last),
                 stop=stop,
                 session=session,
-                wandb=WandbLog(),
+                trackers=_trackers(config),
                 keep_going=keep_going,
             )
             try:
@@ -211,9 +213,10 @@ def _run(run: RunContext) -> None:
         run_on_rank_zero(lambda: start_run_dir(config, run.folder, resume=run.resume))
         if quantisation:
             log.info("%s", quantisation)
-        with run.wandb:
-            if config.trains and config.log_wandb:
-                run_on_rank_zero(lambda: run.wandb.open(config, run.folder))
+        with ExitStack() as opened:
+            for tracker in run.trackers:
+                opened.enter_context(tracker)
+                run_on_rank_zero(partial(tracker.open, config, run.folder))
             evaluations, more = _evaluate_models(run, data, final)
             if is_rank_zero():
                 _write_result(run, data, final, evaluations, more)
@@ -222,6 +225,14 @@ def _run(run: RunContext) -> None:
         if is_rank_zero() and not run.resume and not saved:
             drop_empty_run(run.folder)
         raise
+
+
+def _trackers(config: Config) -> list[Tracker]:
+    if not config.trains:
+        return []
+    wandb = [WandbLog()] if config.log_wandb else []
+    mlflow = [MlflowLog()] if config.log_mlflow else []
+    return [*wandb, *mlflow]
 
 
 def _how_to_continue(folder: Path) -> str:
@@ -678,7 +689,9 @@ def _write_result(
     }
     write_result(folder, plain(result), evaluations)
     *_, last = evaluations.values()
-    run.wandb.summarise({f"{config.eval_phase}/{k}": v for k, v in last.metrics.items()})
+    summary = {f"{config.eval_phase}/{name}": value for name, value in last.metrics.items()}
+    for tracker in run.trackers:
+        tracker.summarise(summary)
     # With its result written the run is finished; only now is there nothing to come back to.
     run.checkpoints.remove()
     sys.stdout.write(

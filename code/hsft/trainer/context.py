@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from hsft.config import Config
 from hsft.trainer.checkpoint import Checkpoints
 from hsft.trainer.session import Session
-from hsft.trainer.wandb_log import WandbLog
+from hsft.trainer.tracker import Tracker
 from hsft.utils.signals import StopSignals
 
 if TYPE_CHECKING:
@@ -32,7 +32,8 @@ class RunContext:
         checkpoints: the run's resumable checkpoints.
         stop: notices SIGINT and SIGTERM.
         session: time and memory.
-        wandb: the run at Weights & Biases, in process 0 and where `log_wandb` asks for it.
+        trackers: the run at the experiment trackers that the configuration asks for; opened in
+            process 0 only.
         keep_going: called after each validation; None trains to the end.
         user_llm_fingerprint: of `user_pretrain_dir` when the run began; None for other models.
     """
@@ -44,6 +45,6 @@ class RunContext:
     checkpoints: Checkpoints
     stop: StopSignals
     session: Session
-    wandb: WandbLog
+    trackers: Sequence[Tracker]
     keep_going: KeepGoing | None = None
     user_llm_fingerprint: str | None = None

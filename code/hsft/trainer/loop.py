@@ -57,7 +57,7 @@ def train(
     meter = TrainingMeter(config, learner.fabric.device, batches, state)
     # Values that a killed session wrote after its last checkpoint are written again.
     purge_step = state.step + 1 if run.resume else None
-    with open_scalars(run.folder / "tensorboard", run.wandb, purge_step) as scalars:
+    with open_scalars(run.folder / "tensorboard", run.trackers, purge_step) as scalars:
 
         def read(pending: PendingStep | None) -> StepReport | None:
             """Add a step's loss to the epoch's; refuse to go on when it is NaN or infinite."""

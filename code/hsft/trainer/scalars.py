@@ -1,15 +1,15 @@
-"""The training's scalars, in TensorBoard's files and at Weights & Biases."""
+"""The training's scalars, in TensorBoard's files and at experiment trackers."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
 
-from hsft.trainer.wandb_log import WandbLog
+from hsft.trainer.tracker import Tracker
 from hsft.utils.distributed import is_rank_zero
 from hsft.utils.errors import InputError
 from hsft.utils.files import cannot_write
@@ -21,11 +21,13 @@ class Scalars:
     Args:
         folder: of TensorBoard's event files, for errors.
         writer: writes these files; None in processes after the first.
-        wandb: gets the same values.
+        trackers: get the same values.
     """
 
-    def __init__(self, folder: Path, writer: SummaryWriter | None, wandb: WandbLog) -> None:
-        self._folder, self._writer, self._wandb = folder, writer, wandb
+    def __init__(
+        self, folder: Path, writer: SummaryWriter | None, trackers: Sequence[Tracker]
+    ) -> None:
+        self._folder, self._writer, self._trackers = folder, writer, trackers
 
     def log(self, values: Mapping[str, float], step: int) -> None:
         """Add the values of one optimizer step.
@@ -37,7 +39,8 @@ class Scalars:
             for tag, value in values.items():
                 if self._writer is not None:
                     self._writer.add_scalar(tag, value, step)
-        self._wandb.add_scalars(values, step)
+        for tracker in self._trackers:
+            tracker.add_scalars(values, step)
 
     def flush(self) -> None:
         """Write TensorBoard's files up to the last value.
@@ -68,12 +71,14 @@ class Scalars:
 
 
 @contextmanager
-def open_scalars(folder: Path, wandb: WandbLog, purge_step: int | None) -> Iterator[Scalars]:
+def open_scalars(
+    folder: Path, trackers: Sequence[Tracker], purge_step: int | None
+) -> Iterator[Scalars]:
     """Open the scalars of one session of a run.
 
     Args:
         folder: of TensorBoard's event files; a new file is added.
-        wandb: gets the same values.
+        trackers: get the same values.
         purge_step: TensorBoard hides what earlier files hold for this step and later ones (a killed
             session got further than its last checkpoint); None for a new run.
 
@@ -81,14 +86,14 @@ def open_scalars(folder: Path, wandb: WandbLog, purge_step: int | None) -> Itera
         InputError: the file cannot be created.
     """
     if not is_rank_zero():
-        yield Scalars(folder, None, wandb)
+        yield Scalars(folder, None, trackers)
         return
     with _quiet_writer_thread():
         try:
             writer = SummaryWriter(str(folder), purge_step=purge_step, flush_secs=60)
         except OSError as error:
             raise cannot_write(folder, error) from error
-        scalars = Scalars(folder, writer, wandb)
+        scalars = Scalars(folder, writer, trackers)
         try:
             yield scalars
         except BaseException:

@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import importlib
-import logging
 import re
 import secrets
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from hsft.config import Config
+from hsft.trainer.tracker import Tracker
 from hsft.utils.errors import InputError, brief
 from hsft.utils.files import is_file, write_text
-
-log = logging.getLogger(__name__)
 
 # The name of W&B's run, in the run's folder: a resumed run goes on under it.
 ID_FILE = "wandb_id"
@@ -47,32 +43,16 @@ def load_wandb() -> Any:
     return module
 
 
-class WandbLog(ExitStack):
-    """A run at W&B. Before `open`, and after a failure, its methods do nothing.
+class WandbLog(Tracker):
+    """A run at W&B."""
 
-    Leaving its `with` block ends the run at W&B. What fails after `open` costs one warning, never
-    the training.
-
-    W&B deletes nothing: steps that a killed session did after its last checkpoint are there
-    twice once they are done again, where TensorBoard hides the first ones.
-    """
+    service = "Weights & Biases"
 
     def __init__(self) -> None:
         super().__init__()
         self._run: Any = None
-        self.push(self._finish)
 
-    def open(self, config: Config, folder: Path) -> None:
-        """Begin the run, or go on with the one that an earlier session of this folder began.
-
-        Args:
-            config: shown beside the charts; `wandb_project` names the project.
-            folder: the run's folder; its name becomes W&B's display name, and W&B's own files go
-                there.
-
-        Raises:
-            InputError: wandb is not installed, or does not start (no login, no connection).
-        """
+    def _start(self, config: Config, folder: Path) -> None:
         wandb = load_wandb()
         name = _run_id(folder)
         try:
@@ -95,35 +75,14 @@ class WandbLog(ExitStack):
                 f"WANDB_MODE=offline in the environment, or set --log_wandb False."
             ) from error
 
-    def add_scalars(self, values: Mapping[str, float], step: int) -> None:
-        """Log values of one optimizer step."""
-        self._attempt(lambda run: run.log({**values, STEP: step}))
+    def _log(self, values: Mapping[str, float], step: int) -> None:
+        self._run.log({**values, STEP: step})
 
-    def summarise(self, values: Mapping[str, float]) -> None:
-        """Put final values into the run's summary."""
-        self._attempt(lambda run: run.summary.update(dict(values)))
+    def _log_summary(self, values: Mapping[str, float]) -> None:
+        self._run.summary.update(dict(values))
 
-    def _finish(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._attempt(lambda run: run.finish(exit_code=int(kind is not None)))
-        self._run = None
-
-    def _attempt(self, action: Callable[[Any], object]) -> None:
-        if self._run is None:
-            return
-        try:
-            action(self._run)
-        except Exception as error:  # as in `open`
-            self._run = None
-            log.warning(
-                "Weights & Biases failed and gets no more values of this run: %s. TensorBoard's "
-                "are complete.",
-                brief(error),
-            )
+    def _finish(self, kind: type[BaseException] | None) -> None:
+        self._run.finish(exit_code=int(kind is not None))
 
 
 def _run_id(folder: Path) -> str:

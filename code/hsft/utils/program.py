@@ -123,6 +123,7 @@ _EXTRAS = {
     "deepspeed": "deepspeed",
     "fastapi": "serve",
     "gguf": "demo",
+    "mlflow": "mlflow",
     "optuna": "sweep",
     "uvicorn": "serve",
     "wandb": "wandb",
