@@ -31,6 +31,7 @@ from hsft.finished.serve_schema import (
     RecommendRequest,
     SimilarRequest,
 )
+from hsft.hub.repository import run_name
 from hsft.utils.errors import InputError, one_line
 
 log = logging.getLogger(__name__)
@@ -250,7 +251,7 @@ class ServeApi:
         """Return what the page says about the run."""
         config, data = self._run.config, self._run.data.interactions
         return {
-            "run": self._run.folder.resolve().name,
+            "run": run_name(self._run.folder),
             "dataset": config.dataset,
             "models": list(self._models),
             "items": self.num_items,
