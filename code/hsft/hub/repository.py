@@ -194,7 +194,7 @@ def _fetch(address: Address) -> Path:
             if error.__cause__ is not None and not _is_complete(address, cache):
                 raise error.__cause__ from None
             files = []
-        for file in files:
+        for file in sorted(files, key=lambda file: file.filename):
             if ".." in PurePosixPath(file.filename).parts:
                 raise InputError(f"{address} has a file called '{one_line(file.filename, 80)}'.")
             # One by one: `fetch` continues a file where an earlier download broke off.
