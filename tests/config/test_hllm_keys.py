@@ -71,7 +71,8 @@ def test_what_hllm_s_files_say_is_taken(key: str) -> None:
         actual: Any = config
         for part in key.split("."):
             actual = getattr(actual, part)
-        assert actual == value
+        # HLLM's null where nothing is named.
+        assert actual == ([] if value is None and isinstance(actual, list) else value)
     else:
         assert len(warnings) == 1
         assert warnings[0].startswith(
@@ -101,16 +102,8 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "use_modality": (True, "ids"),
     "use_time": (True, "use_timestamps"),
     "item_emb_pretrain": ("token.bin", "download_itemllm.py"),
-    "freeze_prefix": (["item_llm"], "train_item_llm"),
     "freeze_ad": (True, "train_item_llm"),
     "ft_item": (False, "train_item_llm"),
-    "lr_mult_prefix": (["item_llm"], "item_lr_mult"),
-    "lr_mult_rate": (10, "item_lr_mult"),
-    "decay_check_name": ("visual_encoder", "weight_decay_on"),
-    "optim_args.modal_lr": (1e-4, "optim_args.learning_rate"),
-    "optim_args.rec_lr": (1e-4, "optim_args.learning_rate"),
-    "optim_args.modal_decay": (0.1, "optim_args.weight_decay"),
-    "optim_args.rec_decay": (0.1, "optim_args.weight_decay"),
     "optimizer_kwargs": ({"optimizer": {}}, "optimizer"),
     "learning_rate": (1e-4, "optim_args.learning_rate"),
     "weight_decay": (0.1, "optim_args.weight_decay"),
@@ -158,8 +151,8 @@ def test_all_problems_are_named_at_once(project: Project) -> None:
         "key",
     ]
     assert "here: use sasrec.layers or hstu.layers" in sentences[0]
-    argv = ("--freeze_prefix", "item_llm")
-    expect_refusal(project, lambda: project.run(*argv), ["item_freeze_layers"])
+    argv = ("--freeze_ad", "True")
+    expect_refusal(project, lambda: project.run(*argv), ["train_item_llm"])
 
 
 def test_hllm_s_files_are_read_as_they_are(project: Project) -> None:

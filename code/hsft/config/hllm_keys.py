@@ -35,11 +35,6 @@ class HllmKey:
         return any(value == one and type(value) is type(one) for one in self.accepted)
 
 
-_TRAINED_ITEMS = (
-    "the ItemLLM is trained with train_item_llm, from which item_freeze_layers and "
-    "item_freeze_embeddings keep parts; fix_temp keeps logit_scale"
-)
-_LEARNING_RATES = "set optim_args.learning_rate, and item_lr_mult for the ItemLLM"
 _CHECKPOINT = (
     "import the checkpoint with download_itemllm.py and download_userllm.py, and name the folders "
     "with item_pretrain_dir and user_pretrain_dir"
@@ -70,18 +65,8 @@ HLLM_KEYS: Mapping[str, HllmKey] = {
         f"the emb token is in the ItemLLM's folder or in load_pretrain; {_CHECKPOINT}"
     ),
     # Training.
-    "freeze_prefix": HllmKey(_TRAINED_ITEMS, ([],), "nothing is named"),
     "freeze_ad": HllmKey("use train_item_llm: none", (False,), "train_item_llm decides it"),
     "ft_item": HllmKey("use train_item_llm", (True,), "item vectors that a model has are trained"),
-    "lr_mult_prefix": HllmKey(_LEARNING_RATES, ([],), "nothing is named"),
-    "lr_mult_rate": HllmKey(_LEARNING_RATES, (1, 1.0), "it is 1"),
-    "decay_check_name": HllmKey("weight_decay_on in optim_args says which weights decay"),
-    "optim_args.modal_lr": HllmKey(_LEARNING_RATES),
-    "optim_args.rec_lr": HllmKey(_LEARNING_RATES),
-    "optim_args.modal_decay": HllmKey(
-        "use optim_args.weight_decay, which is the same for both LLMs"
-    ),
-    "optim_args.rec_decay": HllmKey("use optim_args.weight_decay, which is the same for both LLMs"),
     "optimizer_kwargs": HllmKey("set optimizer and optim_args"),
     "learning_rate": HllmKey("use optim_args.learning_rate"),
     "weight_decay": HllmKey("use optim_args.weight_decay"),

@@ -28,6 +28,17 @@ PerUserMetric = Literal["Recall", "NDCG", "MRR", "HitRate", "MAP", "Precision"]
 MetricName = Literal[PerUserMetric, "AUC", "GAUC", "Coverage"]
 PER_USER_METRICS = get_args(PerUserMetric)
 METRIC_PATTERN = re.compile(rf"^({'|'.join(PER_USER_METRICS)})@([1-9][0-9]*)$")
+# What names of parameters begin with, as in HLLM where it has them (`model/parameter_names.py`).
+FIRST_NAMES = {
+    "HLLM": (
+        *("user_llm", "item_llm", "item_emb_tokens", "logit_scale", "items", "residual", "times"),
+    ),
+    "llm_id": ("user_llm", "item_embedding", "item_id_proj_tower", "logit_scale", "times"),
+    "sasrec": ("item_embedding", "position_embedding", "layers", "logit_scale"),
+    "hstu": (
+        *("item_embedding", "item_id_proj_tower", "position_embedding", "layers", "logit_scale"),
+    ),
+}
 # What a time of `split: global_time` may be beside a date.
 SHARE_PATTERN = re.compile(r"0?\.[0-9]{1,18}")
 TIMESTAMP_PATTERN = re.compile(r"-?[0-9]{1,18}")
@@ -105,6 +116,13 @@ def _data_split(value: Any) -> Any:
     return value
 
 
+def _prefixes(value: Any) -> Any:
+    # HLLM's null, and one prefix on a command line.
+    if value is None:
+        return []
+    return [value] if isinstance(value, str) else value
+
+
 def _not_repeated(value: list[Any]) -> list[Any]:
     if len(set(value)) != len(value):
         raise ValueError("has a repeated entry")
@@ -118,6 +136,11 @@ Int = StrictInt
 SplitTime = Annotated[Text, AfterValidator(_split_time)]
 PositiveInt = Annotated[StrictInt, Field(ge=1, le=2**31 - 1)]
 Runs = Annotated[list[Text], Field(min_length=2, max_length=3), AfterValidator(_not_repeated)]
+NamePrefixes = Annotated[
+    list[Annotated[Text, Field(min_length=1)]],
+    BeforeValidator(_prefixes),
+    AfterValidator(_not_repeated),
+]
 UniqueTexts = Annotated[list[Text], Field(min_length=1), AfterValidator(_not_repeated)]
 
 DType = Literal["float16", "bfloat16", "float32"]
@@ -135,6 +158,22 @@ class OptimArgs(_Section):
     weight_decay_on: Literal["matrices", "all"] = Field(
         "matrices",
         description="weights that decay: matrices, or (as HLLM) norms, biases and logit_scale too",
+    )
+    modal_lr: Number | None = Field(
+        None,
+        gt=0,
+        le=10,
+        description="peak learning rate of the weights that decay_check_name names (HLLM's key), in "
+        "place of learning_rate; the four keys go together",
+    )
+    modal_decay: Number | None = Field(
+        None, ge=0, le=10, description="weight decay of these weights, in place of weight_decay"
+    )
+    rec_lr: Number | None = Field(
+        None, gt=0, le=10, description="peak learning rate of the other weights"
+    )
+    rec_decay: Number | None = Field(
+        None, ge=0, le=10, description="weight decay of the other weights"
     )
 
 
@@ -744,6 +783,27 @@ class Config(_Section):
         "bytes, which for LoRA is little",
     )
     optim_args: OptimArgs = _key(OptimArgs(), "training", "AdamW's settings")
+    freeze_prefix: NamePrefixes = _key(
+        [],
+        "training",
+        "beginnings of the names of parameters that are kept as they are, by HLLM's names: user_llm, "
+        "user_llm.model.layers.0., item_llm, item_emb_tokens, logit_scale",
+    )
+    lr_mult_prefix: NamePrefixes = _key(
+        [],
+        "training",
+        "beginnings of the names of parameters whose learning rate is lr_mult_rate times the others'",
+    )
+    lr_mult_rate: Number | None = _key(
+        None, "training", "that multiple of the learning rate", gt=0, le=1e6
+    )
+    decay_check_name: Text | None = _key(
+        None,
+        "training",
+        "part of the names of parameters that take optim_args.modal_lr and modal_decay; the others take "
+        "rec_lr and rec_decay",
+        min_length=1,
+    )
     scheduler_args: SchedulerArgs = _key(SchedulerArgs(), "training", "learning-rate schedule")
     strategy: Literal["ddp", "deepspeed"] = _key(
         "ddp", "training", "how several processes share the work"
@@ -918,6 +978,7 @@ class Config(_Section):
         if self.trains_items:
             self._item_side_agrees()
         self._start_agrees()
+        self._names_agree()
         if self.predict_at != "unknown" and not self.use_timestamps:
             raise ValueError("predict_at needs use_timestamps: True; set it or drop predict_at")
         if self.use_timestamps and self.model not in TIME_MODELS:
@@ -937,6 +998,35 @@ class Config(_Section):
         if self.loss == "nce" and self.similarity == "dot" and self.model == "HLLM":
             raise ValueError("loss: nce compares by cosine; similarity: dot needs loss: bce")
         return self
+
+    def _names_agree(self) -> None:
+        """Check the keys that choose parameters by their names."""
+        args = self.optim_args
+        given = (args.modal_lr, args.modal_decay, args.rec_lr, args.rec_decay)
+        if any(value is not None for value in (*given, self.decay_check_name)) and None in (
+            *given,
+            self.decay_check_name,
+        ):
+            raise ValueError(
+                "decay_check_name goes with optim_args.modal_lr, modal_decay, rec_lr and rec_decay; set "
+                "all five or none"
+            )
+        known = FIRST_NAMES.get(self.model, ())
+        for key in ("freeze_prefix", "lr_mult_prefix"):
+            for prefix in getattr(self, key) if known else ():
+                first, point, _ = prefix.partition(".")
+                if not any(name == first if point else name.startswith(first) for name in known):
+                    raise ValueError(
+                        f"{key}: no parameter of model: {self.model} begins with {prefix!r}; names begin "
+                        f"with {', '.join(known)}"
+                    )
+        if bool(self.lr_mult_prefix) != (self.lr_mult_rate not in (None, 1)):
+            raise ValueError("lr_mult_prefix and lr_mult_rate go together; set both or none")
+        if self.lr_mult_prefix and self.decay_check_name is not None:
+            raise ValueError(
+                "lr_mult_prefix and decay_check_name both decide learning rates; drop one, as HLLM "
+                "leaves the former out"
+            )
 
     def _start_agrees(self) -> None:
         """Check the keys of the weights that training begins with."""

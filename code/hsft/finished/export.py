@@ -39,6 +39,7 @@ from hsft.model.item_adapter import (
 from hsft.model.item_ids import save_id_vectors
 from hsft.model.item_table import ItemTable, table_from_cache
 from hsft.model.meta import read_structure
+from hsft.model.parameter_names import freeze_prefixed
 from hsft.model.recommender import Recommender
 from hsft.model.structure import DecoderSource
 from hsft.model.user_llm import UserLLM
@@ -378,6 +379,7 @@ def _load_unquantised(run: _TrainedRun, *, keep_token_embedding: bool) -> Recomm
         initial_logit_scale(config, extra),
         config.fix_temp,
     )
+    freeze_prefixed(model, config)
     load_trained(model, run.best)
     return model.eval()
 

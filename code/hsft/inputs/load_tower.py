@@ -20,6 +20,8 @@ from hsft.encoding.item_tower import Autocast, ItemTower, freeze
 from hsft.encoding.tokens import tokenize_in_memory
 from hsft.inputs.cache_items import encoding_job, load_encoder, with_encoder
 from hsft.model.backbone import LoraSettings, computes_in_bfloat16, enable_checkpointing
+from hsft.model.parameter_names import freeze_prefixed
+from hsft.model.weights import ITEM_LLM
 from hsft.trainer.fabric import choose_precision, compute_dtype
 from hsft.utils.errors import InputError, refuse
 
@@ -102,6 +104,12 @@ def load_item_tower(
         chunk_tokens=config.item_chunk_tokens,
         train_emb_token=config.item_freeze_layers == 0,
     )
+    freeze_prefixed(tower, config, ITEM_LLM)
+    if not any(weight.requires_grad for weight in tower.parameters()):
+        raise InputError(
+            "freeze_prefix keeps all of the ItemLLM as it is; use train_item_llm: none, which reads its "
+            "vectors from the item cache."
+        )
     job = encoding_job(config, encoder, texts.fingerprint, information)
     return tower.to(device), job
 

@@ -32,7 +32,8 @@ from hsft.model.folder import (
     layer_number,
     weights_digest,
 )
-from hsft.model.structure import ModelKind
+from hsft.model.plain_decoder import read_plain
+from hsft.model.structure import DecoderSource, ModelKind
 from hsft.utils.errors import InputError, brief, one_line
 from hsft.utils.files import is_file, is_folder
 from hsft.utils.records import remember
@@ -306,7 +307,9 @@ def check_weights(
         )
         return True
 
-    if check_files(folder).shapes:
+    stored = check_files(folder).shapes
+    plain = read_plain(DecoderSource(folder))
+    if stored and not (plain is not None and plain.fits(stored, keep_token_embedding)):
         remember(
             "weights fit",
             _headers(folder, layers, keep_token_embedding, trust_remote_code),

@@ -1,7 +1,8 @@
 """Decoders on torch's meta device, which has shapes and no numbers, and the records made of them.
 
-Building one takes transformers, and seconds. What is read off it is kept (`utils/records.py`) by the
-content of `config.json` and the cut, and nothing is kept of a folder that may run code of its own.
+Building one takes transformers, and seconds. A plain decoder (`plain_decoder.py`) need not be built; what
+is read off others is kept (`utils/records.py`) by the content of `config.json` and the cut, and nothing
+is kept of a folder that may run code of its own.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from hsft.model.backbone import (
     model_kind,
 )
 from hsft.model.folder import config_digest
+from hsft.model.plain_decoder import read_plain
 from hsft.model.structure import DecoderSource, DecoderStructure, ModelKind
 from hsft.utils.errors import InputError, brief, one_line
 from hsft.utils.records import remember
@@ -32,6 +34,9 @@ def read_kind(source: DecoderSource) -> ModelKind:
     Raises:
         InputError: the folder has no config.json that transformers can read.
     """
+    plain = read_plain(source)
+    if plain is not None:
+        return plain.kind
     record = remember("model kind", _origin(source), lambda: asdict(model_kind(_config(source))))
     return ModelKind(**{**record, "lacking_kernels": tuple(record["lacking_kernels"])})
 
@@ -42,6 +47,9 @@ def read_structure(source: DecoderSource) -> DecoderStructure:
     Raises:
         InputError: as `read_kind`, or no model can be built so.
     """
+    plain = read_plain(source)
+    if plain is not None:
+        return plain.structure(source)
     record = remember("decoder structure", source_key(source), lambda: _read_off(source))
     linear = {name: (read, given) for name, (read, given) in record["linear"].items()}
     others = tuple(record["other_sizes"])

@@ -125,7 +125,7 @@ def describe_trainable(model: nn.Module) -> str:
 
 def _frozen_kind(name: str) -> str:
     if name.endswith("logit_scale"):
-        return "logit_scale, which this loss does not use"
+        return "logit_scale"
     if name.startswith("encoder.items."):
         return "the item table"
     if name.startswith(ITEM_LLM):

@@ -1,7 +1,8 @@
 """Estimate the GPU memory of fine-tuning from shapes alone: no weights are loaded, no GPU is used.
 
 Weights are counted on torch's meta device (`model/meta.py`), so the parameter count is exact for any
-architecture that transformers knows. Activations are counted, not guessed (`model/activations.py`).
+architecture that transformers knows. Activations are counted, not guessed (`model/activations.py`); those
+of plain decoders follow from their sizes (`model/plain_decoder.py`).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch
 from hsft.model.backbone import is_target
 from hsft.model.losses import chunk_shape
 from hsft.model.meta import source_key
+from hsft.model.plain_decoder import read_plain
 from hsft.model.structure import DecoderStructure, DecoderTraining, QuantType
 from hsft.utils.records import remember
 
@@ -224,7 +226,10 @@ def optimizer_bytes(sizes: Sequence[int], bits8: bool) -> int:
 
 
 def saved_bytes_per_token(shape: TrainingShape) -> tuple[float, float]:
-    """Count what autograd saves for the backward pass, with a fake model of one and two layers.
+    """Return what autograd saves for the backward pass.
+
+    It is known of plain decoders in usual training, and counted with a fake model of one and two
+    layers of others.
 
     Returns:
         (bytes per position and layer, bytes per position outside the layers).
@@ -241,6 +246,11 @@ def saved_bytes_per_token(shape: TrainingShape) -> tuple[float, float]:
         row_length=shape.masked_row or shape.length,
         masked=shape.masked_row is not None,
     )
+
+    plain = read_plain(source)
+    known = None if plain is None else plain.saved_bytes(training)
+    if known is not None:
+        return known
 
     def count() -> tuple[float, float]:
         # Imported here: transformers and peft take seconds.

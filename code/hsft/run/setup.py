@@ -46,6 +46,7 @@ from hsft.model.item_ids import load_id_vectors, read_id_vectors
 from hsft.model.item_table import ItemTable, fit_transform, sample_cosines, table_from_cache
 from hsft.model.meta import read_kind
 from hsft.model.norms import fuse_norms
+from hsft.model.parameter_names import freeze_prefixed
 from hsft.model.proposal import Proposal
 from hsft.model.recommender import LossSettings, Recommender, Similarity
 from hsft.model.residual import HistoryResidual
@@ -609,6 +610,8 @@ def build_user_llm(config: Config, data: Data, fabric: Fabric, *, train: bool) -
         logit_scale=initial_logit_scale(config, extra),
         fix_scale=config.fix_temp,
     )
+    if train:
+        freeze_prefixed(model, config)
     return model.to(device)
 
 
@@ -676,9 +679,11 @@ def build_id_model(config: Config, data: Data, fabric: Fabric) -> Recommender:
     """
     num_items = data.interactions.num_items
     if config.model == "llm_id":
-        return _build_llm_id(config, num_items, fabric.device)
-    build = {"sasrec": build_sasrec, "hstu": build_hstu}[config.model]
-    return build(config, num_items).to(fabric.device)
+        model = _build_llm_id(config, num_items, fabric.device)
+    else:
+        model = {"sasrec": build_sasrec, "hstu": build_hstu}[config.model](config, num_items)
+    freeze_prefixed(model, config)
+    return model.to(fabric.device)
 
 
 def _build_llm_id(config: Config, num_items: int, device: torch.device) -> Recommender:

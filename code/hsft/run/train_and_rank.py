@@ -35,6 +35,7 @@ from hsft.model.accelerate import (
 )
 from hsft.model.attention import VARLEN
 from hsft.model.ensemble import weight_grid
+from hsft.model.parameter_names import check_prefixes
 from hsft.model.recommender import Recommender
 from hsft.model.reference import build_reference
 from hsft.model.user_llm import UserLLM
@@ -493,6 +494,7 @@ def _train(
     steps = config.epochs * steps_per_epoch(len(loader), config.gradient_accumulation_steps)
     if items is not None and items.along:
         model.item_llm = items.tower
+    check_prefixes(model, config)
     # Before ZeRO stage 3 takes the parameters apart.
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     log.info(

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from hsft.config import Config
+from hsft.model.parameter_names import has_prefix, hllm_name
 from hsft.model.weights import ITEM_LLM
 from hsft.utils.errors import InputError
 
@@ -19,41 +20,60 @@ def build_optimizer(model: nn.Module, config: Config, device: torch.device) -> O
     """Make AdamW over the trainable parameters.
 
     Matrices get weight decay; vectors and scalars (norms, biases, logit_scale) only with
-    `weight_decay_on: all`. The ItemLLM's learning rate is `item_lr_mult` times the others'.
+    `weight_decay_on: all`. The ItemLLM's learning rate is `item_lr_mult` times the others', that of
+    what `lr_mult_prefix` names `lr_mult_rate` times what it would be. With `decay_check_name` rate and
+    decay are `modal_lr` and `modal_decay` of what it names, `rec_lr` and `rec_decay` of the others.
 
     Raises:
         InputError: nothing is trainable, or an 8-bit optimizer was asked for without CUDA.
     """
     trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     if not trainable:
-        raise InputError("no parameter is trainable with this configuration; check use_qlora.")
-    decay = config.optim_args.weight_decay
-    least_dim = 0 if config.optim_args.weight_decay_on == "all" else 2
-    rate = config.optim_args.learning_rate
+        raise InputError(
+            "no parameter is trainable with this configuration; check use_qlora and freeze_prefix."
+        )
+    args = config.optim_args
+    least_dim = 0 if args.weight_decay_on == "all" else 2
+    # The learning rate that is shown is the first group's: that of most weights.
+    parts: dict[tuple[bool, bool, bool], list[nn.Parameter]] = {}
+    for name, weight in trainable:
+        key = (name.startswith(ITEM_LLM), _is_named(name, config), weight.ndim < least_dim)
+        parts.setdefault(key, []).append(weight)
     groups: list[dict[str, Any]] = []
-    # The learning rate that is shown is the first group's.
-    for of_items, group_rate in ((False, rate), (True, rate * config.item_lr_mult)):
-        chosen = [p for name, p in trainable if name.startswith(ITEM_LLM) == of_items]
-        groups += [
+    for (of_items, named, undecayed), weights in sorted(parts.items()):
+        rate: float | None = args.learning_rate
+        decay: float | None = args.weight_decay
+        if config.decay_check_name is not None:
+            rate = args.modal_lr if named else args.rec_lr
+            decay = args.modal_decay if named else args.rec_decay
+        assert rate is not None
+        if named and config.lr_mult_rate is not None:
+            rate *= config.lr_mult_rate
+        groups.append(
             {
-                "params": [p for p in chosen if (p.ndim >= least_dim) == decays],
-                "weight_decay": decay if decays else 0.0,
-                "lr": group_rate,
+                "params": weights,
+                "weight_decay": 0.0 if undecayed else decay,
+                "lr": rate * (config.item_lr_mult if of_items else 1.0),
             }
-            for decays in (True, False)
-        ]
-    groups = [group for group in groups if group["params"]]
+        )
     kind = config.optimizer
     if kind in ("auto", "adamw"):
         # One kernel for all parameters. LoRA's states are a few MB, and bitsandbytes' 8-bit AdamW
         # launches kernels for every matrix.
-        return torch.optim.AdamW(groups, lr=rate, fused=True if device.type == "cuda" else None)
+        return torch.optim.AdamW(groups, fused=True if device.type == "cuda" else None)
     check_optimizer(config, device.type)
     import bitsandbytes as bnb
 
     factory = bnb.optim.PagedAdamW8bit if kind == "paged_adamw8bit" else bnb.optim.AdamW8bit
-    optimizer: Optimizer = factory(groups, lr=rate)
+    optimizer: Optimizer = factory(groups)
     return optimizer
+
+
+def _is_named(name: str, config: Config) -> bool:
+    """Say whether `lr_mult_prefix` or `decay_check_name` names a parameter."""
+    if config.decay_check_name is not None:
+        return config.decay_check_name in hllm_name(name)
+    return has_prefix(name, config.lr_mult_prefix)
 
 
 def check_optimizer(config: Config, device: str) -> None:
