@@ -665,13 +665,13 @@ class Config(_Section):
         "else flash_attention_2 where it is installed and can run, else sdpa, or eager for a model "
         "that has no sdpa",
     )
-    compile: Literal["auto", "off", "layers", "graph"] = _key(
+    compile: Literal["auto", "off", "layers", "graph", "layers_graph"] = _key(
         "auto",
         "UserLLM",
         "fewer kernel launches in training: layers compiles the decoder layers with torch.compile; "
         "graph captures whole steps as CUDA graphs (one process, attn_implementation: varlen, no "
-        "gradient_checkpointing), and the encoding of users in evaluation; auto: graph where it can "
-        "run and the run, or the evaluation, is not too short, else off",
+        "gradient_checkpointing); layers_graph does both, for long runs; auto: graph where it can run "
+        "and the run is not too short, else off",
     )
     use_ft_flash_attn: Bool = _key(
         True, "UserLLM", "HLLM's switch: False keeps attn_implementation auto from flash-attn"
@@ -1141,9 +1141,9 @@ class Config(_Section):
                 f"{key} encodes the items of a batch, not the whole catalogue that negatives: "
                 f"catalogue needs in every step; use negatives: in_batch, or num_negatives"
             )
-        if self.compile == "graph":
+        if self.compile in ("graph", "layers_graph"):
             raise ValueError(
-                f"{key} has steps of changing shapes, which compile: graph cannot capture; use "
+                f"{key} has steps of changing shapes, which compile: {self.compile} cannot capture; use "
                 f"compile: auto"
             )
 

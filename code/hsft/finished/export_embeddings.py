@@ -34,6 +34,7 @@ from hsft.finished.item_index import (
 )
 from hsft.finished.open_run import OpenRun, open_run
 from hsft.hub.manifest import EXPORT_FILE
+from hsft.hub.repository import run_name
 from hsft.model.recommender import Recommender
 from hsft.report.embeddings_card import ExportedEmbeddings, MeasuredIndex, embeddings_card
 from hsft.report.result import read_result
@@ -273,7 +274,7 @@ def _write_vectors(
     if options.files == "parquet":
         _write_parquet(path, ids_name.removesuffix("s"), ids, dim, converted)
     else:
-        metadata = {"model": f"vectors of the run {options.run.resolve().name}"}
+        metadata = {"model": f"vectors of the run {run_name(options.run)}"}
         write_cache(path, ids, dim, dtype, metadata, converted, ids_name)
 
 
@@ -376,7 +377,7 @@ def _write_about(
 ) -> None:
     run = vectors.run
     card = ExportedEmbeddings(
-        name=options.run.resolve().name,
+        name=run_name(options.run),
         model=name,
         config=run.config,
         table=result_table(options.run),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader
 
 from hsft.config import Config
@@ -26,13 +25,7 @@ from hsft.evaluator.fingerprint import evaluation_fingerprint
 from hsft.evaluator.metrics import per_user
 from hsft.hub.manifest import exported_from, pretraining_overlap, user_llm_origin
 from hsft.inputs.import_hllm import import_pretrained
-from hsft.model.accelerate import (
-    SHORTEST_ENCODING,
-    EncodingGraphs,
-    StepGraphs,
-    choose_acceleration,
-    compile_layers,
-)
+from hsft.model.accelerate import StepGraphs, choose_acceleration, compile_layers
 from hsft.model.attention import VARLEN
 from hsft.model.ensemble import weight_grid
 from hsft.model.parameter_names import check_prefixes
@@ -422,37 +415,8 @@ def evaluate(
     """Score the evaluator's users under the run's precision, with progress."""
     if isinstance(scorer, torch.nn.Module):
         scorer.eval()
-    graphs: list[EncodingGraphs] = []
-
-    def capture(encode: Callable[..., Tensor]) -> EncodingGraphs:
-        graphs.append(EncodingGraphs(encode, fabric.device))
-        return graphs[0]
-
-    captures = captures_encoding(config, evaluator.num_batches, fabric.device)
-    try:
-        with _scoring(config, evaluator, fabric, task) as given:
-            return evaluator.run(
-                scorer, fabric.device, **given, capture=capture if captures else None
-            )
-    finally:
-        for each in graphs:
-            log.debug("%s: %d CUDA graphs, captured in %.1f s.", task, each.graphs, each.seconds)
-            each.release()
-
-
-def captures_encoding(config: Config, batches: int, device: torch.device) -> bool:
-    """Say whether an evaluation's encoding is captured as CUDA graphs, where it reads single rows.
-
-    Args:
-        config: the configuration; ZeRO gathers weights in the forward pass, which no graph holds.
-        batches: that each process encodes.
-        device: where the model is.
-    """
-    if device.type != "cuda" or config.strategy == "deepspeed":
-        return False
-    if config.compile == "auto":
-        return batches >= SHORTEST_ENCODING
-    return config.compile == "graph"
+    with _scoring(config, evaluator, fabric, task) as given:
+        return evaluator.run(scorer, fabric.device, **given)
 
 
 @contextmanager
