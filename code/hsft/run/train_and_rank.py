@@ -43,6 +43,7 @@ from hsft.report.result import (
     write_result,
 )
 from hsft.report.table import gain_table
+from hsft.run.batch_size import resolve_batch_size
 from hsft.run.quant_type import resolve_quant_type
 from hsft.run.run_dir import (
     RunDir,
@@ -197,15 +198,15 @@ def _run(run: RunContext) -> None:
         fabric,
         statistics=item_statistics(config, data),
     )
-    config, quantisation = resolve_quant_type(
-        config, data.split, fabric.device, run.folder if run.resume else None
-    )
+    continued = run.folder if run.resume else None
+    config, batch = resolve_batch_size(config, data.split, fabric.device, continued)
+    config, quantisation = resolve_quant_type(config, data.split, fabric.device, continued)
     run = replace(run, config=config)
     run.session.lap("data")
     try:
         run_on_rank_zero(lambda: start_run_dir(config, run.folder, resume=run.resume))
-        if quantisation:
-            log.info("%s", quantisation)
+        for sentence in filter(None, (batch, quantisation)):
+            log.info("%s", sentence)
         with ExitStack() as opened:
             for tracker in run.trackers:
                 opened.enter_context(tracker)
