@@ -26,7 +26,7 @@ test: lint docs
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 # The parts of the suite that meet the most of the dependencies, on their lowest versions.
-LOWEST_TESTS := $(addprefix tests/, test_api.py run/test_cli.py model/test_user_llm.py encoding/test_item_llm.py hub/test_import.py trainer/test_resume.py evaluator/test_evaluator.py \
+LOWEST_TESTS := $(addprefix tests/, test_api.py run/test_cli.py model/test_user_llm.py encoding/test_item_llm.py hub/test_import.py hub/test_repository.py trainer/test_resume.py evaluator/test_evaluator.py \
 	data/test_data.py model/test_losses.py report/test_memory.py data/test_bad_csv.py model/test_bad_models.py data/test_fast_data.py data/test_foreign_caches.py config/test_completion.py \
 	trainer/test_mlflow_log.py trainer/test_wandb_log.py finished/test_sweep.py finished/test_serve.py)
 

@@ -24,6 +24,8 @@ def reference_varlen_attn(
 ) -> Tensor:
     """Compute what torch's `varlen_attn` computes, one sequence after the other, on any device.
 
+    The number type is free, but under autocast, where the kernel would meet no other than autocast's.
+
     Args:
         query: [T, H, d].
         key, value: [K, Hkv, d].
@@ -37,6 +39,9 @@ def reference_varlen_attn(
     Returns:
         [T, H, d].
     """
+    types = {query.dtype, key.dtype, value.dtype}
+    if len(types) > 1 or (torch.float32 in types and torch.is_autocast_enabled(query.device.type)):
+        raise RuntimeError(f"the kernel takes one half-precision number type, not {types}")
     if not enable_gqa and query.shape[1] != key.shape[1]:
         raise ValueError("query and key have different numbers of heads")
     bounds = itertools.pairwise(cu_seq_q.tolist())

@@ -139,7 +139,7 @@ def open_run(path: str | Path, **overrides: Any) -> Run:
     """Open the folder of a finished run.
 
     Args:
-        path: the folder, which `train`, `evaluate` or the programs made.
+        path: the folder, which `train`, `evaluate` or the programs made, or `hf://OWNER/NAME`.
         overrides: keys of the run's configuration with other values, for what has moved since:
             `data_path`, `text_path`, `item_cache_path`, `user_pretrain_dir`, `item_pretrain_dir`,
             `device`, `num_threads`.
@@ -147,16 +147,18 @@ def open_run(path: str | Path, **overrides: Any) -> Run:
     Raises:
         InputError: the folder is no finished run.
     """
+    from hsft.hub.repository import run_folder
     from hsft.report.result import read_result
 
-    return Run(Path(path), read_result(path), overrides)
+    folder = run_folder(path)
+    return Run(folder, read_result(folder), overrides)
 
 
 def compare(*runs: Run | str | Path) -> pd.DataFrame:
     """Compare runs on the same users: values, intervals and paired tests against the first model.
 
     Args:
-        runs: finished runs, or their folders.
+        runs: finished runs, their folders, or `hf://OWNER/NAME`.
 
     Returns:
         One row a model and metric, with the columns `run`, `metric`, `value`, `low`, `high` (95 %

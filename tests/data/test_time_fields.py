@@ -148,9 +148,3 @@ def test_single_rows_of_evaluation_hold_the_times_of_padded_ones() -> None:
     real = padded.history > 0
     assert row.row[0].tolist() == padded.history[real].tolist()
     assert row.times[0].tolist() == padded.times[real].tolist()
-    # Padded to a bucket, as CUDA graphs of the evaluation want it.
-    collate.buckets = Buckets(16, 4, 4)
-    longer = collate([2, 0, 1])
-    assert longer.times.shape == (*longer.row.shape, BOTH)
-    assert longer.times[0, : real.sum()].tolist() == row.times[0].tolist()
-    assert not longer.times[0, real.sum() :].any()

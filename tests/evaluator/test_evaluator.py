@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -262,22 +261,3 @@ def test_single_rows_give_the_same_ranks(
     rows = evaluator.run(RowScorer(table), CPU)
     padded = evaluator.run(TableScorer(table), CPU)
     assert rows.ranks.tolist() == padded.ranks.tolist()
-
-
-def test_rows_padded_to_a_few_sizes_give_the_same_ranks(split: Split, table: Tensor) -> None:
-    dataset = CachedEmbeddingEvalDataset(split, "test", LENGTH)
-    evaluator = Evaluator(dataset, FULL, batch_size=4)
-    shapes = set()
-
-    def watch(encode: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        def encode_and_note(*given: Tensor) -> Tensor:
-            shapes.add(tuple(part.shape for part in given))
-            return encode(*given)
-
-        return encode_and_note
-
-    rows = evaluator.run(RowScorer(table), CPU, capture=watch)
-    assert rows.ranks.tolist() == evaluator.run(TableScorer(table), CPU).ranks.tolist()
-    # 4 histories of at most 5 items always fit into 32 positions; the last batch has 3 users.
-    assert evaluator.num_batches == 6
-    assert shapes == {((1, 32), (1, 32), (4 + 7 + 1,))}

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import runpy
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from safetensors.numpy import load_file
 
 from export import main as export_main
 from hsft.data.cache import open_cache
+from hsft.finished import export_embeddings
 from hsft.finished.item_index import IndexedScorer
 from hsft.finished.open_run import OpenRun, open_run
 from recommend import main as recommend_main
@@ -256,6 +259,56 @@ def test_models_on_item_ids_give_their_vectors(
     scores = read["items"] @ read["users"][read["user_ids"].index("u7")]
     expected = ranked(read["item_ids"], scores, seen)[:4]
     assert_same(ask(project, "--user", "u7", "--topk", "4"), expected)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals")
+def test_a_stopped_export_goes_on(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same bytes as without a stop, and no user is encoded twice."""
+    # 2 of the 8 batches are in one block.
+    monkeypatch.setattr(export_embeddings, "_BATCHES_AT_A_TIME", 2)
+    users = export_embeddings._Vectors.users
+    asked: list[np.ndarray] = []
+    stop_at = 3
+
+    def counting(vectors: Any, rows: np.ndarray) -> np.ndarray:
+        if len(asked) == stop_at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        asked.append(rows)
+        return users(vectors, rows)
+
+    def same(folder: str, other: str) -> bool:
+        names = ("items.safetensors", "users.safetensors")
+        return all(
+            Path(folder, name).read_bytes() == Path(other, name).read_bytes() for name in names
+        )
+
+    train(project, "--eval_batch_size", "4")
+    more = ("--index", "none", "--out")
+    assert export(project, *more, "whole")[0] == 0
+    monkeypatch.setattr(export_embeddings._Vectors, "users", counting)
+    code, err = export(project, *more, "stopped")
+    assert code == 143
+    assert "so far are kept, and the same command goes on from there" in err.splitlines()[-1]
+    assert not Path("stopped").exists()
+    stop_at = -1
+    assert export(project, *more, "stopped")[0] == 0
+    assert len(asked) == 8
+    assert sorted(np.concatenate(asked)) == list(range(30))
+    assert same("stopped", "whole")
+    assert not Path("stopped.parts").exists()
+    # Stopped, and then trained again: nothing of before is taken.
+    asked.clear()
+    stop_at = 3
+    assert export(project, *more, "older")[0] == 143
+    assert len(list(Path("older.parts").glob("part-*"))) == 1
+    stop_at = -1
+    train(project, "--eval_batch_size", "4", "--overwrite", "True", "--seed", "3")
+    asked.clear()
+    assert export(project, *more, "older")[0] == 0
+    assert len(asked) == 8
+    assert export(project, *more, "newer")[0] == 0
+    assert same("older", "newer")
+    assert not same("older", "whole")
 
 
 def test_what_cannot_be_exported(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,10 +8,13 @@ import numpy as np
 import pytest
 import torch
 
+from hsft.config import Config
+from hsft.encoding.item_llm import ItemEncoder
 from hsft.finished.new_items import add_items
 from hsft.finished.open_run import OpenRun, open_run
 from hsft.finished.serve_api import ServeApi
 from hsft.finished.serve_schema import AddRequest, RecommendRequest, SimilarRequest
+from hsft.inputs.cache_items import load_text_encoder
 from hsft.utils.errors import InputError
 from item_caching import main as cache_main
 from tests.conftest import Project
@@ -80,6 +83,27 @@ def test_added_items_score_as_with_the_command(trained: OpenRun, project: Projec
         cosines = {item["item_id"]: item["score"] for item in model["items"]}
         assert cosines["i5"] == pytest.approx(1, abs=1e-5)
     assert api.info()["items"] == 23
+
+
+def test_the_item_llm_is_loaded_once(trained: OpenRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = []
+
+    def load(config: Config) -> ItemEncoder:
+        loaded.append(config.item_pretrain_dir)
+        return load_text_encoder(config)
+
+    monkeypatch.setattr("hsft.finished.new_items.load_text_encoder", load)
+    api = ServeApi(trained, 5)
+    assert not loaded
+    add(api, TEXTS[0])
+    # Encoded as if it had come alone, though a text of another length came before.
+    add(api, TEXTS[1])
+    assert len(loaded) == 1
+    alone = ServeApi(trained, 5)
+    add(alone, TEXTS[1])
+    expected, actual = scores(alone, "i3", "i4"), scores(api, "i3", "i4")
+    for name, by_item in expected.items():
+        assert actual[name]["n2"] == pytest.approx(by_item["n2"], abs=1e-5)
 
 
 BAD: dict[str, tuple[list[dict[str, Any]], str]] = {

@@ -16,7 +16,7 @@ from cold_start import main as cold_start_main
 from export import main as export_main
 from hsft.data.cache import open_cache
 from hsft.encoding.item_llm import model_fingerprint
-from hsft.finished.new_items import add_items
+from hsft.finished.new_items import NewItemEncoder, add_items
 from hsft.finished.open_run import open_run
 from hsft.report.result import read_ranks
 from item_caching import main as cache_main
@@ -161,8 +161,12 @@ def test_new_items_are_those_of_the_same_texts(project: Project) -> None:
     assert cache is not None
     # As the last one of the run's items is.
     (project.root / "new.csv").write_text("item_id,title,tag,description\nn1,item 19,3,5\n")
-    extended = add_items(run, "new.csv").data.cache
+    # The ItemLLM is kept: another text was encoded before.
+    (project.root / "other.csv").write_text("item_id,title,tag,description\nn0,item item 2,0,\n")
+    encoder = NewItemEncoder(run)
+    extended = add_items(add_items(run, "other.csv", encoder), "new.csv", encoder).data.cache
     assert extended is not None
+    assert extended.item_ids[-2:] == ["n0", "n1"]
     row = extended.item_ids.index("i19")
     torch.testing.assert_close(
         extended.embeddings[-1], extended.embeddings[row], rtol=1e-4, atol=1e-4

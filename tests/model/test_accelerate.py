@@ -12,14 +12,12 @@ import torch
 from lightning.fabric import Fabric
 from torch import nn
 
-from hsft.config import Config
 from hsft.data.dataset import CachedEmbeddingTrainDataset, TrainBatch, TrainCollate
 from hsft.data.dataset.packing import Buckets
 from hsft.data.interactions import Interactions
 from hsft.data.split import leave_one_out
 from hsft.model.accelerate import (
     Acceleration,
-    EncodingGraphs,
     StepGraphs,
     _Captured,
     choose_acceleration,
@@ -29,7 +27,6 @@ from hsft.model.backbone import load_decoder
 from hsft.model.item_table import ItemTable
 from hsft.model.recommender import LossSettings, Recommender
 from hsft.model.user_llm import UserLLM
-from hsft.run.train_and_rank import captures_encoding
 from tests.conftest import Project
 
 CPU = torch.device("cpu")
@@ -144,6 +141,8 @@ def test_what_compile_comes_to() -> None:
     assert choose("off") == (Acceleration(), "")
     assert choose("layers") == (Acceleration(layers=True), "")
     assert choose("graph", steps=3)[0].graph
+    assert choose("layers_graph") == (Acceleration(layers=True, graph=True), "")
+    assert choose("layers_graph", processes=2)[0] == Acceleration(layers=True)
     for more, word in (
         ({"steps": 3}, "too short"),
         ({"single_row": False}, "one row"),
@@ -239,58 +238,3 @@ def test_a_bucket_counts_positions_exactly_under_mixed_precision(llama: Path) ->
     fabric = Fabric(accelerator="cpu", devices=1, precision="bf16-mixed")
     wrapped = fabric.setup(recommender(llama))
     torch.testing.assert_close(wrapped(padded), wrapped(plain), rtol=1e-4, atol=0)
-
-
-class EmulatedEncodings(EncodingGraphs):
-    """Captures nothing: a replay computes into the result's memory."""
-
-    def _capture(self, fixed: list[torch.Tensor]) -> Any:
-        result = torch.full_like(self._function(*fixed), torch.nan)
-
-        class Replay:
-            def replay(_) -> None:
-                result.copy_(self._function(*fixed))
-
-        return Replay(), fixed, result
-
-
-@pytest.mark.usefixtures("emulated_varlen")
-@torch.no_grad()
-def test_user_vectors_from_captured_encodings(llama: Path) -> None:
-    model = recommender(llama).eval()
-    given = [(batch.history, batch.positions, batch.cu_lengths) for batch in batches()]
-    expected = [model.row_user_vectors(*parts) for parts in given]
-    graphs = EmulatedEncodings(model.row_user_vectors, CPU)
-    # All at once, so that a result that the next replay overwrites would be seen.
-    actual = [graphs(*parts) for parts in given * 3]
-    assert graphs.graphs >= 1
-    for vectors, other in zip(actual, expected * 3, strict=True):
-        assert torch.equal(vectors, other)
-    graphs.release()
-    assert graphs.graphs == 0
-    assert torch.equal(graphs(*given[0]), expected[0])
-
-
-def test_an_encoding_that_cannot_be_captured_costs_a_line(caplog: pytest.LogCaptureFixture) -> None:
-    # Without a GPU a capture fails.
-    graphs = EncodingGraphs(torch.neg, CPU)
-    values = torch.arange(3.0)
-    for _ in range(6):
-        assert torch.equal(graphs(values), -values)
-    assert not graphs.enabled
-    assert sum("could not be captured" in line for line in caplog.messages) == 1
-
-
-def test_which_evaluations_are_captured() -> None:
-    def captures(compile_key: str, count: int, device: str = "cuda", strategy: str = "ddp") -> bool:
-        keys: Any = {"compile": compile_key, "strategy": strategy}
-        config = Config.model_construct(**keys)
-        return captures_encoding(config, count, torch.device(device))
-
-    assert captures("auto", 200)
-    assert not captures("auto", 199)
-    assert captures("graph", 1)
-    assert not captures("off", 1000)
-    assert not captures("layers", 1000)
-    assert not captures("auto", 1000, device="cpu")
-    assert not captures("auto", 1000, strategy="deepspeed")

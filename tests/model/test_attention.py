@@ -93,6 +93,25 @@ def test_transformers_layout_reaches_the_kernel(
         torch.testing.assert_close(actual[:, start:end], expected.transpose(1, 2))
 
 
+@pytest.mark.usefixtures("emulated_varlen")
+def test_float32_weights_under_autocast_reach_the_kernel_in_half(llama: Path) -> None:
+    # As full fine-tuning trains them; the kernel, and what stands for it here, refuses float32.
+    table = ItemTable(torch.randn(21, 64))
+    encoder = UserLLM(
+        load_decoder(llama, dtype=torch.float32, attention="varlen"), table, max_length=9
+    )
+    layout = one_row(np.array([3, 5]))
+    row = (torch.arange(1, 9)[None], torch.from_numpy(layout.positions))
+    with torch.autocast("cpu", torch.bfloat16):
+        states = encoder(*row, torch.from_numpy(layout.cu_lengths))
+    exact = encoder(*row, torch.from_numpy(layout.cu_lengths))
+    torch.testing.assert_close(states.float(), exact, rtol=0.1, atol=0.1)
+    states.float().sum().backward()
+    weight = encoder.decoder.layers[0].self_attn.q_proj.weight  # type: ignore[union-attr,index]
+    assert weight.grad is not None
+    assert weight.grad.dtype == torch.float32
+
+
 def test_the_causal_argument_of_either_torch() -> None:
     assert causal_setting(["query", "is_causal"]) == {"is_causal": True}
     assert causal_setting(["query", "window_size", "enable_gqa"]) == {"window_size": (-1, 0)}

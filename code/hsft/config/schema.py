@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 from datetime import datetime
-from typing import Annotated, Any, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 from pydantic import (
     AfterValidator,
@@ -18,6 +18,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    PlainValidator,
     StrictBool,
     StrictInt,
     model_validator,
@@ -123,6 +124,12 @@ def _prefixes(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
+def _batch_size(value: Any) -> Any:
+    if value == "auto" or (type(value) is int and 1 <= value <= 1_000_000):
+        return value
+    raise ValueError("must be auto or a whole number from 1 to 1000000")
+
+
 def _not_repeated(value: list[Any]) -> list[Any]:
     if len(set(value)) != len(value):
         raise ValueError("has a repeated entry")
@@ -142,6 +149,11 @@ NamePrefixes = Annotated[
     AfterValidator(_not_repeated),
 ]
 UniqueTexts = Annotated[list[Text], Field(min_length=1), AfterValidator(_not_repeated)]
+if TYPE_CHECKING:
+    # A run replaces `auto` before anything reads the key (`run/batch_size.py`).
+    BatchSize = int
+else:
+    BatchSize = Annotated[int | Literal["auto"], PlainValidator(_batch_size)]
 
 DType = Literal["float16", "bfloat16", "float32"]
 
@@ -655,13 +667,13 @@ class Config(_Section):
         "else flash_attention_2 where it is installed and can run, else sdpa, or eager for a model "
         "that has no sdpa",
     )
-    compile: Literal["auto", "off", "layers", "graph"] = _key(
+    compile: Literal["auto", "off", "layers", "graph", "layers_graph"] = _key(
         "auto",
         "UserLLM",
         "fewer kernel launches in training: layers compiles the decoder layers with torch.compile; "
         "graph captures whole steps as CUDA graphs (one process, attn_implementation: varlen, no "
-        "gradient_checkpointing), and the encoding of users in evaluation; auto: graph where it can "
-        "run and the run, or the evaluation, is not too short, else off",
+        "gradient_checkpointing); layers_graph does both, for long runs; auto: graph where it can run "
+        "and the run is not too short, else off",
     )
     use_ft_flash_attn: Bool = _key(
         True, "UserLLM", "HLLM's switch: False keeps attn_implementation auto from flash-attn"
@@ -763,8 +775,12 @@ class Config(_Section):
         256, "training", "largest block of logits held at once, in MiB"
     )
     epochs: PositiveInt = _key(10, "training", "passes over the training sequences", le=100_000)
-    train_batch_size: PositiveInt = _key(
-        8, "training", "sequences per process and forward pass", le=1_000_000
+    train_batch_size: BatchSize = _key(
+        8,
+        "training",
+        "sequences per process and forward pass; auto chooses a power of two by the GPU's memory, or on "
+        "a processor by what the catalogue costs, and leaves the run 500 optimizer steps "
+        "(docs/method.md)",
     )
     gradient_accumulation_steps: PositiveInt = _key(
         1, "training", "forward passes per optimizer step", le=100_000
@@ -981,6 +997,8 @@ class Config(_Section):
             self._item_side_agrees()
         self._start_agrees()
         self._names_agree()
+        if self.chooses_batch_size and self.trains:
+            self._batch_size_can_be_chosen()
         if self.predict_at != "unknown" and not self.use_timestamps:
             raise ValueError("predict_at needs use_timestamps: True; set it or drop predict_at")
         if self.use_timestamps and self.model not in TIME_MODELS:
@@ -1000,6 +1018,20 @@ class Config(_Section):
         if self.loss == "nce" and self.similarity == "dot" and self.model == "HLLM":
             raise ValueError("loss: nce compares by cosine; similarity: dot needs loss: bce")
         return self
+
+    def _batch_size_can_be_chosen(self) -> None:
+        obstacle = ""
+        if not self.has_user_llm:
+            obstacle = f"model: {self.model} is not"
+        elif self.strategy == "deepspeed":
+            obstacle = "strategy: deepspeed is not, as it shares weights out"
+        elif self.trains_items_along:
+            obstacle = f"train_item_llm: {self.train_item_llm} is not"
+        if obstacle:
+            raise ValueError(
+                f"train_batch_size: auto goes by the estimates of dry_run, in which {obstacle}; set a "
+                f"number"
+            )
 
     def _names_agree(self) -> None:
         """Check the keys that choose parameters by their names."""
@@ -1111,9 +1143,9 @@ class Config(_Section):
                 f"{key} encodes the items of a batch, not the whole catalogue that negatives: "
                 f"catalogue needs in every step; use negatives: in_batch, or num_negatives"
             )
-        if self.compile == "graph":
+        if self.compile in ("graph", "layers_graph"):
             raise ValueError(
-                f"{key} has steps of changing shapes, which compile: graph cannot capture; use "
+                f"{key} has steps of changing shapes, which compile: {self.compile} cannot capture; use "
                 f"compile: auto"
             )
 
@@ -1126,6 +1158,11 @@ class Config(_Section):
     def longest_list_length(self) -> int:
         """Longest history in items that is read at all."""
         return max(self.MAX_ITEM_LIST_LENGTH, self.eval_list_length)
+
+    @property
+    def chooses_batch_size(self) -> bool:
+        """Whether `train_batch_size` is `auto`."""
+        return not isinstance(self.train_batch_size, int)
 
     @property
     def trains_items_along(self) -> bool:

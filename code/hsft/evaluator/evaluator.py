@@ -16,7 +16,6 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from hsft.data.dataset import CachedEmbeddingEvalDataset, EvalBatch, EvalCollate
-from hsft.data.dataset.packing import Buckets
 from hsft.data.interactions import PAD
 from hsft.data.negatives import NegativeSampler
 from hsft.evaluator import metrics, ranking
@@ -30,10 +29,6 @@ log = logging.getLogger(__name__)
 
 # Candidate lists get a stream of their own, so that they do not depend on what else was drawn.
 _CANDIDATE_STREAM = {"valid": 1, "test": 2}
-
-
-# Takes a function of tensors and returns one that gives the same.
-Capture = Callable[[Callable[..., Tensor]], Callable[..., Tensor]]
 
 
 class Scorer(Protocol):
@@ -237,7 +232,6 @@ class Evaluator:
         all_reduce: Callable[[np.ndarray], np.ndarray] = lambda values: values,
         on_batch: Callable[[int], None] = lambda users: None,
         autocast: Callable[[], Any] | None = None,
-        capture: Capture | None = None,
     ) -> Evaluation:
         """Rank every user's target and average the metrics.
 
@@ -247,15 +241,13 @@ class Evaluator:
             all_reduce: returns the sum of an array, int64 or float64, over all processes.
             on_batch: called with the number of users just encoded.
             autocast: context manager factory for the model's forward pass.
-            capture: returns what computes a function of tensors faster, such as CUDA graphs. Single
-                rows are then padded to a few sizes.
         """
         began = time.perf_counter()
         self._tensor_cores = self.protocol.tensor_cores
         ranks = np.zeros(len(self.dataset), dtype=np.int64)
         lists = self._list_metrics(scorer)
         waiting: HostCopy | None = None
-        for group in self._groups(scorer, device, on_batch, autocast, capture):
+        for group in self._groups(scorer, device, on_batch, autocast):
             ranked = self._rank(scorer, group, 0 if lists is None else lists.depth)
             started = HostCopy(torch.cat([group.rows.unsqueeze(0), ranked]))
             # A group late, so that the device has the next one before this one is waited for.
@@ -311,13 +303,7 @@ class Evaluator:
             ranks = all_reduce(counted)
         return ranks
 
-    @property
-    def num_batches(self) -> int:
-        """Batches that each process encodes."""
-        share = -(-len(self.dataset) // self.world_size)
-        return -(-share // self._batch_size)
-
-    def _batches(self, single_row: bool, buckets: Buckets | None = None) -> Iterator[EvalBatch]:
+    def _batches(self, single_row: bool) -> Iterator[EvalBatch]:
         """Gather this process's users, batch after batch.
 
         Padded rows come from the longest history to the shortest, so that those of a batch are
@@ -326,13 +312,12 @@ class Evaluator:
 
         Args:
             single_row: put the histories of a batch into one row.
-            buckets: sizes that such a row is padded up to.
         """
         samples = np.resize(np.append(self._share, 0), -(-len(self.dataset) // self.world_size))
         if not single_row:
             samples = samples[np.argsort(-self.dataset.lengths[samples], kind="stable")]
         collate = EvalCollate(self.dataset, self._candidates)
-        collate.single_row, collate.buckets = single_row, buckets
+        collate.single_row = single_row
         yield from DataLoader(
             self.dataset,
             batch_size=self._batch_size,
@@ -380,7 +365,6 @@ class Evaluator:
         device: torch.device,
         on_batch: Callable[[int], None],
         autocast: Callable[[], Any] | None,
-        capture: Capture | None = None,
     ) -> Iterator[_Group]:
         """Encode batch after batch and yield them in groups.
 
@@ -390,33 +374,19 @@ class Evaluator:
         waiting: list[tuple[Tensor, EvalBatch]] = []
         count = 0
         single_row = bool(getattr(scorer, "reads_rows", False))
-        buckets = None
-
         reader: Any = scorer
-
-        def encode_row(*row: Tensor) -> Tensor:
-            with nullcontext() if autocast is None else autocast():
-                vectors: Tensor = reader.row_user_vectors(*row)
-            return vectors.float()
-
-        encode = encode_row
-        if single_row and capture is not None:
-            encode = capture(encode_row)
-            lengths = self.dataset.lengths
-            buckets = Buckets.of(lengths, self._batch_size, self.dataset.max_length)
-        batches = self._batches(single_row, buckets)
+        batches = self._batches(single_row)
         if device.type == "cuda":
             batches = prefetch((batch.pin_memory() for batch in batches), device)
         for batch in batches:
             moved = batch.to(device)
             times = [moved.times] if getattr(scorer, "reads_times", False) else []
-            if single_row:
-                row = (moved.row, moved.positions, moved.cu_lengths, *times)
-                users = encode(*row)[: len(moved.rows)]
-            else:
-                with nullcontext() if autocast is None else autocast():
-                    users = reader.user_vectors(moved.history, moved.lengths, *times)
-                users = users.float()
+            with nullcontext() if autocast is None else autocast():
+                if single_row:
+                    row = (moved.row, moved.positions, moved.cu_lengths)
+                    users = reader.row_user_vectors(*row, *times).float()
+                else:
+                    users = reader.user_vectors(moved.history, moved.lengths, *times).float()
             on_batch(len(users))
             if waiting and count + len(users) > self._users_at_a_time(scorer, users.shape[1]):
                 yield _Group.of(waiting)

@@ -14,6 +14,7 @@ from hsft.evaluator.evaluator import Evaluator, draw_candidates
 from hsft.evaluator.metrics import UNRANKED
 from hsft.evaluator.recommend import Recommendations
 from hsft.finished.open_run import OpenRun
+from hsft.hub.repository import run_name
 from hsft.report.compare import Row
 from hsft.report.page import Example, Listed, Listing
 from hsft.report.result import TUNED, UNTRAINED, read_ranks, read_result
@@ -61,7 +62,7 @@ def choose_models(rows: Sequence[Row]) -> tuple[list[tuple[Path, str]], str]:
     if tuned:
         folder = tuned[-1].folder
         rule = (
-            f"The lists are those of {folder.absolute().name}, the last fine-tuning run named, and "
+            f"The lists are those of {run_name(folder)}, the last fine-tuning run named, and "
             f"of its UserLLM before training, to show what training changed."
         )
         return [(folder, UNTRAINED), (folder, TUNED)], rule
@@ -159,7 +160,7 @@ def score(
     recorded = None
     if any(row["name"] == model for row in read_result(run.folder)["rows"]):
         recorded = read_ranks(run.folder, model)[1][chosen]
-    return Scored(f"{run.folder.name}: {model}", best, ranks, recorded)
+    return Scored(f"{run_name(run.folder)}: {model}", best, ranks, recorded)
 
 
 def example_cards(

@@ -25,6 +25,7 @@ from hsft.finished.export_items import ITEM_LLM_DIR, export_items, refuse_overfl
 from hsft.finished.export_onnx import OnnxGraphs, OnnxScorer, require_onnx, write_graphs
 from hsft.finished.open_run import OpenRun, open_run, refuse_changed_data
 from hsft.hub.manifest import EXPORT_FILE, origin
+from hsft.hub.repository import run_name
 from hsft.model.backbone import add_lora, load_decoder, load_model_config, make_decoder
 from hsft.model.folder import EMBEDDING_KEYS, EXTRA_FILE, ID_FILE, Weights, check_files
 from hsft.model.item_adapter import (
@@ -518,7 +519,7 @@ def _write_about(
     changed = None if evaluation is None else int((evaluation.ranks != ranks).sum())
     dtype = "float32" if options.format == "adapter" else options.dtype
     card = Exported(
-        name=run.folder.resolve().name,
+        name=run_name(run.folder),
         format=options.format,
         dtype=dtype,
         config=run.config.model_copy(update=_without_item_training(run.config)),

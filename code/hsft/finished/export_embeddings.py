@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,6 +18,8 @@ from hsft.config.help import dump_config
 from hsft.config.schema import TRAINED_MODELS
 from hsft.data.cache import DTYPES, write_cache
 from hsft.data.time_fields import ItemTimes, item_times
+from hsft.encoding.build_cache import ITEMS_PER_PART, SECONDS_PER_PART
+from hsft.encoding.parts import Batches, Parts, PartWriter
 from hsft.evaluator.evaluator import Scorer
 from hsft.evaluator.user_vectors import encode_users
 from hsft.finished.export import portable_config, refuse_out, result_table, write_json_file
@@ -34,14 +37,16 @@ from hsft.finished.item_index import (
 )
 from hsft.finished.open_run import OpenRun, open_run
 from hsft.hub.manifest import EXPORT_FILE
+from hsft.hub.repository import run_name
 from hsft.model.recommender import Recommender
 from hsft.report.embeddings_card import ExportedEmbeddings, MeasuredIndex, embeddings_card
 from hsft.report.result import read_result
 from hsft.run.run_dir import CONFIG_FILE
-from hsft.run.saved_model import run_config
+from hsft.run.saved_model import run_config, user_llm_fingerprint
+from hsft.trainer.checkpoint import BEST_DIR
 from hsft.utils.environment import versions
 from hsft.utils.errors import InputError, Interrupted
-from hsft.utils.files import atomic_path, cannot_write, free_bytes
+from hsft.utils.files import atomic_path, cannot_write, free_bytes, remove
 from hsft.utils.progress import Meter
 from hsft.utils.signals import StopSignals
 
@@ -94,6 +99,9 @@ def export_embeddings(options: EmbeddingOptions) -> Path:
     `README.md`, `config.yaml` and `export.json`. A user's vector is of all the user's items, those
     included that were held out, as `recommend` has it.
 
+    An export that was stopped keeps the users' vectors in a folder beside `out`, and the next one of
+    the same model and data goes on from there, whatever its files and index.
+
     Returns:
         The folder.
 
@@ -103,29 +111,40 @@ def export_embeddings(options: EmbeddingOptions) -> Path:
         Interrupted: SIGINT or SIGTERM came; nothing half-written is left.
     """
     try:
-        with StopSignals():
-            return _export(options)
+        with StopSignals() as stop:
+            return _export(options, stop)
     except Interrupted as ending:
-        raise Interrupted(f"{ending}; nothing was exported", ending.exit_code) from None
+        kept = "nothing was exported"
+        if any(_parts_folder(options).glob("part-*")):
+            kept = "the vectors of users so far are kept, and the same command goes on from there"
+        raise Interrupted(f"{ending}; {kept}", ending.exit_code) from None
 
 
-def _export(options: EmbeddingOptions) -> Path:
+def _parts_folder(options: EmbeddingOptions) -> Path:
+    return options.out.with_name(f"{options.out.name}.parts")
+
+
+def _export(options: EmbeddingOptions, stop: StopSignals) -> Path:
     _refuse(options)
     run = open_run(options.run, {"show_progress": True, **(options.overrides or {})})
     name = options.model or run.models[-1]
     vectors = _Vectors(run, run.build(name))
     _refuse_full_disk(options, vectors)
+    parts = Parts(_parts_folder(options), vectors.dim, torch.float32)
+    parts.claim(_digest(vectors, name))
+    finished = _encode_users(vectors, parts, stop)
     with atomic_path(options.out) as folder:
         folder.mkdir()
         items = partial(_write_vectors, folder / f"items.{options.files}", "item_ids", options)
         items(vectors.item_ids, vectors.dim, vectors.item_blocks())
         users = partial(_write_vectors, folder / f"users.{options.files}", "user_ids", options)
-        users(vectors.user_ids, vectors.dim, vectors.user_blocks())
+        users(vectors.user_ids, vectors.dim, _user_blocks(vectors, parts, finished))
         index = None
         if options.index != "none":
             kind = kind_for(vectors.num_items) if options.index == "auto" else options.index
             index = _write_index(folder / INDEX_FILE, kind, vectors)
         _write_about(folder, options, vectors, name, index)
+    remove(parts.folder)
     log.info("wrote %s.", options.out)
     return options.out
 
@@ -169,6 +188,8 @@ def _require_pyarrow() -> None:
 def _refuse_full_disk(options: EmbeddingOptions, vectors: _Vectors) -> None:
     numbers = (vectors.num_items + len(vectors.user_ids)) * vectors.dim
     needed = numbers * DTYPES[options.dtype].itemsize
+    # The parts.
+    needed += len(vectors.user_ids) * vectors.dim * 4
     if options.index != "none":
         # A graph's links are small beside its vectors.
         needed += vectors.num_items * (vectors.dim * 4 + 512)
@@ -201,7 +222,7 @@ class _Vectors:
         return self.scorer.num_items
 
     @cached_property
-    def _times(self) -> ItemTimes | None:
+    def times(self) -> ItemTimes | None:
         return item_times(self.run.config, self.run.data.interactions)
 
     @cached_property
@@ -238,26 +259,86 @@ class _Vectors:
                 data.offsets[1:][rows],
                 max_length=config.eval_list_length,
                 device=self.run.fabric.device,
-                times=self._times,
+                times=self.times,
             ).numpy(force=True)
 
-    def user_blocks(self) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
-        """Yield rows and their vectors, in order."""
+    @property
+    def users_at_a_time(self) -> int:
+        """How many consecutive users are sorted by length and written together."""
+        return self.run.config.eval_batch_size * _BATCHES_AT_A_TIME
+
+    @cached_property
+    def user_batches(self) -> Batches:
+        """The rows of all users; of `users_at_a_time`, those of alike length are in one batch."""
         lengths = self.run.data.interactions.lengths
         size = self.run.config.eval_batch_size
-        together = size * _BATCHES_AT_A_TIME
-        show = self.run.config.show_progress
-        with Meter("encoding users", len(lengths), "users", show) as bar:
-            for start in range(0, len(lengths), together):
-                rows = np.arange(start, min(start + together, len(lengths)))
-                vectors = np.empty((len(rows), self.dim), dtype=np.float32)
-                # Users of alike length, so that little is padded.
-                order = np.argsort(lengths[rows], kind="stable")
-                for first in range(0, len(rows), size):
-                    batch = order[first : first + size]
-                    vectors[batch] = self.users(rows[batch])
-                    bar.advance(len(batch))
-                yield rows, torch.from_numpy(vectors)
+        batches = []
+        for start in range(0, len(lengths), self.users_at_a_time):
+            # Little is padded then.
+            order = np.argsort(lengths[start : start + self.users_at_a_time], kind="stable") + start
+            batches += [order[first : first + size] for first in range(0, len(order), size)]
+        return Batches(batches)
+
+
+def _digest(vectors: _Vectors, name: str) -> str:
+    """Return what tells the vectors of a model from those of any other, and of other data."""
+    run, data = vectors.run, vectors.run.data.interactions
+    files = sorted(path for path in (run.folder / BEST_DIR).rglob("*") if path.is_file())
+    states = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    settings = portable_config(run.config).model_dump_json()
+    digest = hashlib.sha256(
+        repr([name, settings, user_llm_fingerprint(run.config), states]).encode()
+    )
+    some = vectors.items(0, min(_ITEMS_AT_A_TIME, vectors.num_items))
+    times = [] if vectors.times is None else [vectors.times.seconds]
+    for array in (data.items, data.offsets, *times, some):
+        digest.update(np.ascontiguousarray(array).data)
+    return f"{ids_fingerprint(data)} {digest.hexdigest()}"
+
+
+def _encode_users(vectors: _Vectors, parts: Parts, stop: StopSignals) -> dict[str, range]:
+    """Encode the users that no part has yet into parts; return all parts with their batches."""
+    batches = vectors.user_batches
+    finished = parts.find(batches)
+    done = {number for numbers in finished.values() for number in numbers}
+    writer = PartWriter(
+        parts, batches, stop.held_back, items=ITEMS_PER_PART, seconds=SECONDS_PER_PART
+    )
+    show = vectors.run.config.show_progress
+    with Meter("encoding users", len(vectors.user_ids), "users", show) as bar:
+        bar.skip(sum(len(batches.all[number]) for number in done))
+        with writer.writing_rest():
+            for number, rows in enumerate(batches.all):
+                if number not in done:
+                    writer.add(number, torch.from_numpy(vectors.users(rows)))
+                    bar.advance(len(rows))
+    return {**finished, **writer.written}
+
+
+def _user_blocks(
+    vectors: _Vectors, parts: Parts, finished: Mapping[str, range]
+) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
+    """Yield rows of users and their vectors, in order."""
+    count, together = len(vectors.user_ids), vectors.users_at_a_time
+    start = filled = 0
+    block = torch.empty((min(together, count), vectors.dim))
+    for name, numbers in sorted(finished.items(), key=lambda part: part[1].start):
+        rows = vectors.user_batches.rows(numbers)
+        embeddings = parts.read(name, rows)
+        if embeddings is None:
+            raise InputError(
+                f"{parts.folder / name} is missing or damaged; run the same command again."
+            )
+        while len(rows):
+            # A part may reach into the next block; rows of a block come before those of the next.
+            taken = int((rows < start + together).sum())
+            block[torch.from_numpy(rows[:taken] - start)] = embeddings[:taken]
+            rows, embeddings = rows[taken:], embeddings[taken:]
+            filled += taken
+            if filled == len(block):
+                yield np.arange(start, start + len(block)), block
+                start, filled = start + len(block), 0
+                block = torch.empty((min(together, count - start), vectors.dim))
 
 
 def _write_vectors(
@@ -273,7 +354,7 @@ def _write_vectors(
     if options.files == "parquet":
         _write_parquet(path, ids_name.removesuffix("s"), ids, dim, converted)
     else:
-        metadata = {"model": f"vectors of the run {options.run.resolve().name}"}
+        metadata = {"model": f"vectors of the run {run_name(options.run)}"}
         write_cache(path, ids, dim, dtype, metadata, converted, ids_name)
 
 
@@ -376,7 +457,7 @@ def _write_about(
 ) -> None:
     run = vectors.run
     card = ExportedEmbeddings(
-        name=options.run.resolve().name,
+        name=run_name(options.run),
         model=name,
         config=run.config,
         table=result_table(options.run),

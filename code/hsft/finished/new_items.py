@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,11 @@ from pydantic import ValidationError
 from hsft.config import Config
 from hsft.data.cache import DTYPES, ItemCache
 from hsft.data.item_text import ItemTexts, read_item_texts, read_item_titles, select_items
-from hsft.encoding.item_llm import model_fingerprint
+from hsft.encoding.item_llm import ItemEncoder, model_fingerprint
+from hsft.encoding.item_tower import ItemTower
+from hsft.encoding.tokens import tokenize_in_memory
 from hsft.finished.open_run import OpenRun
-from hsft.inputs.cache_items import encode_texts
+from hsft.inputs.cache_items import encode_texts, encoding_job, load_text_encoder
 from hsft.inputs.load_tower import load_item_tower
 from hsft.model.backbone import load_model_config
 from hsft.trainer.checkpoint import BEST_DIR
@@ -28,31 +31,88 @@ _REMEDIES = ("check --add_items", "change the file")
 log = logging.getLogger(__name__)
 
 
-def add_items(run: OpenRun, path: str | Path) -> OpenRun:
+class NewItemEncoder:
+    """The ItemLLM that encodes new items as a run's item cache was made; loaded once, when needed.
+
+    Args:
+        run: an open run whose model reads item embeddings.
+
+    Raises:
+        InputError: the run's model cannot score new items.
+    """
+
+    def __init__(self, run: OpenRun) -> None:
+        run.refuse_new_items()
+        self._run = run
+        self._encoder: ItemEncoder | None = None
+        self._tower: ItemTower | None = None
+
+    @property
+    def _cache(self) -> ItemCache:
+        cache = self._run.data.cache
+        assert cache is not None
+        return cache
+
+    @cached_property
+    def config(self) -> Config:
+        """The run's configuration with the settings and the ItemLLM of its item cache.
+
+        Raises:
+            InputError: the cache's metadata are unreadable.
+        """
+        return _with_model(encoding_config(self._run.config, self._cache), self._cache)
+
+    def encode(self, texts: ItemTexts) -> ItemCache:
+        """Encode texts.
+
+        Raises:
+            InputError: there is no ItemLLM, or another than the one that made the cache.
+        """
+        if self._encoder is None and self._tower is None:
+            _refuse_other_model(self.config, self._cache)
+        if self.config.trains_items:
+            return self._encode_trained(texts)
+        if self._encoder is None:
+            self._encoder = load_text_encoder(self.config)
+        return encode_texts(self.config, texts, self._encoder)
+
+    def _encode_trained(self, texts: ItemTexts) -> ItemCache:
+        """Encode texts with the ItemLLM that the run trained."""
+        run, config = self._run, self.config
+        if self._tower is None:
+            device, autocast = run.fabric.device, run.fabric.autocast
+            tower, _ = load_item_tower(config, texts, device, autocast)
+            tower.load(run.folder / BEST_DIR)
+            self._tower = tower
+        tower = self._tower
+        log.info("encoding %d items with the ItemLLM that %s trained.", len(texts), run.folder)
+        tokens = tokenize_in_memory(tower.encoder.tokenize, texts.texts)
+        job = encoding_job(config, tower.encoder, texts.fingerprint)
+        return tower.encode(tokens, job, texts.item_ids, config.show_progress)
+
+
+def add_items(run: OpenRun, path: str | Path, encoder: NewItemEncoder | None = None) -> OpenRun:
     """Encode the items of an information CSV and return the run with them in its catalogue.
 
     Args:
         run: an open run whose model reads item embeddings.
         path: CSV with `item_id` and the `text_keys` that the item cache was made with.
+        encoder: of the run, or of the run that items were added to; None loads the ItemLLM.
 
     Raises:
         InputError: the run's model cannot score new items; the file is bad or names an item of the
             catalogue; there is no ItemLLM, or another than the one that made the cache. Where the
             run names none, the folder that the cache was made from is used, if it has not changed.
     """
-    run.refuse_new_items()
-    cache = run.data.cache
+    encoder = encoder or NewItemEncoder(run)
+    cache, config = run.data.cache, encoder.config
     assert cache is not None
-    config = _with_model(encoding_config(run.config, cache), cache)
     texts = read_item_texts(
         path, config.text_keys, config.item_prompt, config.text_format, _REMEDIES
     )
     run.refuse_known(texts.item_ids)
     titles = read_item_titles(path, config.text_keys[0])
-    _refuse_other_model(config, cache)
-    new = (
-        _encode_trained(run, config, texts) if config.trains_items else encode_texts(config, texts)
-    )
+    new = encoder.encode(texts)
     pooling = cache.metadata.get("pooling", new.metadata["pooling"])
     if new.metadata["pooling"] != pooling:
         raise InputError(
@@ -74,21 +134,10 @@ def encode_as_trained(run: OpenRun, path: str | Path, item_ids: Sequence[str]) -
     Raises:
         InputError: the file is bad, or the ItemLLM is missing or is not the run's.
     """
-    cache = run.data.cache
-    assert cache is not None
-    config = _with_model(encoding_config(run.config, cache), cache)
+    encoder = NewItemEncoder(run)
+    config = encoder.config
     texts = read_item_texts(path, config.text_keys, config.item_prompt, config.text_format)
-    _refuse_other_model(config, cache)
-    return _encode_trained(run, config, select_items(texts, item_ids))
-
-
-def _encode_trained(run: OpenRun, config: Config, texts: ItemTexts) -> ItemCache:
-    """Encode texts with the run's trained ItemLLM; `config` as `encoding_config` returns."""
-    device = run.fabric.device
-    tower, job = load_item_tower(config, texts, device, run.fabric.autocast)
-    tower.load(run.folder / BEST_DIR)
-    log.info("encoding %d items with the ItemLLM that %s trained.", len(texts), run.folder)
-    return tower.encode(tower.tokens, job, texts.item_ids, config.show_progress)
+    return encoder.encode(select_items(texts, item_ids))
 
 
 def encoding_config(config: Config, cache: ItemCache) -> Config:

@@ -26,6 +26,7 @@ from hsft.evaluator.fingerprint import differing_parts, evaluation_fingerprint
 from hsft.evaluator.recommend import Recommendations, recommend
 from hsft.evaluator.user_vectors import encode_users
 from hsft.finished.item_index import IndexedScorer, ItemIndex, ids_fingerprint, open_index
+from hsft.hub.repository import run_folder
 from hsft.report.result import read_result
 from hsft.run.run_dir import CONFIG_FILE
 from hsft.run.saved_model import build_model, model_names, run_config, with_trained_items
@@ -400,14 +401,15 @@ def open_run(
     Paths in its configuration are relative to the folder in which it was started.
 
     Args:
-        folder: the run's folder; a run that was stopped can be opened once it has a `best/`.
+        folder: the run's folder, or `hf://OWNER/NAME`; a run that was stopped can be opened once it
+            has a `best/`.
         overrides: configuration keys with other values, such as a path that moved.
         again: this program has read the same interactions before and has said how many they are.
 
     Raises:
         InputError: the folder is no run, or its data or models are missing.
     """
-    folder = Path(folder)
+    folder = run_folder(folder)
     config = run_config(folder, overrides)
     refuse_elsewhere(folder, config, overrides)
     if config.num_threads is not None:

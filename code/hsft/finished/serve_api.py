@@ -20,6 +20,7 @@ from hsft.data.files import information_file
 from hsft.data.item_text import read_item_titles
 from hsft.data.time_fields import unit_scale
 from hsft.evaluator.evaluator import Scorer
+from hsft.finished.new_items import NewItemEncoder
 from hsft.finished.open_run import OpenRun, items_read, read_time
 from hsft.finished.serve_batches import Batcher
 from hsft.finished.serve_items import add_new_items, extend_models
@@ -31,6 +32,7 @@ from hsft.finished.serve_schema import (
     RecommendRequest,
     SimilarRequest,
 )
+from hsft.hub.repository import run_name
 from hsft.utils.errors import InputError, one_line
 
 log = logging.getLogger(__name__)
@@ -219,6 +221,8 @@ class ServeApi:
         data = run.data.interactions
         self._topk = topk
         self._catalogue = Catalogue(run)
+        # Of new items; guarded by `_adding`.
+        self._encoder: NewItemEncoder | None = None
         self._rows = {str(user): row for row, user in enumerate(data.user_ids)}
         # Shorter ids first, which orders numbers by value.
         self._users = sorted(self._rows, key=lambda user: (len(user), user))
@@ -250,7 +254,7 @@ class ServeApi:
         """Return what the page says about the run."""
         config, data = self._run.config, self._run.data.interactions
         return {
-            "run": self._run.folder.resolve().name,
+            "run": run_name(self._run.folder),
             "dataset": config.dataset,
             "models": list(self._models),
             "items": self.num_items,
@@ -358,7 +362,9 @@ class ServeApi:
         # Requests are answered meanwhile, with the items that there are.
         with self._adding:
             before = self._catalogue
-            run = add_new_items(before.run, request.items, before.filters.columns)
+            if self._encoder is None:
+                self._encoder = NewItemEncoder(before.run)
+            run = add_new_items(before.run, request.items, before.filters.columns, self._encoder)
             added = {**before.added, **{item.item_id: item.text for item in request.items}}
             catalogue = Catalogue(run, added, before)
             extended = extend_models(run, self._models)

@@ -14,7 +14,7 @@ from torch import Tensor
 from hsft.data.cache import ItemCache
 from hsft.data.csv_rows import id_problem
 from hsft.evaluator.evaluator import Scorer
-from hsft.finished.new_items import add_items, encoding_config
+from hsft.finished.new_items import NewItemEncoder, add_items
 from hsft.finished.open_run import OpenRun
 from hsft.finished.serve_schema import NewItem
 from hsft.model.item_table import table_from_cache
@@ -22,13 +22,16 @@ from hsft.model.recommender import Recommender
 from hsft.utils.errors import InputError, one_line
 
 
-def add_new_items(run: OpenRun, items: Sequence[NewItem], columns: Sequence[str]) -> OpenRun:
+def add_new_items(
+    run: OpenRun, items: Sequence[NewItem], columns: Sequence[str], encoder: NewItemEncoder
+) -> OpenRun:
     """Return a run with more items in its catalogue: first those with texts, then those with vectors.
 
     Args:
         run: an open run whose model reads item embeddings.
         items: the items.
         columns: of the item information, which texts may have beside those that are encoded.
+        encoder: of the run as it was opened; it keeps the ItemLLM.
 
     Raises:
         InputError: as `new_items.add_items`; or an item has an unusable id, is named twice, has a
@@ -42,7 +45,7 @@ def add_new_items(run: OpenRun, items: Sequence[NewItem], columns: Sequence[str]
         )
     cache = run.data.cache
     assert cache is not None
-    encoded = encoding_config(run.config, cache).text_keys
+    encoded = encoder.config.text_keys
     columns = list(dict.fromkeys([*encoded, *columns]))
     seen: set[str] = set()
     for place, item in enumerate(items):
@@ -57,7 +60,7 @@ def add_new_items(run: OpenRun, items: Sequence[NewItem], columns: Sequence[str]
     ]
     with_texts = [item for item in items if item.embedding is None]
     if with_texts:
-        run = _encode(run, with_texts, columns)
+        run = _encode(run, with_texts, columns, encoder)
     if with_vectors:
         ids = [item.item_id for item in with_vectors]
         titles = {item.item_id: item.text.get(encoded[0], "") for item in with_vectors}
@@ -152,7 +155,9 @@ def _vector(item: NewItem, where: str, cache: ItemCache) -> Tensor:
     return vector
 
 
-def _encode(run: OpenRun, items: Sequence[NewItem], columns: Sequence[str]) -> OpenRun:
+def _encode(
+    run: OpenRun, items: Sequence[NewItem], columns: Sequence[str], encoder: NewItemEncoder
+) -> OpenRun:
     """Encode texts as `add_items` does, which reads them from a file, as a text format may need."""
     with tempfile.TemporaryDirectory(prefix="hsft-items-") as folder:
         path = Path(folder) / "items.csv"
@@ -162,6 +167,6 @@ def _encode(run: OpenRun, items: Sequence[NewItem], columns: Sequence[str]) -> O
             for item in items:
                 rows.writerow([item.item_id, *(item.text.get(key, "") for key in columns)])
         try:
-            return add_items(run, path)
+            return add_items(run, path, encoder)
         except InputError as error:
             raise InputError(str(error).replace(str(path), "the request")) from error

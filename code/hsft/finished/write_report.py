@@ -26,6 +26,7 @@ from hsft.finished.open_run import (
     refuse_changed_data,
     refuse_elsewhere,
 )
+from hsft.hub.repository import run_folder, run_name
 from hsft.report.breakdown import history_groups, popularity_deciles, popularity_groups
 from hsft.report.compare import Comparison, load_comparison, run_names
 from hsft.report.page import Page, Section, render
@@ -90,7 +91,7 @@ def write_report(
         raise InputError(f"--out {target} does not end in .html; name an HTML file.")
     with StopSignals():
         # A run that is named twice is shown once.
-        run_dirs = list(dict.fromkeys(map(Path, run_dirs)))
+        run_dirs = list(dict.fromkeys(map(run_folder, run_dirs)))
         comparison = load_comparison(run_dirs)
         results = _named_results(run_dirs)
         # Before the examples, which take long.
@@ -193,7 +194,7 @@ def _examples(
         try:
             scored.append(score(opened[folder], model, datasets[folder], chosen))
         except InputError as error:
-            reasons.append(_why(f"{model} of {folder.name}", error))
+            reasons.append(_why(f"{model} of {run_name(folder)}", error))
     text = [
         shown,
         f"{rule} Lists are of the whole catalogue without the items of the history; the held-out "

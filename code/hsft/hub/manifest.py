@@ -9,6 +9,8 @@ from hsft.utils.errors import InputError
 from hsft.utils.files import read_json
 
 MANIFEST_FILE, EXPORT_FILE = "import.json", "export.json"
+# What `export.json` calls a run that was exported as a whole.
+RUN_FORMAT = "run"
 # HLLM's published checkpoints: part of their files' names -> the data set that they were trained on, and
 # part of the names of data sets that are drawn from the same log.
 _TRAINED_ON = {"pixel8m": ("Pixel8M", "pixel"), "books": ("Amazon Books", "book")}
@@ -72,6 +74,13 @@ def pretraining_overlap(folder: str | Path, dataset: str | None) -> str | None:
                 f"compare it with models from the same checkpoint only."
             )
     return None
+
+
+def is_exported_run(folder: str | Path) -> bool:
+    """Say whether a folder is a run that was exported as a whole, with paths of its own."""
+    path = Path(folder) / EXPORT_FILE
+    manifest = read_json(path) if path.is_file() else None
+    return isinstance(manifest, dict) and manifest.get("format") == RUN_FORMAT
 
 
 def user_llm_origin(folder: str | Path) -> dict[str, Any] | None:

@@ -174,13 +174,18 @@ def encode_in_memory(config: Config) -> ItemCache:
     return encode_texts(config, _catalogue(config))
 
 
-def encode_texts(config: Config, items: ItemTexts) -> ItemCache:
+def encode_texts(config: Config, items: ItemTexts, encoder: ItemEncoder | None = None) -> ItemCache:
     """Encode texts with the configuration's ItemLLM, into memory.
+
+    Args:
+        config: the configuration.
+        items: ids and texts.
+        encoder: the ItemLLM, as `load_text_encoder` returns it; None loads it.
 
     Raises:
         InputError: the model folder is unusable, or an embedding does not fit in the dtype.
     """
-    encoder, job = _encoder(config, items.fingerprint, len(items))
+    encoder, job = _encoder(config, items.fingerprint, len(items), encoder=encoder)
     embeddings = encode_items(encoder, items, job, show_progress=config.show_progress)
     return ItemCache(items.item_ids, embeddings, job.metadata())
 
@@ -292,21 +297,33 @@ def _catalogue(config: Config) -> ItemTexts:
     return with_items(items, item_ids)
 
 
-def _encoder(
-    config: Config, fingerprint: str, count: int, information: str = ""
-) -> tuple[ItemEncoder, EncodingJob]:
-    """Load the configuration's ItemLLM, and describe the encoding of `count` items with it."""
-    folder = str(item_llm_folder(config))
+def load_text_encoder(config: Config) -> ItemEncoder:
+    """Load the configuration's ItemLLM onto the device.
+
+    Raises:
+        InputError: the model folder is unusable.
+    """
     device = torch.device(choose_device(config))
     if device.type == "cuda":
         device = torch.device("cuda", local_rank() % torch.cuda.device_count())
-    encoder = load_encoder(config, folder, device, compute_dtype(config))
+    return load_encoder(config, str(item_llm_folder(config)), device, compute_dtype(config))
+
+
+def _encoder(
+    config: Config,
+    fingerprint: str,
+    count: int,
+    information: str = "",
+    encoder: ItemEncoder | None = None,
+) -> tuple[ItemEncoder, EncodingJob]:
+    """Load the configuration's ItemLLM, and describe the encoding of `count` items with it."""
+    encoder = encoder or load_text_encoder(config)
     job = encoding_job(config, encoder, fingerprint, information)
     log.info(
         "encoding %d items with %s on %s in %s, %s pooling.",
         count,
-        folder,
-        device,
+        job.model_folder,
+        encoder.model.device,
         job.compute_dtype,
         job.pooling,
     )

@@ -1,4 +1,4 @@
-"""Fewer launches: compiled decoder layers, and whole training steps or encodings as CUDA graphs.
+"""Fewer launches: compiled decoder layers, and whole training steps as CUDA graphs.
 
 A training step of a decoder launches thousands of small kernels, and on a fast GPU their launching
 takes longer than their work. `torch.compile` fuses many of a layer's; a CUDA graph
@@ -13,7 +13,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,8 +31,6 @@ _WARM_UP = 2
 _MOST_GRAPHS = 16
 # Optimizer steps below which captures do not earn back what they take.
 SHORTEST_GRAPH = 50
-# Batches of an evaluation below which captures, one a bucket, do not.
-SHORTEST_ENCODING = 200
 
 
 @dataclass(frozen=True)
@@ -54,7 +52,7 @@ def choose_acceleration(
     """Resolve `compile`.
 
     Args:
-        asked: `auto`, `off`, `layers` or `graph`.
+        asked: `auto`, `off`, `layers`, `graph` or `layers_graph`.
         device: where the model is trained.
         single_row: whether a batch is one row, whose shapes can be fixed.
         processes: number of processes; a graph holds no exchange of gradients.
@@ -66,6 +64,7 @@ def choose_acceleration(
     """
     if asked == "off":
         return Acceleration(), ""
+    layers = asked in ("layers", "layers_graph")
     if asked == "layers":
         return Acceleration(layers=True), ""
     if device.type != "cuda":
@@ -79,8 +78,8 @@ def choose_acceleration(
     if not reason and asked == "auto" and steps < SHORTEST_GRAPH:
         reason = f"a run of {steps} steps is too short to earn a capture back"
     if reason:
-        return Acceleration(), f"compile: {reason}; kernels are launched one by one."
-    return Acceleration(graph=True), ""
+        return Acceleration(layers), f"compile: {reason}; kernels are launched one by one."
+    return Acceleration(layers, graph=True), ""
 
 
 def compile_layers(decoder: nn.Module) -> int:
@@ -133,8 +132,6 @@ class _Fallback:
 
 
 _Shapes = tuple[torch.Size, ...]
-# What is kept of a captured graph.
-_Captures = TypeVar("_Captures")
 
 
 @dataclass
@@ -147,55 +144,7 @@ class _Captured:
     loss: Tensor
 
 
-class _Graphs(Generic[_Captures]):
-    """Captured CUDA graphs by the shapes of what they read.
-
-    Args:
-        device: a CUDA device.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._seen: dict[_Shapes, int] = {}
-        self._captured: dict[_Shapes, _Captures] = {}
-        self._pool: Any = None
-        self.enabled = True
-        self.seconds = 0.0
-
-    @property
-    def graphs(self) -> int:
-        """Number of shapes that have been captured."""
-        return len(self._captured)
-
-    def _is_due(self, shape: _Shapes) -> bool:
-        """Count a shape, and say whether it is to be captured."""
-        self._seen[shape] = self._seen.get(shape, 0) + 1
-        # Once a graph is there, kernels are chosen and layers compiled.
-        enough = self._seen[shape] > _WARM_UP or self.graphs > 0
-        return self.enabled and enough and self.graphs < _MOST_GRAPHS
-
-    def _record(self, compute: Callable[[], Tensor]) -> tuple[Any, Tensor]:
-        """Capture a computation; return its graph and what it gives."""
-        torch.cuda.synchronize(self._device)
-        # What plain steps left in the allocator is the graph's to use.
-        release_unused_memory()
-        graph = torch.cuda.CUDAGraph()
-        # Other threads, such as the data loader's, may go on calling CUDA meanwhile.
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            result = compute()
-        # Graphs run one after the other, so all use the same memory.
-        self._pool = graph.pool()
-        return graph, result
-
-    def release(self) -> None:
-        """Give up all graphs and their memory; from now on all is computed as usual."""
-        self.enabled = False
-        self._captured.clear()
-        self._pool = None
-        release_unused_memory()
-
-
-class StepGraphs(_Graphs[_Captured]):
+class StepGraphs:
     """Computes losses and adds up gradients, by CUDA graphs where a batch's shape has been captured.
 
     Batches whose shape comes up for the first time are computed as usual. After a failed capture
@@ -215,10 +164,20 @@ class StepGraphs(_Graphs[_Captured]):
         parameters: Iterable[nn.Parameter],
         device: torch.device,
     ) -> None:
-        super().__init__(device)
+        self._device = device
+        self._seen: dict[_Shapes, int] = {}
+        self._captured: dict[_Shapes, _Captured] = {}
+        self._pool: Any = None
+        self.enabled = True
+        self.seconds = 0.0
         self._loss_of, self._backward = loss_of, backward
         self._parameters = [p for p in parameters if p.requires_grad]
         self._gradients: list[Tensor] = []
+
+    @property
+    def graphs(self) -> int:
+        """Number of shapes that have been captured."""
+        return len(self._captured)
 
     def step(self, batch: TrainBatch, weight: float = 1.0) -> Tensor:
         """Add `weight` times the gradient of a batch's loss to the parameters' gradients.
@@ -247,9 +206,13 @@ class StepGraphs(_Graphs[_Captured]):
         return captured.loss
 
     def _is_due(self, shape: _Shapes) -> bool:
+        """Count a shape, and say whether it is to be captured."""
+        self._seen[shape] = self._seen.get(shape, 0) + 1
+        # Once a graph is there, kernels are chosen and layers compiled.
+        enough = self._seen[shape] > _WARM_UP or self.graphs > 0
         # Padded to a bucket, or it would hardly come again.
         padded = shape[TrainBatch._fields.index("counted")][0] > 0
-        return super()._is_due(shape) and padded
+        return self.enabled and enough and padded and self.graphs < _MOST_GRAPHS
 
     def _plain(self, batch: TrainBatch, weight: float) -> Tensor:
         try:
@@ -308,50 +271,22 @@ class StepGraphs(_Graphs[_Captured]):
         graph, loss = self._record(compute)
         return _Captured(graph, fixed, weight, loss)
 
+    def _record(self, compute: Callable[[], Tensor]) -> tuple[Any, Tensor]:
+        """Capture a computation; return its graph and what it gives."""
+        torch.cuda.synchronize(self._device)
+        # What plain steps left in the allocator is the graph's to use.
+        release_unused_memory()
+        graph = torch.cuda.CUDAGraph()
+        # Other threads, such as the data loader's, may go on calling CUDA meanwhile.
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            result = compute()
+        # Graphs run one after the other, so all use the same memory.
+        self._pool = graph.pool()
+        return graph, result
 
-class EncodingGraphs(_Graphs[tuple[Any, list[Tensor], Tensor]]):
-    """Computes a function of tensors, without gradients, by CUDA graphs where their shapes were captured.
-
-    Tensors whose shapes come up for the first time are given to the function. After a failed
-    capture all are; the log says so once.
-
-    Args:
-        function: tensors on the device -> a tensor.
-        device: a CUDA device.
-    """
-
-    def __init__(self, function: Callable[..., Tensor], device: torch.device) -> None:
-        super().__init__(device)
-        self._function = function
-
-    def __call__(self, *given: Tensor) -> Tensor:
-        """Return what the function gives for tensors on the device."""
-        shape = tuple(part.shape for part in given)
-        if shape not in self._captured and self._is_due(shape):
-            self._try_capture(given, shape)
-        captured = self._captured.get(shape)
-        if captured is None:
-            return self._function(*given)
-        graph, fixed, result = captured
-        for buffer, part in zip(fixed, given, strict=True):
-            buffer.copy_(part, non_blocking=True)
-        graph.replay()
-        # The next replay overwrites it.
-        return result.clone()
-
-    def _try_capture(self, given: tuple[Tensor, ...], shape: _Shapes) -> None:
-        began = time.perf_counter()
-        try:
-            self._captured[shape] = self._capture([part.clone() for part in given])
-        except Exception as error:  # CUDA refuses a capture for many reasons, all RuntimeErrors
-            self.release()
-            log.warning(
-                "compile: a CUDA graph of the encoding could not be captured (%s); kernels are "
-                "launched one by one.",
-                one_line(error, 160),
-            )
-        self.seconds += time.perf_counter() - began
-
-    def _capture(self, fixed: list[Tensor]) -> tuple[Any, list[Tensor], Tensor]:
-        graph, result = self._record(lambda: self._function(*fixed))
-        return graph, fixed, result
+    def release(self) -> None:
+        """Give up all graphs and their memory; from now on all is computed as usual."""
+        self.enabled = False
+        self._captured.clear()
+        self._pool = None
+        release_unused_memory()

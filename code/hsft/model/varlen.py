@@ -52,7 +52,8 @@ def varlen_attention_forward(
 
     Args:
         module: the attention layer; not used.
-        query: [B, H, T, d]; B is 1 where `cu_seq_lens_q` is given.
+        query: [B, H, T, d]; B is 1 where `cu_seq_lens_q` is given. Under autocast it is computed in
+            autocast's number type, else in the given one.
         key, value: [B, Hkv, T, d], H a multiple of Hkv.
         attention_mask: not used.
         dropout: must be 0 with `cu_seq_lens_q`: the kernel has none.
@@ -85,12 +86,21 @@ def varlen_attention_forward(
         return out.transpose(1, 2), None
     assert varlen_attn is not None
     # [1, H, T, d] -> [T, H, d]: views, as the kernel reads any strides of the first two.
-    q, k, v = (part[0].transpose(0, 1) for part in (query, key, value))
+    # Rotary embeddings of float32 states give float32 under autocast, which the kernel does not take.
+    dtype = _kernel_dtype(query)
+    q, k, v = (part[0].to(dtype).transpose(0, 1) for part in (query, key, value))
     keys = (cu_seq_lens_q, max_length_q) if cu_seq_lens_k is None else (cu_seq_lens_k, max_length_k)
     lengths = (cu_seq_lens_q, keys[0], max_length_q, keys[1])
     grouped = {"enable_gqa": True} if _GROUPED and q.shape[1] != k.shape[1] else {}
     scale = {} if scaling is None else {"scale": scaling}
     return varlen_attn(q, k, v, *lengths, **_CAUSAL, **grouped, **scale).unsqueeze(0), None
+
+
+def _kernel_dtype(query: Tensor) -> torch.dtype:
+    """Return the number type that attention computes in: autocast's where there is one."""
+    if torch.is_autocast_enabled(query.device.type):
+        return torch.get_autocast_dtype(query.device.type)
+    return query.dtype
 
 
 def causal_setting(parameters: Collection[str]) -> dict[str, Any]:

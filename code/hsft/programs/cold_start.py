@@ -29,7 +29,7 @@ def main(argv: Sequence[str]) -> int:
         "--run",
         metavar="RUN_DIR",
         required=True,
-        help="folder that main.py made, on data without some items",
+        help="folder that main.py made, or hf://OWNER/NAME, on data without some items",
     )
     parser.add_argument(
         "--dataset", metavar="FULL", required=True, help="name of the data with those items"

@@ -14,6 +14,7 @@ EXAMPLES = (
     "recommend --run saved/Pixel200K-qlora --history 31,7,204 --topk 5 --json",
     "recommend --run saved/Pixel200K-qlora --user 1001 --add_items new.csv",
     "recommend --run saved/Pixel200K-qlora --user 1001 --index saved/Pixel200K-qlora/export-embeddings",
+    "recommend --run hf://me/Pixel200K-qlora --user 1001 --user_pretrain_dir UserLLM",
     "recommend --run saved/Pixel200K-qlora --serve 8000",
     "recommend --run runs/demo/ml-100k-qlora --user 42",
 )
@@ -21,6 +22,8 @@ SERVE_EXAMPLES = (
     "serve --run saved/Pixel200K-qlora",
     "serve --run runs/demo/ml-100k-qlora --port 8000",
 )
+
+_RUN_HELP = "folder of a finished run, or hf://OWNER/NAME for one on the hub"
 
 
 def main(argv: Sequence[str]) -> int:
@@ -62,7 +65,7 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _add_run(parser: Parser) -> None:
-    parser.add_argument("--run", metavar="RUN_DIR", required=True, help="folder of a finished run")
+    parser.add_argument("--run", metavar="RUN_DIR", required=True, help=_RUN_HELP)
 
 
 def _add_options(parser: Parser) -> None:

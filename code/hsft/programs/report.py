@@ -25,7 +25,8 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument(
         "runs",
         nargs="+",
-        help="run folders, scored on the same users; every model is compared with the best other",
+        help="run folders, or hf://OWNER/NAME, scored on the same users; every model is compared "
+        "with the best other",
     )
     parser.add_argument("--out", help="the page (default: report.html in the last run's folder)")
     parser.add_argument(
@@ -54,11 +55,12 @@ def main(argv: Sequence[str]) -> int:
             raise InputError(f"--{name} is {getattr(args, name)}; give a number from 0 up.")
     # Imported here, so that --help and a mistyped option need not wait for torch.
     from hsft.finished.write_report import write_report
+    from hsft.hub.repository import output_folder
 
     set_up_logging()
     target = write_report(
         args.runs,
-        Path(args.out or Path(args.runs[-1]) / "report.html"),
+        Path(args.out or output_folder(args.runs[-1]) / "report.html"),
         examples=args.examples,
         users=list(dict.fromkeys(user for user in args.users.split(",") if user)),
         seed=args.seed,

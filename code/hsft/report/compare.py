@@ -14,6 +14,7 @@ from hsft.config.schema import ID_MODELS, USER_LLM_MODELS
 from hsft.evaluator.fingerprint import differing_parts
 from hsft.evaluator.intervals import holm, interval, paired_p_value
 from hsft.evaluator.metrics import PER_USER, per_user
+from hsft.hub.repository import run_folder, run_name
 from hsft.report.result import TUNED, UNTRAINED, read_ranks, read_result
 from hsft.report.table import relative_gain
 from hsft.utils.errors import InputError, one_line
@@ -207,6 +208,7 @@ def load_comparison(run_dirs: Sequence[str | Path]) -> Comparison:
     """
     if not run_dirs:
         raise InputError("no run is named; give one or more run folders.")
+    run_dirs = [run_folder(run_dir) for run_dir in run_dirs]
     results = [read_result(run_dir) for run_dir in run_dirs]
     notes = refuse_unlike(run_dirs, results)
     rows: list[Row] = []
@@ -332,7 +334,7 @@ def _rows_of_run(name: str, run_dir: str | Path, result: Mapping[str, Any]) -> l
 
 def run_names(run_dirs: Sequence[str | Path]) -> list[str]:
     """Name runs by their folders, or by the whole path where two folders have the same name."""
-    names = [Path(run_dir).absolute().name for run_dir in run_dirs]
+    names = [run_name(run_dir) for run_dir in run_dirs]
     return [
         name if names.count(name) == 1 else str(run_dir)
         for name, run_dir in zip(names, run_dirs, strict=True)

@@ -58,7 +58,10 @@ from hsft.model.item_adapter import adapter_shape, check_width, user_extra
 from hsft.model.item_ids import read_id_vectors
 from hsft.model.meta import read_kind, read_structure
 from hsft.model.structure import DecoderSource
+from hsft.report.batch_size import SMALLEST
 from hsft.report.memory import GIB, estimate
+from hsft.run.batch_size import resolve_batch_size
+from hsft.run.dry_run import with_batch_size
 from hsft.run.run_dir import choose_run_dir
 from hsft.run.saved_model import member_runs, refuse_unlike_members
 from hsft.run.setup import (
@@ -170,6 +173,7 @@ def check_run(config: Config) -> None:
                 interactions = match_cache(interactions, cache, config)
         with findings.collect():
             split = make_split(config, interactions)
+            config = _with_batch_size(config, split, findings)
             _split(config, split, findings)
             interactions = split.interactions
         if split is not None and config.model == "ensemble" and not findings.problems:
@@ -459,6 +463,15 @@ def _texts_suffice(
         catalogue = interactions.item_ids[1:]
     source = interaction_file(config)
     findings.problems += unfit_texts(texts, path, config.text_keys, catalogue, source)
+
+
+def _with_batch_size(config: Config, split: Split, findings: Findings) -> Config:
+    if findings.problems:
+        # The model's shape may not be known.
+        return with_batch_size(config, SMALLEST) if config.chooses_batch_size else config
+    config, chosen = resolve_batch_size(config, split, torch.device(choose_device(config)))
+    findings.notes += [chosen] if chosen else []
+    return config
 
 
 def _split(config: Config, split: Split, findings: Findings) -> None:

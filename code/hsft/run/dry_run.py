@@ -29,6 +29,7 @@ from hsft.model.id_model import id_loss_settings
 from hsft.model.item_adapter import check_width, user_extra
 from hsft.model.meta import read_kind, read_structure
 from hsft.model.structure import DecoderSource, DecoderStructure
+from hsft.report.batch_size import batch_for_card, most_for_steps
 from hsft.report.memory import (
     GIB,
     MIB,
@@ -61,6 +62,8 @@ TINYLLAMA = {
 FILLED_SHARE = 0.9
 # What a desktop takes of a card.
 _DISPLAY = 512 * MIB
+# Of `train_batch_size: auto` where no interactions bound it; the positions do.
+_LARGEST_AUTO = 1 << 16
 _DTYPES = {"16-mixed": torch.float16, "32-true": torch.float32}
 
 
@@ -109,11 +112,34 @@ def dry_run(config: Config) -> None:
     size = _run_size(config, split)
     time = split().time if has_interactions(config) else None
     left = [] if time is None else [*time.sentences(), ""]
+    if config.chooses_batch_size:
+        most = _LARGEST_AUTO if size is None else _most_for_steps(config, size)
+        config = with_batch_size(config, batch_for_card(shape, most, None))
+        left += [_automatic_batch(config), ""]
     sys.stdout.write(
         "".join(f"{line}\n" for line in left)
         + describe(config, shape, assumed)
         + "\n"
         + describe_times(config, shape, size)
+    )
+
+
+def with_batch_size(config: Config, size: int) -> Config:
+    """Return the configuration with another `train_batch_size`."""
+    return config.model_copy(update={"train_batch_size": size})
+
+
+def _most_for_steps(config: Config, size: RunSize) -> int:
+    return most_for_steps(
+        len(size.lengths), config.epochs, config.gradient_accumulation_steps, processes=1
+    )
+
+
+def _automatic_batch(config: Config) -> str:
+    return (
+        f"train_batch_size: auto takes {config.train_batch_size}, as estimated here, and where that is "
+        f"more than {FILLED_SHARE:.0%} of what is free on a card, the largest power of two below that "
+        f"fits; on a processor it takes another number."
     )
 
 

@@ -62,11 +62,11 @@ def _choose(config: Config, split: Split, device: torch.device) -> tuple[str, st
             "estimated."
         )
     known = config.model_copy(update={"precision": choose_precision(config)})
-    free = min(all_gather(_free_bytes(device)))
+    free = min(all_gather(free_bytes(device)))
     return choose_quant_type(training_shape(known, split), config.train_batch_size, free)
 
 
-def _free_bytes(device: torch.device) -> int:
+def free_bytes(device: torch.device) -> int:
     """Return what a process can still have of a card: what is free, and its own unused cache."""
     free, _ = torch.cuda.mem_get_info(device)
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)

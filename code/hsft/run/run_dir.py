@@ -162,9 +162,11 @@ def changed_key(config: Config, folder: Path) -> tuple[str, Any, Any] | None:
         InputError: the run's config.yaml is not a configuration of this program.
     """
     before, _ = load_config([folder / CONFIG_FILE])
+    # A run goes on with what it took, however much memory is free now.
     if config.qlora_quant_type == "auto":
-        # A run goes on with what it took, however much memory is free now.
         config = config.model_copy(update={"qlora_quant_type": before.qlora_quant_type})
+    if config.chooses_batch_size:
+        config = config.model_copy(update={"train_batch_size": before.train_batch_size})
     old, new = (
         flat_values(before.model_dump(mode="json")),
         flat_values(config.model_dump(mode="json")),

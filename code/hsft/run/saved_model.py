@@ -15,6 +15,7 @@ from hsft.data.split import Phase, Split
 from hsft.encoding.item_tower import ITEM_CACHE_FILE
 from hsft.evaluator.evaluator import Scorer
 from hsft.evaluator.fingerprint import differing_parts, evaluation_fingerprint
+from hsft.hub.manifest import is_exported_run
 from hsft.inputs.cache_items import read_item_cache
 from hsft.model.ensemble import Ensemble, Member
 from hsft.model.folder import config_digest, fingerprint
@@ -29,6 +30,9 @@ from hsft.utils.files import is_file, is_folder
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
+
+# Where a run that was exported as a whole has its data.
+DATA_DIR, INFORMATION_DIR = "dataset", "information"
 
 
 @dataclass(frozen=True)
@@ -266,11 +270,18 @@ def run_config(folder: Path, overrides: Mapping[str, Any] | None = None) -> Conf
         folder: the run's folder.
         overrides: configuration keys with other values.
 
+    A run that was exported as a whole finds the data in its own folder, where it has them, and runs
+    no code that a model folder brings: somebody else may have written its configuration.
+
     Raises:
         InputError: the folder is no run, or a value is none that its key takes.
     """
     if not is_file(folder / CONFIG_FILE):
         raise not_a_run(folder, "run", CONFIG_FILE)
-    alone = {"strategy": "ddp", "show_progress": False, **(overrides or {})}
-    config, _ = load_config([folder / CONFIG_FILE], alone)
+    alone = {"strategy": "ddp", "show_progress": False}
+    if is_exported_run(folder):
+        inside = {"data_path": folder / DATA_DIR, "text_path": folder / INFORMATION_DIR}
+        alone |= {key: str(path) for key, path in inside.items() if is_folder(path)}
+        alone["trust_remote_code"] = False
+    config, _ = load_config([folder / CONFIG_FILE], {**alone, **(overrides or {})})
     return config

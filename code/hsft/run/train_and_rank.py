@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader
 
 from hsft.config import Config
@@ -26,13 +25,7 @@ from hsft.evaluator.fingerprint import evaluation_fingerprint
 from hsft.evaluator.metrics import per_user
 from hsft.hub.manifest import exported_from, pretraining_overlap, user_llm_origin
 from hsft.inputs.import_hllm import import_pretrained
-from hsft.model.accelerate import (
-    SHORTEST_ENCODING,
-    EncodingGraphs,
-    StepGraphs,
-    choose_acceleration,
-    compile_layers,
-)
+from hsft.model.accelerate import StepGraphs, choose_acceleration, compile_layers
 from hsft.model.attention import VARLEN
 from hsft.model.ensemble import weight_grid
 from hsft.model.parameter_names import check_prefixes
@@ -50,6 +43,7 @@ from hsft.report.result import (
     write_result,
 )
 from hsft.report.table import gain_table
+from hsft.run.batch_size import resolve_batch_size
 from hsft.run.quant_type import resolve_quant_type
 from hsft.run.run_dir import (
     RunDir,
@@ -204,15 +198,15 @@ def _run(run: RunContext) -> None:
         fabric,
         statistics=item_statistics(config, data),
     )
-    config, quantisation = resolve_quant_type(
-        config, data.split, fabric.device, run.folder if run.resume else None
-    )
+    continued = run.folder if run.resume else None
+    config, batch = resolve_batch_size(config, data.split, fabric.device, continued)
+    config, quantisation = resolve_quant_type(config, data.split, fabric.device, continued)
     run = replace(run, config=config)
     run.session.lap("data")
     try:
         run_on_rank_zero(lambda: start_run_dir(config, run.folder, resume=run.resume))
-        if quantisation:
-            log.info("%s", quantisation)
+        for sentence in filter(None, (batch, quantisation)):
+            log.info("%s", sentence)
         with ExitStack() as opened:
             for tracker in run.trackers:
                 opened.enter_context(tracker)
@@ -421,37 +415,8 @@ def evaluate(
     """Score the evaluator's users under the run's precision, with progress."""
     if isinstance(scorer, torch.nn.Module):
         scorer.eval()
-    graphs: list[EncodingGraphs] = []
-
-    def capture(encode: Callable[..., Tensor]) -> EncodingGraphs:
-        graphs.append(EncodingGraphs(encode, fabric.device))
-        return graphs[0]
-
-    captures = captures_encoding(config, evaluator.num_batches, fabric.device)
-    try:
-        with _scoring(config, evaluator, fabric, task) as given:
-            return evaluator.run(
-                scorer, fabric.device, **given, capture=capture if captures else None
-            )
-    finally:
-        for each in graphs:
-            log.debug("%s: %d CUDA graphs, captured in %.1f s.", task, each.graphs, each.seconds)
-            each.release()
-
-
-def captures_encoding(config: Config, batches: int, device: torch.device) -> bool:
-    """Say whether an evaluation's encoding is captured as CUDA graphs, where it reads single rows.
-
-    Args:
-        config: the configuration; ZeRO gathers weights in the forward pass, which no graph holds.
-        batches: that each process encodes.
-        device: where the model is.
-    """
-    if device.type != "cuda" or config.strategy == "deepspeed":
-        return False
-    if config.compile == "auto":
-        return batches >= SHORTEST_ENCODING
-    return config.compile == "graph"
+    with _scoring(config, evaluator, fabric, task) as given:
+        return evaluator.run(scorer, fabric.device, **given)
 
 
 @contextmanager

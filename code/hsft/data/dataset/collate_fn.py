@@ -264,14 +264,12 @@ class EvalCollate:
 
     Attributes:
         single_row: put the histories of a batch into one row.
-        buckets: sizes that such a row is padded up to; None: none.
     """
 
     def __init__(
         self, dataset: CachedEmbeddingEvalDataset, candidates: np.ndarray | None = None
     ) -> None:
         self.single_row = False
-        self.buckets: Buckets | None = None
         self.dataset = dataset
         self.candidates = candidates
 
@@ -292,13 +290,13 @@ class EvalCollate:
             times = self.dataset.times.fields(recent, ends)
         if self.single_row:
             history = np.empty((len(indices), 0), dtype=np.int64)
-            layout = one_row(ends - recent, self.buckets)
+            layout = one_row(ends - recent)
             row = items[ragged_positions(recent, ends)].astype(np.int64)
             if times is not None:
                 real = times[np.arange(times.shape[1]) < (ends - recent)[:, None]]
-                times = np.pad(real, ((0, layout.padding), (0, 0)))[None]
+                times = real[None]
             rows = {
-                "row": torch.from_numpy(np.pad(row, (0, layout.padding))[None]),
+                "row": torch.from_numpy(row[None]),
                 "positions": torch.from_numpy(layout.positions),
                 "cu_lengths": torch.from_numpy(layout.cu_lengths),
             }
