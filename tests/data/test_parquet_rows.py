@@ -30,7 +30,7 @@ def to_parquet(path: Path, **types: Any) -> Path:
 
     frame = pd.read_csv(path, dtype=str, keep_default_na=False)
     columns = {
-        name: pa.array(frame[name], pa.string()).cast(types.get(name, pa.string()))
+        name: pa.array(frame[name], pa.string()).cast(types.get(str(name), pa.string()))
         for name in frame
     }
     target = path.with_suffix(".parquet")
