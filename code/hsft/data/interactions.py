@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
-import torch
 
 from hsft.config import Config
-from hsft.data.blocks import Column, folder_for_blocks, sort_rows
+from hsft.data.blocks import Column, folder_for_blocks, order_rows, sort_rows
 from hsft.data.column_checks import check_ids, sentences
 from hsft.data.csv_rows import (
     all_ids_sound,
@@ -116,7 +115,7 @@ def read_interactions(
     warnings = _check_columns(path, columns, row_of)
     (item_codes, user_codes), (item_ids, user_ids) = columns.codes, columns.ids
     timestamps = columns.numbers
-    counts = _count(user_codes, len(user_ids))
+    counts = count_numbers(user_codes, len(user_ids))
     offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
     rng = np.random.default_rng(seed) if tie_order == "shuffle" else None
     if columns.folder is not None and rng is None:
@@ -233,6 +232,21 @@ def drop_items(interactions: Interactions, keep: np.ndarray) -> Interactions:
     )
 
 
+def count_numbers(numbers: np.ndarray, size: int) -> np.ndarray:
+    """Count how often each number from 0 to `size` - 1 occurs: int64 [size].
+
+    numpy's bincount widens its argument as a whole, which here is done a block at a time.
+
+    Args:
+        numbers: integers [N].
+        size: more than the largest of them.
+    """
+    counts = np.zeros(size, dtype=np.int64)
+    for begin in range(0, len(numbers), _ROWS_AT_ONCE):
+        counts += np.bincount(numbers[begin : begin + _ROWS_AT_ONCE], minlength=size)
+    return counts
+
+
 def renumber(interactions: Interactions, item_ids: np.ndarray) -> Interactions:
     """Return the same interactions with another catalogue's item numbers.
 
@@ -244,14 +258,6 @@ def renumber(interactions: Interactions, item_ids: np.ndarray) -> Interactions:
     renumbered = (number_of[item] for item in interactions.item_ids[1:])
     numbers = np.fromiter((PAD, *renumbered), dtype=np.int32)
     return replace(interactions, item_ids=item_ids, items=numbers[interactions.items])
-
-
-def _count(codes: np.ndarray, size: int) -> np.ndarray:
-    """Count rows by code, a block at a time: int64 [size]."""
-    counts = np.zeros(size, dtype=np.int64)
-    for begin in range(0, len(codes), _ROWS_AT_ONCE):
-        counts += np.bincount(codes[begin : begin + _ROWS_AT_ONCE], minlength=size)
-    return counts
 
 
 def _by_user_and_time(
@@ -267,14 +273,7 @@ def _by_user_and_time(
     if rng is not None:
         shuffled = rng.permutation(len(users))
         return shuffled[_by_user_and_time(users[shuffled], timestamps[shuffled])]
-    users = users.astype(np.int64, copy=False)
-    first, last = int(timestamps.min()), int(timestamps.max())
-    span = last - first + 1
-    if span * (int(users.max()) + 1) >= 1 << 63:
-        return np.lexsort((timestamps, users))
-    # One integer a row, and torch's radix sort: six times as fast as lexsort.
-    keys = users * span + (timestamps - first)
-    return torch.sort(torch.from_numpy(keys), stable=True).indices.numpy()
+    return order_rows(users, timestamps)
 
 
 def _check_columns(path: Path, columns: PlainColumns, row_of: Callable[[int], int]) -> list[str]:

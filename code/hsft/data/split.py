@@ -12,7 +12,7 @@ import numpy as np
 
 from hsft.config import Config
 from hsft.config.schema import SHARE_PATTERN, TIMESTAMP_PATTERN
-from hsft.data.interactions import Interactions, drop_items, renumber
+from hsft.data.interactions import Interactions, count_numbers, drop_items, renumber
 from hsft.data.prepare.dates import utc_seconds
 from hsft.data.time_checks import UNITS, unit_of_times
 from hsft.utils.errors import InputError, one_line
@@ -272,14 +272,14 @@ def global_time(
     Raises:
         InputError: no interaction is before the first cut.
     """
-    counts = np.bincount(interactions.items, minlength=interactions.num_items + 1)
+    counts = count_numbers(interactions.items, interactions.num_items + 1)
     before = interactions.timestamps < cuts.valid
     trained = np.zeros(interactions.num_items + 1, dtype=bool)
     trained[interactions.items[before]] = True
     cold_items = ~trained & (counts > 0)
     periods = (
         int(before.sum()),
-        int((~before & (interactions.timestamps < cuts.test)).sum()),
+        int((interactions.timestamps < cuts.test).sum() - before.sum()),
         int((interactions.timestamps >= cuts.test).sum()),
     )
     if not periods[0]:
@@ -430,8 +430,9 @@ def _cut_time(times: np.ndarray, text: str, key: str, unit: str | None, dataset:
 
 def _count_before(interactions: Interactions, time: int) -> np.ndarray:
     """Count each user's interactions before a time: int64 [U]."""
-    counted = np.concatenate([[0], np.cumsum(interactions.timestamps < time)])
-    return counted[interactions.offsets[1:]] - counted[interactions.offsets[:-1]]
+    before = interactions.timestamps < time
+    # Every user has an interaction.
+    return np.add.reduceat(before, interactions.offsets[:-1], dtype=np.int64)
 
 
 def _count_users(
@@ -461,9 +462,11 @@ def count_too_short(lengths: np.ndarray) -> dict[str, int]:
 def train_item_counts(split: Split) -> np.ndarray:
     """Count how often each item occurs among the training items: int64 [I + 1], entry 0 is 0."""
     interactions = split.interactions
-    ends = np.repeat(split.train_ends, interactions.lengths)
-    trained = np.arange(len(interactions)) < ends
-    return np.bincount(interactions.items[trained], minlength=interactions.num_items + 1)
+    size = interactions.num_items + 1
+    held_out = ragged_positions(split.train_ends, interactions.offsets[1:])
+    return count_numbers(interactions.items, size) - count_numbers(
+        interactions.items[held_out], size
+    )
 
 
 def ragged_positions(starts: np.ndarray, ends: np.ndarray) -> np.ndarray:

@@ -19,7 +19,7 @@ _USER_LLM = "model_checkpoints/UserLLM_complete/"
 _KEYS = (
     *("dataset", "data_path", "text_path"),
     *("text_keys", "encoder", "item_prompt", "MAX_TEXT_LENGTH", "item_emb_token_n"),
-    *("device", "trust_remote_code", "user_pretrain_dir"),
+    *("device", "trust_remote_code", "user_pretrain_dir", "load_pretrain"),
 )
 
 
