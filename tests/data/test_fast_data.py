@@ -76,7 +76,7 @@ def test_plain_reader_and_pandas_agree_on_any_file(
 ) -> None:
     text = "item_id,user_id,timestamp\n" + "\n".join(map(",".join, rows)) + tail
     path = write(tmp_path / "rows.csv", text)
-    with patch.object(reading, "read_plain", lambda *_: None):
+    with patch.object(reading, "read_plain", lambda *_, **__: None):
         expected = outcome(path)
     in_pieces = partial(read_plain, chunk_bytes=chunk)
     with patch.object(reading, "read_plain", in_pieces):
@@ -106,13 +106,14 @@ def test_plain_reader_reads_plain_files_itself(
 ) -> None:
     lines = [f"x,{number},{user},{item}" for item, user, number in rows]
     path = write(tmp_path / "plain.csv", "\n".join(["note,timestamp,user_id,item_id", *lines]))
-    actual = read_plain(path, ("item_id", "user_id"), "timestamp", chunk)
-    assert actual is not None
-    for column in (0, 1):
-        values = [row[column] for row in rows]
-        assert actual.ids[column].tolist() == list(dict.fromkeys(values))
-        assert [actual.ids[column][code] for code in actual.codes[column]] == values
-    assert actual.numbers.tolist() == [row[2] for row in rows]
+    for folder in (None, tmp_path):
+        actual = read_plain(path, ("item_id", "user_id"), "timestamp", chunk, folder)
+        assert actual is not None
+        for column in (0, 1):
+            values = [row[column] for row in rows]
+            assert actual.ids[column].tolist() == list(dict.fromkeys(values))
+            assert [actual.ids[column][code] for code in actual.codes[column]] == values
+        assert actual.numbers.tolist() == [row[2] for row in rows]
 
 
 def test_ids_stay_text(tmp_path: Path) -> None:

@@ -384,7 +384,9 @@ class Config(_Section):
     )
 
     # --- data
-    data_path: Text = _key("dataset", "data", "folder of the interaction files <dataset>.csv")
+    data_path: Text = _key(
+        "dataset", "data", "folder of the interaction files <dataset>.csv, or .parquet"
+    )
     dataset: Annotated[Text | None, AfterValidator(_plain_name)] = _key(
         None, "data", "name of the dataset, for example Pixel200K"
     )
@@ -397,7 +399,7 @@ class Config(_Section):
     text_path: Text = _key(
         "information",
         "data",
-        "item information: a folder of <dataset>.csv files, or one CSV file",
+        "item information: a folder of <dataset>.csv (or .parquet) files, or one such file",
     )
     text_keys: UniqueTexts = _key(
         ["title", "tag", "description"], "data", "columns of the item text, in order"

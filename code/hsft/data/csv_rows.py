@@ -12,6 +12,7 @@ from typing import NoReturn
 
 import numpy as np
 
+from hsft.data.parquet_rows import is_parquet, parquet_rows
 from hsft.utils.errors import InputError, one_line, refuse
 from hsft.utils.files import require_file
 
@@ -37,6 +38,8 @@ def check_bytes(path: Path, remedy: str) -> None:
         InputError: says which.
     """
     require_file(path, str(path), remedy)
+    if is_parquet(path):
+        return
     line = 1
     try:
         with path.open("rb") as stream:
@@ -110,9 +113,14 @@ def refuse_other_separator(path: Path, first: str, column: str, usable: str = ",
 def csv_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
     """Yield the cells of every row with the number of the line it begins on; blank lines are left out.
 
+    A parquet file is read as the CSV that it stands for, its rows numbered from 1 below the header.
+
     Raises:
         InputError: the file is not UTF-8, or a quote is not closed.
     """
+    if is_parquet(path):
+        yield from parquet_rows(path)
+        return
     begin = 1
     try:
         with path.open(encoding="utf-8-sig", newline="") as stream:

@@ -8,6 +8,24 @@ from hsft.config.schema import Config
 from hsft.utils.errors import InputError
 from hsft.utils.files import is_file, is_folder, require_file
 
+# Endings of tables, the usual one first.
+_TABLES = (".csv", ".parquet")
+
+
+def _table_file(folder: Path, name: str) -> Path:
+    """Return the path of a table: CSV, or parquet where there is that.
+
+    Raises:
+        InputError: there are both.
+    """
+    paths = [folder / f"{name}{ending}" for ending in _TABLES]
+    found = [path for path in paths if is_file(path)]
+    if len(found) > 1:
+        raise InputError(
+            f"{found[0]} and {found[1]} are both there; remove the one that is not meant."
+        )
+    return found[0] if found else paths[0]
+
 
 def dataset_file(data_path: str, dataset: str | None, key: str = "dataset") -> Path:
     """Return the path of a dataset's interaction file.
@@ -22,10 +40,12 @@ def dataset_file(data_path: str, dataset: str | None, key: str = "dataset") -> P
     """
     dataset = _named(dataset)
     folder = Path(data_path)
-    path = folder / f"{dataset}.csv"
+    path = _table_file(folder, dataset)
     if is_file(path):
         return path
-    known = sorted(file.stem for file in folder.glob("*.csv")) if is_folder(folder) else []
+    known: list[str] = []
+    if is_folder(folder):
+        known = sorted({file.stem for ending in _TABLES for file in folder.glob(f"*{ending}")})
     hint = f"there is no folder {folder.absolute()}"
     if is_folder(folder):
         hint = f"{folder.absolute()} holds no CSV file"
@@ -44,11 +64,15 @@ def _named(dataset: str | None) -> str:
 
 
 def information_file(text_path: str, dataset: str | None) -> Path:
-    """Return the item information file: `text_path` itself, or `<text_path>/<dataset>.csv`."""
+    """Return the item information file: `text_path` itself, or `<text_path>/<dataset>.csv`.
+
+    Raises:
+        InputError: there is no such file, nor a parquet file in its place, or there are both.
+    """
     path = Path(text_path)
     if is_file(path):
         return path
-    path = path / f"{_named(dataset)}.csv"
+    path = _table_file(path, _named(dataset))
     if not is_file(path):
         raise InputError(
             f"{path} does not exist; put the item information there or change --text_path."
@@ -141,7 +165,7 @@ def item_llm_folder(config: Config) -> Path:
 
 def interaction_file(config: Config) -> Path:
     """Return the path of the interaction file, whether or not it is there."""
-    return Path(config.data_path) / f"{config.dataset}.csv"
+    return _table_file(Path(config.data_path), str(config.dataset))
 
 
 def has_interactions(config: Config) -> bool:

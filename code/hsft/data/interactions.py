@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from hsft.config import Config
+from hsft.data.blocks import Column, folder_for_blocks, sort_rows
 from hsft.data.column_checks import check_ids, sentences
 from hsft.data.csv_rows import (
     all_ids_sound,
@@ -24,6 +25,7 @@ from hsft.data.csv_rows import (
     read_header,
 )
 from hsft.data.files import dataset_file
+from hsft.data.parquet_rows import count_parquet_rows, is_parquet, parquet_columns
 from hsft.data.plain_csv import PlainColumns, read_plain
 from hsft.data.time_checks import Ties, check_time_texts, check_times, count_ties
 from hsft.utils.errors import InputError, one_line
@@ -34,6 +36,9 @@ if TYPE_CHECKING:
 
 COLUMNS = ("item_id", "user_id", "timestamp")
 PAD = 0
+_ROWS_AT_ONCE = 1 << 22
+# Of a row of Pixel8M, for instance.
+_CSV_ROW_BYTES = 28
 
 _WHOLE = re.compile(r"[ \t]*[+-]?[0-9]{1,40}[ \t]*")
 _DECIMAL = re.compile(r"[ \t]*[+-]?[0-9]{1,20}(?:\.[0-9]{0,20})?(?:[eE][+-]?[0-9]{1,2})?[ \t]*")
@@ -111,12 +116,17 @@ def read_interactions(
     warnings = _check_columns(path, columns, row_of)
     (item_codes, user_codes), (item_ids, user_ids) = columns.codes, columns.ids
     timestamps = columns.numbers
-    rng = np.random.default_rng(seed) if tie_order == "shuffle" else None
-    order = _by_user_and_time(user_codes, timestamps, rng)
-    items = (item_codes[order] + 1).astype(np.int32)
-    timestamps = timestamps[order]
-    counts = np.bincount(user_codes, minlength=len(user_ids))
+    counts = _count(user_codes, len(user_ids))
     offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+    rng = np.random.default_rng(seed) if tie_order == "shuffle" else None
+    if columns.folder is not None and rng is None:
+        items, timestamps = sort_rows(user_codes, item_codes, timestamps, counts, columns.folder)
+        for begin in range(0, len(items), _ROWS_AT_ONCE):
+            items[begin : begin + _ROWS_AT_ONCE] += 1
+    else:
+        order = _by_user_and_time(user_codes, timestamps, rng)
+        items = (item_codes[order] + 1).astype(np.int32)
+        timestamps = timestamps[order]
     item_ids = np.concatenate([np.array(["[PAD]"], dtype=object), item_ids])
     ties = count_ties(items, timestamps, offsets, item_ids)
     if tie_order == "file":
@@ -223,13 +233,6 @@ def drop_items(interactions: Interactions, keep: np.ndarray) -> Interactions:
     )
 
 
-def distinct(values: np.ndarray) -> np.ndarray:
-    """Return the distinct ones of int64 [N] values that are not negative, ascending."""
-    # Sorting and dropping repeats by hand: ten times as fast as np.unique, which hashes.
-    ordered = np.sort(values)
-    return ordered[np.diff(ordered, prepend=-1) != 0]
-
-
 def renumber(interactions: Interactions, item_ids: np.ndarray) -> Interactions:
     """Return the same interactions with another catalogue's item numbers.
 
@@ -241,6 +244,14 @@ def renumber(interactions: Interactions, item_ids: np.ndarray) -> Interactions:
     renumbered = (number_of[item] for item in interactions.item_ids[1:])
     numbers = np.fromiter((PAD, *renumbered), dtype=np.int32)
     return replace(interactions, item_ids=item_ids, items=numbers[interactions.items])
+
+
+def _count(codes: np.ndarray, size: int) -> np.ndarray:
+    """Count rows by code, a block at a time: int64 [size]."""
+    counts = np.zeros(size, dtype=np.int64)
+    for begin in range(0, len(codes), _ROWS_AT_ONCE):
+        counts += np.bincount(codes[begin : begin + _ROWS_AT_ONCE], minlength=size)
+    return counts
 
 
 def _by_user_and_time(
@@ -256,6 +267,7 @@ def _by_user_and_time(
     if rng is not None:
         shuffled = rng.permutation(len(users))
         return shuffled[_by_user_and_time(users[shuffled], timestamps[shuffled])]
+    users = users.astype(np.int64, copy=False)
     first, last = int(timestamps.min()), int(timestamps.max())
     span = last - first + 1
     if span * (int(users.max()) + 1) >= 1 << 63:
@@ -287,7 +299,10 @@ def _read_columns(path: Path) -> tuple[PlainColumns, Callable[[int], int]]:
     remedy = "change --dataset or --data_path"
     require_file(path, str(path), remedy)
     try:
-        plain = read_plain(path, ("item_id", "user_id"), "timestamp")
+        if is_parquet(path):
+            return _read_parquet(path), partial(line_of_row, path)
+        folder = folder_for_blocks(path)
+        plain = read_plain(path, ("item_id", "user_id"), "timestamp", folder=folder)
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}; {remedy}.") from error
     if plain is not None:
@@ -296,6 +311,28 @@ def _read_columns(path: Path) -> tuple[PlainColumns, Callable[[int], int]]:
     check_bytes(path, remedy)
     header = read_header(path, COLUMNS, "change the first line")
     return _read_with_pandas(path, header), partial(line_of_row, path)
+
+
+def _read_parquet(path: Path) -> PlainColumns:
+    """Read a parquet file, or say which rows of it are wrong."""
+    read_header(path, COLUMNS, "write it with these columns")
+    folder = folder_for_blocks(path, count_parquet_rows(path) * _CSV_ROW_BYTES)
+    codes = (Column(np.int32, folder), Column(np.int32, folder))
+    numbers = Column(np.int64, folder)
+    known: tuple[dict[str, int], dict[str, int]] = ({}, {})
+    for block in parquet_columns(path, ("item_id", "user_id"), "timestamp"):
+        if block is None:
+            explain(path, _CHECKS, "a cell is missing or a timestamp is not a whole number")
+        for column, numbered, (places, texts) in zip(codes, known, block[0], strict=True):
+            here = [numbered.setdefault(text, len(numbered)) for text in texts]
+            column.append(np.array(here, dtype=np.int32)[places])
+        numbers.append(block[1])
+    if not known[0]:
+        raise InputError(f"{path} has no interactions below its header line.")
+    ids = [np.array(list(numbered), dtype=object) for numbered in known]
+    return PlainColumns(
+        (codes[0].whole(), codes[1].whole()), (ids[0], ids[1]), numbers.whole(), folder
+    )
 
 
 def _read_with_pandas(path: Path, header: list[str]) -> PlainColumns:

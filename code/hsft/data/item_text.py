@@ -21,6 +21,7 @@ from hsft.data.csv_rows import (
     line_of_row,
     read_header,
 )
+from hsft.data.parquet_rows import is_parquet
 from hsft.utils.errors import InputError, one_line, refuse
 
 TextFormat = Literal["plain", "hllm", "sentences"]
@@ -110,6 +111,11 @@ def _hllm_bodies(path: Path, text_keys: Sequence[str], count: int) -> list[str]:
     """
     import pandas as pd
 
+    if is_parquet(path):
+        raise InputError(
+            f"{path}: text_format: hllm writes what pandas makes of a CSV file; use text_format: plain, "
+            f"or a CSV file."
+        )
     frame = pd.read_csv(path, dtype={"item_id": str})
     if len(frame) != count:
         raise InputError(

@@ -6,7 +6,8 @@ from typing import Literal
 
 import numpy as np
 
-from hsft.data.interactions import PAD, Interactions, distinct
+from hsft.data.interactions import PAD, Interactions
+from hsft.data.plain_csv import distinct
 from hsft.data.split import ragged_positions
 
 

@@ -15,6 +15,8 @@ from typing import BinaryIO
 
 import numpy as np
 
+from hsft.data.blocks import Column
+
 _BOM = b"\xef\xbb\xbf"
 _NEWLINE, _COMMA = ord("\n"), ord(",")
 _LONGEST_ID = 64
@@ -30,18 +32,24 @@ class PlainColumns:
     """Two id columns and one number column of N rows.
 
     Attributes:
-        codes: per id column int64 [N], ids numbered by first appearance.
+        codes: per id column int64 or int32 [N], ids numbered by first appearance.
         ids: per id column str [n], the distinct ids by number.
         numbers: int64 [N].
+        folder: where the columns of a large file are kept, mapped into memory; None: in memory.
     """
 
     codes: tuple[np.ndarray, np.ndarray]
     ids: tuple[np.ndarray, np.ndarray]
     numbers: np.ndarray
+    folder: Path | None = None
 
 
 def read_plain(
-    path: Path, ids: tuple[str, str], number: str, chunk_bytes: int = 1 << 23
+    path: Path,
+    ids: tuple[str, str],
+    number: str,
+    chunk_bytes: int = 1 << 23,
+    folder: Path | None = None,
 ) -> PlainColumns | None:
     """Read two columns of ids and one of whole numbers without a sign.
 
@@ -50,6 +58,7 @@ def read_plain(
         ids: names of the id columns.
         number: name of the number column.
         chunk_bytes: bytes worked on at a time.
+        folder: where columns are kept that are too large for memory.
 
     Returns:
         The columns, or None when the file is not plain or has a row that needs a second look: a
@@ -66,19 +75,25 @@ def read_plain(
         if any(names.count(name) != 1 for name in columns) or not header.endswith(b"\n"):
             return None
         positions = [names.index(name) for name in columns]
-        words: tuple[list[np.ndarray], list[np.ndarray]] = ([], [])
-        numbers: list[np.ndarray] = []
+        words = (Column(np.uint64, folder), Column(np.uint64, folder))
+        numbers = Column(np.int64, folder)
         for lines in _whole_lines(stream, chunk_bytes):
             if not _add_rows(lines, len(names), positions, words, numbers):
                 return None
     if not numbers:
         return None
-    numbered = [_number_ids(parts) for parts in words]
+    if folder is None:
+        numbered = [_number_ids(list(column.blocks())) for column in words]
+    else:
+        numbered = [_number_blocks(column, folder) for column in words]
     # A blank id is an error that names its row: pandas finds that row.
     if any("" in map(str.strip, texts) for _, texts in numbered):
         return None
     return PlainColumns(
-        (numbered[0][0], numbered[1][0]), (numbered[0][1], numbered[1][1]), np.concatenate(numbers)
+        (numbered[0][0], numbered[1][0]),
+        (numbered[0][1], numbered[1][1]),
+        numbers.whole(),
+        folder,
     )
 
 
@@ -100,8 +115,8 @@ def _add_rows(
     block: bytes,
     width: int,
     positions: list[int],
-    words: tuple[list[np.ndarray], list[np.ndarray]],
-    numbers: list[np.ndarray],
+    words: tuple[Column, Column],
+    numbers: Column,
 ) -> bool:
     """Append the cells of whole lines to `words` and `numbers`; False when they are not plain."""
     text = np.frombuffer(block + bytes(8), dtype=np.uint8)
@@ -170,6 +185,13 @@ def _parse_digits(words: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, n
     return value.astype(np.int64), good
 
 
+def distinct(values: np.ndarray) -> np.ndarray:
+    """Return the distinct values [N], ascending."""
+    # Sorting and dropping repeats by hand: ten times as fast as np.unique, which hashes.
+    ordered = np.sort(values)
+    return ordered[np.concatenate([[True], ordered[1:] != ordered[:-1]])[: len(ordered)]]
+
+
 def _factorize(values: np.ndarray) -> tuple[np.ndarray, int]:
     """Number values by first appearance: int64 codes [N], and how many distinct ones there are."""
     if len(values) > _MOST_SORTED:
@@ -208,3 +230,46 @@ def _number_ids(parts: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     names = np.stack([column[first] for column in columns], axis=1).astype("<u8")
     texts = names.view(f"S{8 * width}").reshape(-1).astype(str)
     return codes.astype(np.int64), texts.astype(object)
+
+
+def _number_blocks(words: Column, folder: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Number ids by first appearance, a block at a time: int32 codes [N] and str ids [n].
+
+    Args:
+        words: uint64 [rows, w] a block, as for `_number_ids`.
+        folder: where the codes are kept.
+    """
+    width = max(block.shape[1] for block in words.blocks())
+
+    def keys(block: np.ndarray) -> np.ndarray:
+        if width == 1:
+            return block[:, 0]
+        padded = np.zeros((len(block), width), dtype="<u8")
+        padded[:, : block.shape[1]] = block
+        return padded.view(f"S{8 * width}").reshape(-1)
+
+    # Ascending. Blocks are merged when there are as many new ids as old ones.
+    known: np.ndarray = np.empty(0, dtype=np.uint64 if width == 1 else f"S{8 * width}")
+    waiting: list[np.ndarray] = []
+    for block in words.blocks():
+        waiting.append(distinct(keys(block)))
+        if sum(map(len, waiting)) > max(len(known), _MOST_SORTED):
+            known, waiting = distinct(np.concatenate([known, *waiting])), []
+    known = distinct(np.concatenate([known, *waiting]))
+    numbers = np.full(len(known), -1, dtype=np.int32)
+    order = np.empty(len(known), dtype=np.int64)
+    count = 0
+    codes = Column(np.int32, folder)
+    for block in words.blocks():
+        here, first, inverse = np.unique(keys(block), return_index=True, return_inverse=True)
+        at = np.searchsorted(known, here)
+        new = np.flatnonzero(numbers[at] < 0)
+        new = at[new[np.argsort(first[new])]]
+        numbers[new] = np.arange(count, count + len(new))
+        order[count : count + len(new)] = new
+        count += len(new)
+        codes.append(numbers[at][inverse])
+    texts = known[order]
+    if width == 1:
+        texts = texts.astype("<u8").view("S8")
+    return codes.whole(), texts.astype(str).astype(object)

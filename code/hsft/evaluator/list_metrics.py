@@ -29,7 +29,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hsft.data.interactions import PAD, Interactions, distinct
+from hsft.data.interactions import PAD, Interactions
+from hsft.data.plain_csv import distinct
 
 NAMES = (
     *("Coverage", "GiniIndex", "ShannonEntropy", "AveragePopularity", "TailPercentage"),

@@ -65,7 +65,7 @@ _DOWNLOADS: dict[str, Callable[[argparse.Namespace], Download]] = {
 
 
 def prepare(options: argparse.Namespace) -> Statistics:
-    """Make `<data_path>/<name>.csv` and `<text_path>/<name>.csv` and print what they hold.
+    """Make `<data_path>/<name>.csv` and `<text_path>/<name>.csv`, or `.parquet`, and print what they hold.
 
     Args:
         options: of `hsft.data.prepare.options.parse_options`.
@@ -87,6 +87,7 @@ def prepare(options: argparse.Namespace) -> Statistics:
         options.text_path,
         options.overwrite,
         [download.interactions.path, download.items.path],
+        parquet=options.files == "parquet",
     )
     if download.note:
         log.info("%s", download.note)
@@ -94,11 +95,11 @@ def prepare(options: argparse.Namespace) -> Statistics:
         table, dropped = _interactions(download, options)
         problems = RowProblems(download.items.shown)
         described = write_items(
-            files.text, download.described(download.items, problems), table.kept_items()
+            files, download.described(download.items, problems), table.kept_items()
         )
         refuse(problems.sentences())
         _refuse_undescribed(download, described)
-        write_interactions(files.data, table)
+        write_interactions(files, table)
     dropped |= _items_dropped(described)
     numbers = statistics(table)
     rows = statistics_rows(numbers, described.with_text)
@@ -206,14 +207,19 @@ def _hold_out(options: argparse.Namespace) -> Statistics:
     information = information_file(options.text_path, options.dataset)
     name = options.name or f"{options.dataset}-warm"
     target = target_files(
-        name, options.data_path, options.text_path, options.overwrite, [source, information]
+        name,
+        options.data_path,
+        options.text_path,
+        options.overwrite,
+        [source, information],
+        parquet=options.files == "parquet",
     )
     interactions = read_interactions(source)
     held = choose_items(interactions, options.share, options.seed)
     table = without(interactions, held)
     with both_files(target) as files:
-        with_text = copy_information(information, files.text, table.kept_items())
-        write_interactions(files.data, table)
+        with_text = copy_information(information, files, table.kept_items())
+        write_interactions(files, table)
     numbers = statistics(table)
     taken = [
         ("items", _share(int(held.items.sum()), interactions.num_items)),

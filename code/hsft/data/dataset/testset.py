@@ -8,7 +8,8 @@ from copy import copy
 import numpy as np
 from torch.utils.data import Dataset
 
-from hsft.data.interactions import Interactions, distinct
+from hsft.data.interactions import Interactions
+from hsft.data.plain_csv import distinct
 from hsft.data.split import Phase, Segments, Split, ragged_positions
 from hsft.data.time_fields import ItemTimes
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import csv
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +11,7 @@ import numpy as np
 from hsft.data.csv_rows import csv_rows, read_header
 from hsft.data.interactions import Interactions
 from hsft.data.prepare.table import Table
+from hsft.data.prepare.write import Target, write_rows
 from hsft.utils.errors import InputError
 
 
@@ -66,7 +67,7 @@ def without(interactions: Interactions, held: HeldOut) -> Table:
     )
 
 
-def copy_information(source: Path, path: Path, item_ids: set[str]) -> int:
+def copy_information(source: Path, target: Target, item_ids: set[str]) -> int:
     """Copy an information file's rows of the items, with all its columns.
 
     Returns:
@@ -78,10 +79,9 @@ def copy_information(source: Path, path: Path, item_ids: set[str]) -> int:
     """
     header = read_header(source, ["item_id"], "change the file")
     position = header.index("item_id")
-    with_text = copied = 0
-    with path.open("w", encoding="utf-8", newline="") as stream:
-        writer = csv.writer(stream, lineterminator="\n")
-        writer.writerow(header)
+    with_text: list[bool] = []
+
+    def kept() -> Iterator[list[str]]:
         rows = csv_rows(source)
         next(rows)
         for row, cells in rows:
@@ -91,12 +91,13 @@ def copy_information(source: Path, path: Path, item_ids: set[str]) -> int:
                     f"{len(header)}; correct the row."
                 )
             if cells[position] in item_ids:
-                writer.writerow(cells)
-                copied += 1
-                with_text += sum(map(bool, cells)) > 1
-    if not copied:
+                with_text.append(sum(map(bool, cells)) > 1)
+                yield cells
+
+    write_rows(target, header, kept())
+    if not with_text:
         raise InputError(
             f"none of the {len(item_ids)} items left is in {source}; check that it is the item "
             f"information of this data set."
         )
-    return with_text
+    return sum(with_text)

@@ -236,6 +236,13 @@ def _add_output(parser: argparse.ArgumentParser, name: str) -> None:
         default="information",
         help="folder of the item information (default: %(default)s)",
     )
+    group.add_argument(
+        "--files",
+        choices=("csv", "parquet"),
+        default="csv",
+        help="format of both files; parquet needs pyarrow, and every program reads either "
+        "(default: %(default)s)",
+    )
     add_flag(group, "--overwrite", "replace files that are there")
 
 
