@@ -349,6 +349,49 @@ class Run:
                 )
             )
 
+    def push_to_hub(
+        self,
+        repo: str,
+        *,
+        out: str | Path | None = None,
+        private: bool = True,
+        with_data: bool | None = None,
+        overwrite: bool = False,
+    ) -> str:
+        """Export the run as a whole and upload it, as `hsft export --format run --push_to_hub` does.
+
+        `open_run("hf://OWNER/NAME")` opens it again.
+
+        Args:
+            repo: `OWNER/NAME`, made where there is none.
+            out: the folder that is exported; by default `export-run` in the run's folder.
+            private: make a private repository; a public one is refused.
+            with_data: include interactions, item information and item cache; by default in private.
+            overwrite: replace an earlier export at `out`.
+
+        Returns:
+            The repository's address in a browser.
+
+        Raises:
+            InputError: a file is missing, `out` is there already, or the hub refuses the upload.
+        """
+        with _call(self.config):
+            from hsft.finished.export import default_folder
+            from hsft.finished.export_run import RunOptions, export_run
+            from hsft.hub.repository import check_push, push_folder
+
+            check_push(repo)
+            folder = export_run(
+                RunOptions(
+                    run=self.folder,
+                    out=Path(out) if out is not None else default_folder(self.folder, "run"),
+                    with_data=private if with_data is None else with_data,
+                    overwrite=overwrite,
+                    overrides=dict(self.overrides),
+                )
+            )
+            return push_folder(folder, repo, private=private)
+
     def export_embeddings(
         self,
         out: str | Path | None = None,
@@ -406,10 +449,11 @@ class Run:
         """
         with _call(self.config):
             from hsft.finished.write_report import write_report
+            from hsft.hub.repository import output_folder
 
             return write_report(
                 [self.folder],
-                Path(out) if out is not None else self.folder / "report.html",
+                Path(out) if out is not None else output_folder(self.folder) / "report.html",
                 examples=examples,
                 overrides=dict(self.overrides),
             )

@@ -120,6 +120,9 @@ def test_a_pushed_run_recommends_as_before(on_hub: OnHub, tmp_path: Path) -> Non
     assert after.pop("run") == RUN
     before.pop("run")
     assert after == before
+    code, _, err = project.call(recommend_main, ["--run", RUN, "--user", "u3"])
+    assert code == 2
+    assert "comes without the UserLLM that it was made with, llama0; say where yours is" in err
     # What was fetched is not fetched again, and does without the hub.
     downloads = len(hub.downloads())
     assert on_hub.recommend(f"{RUN}@main", *asked, *where)["recommendations"]
@@ -151,7 +154,12 @@ def test_every_program_reads_a_run_on_the_hub(on_hub: OnHub) -> None:
     )
     assert code == 0, err
     assert out == "exported: run/export-embeddings\n"
-    assert hsft.open_run(RUN).metrics.equals(hsft.open_run(run).metrics)
+    opened = hsft.open_run(RUN)
+    assert opened.metrics.equals(hsft.open_run(run).metrics)
+    # Nothing is written into the hub's cache.
+    (project.root / "run" / "report.html").unlink()
+    assert opened.report(examples=0) == Path("run/report.html")
+    assert not (opened.folder / "report.html").exists()
 
 
 def test_a_run_in_public_has_no_data(on_hub: OnHub) -> None:
@@ -182,7 +190,9 @@ def test_another_export_is_pushed_and_is_no_run(on_hub: OnHub) -> None:
     run = train(on_hub.project, *QLORA)
     code, _, err = on_hub.push(str(run))
     assert code == 0, err
-    assert {"config.json", "model.safetensors"} <= on_hub.hub.repo(REPO).keys()
+    pushed = on_hub.hub.repo(REPO)
+    assert {"config.json", "model.safetensors"} <= pushed.keys()
+    assert not [name for name, text in pushed.items() if str(on_hub.project.llama).encode() in text]
     code, _, err = on_hub.project.call(recommend_main, ["--run", RUN, "--user", "u3"])
     assert code == 2
     assert f"{RUN} holds an export of --format merged and not a run; push one with" in err
@@ -236,6 +246,19 @@ def test_a_repository_or_revision_that_is_not_there(on_hub: OnHub) -> None:
     )
 
 
+def test_a_hub_that_cannot_take_it(on_hub: OnHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = train(on_hub.project, "--model", "pop")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    code, _, err = on_hub.push(str(run), "--format", "run")
+    assert (code, err) == (2, f"error: cannot push to {REPO}: HF_HUB_OFFLINE is set; unset it.\n")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    pytest.importorskip("hf_xet")
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False)
+    code, _, err = on_hub.push(str(run), "--format", "run")
+    assert code == 2
+    assert "has no Xet storage; set HF_HUB_DISABLE_XET=1 and run again; saved/run/export-run" in err
+
+
 def test_a_hub_that_is_down(on_hub: OnHub, monkeypatch: pytest.MonkeyPatch) -> None:
     run = train(on_hub.project, "--model", "pop")
     assert on_hub.push(str(run), "--format", "run")[0] == 0
@@ -284,7 +307,7 @@ def test_a_repository_with_other_files_is_left_alone(on_hub: OnHub) -> None:
 def test_nothing_but_data_is_fetched_and_no_code_is_trusted(on_hub: OnHub) -> None:
     project, hub = on_hub.project, on_hub.hub
     run = train(project, "--val_only", "True", "--trust_remote_code", "True")
-    assert on_hub.push(str(run), "--format", "run")[0] == 0
+    assert hsft.open_run(run).push_to_hub(REPO) == f"{hub.url}/{REPO}"
     hub.files[REPO, "best/model.pt"] = hub.files[REPO, "evil.py"] = b"evil"
     config = hub.files[REPO, "config.yaml"].replace(
         b"trust_remote_code: false", b"trust_remote_code: true"
@@ -336,6 +359,8 @@ def test_addresses() -> None:
     assert read_address(Path("hf://me/run")) == Address("me/run")
     assert read_address("saved/run") is None
     assert output_folder("hf://me/run@v1") == Path("run")
+    assert output_folder("hub/models--me--run/snapshots/0123") == Path("run")
+    assert output_folder("saved/run") == Path("saved/run")
     assert run_name("hub/models--me--run/snapshots/0123") == "run"
     for name in ("hf://me", "hf://", "hf://me/run/more"):
         with pytest.raises(InputError, match="names no run on the hub"):

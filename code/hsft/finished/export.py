@@ -25,7 +25,7 @@ from hsft.finished.export_items import ITEM_LLM_DIR, export_items, refuse_overfl
 from hsft.finished.export_onnx import OnnxGraphs, OnnxScorer, require_onnx, write_graphs
 from hsft.finished.open_run import OpenRun, open_run, refuse_changed_data
 from hsft.hub.manifest import EXPORT_FILE, origin
-from hsft.hub.repository import run_name
+from hsft.hub.repository import output_folder, run_name
 from hsft.model.backbone import add_lora, load_decoder, load_model_config, make_decoder
 from hsft.model.folder import EMBEDDING_KEYS, EXTRA_FILE, ID_FILE, Weights, check_files
 from hsft.model.item_adapter import (
@@ -106,7 +106,7 @@ class ExportOptions:
 
 def default_folder(run: Path, format: str) -> Path:
     """Return where an export goes unless another folder is named."""
-    return run / ("export" if format == "merged" else f"export-{format}")
+    return output_folder(run) / ("export" if format == "merged" else f"export-{format}")
 
 
 def export(options: ExportOptions) -> Path:
@@ -563,10 +563,20 @@ def _table(run: _TrainedRun, evaluation: Evaluation | None) -> Comparison:
 
 
 def result_table(folder: Path) -> Comparison:
-    """Return the comparison of the rows of a run's `result.json`, under their names there."""
-    whole = load_comparison([folder])
-    names = [entry["name"] for entry in read_result(folder)["rows"]]
-    rows = [replace(row, name=name) for row, name in zip(whole.rows, names, strict=True)]
+    """Return the comparison of the rows of a run's `result.json`, under their names there.
+
+    The settings of the rows name the UserLLM's folder without the path to it: cards are published.
+    """
+    whole, result = load_comparison([folder]), read_result(folder)
+    base = str(result["config"].get("user_pretrain_dir") or "")
+    rows = [
+        replace(
+            row,
+            name=entry["name"],
+            settings=row.settings.replace(base, Path(base).name) if base else row.settings,
+        )
+        for row, entry in zip(whole.rows, result["rows"], strict=True)
+    ]
     return replace(whole, rows=rows)
 
 

@@ -19,7 +19,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import AutoModel
 
 from hsft.model.backbone import load_model_config
 from hsft.utils.errors import InputError, brief
@@ -92,6 +91,8 @@ def read_layout(base: Path, side: Side) -> Layout:
     Raises:
         InputError: the configuration is unreadable or not a Llama's.
     """
+    from transformers import AutoModel
+
     config = copy.deepcopy(load_model_config(base))
     if config.model_type != "llama":
         raise InputError(

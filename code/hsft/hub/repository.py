@@ -93,18 +93,25 @@ def run_folder(name: str | Path) -> Path:
 def output_folder(name: str | Path) -> Path:
     """Return where files about a run are written by default.
 
-    The run's folder, or for one on the hub a folder in the current one with the repository's name.
+    The run's folder, or for one on the hub, or in its cache, a folder in the current one with the
+    repository's name.
     """
     address = read_address(name)
-    return Path(name) if address is None else Path(address.name)
+    if address is not None:
+        return Path(address.name)
+    return Path(run_name(name)) if _is_snapshot(Path(name)) else Path(name)
 
 
 def run_name(folder: str | Path) -> str:
     """Return a run's name: that of its folder, or of its repository for one in the hub's cache."""
     folder = Path(folder).absolute()
-    if folder.parent.name == "snapshots" and folder.parents[1].name.startswith("models--"):
-        return folder.parents[1].name.rpartition("--")[2]
-    return folder.name
+    return folder.parents[1].name.rpartition("--")[2] if _is_snapshot(folder) else folder.name
+
+
+def _is_snapshot(folder: Path) -> bool:
+    """Say whether a folder is a repository's in the hub's cache."""
+    above = folder.absolute().parent
+    return above.name == "snapshots" and above.parent.name.startswith("models--")
 
 
 def check_push(repo: str) -> None:
@@ -303,10 +310,13 @@ def _hub_errors(what: str, again: str) -> Iterator[None]:
             ) from error
         raise InputError(f"{what}: {hub} answers {brief(error)}{again}.") from error
     except OfflineModeIsEnabled as error:
-        raise InputError(
-            f"{what}: HF_HUB_OFFLINE is set and the cache does not have all of it; unset it{again}."
-        ) from error
+        lacking = "" if "push" in what else " and the cache does not have all of it"
+        raise InputError(f"{what}: HF_HUB_OFFLINE is set{lacking}; unset it{again}.") from error
     except Exception as error:  # its HTTP client raises many kinds
+        if "/xet-write-token/" in str(error):
+            raise InputError(
+                f"{what}: {hub} has no Xet storage; set HF_HUB_DISABLE_XET=1 and run again{again}."
+            ) from error
         raise InputError(
             f"{what}: {hub} does not answer ({brief(error)}); check the connection and HF_ENDPOINT and "
             f"run again{again}."

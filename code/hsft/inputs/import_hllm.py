@@ -1,4 +1,7 @@
-"""Import one side of a pretrained HLLM checkpoint as a transformers model folder."""
+"""Import one side of a pretrained HLLM checkpoint as a transformers model folder.
+
+Transformers takes seconds to import; the functions that need it do so.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +14,6 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-
-from transformers import AutoTokenizer
 
 from hsft.config import Config
 from hsft.data.cache import DTYPES
@@ -382,6 +383,8 @@ def _write_config(
             shutil.copyfile(path, folder / name)
     if layout.side == "user":
         return
+    from transformers import AutoTokenizer
+
     where = options.base_dir or options.base_repo
     try:
         tokenizer = AutoTokenizer.from_pretrained(

@@ -25,7 +25,7 @@ from hsft.report.result import RESULT_FILE, TUNED, UNTRAINED, not_a_run, read_re
 from hsft.run.run_dir import CONFIG_FILE
 from hsft.run.setup import Data, build_id_model, build_user_llm, eval_protocol, match_cache
 from hsft.trainer.checkpoint import BEST_DIR
-from hsft.utils.errors import InputError
+from hsft.utils.errors import InputError, one_line
 from hsft.utils.files import is_file, is_folder
 
 if TYPE_CHECKING:
@@ -247,9 +247,15 @@ def refuse_other_user_llm(folder: Path, config: Config) -> None:
         config: its configuration, with what moved since.
 
     Raises:
-        InputError: the folder's config.json or weights have changed since the run.
+        InputError: the folder's config.json or weights have changed since the run, or there is no such
+            folder beside a run that was exported as a whole.
     """
     base = config.user_pretrain_dir
+    if config.has_user_llm and base and not is_folder(base) and is_exported_run(folder):
+        raise InputError(
+            f"{folder} comes without the UserLLM that it was made with, {one_line(base, 80)}; say where "
+            f"yours is with --user_pretrain_dir (its README.md has more)."
+        )
     if not config.has_user_llm or not base or not is_folder(base):
         return
     if not is_file(folder / RESULT_FILE):
