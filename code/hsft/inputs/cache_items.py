@@ -30,7 +30,6 @@ from hsft.encoding.sentence_encoder import (
     read_sentence_folder,
 )
 from hsft.hub.manifest import origin
-from hsft.inputs.import_hllm import import_pretrained
 from hsft.model.attention import varlen_obstacle
 from hsft.model.backbone import LoraSettings
 from hsft.model.meta import read_kind
@@ -106,6 +105,9 @@ def write_item_cache(config: Config) -> Path:
     """
     config = with_encoder(config)
     target = cache_path(config).with_suffix(".safetensors")
+    # Imported here, so that checks, which import this module, do not wait for the hub's client.
+    from hsft.inputs.import_hllm import import_pretrained
+
     with StopSignals() as stop:
         init_process_group(_PATIENCE)
         given = config

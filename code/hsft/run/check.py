@@ -39,7 +39,6 @@ from hsft.encoding.item_tower import check_frozen_layers
 from hsft.evaluator.evaluator import Evaluator
 from hsft.hub.manifest import pretraining_overlap
 from hsft.inputs.cache_items import cache_warnings, sentence_source, with_encoder
-from hsft.inputs.import_hllm import check_pretrained, with_pretrained
 from hsft.inputs.load_tower import refuse_other_item_llm
 from hsft.model.backbone import (
     check_lora_targets,
@@ -147,7 +146,7 @@ def check_run(config: Config) -> None:
     Raises:
         InputError: something has to be changed; `InputErrors` with all of it.
     """
-    config = with_pretrained(config)
+    config = _with_pretrained(config)
     findings = Findings()
     _quick_run(config, findings)
     interactions = _interactions(config, findings)
@@ -201,7 +200,7 @@ def check_caching(config: Config) -> None:
     Raises:
         InputError: something has to be changed; `InputErrors` with all of it.
     """
-    config = with_pretrained(config)
+    config = _with_pretrained(config)
     findings = Findings()
     _quick_caching(config, findings)
     texts = _item_texts(config, findings)
@@ -250,7 +249,7 @@ def _quick_run(config: Config, findings: Findings) -> None:
         with findings.collect():
             information_file(config.text_path, config.dataset)
     with findings.collect():
-        check_pretrained(config)
+        _check_pretrained(config)
     hidden = None
     if config.has_user_llm:
         hidden = check_user_model(config, findings)
@@ -272,8 +271,24 @@ def _quick_caching(config: Config, findings: Findings) -> None:
     with findings.collect():
         _writable(cache_path(config), "item cache", "--item_cache_path")
     with findings.collect():
-        check_pretrained(config)
+        _check_pretrained(config)
     check_item_model(config, findings)
+
+
+def _with_pretrained(config: Config) -> Config:
+    if config.load_pretrain is None:
+        return config
+    # Imported here, so that other checks do not wait for the hub's client.
+    from hsft.inputs.import_hllm import with_pretrained
+
+    return with_pretrained(config)
+
+
+def _check_pretrained(config: Config) -> None:
+    if config.load_pretrain is not None:
+        from hsft.inputs.import_hllm import check_pretrained
+
+        check_pretrained(config)
 
 
 def _writable(target: Path, name: str, key: str) -> None:
