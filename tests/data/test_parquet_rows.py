@@ -128,6 +128,17 @@ def test_bad_cells_are_named(tmp_path: Path) -> None:
         read_interactions(path)
 
 
+def test_a_catalogue_is_read(project: Project) -> None:
+    path = project.root / "dataset/catalogue.parquet"
+    pq.write_table(pa.table({"tag": [1, 2, 3], "item_id": ["new", "i3", "i4"]}), path)
+    interactions = load_interactions(Config(dataset="tiny", item_data="catalogue"))
+    assert interactions.item_ids[:4].tolist() == ["[PAD]", "new", "i3", "i4"]
+    assert interactions.num_items == 21
+    pq.write_table(pa.table({"item_id": ["a", None]}), path)
+    with pytest.raises(InputError, match="row 2: item_id is empty"):
+        load_interactions(Config(dataset="tiny", item_data="catalogue"))
+
+
 def test_two_files_of_one_data_set_are_refused(project: Project) -> None:
     to_parquet(project.root / "dataset/tiny.csv")
     with pytest.raises(InputError, match=r"tiny\.csv and .*tiny\.parquet are both there"):

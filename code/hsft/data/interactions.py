@@ -7,6 +7,7 @@ import warnings as python_warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -18,6 +19,7 @@ from hsft.data.column_checks import check_ids, sentences
 from hsft.data.csv_rows import (
     all_ids_sound,
     check_bytes,
+    csv_rows,
     explain,
     id_problem,
     line_of_row,
@@ -172,6 +174,13 @@ def read_item_ids(path: Path) -> tuple[np.ndarray, list[str]]:
     if set(COLUMNS) <= set(header):
         columns, row_of = _read_columns(path)
         codes, item_ids = columns.codes[0], columns.ids[0]
+    elif is_parquet(path):
+        row_of = partial(line_of_row, path)
+        position = header.index("item_id")
+        known: dict[str, int] = {}
+        rows = islice(csv_rows(path), 1, None)
+        numbers = [known.setdefault(cells[position], len(known)) for _, cells in rows]
+        codes, item_ids = np.array(numbers, dtype=np.int64), np.array(list(known), dtype=object)
     else:
         row_of = partial(line_of_row, path)
         try:
