@@ -18,7 +18,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -133,15 +133,16 @@ def measure(path: Path) -> None:
         make_split(Config(split="global_time"), interactions)
 
 
-def main() -> None:
+def main(argv: Sequence[str]) -> int:
+    """Run the program with its arguments."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--rows", type=int, default=16_000_000, help="interactions")
     parser.add_argument("--folder", default=None, help="where the file is written (default: /tmp)")
     parser.add_argument("--read", metavar="FILE", help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     if options.read:
         measure(Path(options.read))
-        return
+        return 0
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         path = Path(folder) / "big.csv"
         write_csv(path, options.rows)
@@ -152,8 +153,9 @@ def main() -> None:
         )
         _say("| --- | --- | --- | --- | --- | --- |")
         subprocess.run([sys.executable, __file__, "--read", str(path)], check=True)
+    return 0
 
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "code"))
-    main()
+    sys.exit(main(sys.argv[1:]))
