@@ -182,6 +182,7 @@ def test_print_config_merges_files_and_flags(project: Project) -> None:
         "learning_rate": 3e-4,
         "weight_decay": 0.01,
         "weight_decay_on": "matrices",
+        **dict.fromkeys(("modal_lr", "modal_decay", "rec_lr", "rec_decay")),
     }
     assert shown["dataset"] == "tiny"
 
