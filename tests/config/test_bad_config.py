@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from compare import main as compare_main
+from hsft.config import load_config
 from item_caching import main as cache_main
 from main import main
 from tests.bad_input import CANARY, expect_refusal
@@ -388,3 +389,14 @@ def test_a_run_named_like_a_formula_is_drawn(two_runs: Project) -> None:
     assert code == 0, err
     assert "| $\\frac{\\|$ |" in out
     assert (two_runs.root / "saved" / "two" / "comparison.png").is_file()
+
+
+def test_a_key_that_earlier_runs_wrote_has_its_present_name(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(
+        "model: llm_id\nuser_pretrain_dir: x\nllm_id: {item_width: 8, pretrained: true}\n"
+    )
+    config, warnings = load_config([path])
+    assert config.user_llm_init is True
+    assert config.llm_id.item_width == 8
+    assert not warnings

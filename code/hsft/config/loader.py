@@ -326,6 +326,7 @@ def load_config(
         for part in reversed(key.split(".")):
             nested = {part: nested}
         _merge(merged, origin, nested, where)
+    _rename_old_keys(merged, origin)
     warnings, problems = _take_hllm_keys(merged, origin)
     try:
         config = Config.model_validate(merged)
@@ -334,6 +335,14 @@ def load_config(
         raise
     refuse(problems)
     return config, warnings
+
+
+def _rename_old_keys(merged: dict[str, Any], origin: dict[str, str]) -> None:
+    """Give keys of the configurations of earlier runs their present names."""
+    section = merged.get("llm_id")
+    if isinstance(section, dict) and "pretrained" in section:
+        merged.setdefault("user_llm_init", section.pop("pretrained"))
+        origin.setdefault("user_llm_init", origin.get("llm_id.pretrained", ""))
 
 
 def _take_hllm_keys(
