@@ -116,6 +116,8 @@ def load(address: tuple[str, int], clients: int, seconds: float) -> dict[str, An
     drawn = random.Random(0)
     users = [ask(probe, "/random_user")["user_id"] for _ in range(100)]
     before = _batches(ask(probe, "/metrics"))
+    # The server closes idle connections; the next request opens it again.
+    probe.close()
     ends = time.perf_counter() + seconds
     taken: list[list[float]] = [[] for _ in range(clients)]
     failures: list[BaseException] = []
