@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 from huggingface_hub import constants
 
@@ -334,6 +335,23 @@ def test_an_exported_run_is_a_run_where_it_lies(project: Project, tmp_path: Path
     code, out, err = project.call(recommend_main, ["--run", moved, "--user", "u3"])
     assert code == 0, err
     assert "item " in out
+
+
+def test_a_run_on_parquet_files_is_pushed_and_read(on_hub: OnHub) -> None:
+    project = on_hub.project
+    for folder in ("dataset", "information"):
+        table = project.root / folder / "tiny.csv"
+        pd.read_csv(table, dtype=object).to_parquet(table.with_suffix(".parquet"))
+        table.unlink()
+    run = train(project, "--model", "pop")
+    assert on_hub.push(str(run), "--format", "run")[0] == 0
+    pushed = on_hub.hub.repo(REPO).keys()
+    assert {"dataset/tiny.parquet", "information/tiny.parquet"} <= pushed
+    assert not [name for name in pushed if name.endswith(".csv")]
+    before = on_hub.recommend(str(run), "--user", "u3")
+    on_hub.move_away()
+    after = on_hub.recommend(RUN, "--user", "u3")
+    assert after["recommendations"] == before["recommendations"]
 
 
 @pytest.mark.parametrize(

@@ -132,13 +132,14 @@ def _weights(run: Path) -> Iterator[Path]:
 def _data_files(config: Config) -> dict[Path, str]:
     """Return path -> name in the export, of the interactions and, if there is one, the information."""
     names = [config.dataset, *([config.item_data] if config.item_data else [])]
-    files = {dataset_file(config.data_path, name): f"{DATA_DIR}/{name}.csv" for name in names}
+    paths = [(name, dataset_file(config.data_path, name)) for name in names]
+    files = {path: f"{DATA_DIR}/{name}{path.suffix}" for name, path in paths}
     try:
         information = information_file(config.text_path, config.dataset)
     except InputError:
         log.warning("there is no item information; the export has no titles of items.")
         return files
-    return {**files, information: f"{INFORMATION_DIR}/{config.dataset}.csv"}
+    return {**files, information: f"{INFORMATION_DIR}/{config.dataset}{information.suffix}"}
 
 
 def _refuse_full_disk(out: Path, needed: int) -> None:

@@ -24,7 +24,7 @@ PREFIX = "hf://"
 # `Path` turns the two slashes into one.
 _ADDRESS = re.compile(r"hf:/{1,2}(?P<repo>[^/@]+/[^/@]+)(?:@(?P<revision>[^\s]+))?")
 # What is fetched of a run: no code, no pickle.
-_RUN_FILES = ("*.csv", "*.json", "*.md", "*.safetensors", "*.yaml")
+_RUN_FILES = ("*.csv", "*.json", "*.md", "*.parquet", "*.safetensors", "*.yaml")
 # What a repository may hold besides an export.
 _NOT_AN_EXPORT = frozenset({".gitattributes", "README.md"})
 
