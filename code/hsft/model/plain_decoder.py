@@ -134,11 +134,13 @@ class PlainDecoder:
                 weights[f"layers.{layer}.{name}.weight"] = (given, read)
             for name, size in self.vectors().items():
                 weights[f"layers.{layer}.{name}"] = (size,)
-        left_out = {"lm_head.weight"} | (set() if keep_token_embedding else {"embed_tokens.weight"})
         found = {name: shape for name, shape in stored.items() if name != "lm_head.weight"}
         if all(name.startswith("model.") for name in found):
             found = {name.removeprefix("model."): shape for name, shape in found.items()}
-        return _without(found, left_out) == _without(weights, left_out)
+        if not keep_token_embedding:
+            for shapes in (found, weights):
+                shapes.pop("embed_tokens.weight", None)
+        return found == weights
 
     def saved_bytes(self, training: DecoderTraining) -> tuple[float, float] | None:
         """Return what autograd saves, as `activations.count_saved_bytes` counts it.
@@ -272,7 +274,3 @@ def _fit_together(config: Mapping[str, Any]) -> bool:
         and (padding is None or 0 <= padding < config["vocab_size"])
         and (types is None or len(types) == config["num_hidden_layers"])
     )
-
-
-def _without(shapes: Mapping[str, Any], names: set[str]) -> dict[str, Any]:
-    return {name: shape for name, shape in shapes.items() if name not in names}
