@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -127,9 +128,20 @@ def export(options: ExportOptions) -> Path:
             the disk is too small, or `out` must not be replaced.
         Interrupted: SIGINT or SIGTERM came; nothing half-written is left.
     """
+    with whole_or_nothing():
+        return _export(options)
+
+
+@contextmanager
+def whole_or_nothing() -> Iterator[None]:
+    """Stop at SIGINT and SIGTERM, and add to what is said then that nothing was exported.
+
+    Raises:
+        Interrupted: such a signal came.
+    """
     try:
         with StopSignals():
-            return _export(options)
+            yield
     except Interrupted as ending:
         raise Interrupted(f"{ending}; nothing was exported", ending.exit_code) from None
 
@@ -299,7 +311,7 @@ def refuse_out(out: Path, overwrite: bool) -> None:
 def _write_merged(run: _TrainedRun, folder: Path) -> str:
     """Write the decoder and what belongs to it; return the kind of item adapter."""
     config, dtype = run.config, DTYPES[run.options.dtype]
-    _refuse_full_disk(run.options.out, run.count_weights() * dtype.itemsize)
+    refuse_full_disk(run.options.out, run.count_weights() * dtype.itemsize)
     # UserLLMs read vectors; one that came without a token embedding is exported without.
     names = run.weights.shapes
     whole = config.loads_user_llm and (
@@ -331,7 +343,7 @@ def _write_merged(run: _TrainedRun, folder: Path) -> str:
 
 def _write_onnx(run: _TrainedRun, folder: Path) -> str:
     """Write the ONNX graphs; return the kind of item adapter."""
-    _refuse_full_disk(run.options.out, run.count_weights() * torch.float32.itemsize)
+    refuse_full_disk(run.options.out, run.count_weights() * torch.float32.itemsize)
     log.info("loading %s in float32, without quantisation.", run.base)
     model = _load_unquantised(run, keep_token_embedding=False)
     encoder: Any = model.encoder
@@ -399,7 +411,16 @@ def _write_id_vectors(run: _TrainedRun, items: ItemTable, folder: Path) -> None:
         shutil.copyfile(run.base / ID_FILE, folder / ID_FILE)
 
 
-def _refuse_full_disk(out: Path, needed: int) -> None:
+def refuse_full_disk(out: Path, needed: int) -> None:
+    """Refuse an export that its disk has no room for.
+
+    Args:
+        out: the folder to write.
+        needed: bytes of it.
+
+    Raises:
+        InputError: less is free.
+    """
     free = free_bytes(out.parent)
     if free < needed + _SPARE_BYTES:
         raise InputError(

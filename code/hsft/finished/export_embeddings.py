@@ -22,7 +22,13 @@ from hsft.encoding.build_cache import ITEMS_PER_PART, SECONDS_PER_PART
 from hsft.encoding.parts import Batches, Parts, PartWriter
 from hsft.evaluator.evaluator import Scorer
 from hsft.evaluator.user_vectors import encode_users
-from hsft.finished.export import portable_config, refuse_out, result_table, write_json_file
+from hsft.finished.export import (
+    portable_config,
+    refuse_full_disk,
+    refuse_out,
+    result_table,
+    write_json_file,
+)
 from hsft.finished.item_index import (
     INDEX_FILE,
     RECALL_AT,
@@ -46,7 +52,7 @@ from hsft.run.saved_model import run_config, user_llm_fingerprint
 from hsft.trainer.checkpoint import BEST_DIR
 from hsft.utils.environment import versions
 from hsft.utils.errors import InputError, Interrupted
-from hsft.utils.files import atomic_path, cannot_write, free_bytes, remove
+from hsft.utils.files import atomic_path, cannot_write, remove
 from hsft.utils.progress import Meter
 from hsft.utils.signals import StopSignals
 
@@ -61,7 +67,6 @@ _MEASURED_USERS = 2_000
 _ITEMS_AT_A_TIME = 4_096
 # Batches of users that are sorted by length and written together.
 _BATCHES_AT_A_TIME = 32
-_SPARE_BYTES = 64 << 20
 _SCORES_AT_A_TIME = 1 << 24
 
 
@@ -193,12 +198,7 @@ def _refuse_full_disk(options: EmbeddingOptions, vectors: _Vectors) -> None:
     if options.index != "none":
         # A graph's links are small beside its vectors.
         needed += vectors.num_items * (vectors.dim * 4 + 512)
-    free = free_bytes(options.out.parent)
-    if free < needed + _SPARE_BYTES:
-        raise InputError(
-            f"the export {options.out} needs {needed / 2**30:.1f} GiB, its disk has "
-            f"{free / 2**30:.1f} GiB free; free some space or give another --out."
-        )
+    refuse_full_disk(options.out, needed)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,14 @@ from hsft.config import Config
 from hsft.config.help import dump_config
 from hsft.data.cache import open_cache, save_cache
 from hsft.data.files import cache_path, dataset_file, default_cache_path, information_file
-from hsft.finished.export import portable_config, refuse_out, result_table, write_json_file
+from hsft.finished.export import (
+    portable_config,
+    refuse_full_disk,
+    refuse_out,
+    result_table,
+    whole_or_nothing,
+    write_json_file,
+)
 from hsft.hub.manifest import EXPORT_FILE, RUN_FORMAT
 from hsft.hub.repository import run_name
 from hsft.report.result import RANKS_FILE, RESULT_FILE, read_ranks, read_result
@@ -22,16 +29,14 @@ from hsft.run.run_dir import CONFIG_FILE
 from hsft.run.saved_model import DATA_DIR, INFORMATION_DIR, run_config
 from hsft.trainer.checkpoint import BEST_DIR
 from hsft.utils.environment import versions
-from hsft.utils.errors import InputError, Interrupted
-from hsft.utils.files import atomic_path, free_bytes, is_folder, read_json
-from hsft.utils.signals import StopSignals
+from hsft.utils.errors import InputError
+from hsft.utils.files import atomic_path, is_folder, read_json
 
 log = logging.getLogger(__name__)
 
 # Keys that name models, which stay where they are.
 _MODEL_KEYS = ("user_pretrain_dir", "item_pretrain_dir", "encoder")
 _WEIGHTS = (".json", ".safetensors")
-_SPARE_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -70,11 +75,8 @@ def export_run(options: RunOptions) -> Path:
             is too small, or `out` must not be replaced.
         Interrupted: SIGINT or SIGTERM came; nothing half-written is left.
     """
-    try:
-        with StopSignals():
-            return _export(options)
-    except Interrupted as ending:
-        raise Interrupted(f"{ending}; nothing was exported", ending.exit_code) from None
+    with whole_or_nothing():
+        return _export(options)
 
 
 def _export(options: RunOptions) -> Path:
@@ -97,7 +99,7 @@ def _export(options: RunOptions) -> Path:
     if cache is not None:
         embeddings = open_cache(cache)
         sizes.append(embeddings.embeddings.nbytes)
-    _refuse_full_disk(options.out, sum(sizes))
+    refuse_full_disk(options.out, sum(sizes))
     with atomic_path(options.out) as folder:
         for source, name in copied.items():
             target = folder / name
@@ -140,15 +142,6 @@ def _data_files(config: Config) -> dict[Path, str]:
         log.warning("there is no item information; the export has no titles of items.")
         return files
     return {**files, information: f"{INFORMATION_DIR}/{config.dataset}{information.suffix}"}
-
-
-def _refuse_full_disk(out: Path, needed: int) -> None:
-    free = free_bytes(out.parent)
-    if free < needed + _SPARE_BYTES:
-        raise InputError(
-            f"the export {out} needs {needed / 2**30:.1f} GiB, its disk has {free / 2**30:.1f} GiB "
-            f"free; free some space or give another --out."
-        )
 
 
 def _write_about(
