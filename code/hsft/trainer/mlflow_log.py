@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
 import logging
 import os
-import re
 import threading
 import time
 from collections.abc import Mapping
@@ -15,7 +13,7 @@ from typing import Any
 
 from hsft.config import Config
 from hsft.config.loader import flat_values
-from hsft.trainer.tracker import Tracker, without_password
+from hsft.trainer.tracker import Tracker, import_tracker, read_run_id, without_password
 from hsft.utils.errors import InputError, Interrupted, brief
 from hsft.utils.files import is_file, write_text
 
@@ -36,21 +34,14 @@ def load_mlflow() -> Any:
     Raises:
         InputError: it is not installed, or cannot be imported.
     """
-    try:
-        module = importlib.import_module("mlflow")
-    except ImportError as error:
-        raise InputError(
-            f"log_mlflow: True needs the package mlflow-skinny ({brief(error)}); install it with "
-            f"pip install mlflow-skinny sqlalchemy alembic, or set --log_mlflow False."
-        ) from error
-    if not hasattr(module, "MlflowClient"):
-        # Python takes a folder of that name for a package.
-        raise InputError(
-            "log_mlflow: True needs the package mlflow-skinny, and only a folder called mlflow was "
-            "found; install it with pip install mlflow-skinny sqlalchemy alembic, or set "
-            "--log_mlflow False."
-        )
-    return module
+    return import_tracker(
+        "mlflow",
+        "MlflowClient",
+        key="log_mlflow",
+        package="mlflow-skinny",
+        lookalike="a folder called mlflow",
+        install="mlflow-skinny sqlalchemy alembic",
+    )
 
 
 def metric_name(name: str) -> str:
@@ -80,13 +71,14 @@ class MlflowLog(Tracker):
     def _start(self, config: Config, folder: Path) -> None:
         self._mlflow = load_mlflow()
         uri = self._mlflow.get_tracking_uri()
+        path = folder / ID_FILE
         log.info("logging to MLflow at %s.", without_password(uri))
         try:
             self._client = self._mlflow.MlflowClient(tracking_uri=uri)
-            known = _read_run_id(folder)
+            known = read_run_id(path, "MLflow") if is_file(path) else None
             if known is None:
                 run = self._client.create_run(self._experiment_id(config), run_name=folder.name)
-                write_text(folder / ID_FILE, f"{run.info.run_id}\n")
+                write_text(path, f"{run.info.run_id}\n")
             else:
                 run = self._client.get_run(known)
                 self._client.update_run(known, status="RUNNING")
@@ -164,13 +156,3 @@ def _status(kind: type[BaseException] | None) -> str:
     if kind is None:
         return "FINISHED"
     return "KILLED" if issubclass(kind, (Interrupted, KeyboardInterrupt)) else "FAILED"
-
-
-def _read_run_id(folder: Path) -> str | None:
-    path = folder / ID_FILE
-    if not is_file(path):
-        return None
-    name = path.read_text(encoding="utf-8", errors="replace").strip()
-    if not re.fullmatch(r"[\w-]{1,64}", name, re.ASCII):
-        raise InputError(f"{path} holds no run id of MLflow; remove it to begin a new run there.")
-    return name

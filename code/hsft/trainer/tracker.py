@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 from hsft.config import Config
-from hsft.utils.errors import brief
+from hsft.utils.errors import InputError, brief
 
 log = logging.getLogger(__name__)
 
@@ -100,6 +101,51 @@ class Tracker(ABC):
         Args:
             kind: class of the error that ended it, None where it is finished.
         """
+
+
+def import_tracker(
+    name: str, attribute: str, *, key: str, package: str, lookalike: str, install: str
+) -> Any:
+    """Import a tracker's package.
+
+    Args:
+        name: of the module.
+        attribute: what the module has, and a folder of its name, which Python takes for a package,
+            does not have.
+        key: the configuration key that asks for it.
+        package: that has to be installed.
+        lookalike: words for such a folder.
+        install: arguments of pip.
+
+    Raises:
+        InputError: it is not installed, or cannot be imported.
+    """
+    remedy = f"install it with pip install {install}, or set --{key} False"
+    try:
+        module = importlib.import_module(name)
+    except ImportError as error:
+        raise InputError(
+            f"{key}: True needs the package {package} ({brief(error)}); {remedy}."
+        ) from error
+    if not hasattr(module, attribute):
+        raise InputError(
+            f"{key}: True needs the package {package}, and only {lookalike} was found; {remedy}."
+        )
+    return module
+
+
+def read_run_id(path: Path, service: str) -> str:
+    """Read the name that a tracker has for a run from a file in the run's folder.
+
+    Raises:
+        InputError: the file holds no such name.
+    """
+    name = path.read_text(encoding="utf-8", errors="replace").strip()
+    if not re.fullmatch(r"[\w-]{1,64}", name, re.ASCII):
+        raise InputError(
+            f"{path} holds no run id of {service}; remove it to begin a new run there."
+        )
+    return name
 
 
 def without_password(text: object) -> str:

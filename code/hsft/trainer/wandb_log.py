@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
-import re
 import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from hsft.config import Config
-from hsft.trainer.tracker import Tracker
+from hsft.trainer.tracker import Tracker, import_tracker, read_run_id
 from hsft.utils.errors import InputError, brief
 from hsft.utils.files import is_file, write_text
 
@@ -27,20 +25,15 @@ def load_wandb() -> Any:
     Raises:
         InputError: it is not installed, or cannot be imported.
     """
-    try:
-        module = importlib.import_module("wandb")
-    except ImportError as error:
-        raise InputError(
-            f"log_wandb: True needs the package wandb ({brief(error)}); install it with pip install "
-            f"wandb, or set --log_wandb False."
-        ) from error
-    if not hasattr(module, "init"):
-        # Python takes a folder of that name, which wandb itself leaves behind, for a package.
-        raise InputError(
-            "log_wandb: True needs the package wandb, and only a folder of that name was found; "
-            "install it with pip install wandb, or set --log_wandb False."
-        )
-    return module
+    # wandb itself leaves a folder of its name behind.
+    return import_tracker(
+        "wandb",
+        "init",
+        key="log_wandb",
+        package="wandb",
+        lookalike="a folder of that name",
+        install="wandb",
+    )
 
 
 class WandbLog(Tracker):
@@ -89,7 +82,4 @@ def _run_id(folder: Path) -> str:
     path = folder / ID_FILE
     if not is_file(path):
         write_text(path, f"{secrets.token_hex(4)}\n")
-    name = path.read_text(encoding="utf-8", errors="replace").strip()
-    if not re.fullmatch(r"[\w-]{1,64}", name, re.ASCII):
-        raise InputError(f"{path} holds no run id of W&B; remove it to begin a new run there.")
-    return name
+    return read_run_id(path, "W&B")
