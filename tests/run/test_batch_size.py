@@ -78,7 +78,7 @@ def test_a_cards_free_memory_decides(project: Project, larger: pytest.MonkeyPatc
     config, _ = load_config([], values)
     split = leave_one_out(load_interactions(config))
     for free, expected in ((2 << 30, 16), (100 << 20, 1)):
-        larger.setattr(batch_size, "free_bytes", lambda device, free=free: free)
+        larger.setattr(batch_size, "least_free_memory", lambda device, free=free: free)
         resolved, sentence = resolve_batch_size(config, split, torch.device("cuda"))
         assert resolved.train_batch_size == expected
         assert f"auto takes {expected}: about" in sentence

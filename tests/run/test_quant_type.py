@@ -48,7 +48,7 @@ def test_a_cards_free_memory_decides(
         "qlora_quant_type": "auto",
     }
     config, _ = load_config([], values)
-    monkeypatch.setattr(quant_type, "free_bytes", lambda device: free)
+    monkeypatch.setattr(quant_type, "least_free_memory", lambda device: free)
     split = leave_one_out(load_interactions(config))
     resolved, sentence = resolve_quant_type(config, split, torch.device("cuda"))
     assert resolved.qlora_quant_type == expected

@@ -20,9 +20,9 @@ from hsft.report.batch_size import (
 )
 from hsft.report.result import CONFIG_FILE
 from hsft.run.dry_run import FILLED_SHARE, training_shape, with_batch_size
-from hsft.run.quant_type import free_bytes
 from hsft.trainer.fabric import choose_precision
-from hsft.utils.distributed import all_gather, world_size
+from hsft.utils.distributed import world_size
+from hsft.utils.gpu_memory import least_free_memory
 
 
 def resolve_batch_size(
@@ -64,7 +64,7 @@ def resolve_batch_size(
         sequences, config.epochs, config.gradient_accumulation_steps, world_size()
     )
     if device.type == "cuda":
-        available = FILLED_SHARE * min(all_gather(free_bytes(device)))
+        available = FILLED_SHARE * least_free_memory(device)
         size = batch_for_card(shape, most, available)
         figures = describe_for_card(shape, size, available)
     else:

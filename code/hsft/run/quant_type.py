@@ -12,7 +12,7 @@ from hsft.model.backbone import quantization_obstacle
 from hsft.report.result import CONFIG_FILE
 from hsft.run.dry_run import choose_quant_type, training_shape
 from hsft.trainer.fabric import choose_precision
-from hsft.utils.distributed import all_gather
+from hsft.utils.gpu_memory import least_free_memory
 
 
 def resolve_quant_type(
@@ -62,12 +62,5 @@ def _choose(config: Config, split: Split, device: torch.device) -> tuple[str, st
             "estimated."
         )
     known = config.model_copy(update={"precision": choose_precision(config)})
-    free = min(all_gather(free_bytes(device)))
+    free = least_free_memory(device)
     return choose_quant_type(training_shape(known, split), config.train_batch_size, free)
-
-
-def free_bytes(device: torch.device) -> int:
-    """Return what a process can still have of a card: what is free, and its own unused cache."""
-    free, _ = torch.cuda.mem_get_info(device)
-    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return int(free) + unused
