@@ -11,7 +11,7 @@ from huggingface_hub import ModelCardData
 from hsft.config import Config
 from hsft.report.compare import Comparison
 from hsft.report.comparison_files import markdown
-from hsft.report.model_card import TAGS, plain_text
+from hsft.report.model_card import TAGS, card, plain_text
 
 _KINDS = {
     "flat": "It compares all items (`flat`), so it returns what exact search does.",
@@ -78,19 +78,22 @@ class ExportedEmbeddings:
 
 def embeddings_card(exported: ExportedEmbeddings) -> str:
     """Return a `README.md`: YAML header, results, index, how to read the files, limits."""
-    metadata = ModelCardData(
-        tags=[*TAGS, "embeddings"], datasets=[str(exported.config.dataset)]
-    ).to_yaml()
-    parts = [
-        f"---\n{metadata}\n---\n",
-        f"# {plain_text(exported.name)}: embeddings\n\n{_summary(exported)}\n",
-        f"## Results\n\n{markdown(exported.table)}\nThese were measured in the run by exact search over "
-        f"all items, with each user's held-out item left out of the history.\n",
-        *([f"## Index\n\n{_index(exported.index)}\n"] if exported.index is not None else []),
-        f"## Loading\n\n```python\n{_code(exported)}```\n",
-        f"## Limits\n\n{_limits(exported)}",
-    ]
-    return "\n".join(parts)
+    metadata = ModelCardData(tags=[*TAGS, "embeddings"], datasets=[str(exported.config.dataset)])
+    results = (
+        f"{markdown(exported.table)}\nThese were measured in the run by exact search over all items, with "
+        f"each user's held-out item left out of the history.\n"
+    )
+    return card(
+        metadata,
+        f"{plain_text(exported.name)}: embeddings",
+        _summary(exported),
+        {
+            "Results": results,
+            "Index": "" if exported.index is None else f"{_index(exported.index)}\n",
+            "Loading": f"```python\n{_code(exported)}```\n",
+            "Limits": _limits(exported),
+        },
+    )
 
 
 def _summary(exported: ExportedEmbeddings) -> str:

@@ -81,15 +81,29 @@ class Exported:
 
 def model_card(exported: Exported) -> str:
     """Return a `README.md`: YAML header, results, settings, how to load the folder, limits."""
-    parts = [
-        f"---\n{_metadata(exported).to_yaml()}\n---\n",
-        f"# {plain_text(exported.name)}\n\n{_summary(exported)}\n",
-        f"## Results\n\n{_results(exported)}",
-        f"## Data\n\n{_data(exported)}\n",
-        f"## Loading\n\n{_loading(exported)}",
-        f"## Limits\n\n{_limits(exported)}",
-    ]
-    return "\n".join(parts)
+    return card(
+        _metadata(exported),
+        plain_text(exported.name),
+        _summary(exported),
+        {
+            "Results": _results(exported),
+            "Data": f"{_data(exported)}\n",
+            "Loading": _loading(exported),
+            "Limits": _limits(exported),
+        },
+    )
+
+
+def card(metadata: ModelCardData, title: str, summary: str, sections: Mapping[str, str]) -> str:
+    """Put a card together.
+
+    Args:
+        metadata: of the YAML header.
+        title, summary: in Markdown, of one line and of a paragraph.
+        sections: heading -> text, each ending with a newline; empty ones are left out.
+    """
+    parts = [f"## {heading}\n\n{text}" for heading, text in sections.items() if text]
+    return "\n".join([f"---\n{metadata.to_yaml()}\n---\n", f"# {title}\n\n{summary}\n", *parts])
 
 
 def _metadata(exported: Exported) -> ModelCardData:

@@ -11,7 +11,7 @@ from huggingface_hub import ModelCardData
 from hsft.config import Config
 from hsft.report.compare import Comparison
 from hsft.report.comparison_files import markdown
-from hsft.report.model_card import TAGS, plain_text
+from hsft.report.model_card import TAGS, card, plain_text
 from hsft.report.result import split_sentence
 
 
@@ -42,19 +42,18 @@ class ExportedRun:
 def run_card(exported: ExportedRun) -> str:
     """Return a `README.md`: YAML header, results, content, how to use the run, limits."""
     config = exported.config
-    metadata = ModelCardData(
-        tags=[*TAGS, f"model:{config.model}"], datasets=[str(config.dataset)]
-    ).to_yaml()
-    parts = [
-        f"---\n{metadata}\n---\n",
-        f"# {plain_text(exported.name)}\n\nA run of HSFT: the model {plain_text(config.model)} on "
-        f"{plain_text(config.dataset)}, with all that HSFT's programs read of it.\n",
-        f"## Results\n\n{markdown(exported.table)}\nSplit: {split_sentence(exported.result)}.\n",
-        f"## Content\n\n{_content(exported)}",
-        f"## Use\n\n{_use(exported)}",
-        f"## Limits\n\n{_limits(exported)}",
-    ]
-    return "\n".join(parts)
+    return card(
+        ModelCardData(tags=[*TAGS, f"model:{config.model}"], datasets=[str(config.dataset)]),
+        plain_text(exported.name),
+        f"A run of HSFT: the model {plain_text(config.model)} on {plain_text(config.dataset)}, with "
+        f"all that HSFT's programs read of it.",
+        {
+            "Results": f"{markdown(exported.table)}\nSplit: {split_sentence(exported.result)}.\n",
+            "Content": _content(exported),
+            "Use": _use(exported),
+            "Limits": _limits(exported),
+        },
+    )
 
 
 def _content(exported: ExportedRun) -> str:
