@@ -715,15 +715,12 @@ def evaluation(bench: Bench) -> None:
     for label, keys, layers in (
         ("256 users, padded rows", {"attn_implementation": "sdpa"}, False),
         ("256 users, one row", {}, False),
-        ("256 users, one row, CUDA graph", {"compile": "graph"}, False),
         ("1,024 users, one row", large, False),
-        ("1,024 users, one row, CUDA graph", {**large, "compile": "graph"}, False),
         ("1,024 users, one row, compiled layers", large, True),
-        ("1,024 users, one row, compiled layers, CUDA graph", {**large, "compile": "graph"}, True),
     ):
         if layers and bench.tiny:
             continue
-        config = bench.config(Variant("", {"compile": "off", **keys}))
+        config = bench.config(Variant("", keys))
         bench.attempt(
             "evaluation",
             label,
@@ -832,7 +829,7 @@ def caching(bench: Bench) -> None:
     for ids in tokens:
         ids[:12] = prefix[: len(ids)]
     reference: list[torch.Tensor] = []
-    budgets = (512,) if bench.tiny else (8192, 32_768)
+    budgets = (512,) if bench.tiny else (8192, 32768)
     for attention_name, label, ahead, compiled in (
         ("sdpa", "padded, one batch after the other", False, False),
         ("sdpa", "padded, next batch prepared ahead", True, False),

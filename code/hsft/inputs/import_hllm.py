@@ -9,9 +9,10 @@ import importlib.metadata
 import json
 import logging
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -90,9 +91,10 @@ def import_pretrained(config: Config) -> Config:
     """
     if config.load_pretrain is None:
         return config
+    # Gigabytes, which both sides ask for.
+    hash_once = cache(hub.hash_file)
     for side, base in _pretrained_sides(config):
-        options = _pretrained_options(config.load_pretrain, side, base)
-        _import(options)
+        _import(_pretrained_options(config.load_pretrain, side, base, hash_once))
     return with_pretrained(config)
 
 
@@ -141,7 +143,9 @@ def _pretrained_sides(config: Config) -> list[tuple[Side, Path]]:
     return sides
 
 
-def _pretrained_options(checkpoint: str, side: Side, base: Path) -> ImportOptions:
+def _pretrained_options(
+    checkpoint: str, side: Side, base: Path, hash_file: Callable[[Path], str]
+) -> ImportOptions:
     """Return how one side of a checkpoint is imported: again where the file or the base changed."""
     path = Path(checkpoint)
     refuse_no_checkpoint(path)
@@ -169,7 +173,7 @@ def _pretrained_options(checkpoint: str, side: Side, base: Path) -> ImportOption
     same = (
         there.get("dtype") == options.dtype
         and there.get("base") == {"path": str(base.resolve())}
-        and there["source"].get("sha256") == hub.hash_file(path)
+        and there["source"].get("sha256") == hash_file(path)
     )
     return replace(options, force=not same)
 
