@@ -63,15 +63,17 @@ def user_vector(model: Any) -> torch.Tensor:
     """A run's own vector for the history that `run_snippet` draws: float32 [1, D]."""
     torch.manual_seed(0)
     history = model.encoder.items._adapt(torch.randn(1, 5, 64))
+    residual = model.encoder.residual
     with torch.no_grad():
-        return model.encoder.decoder(inputs_embeds=history).last_hidden_state[:, -1].float()
+        states = model.encoder.decoder(inputs_embeds=history).last_hidden_state.float()
+        return (states if residual is None else residual(states, history))[:, -1]
 
 
 @pytest.mark.parametrize(
     "more",
     [
         ("--user_llm_layers", "1"),
-        ("--item_adapter", "lowrank", "--item_adapter_rank", "3"),
+        ("--item_adapter", "lowrank", "--item_adapter_rank", "3", "--residual_items", "3"),
         ("--use_qlora", "False", "--loss", "bce", "--item_adapter", "linear"),
     ],
     ids=["lora", "lowrank", "full"],
@@ -170,7 +172,8 @@ def test_the_merged_model_of_qlora_is_measured(project: Project) -> None:
 
 
 def test_an_adapter_is_peft_s(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = train(project, "--qlora_quant_type", "nf4", "--item_adapter", "linear")
+    more = ("--item_adapter", "linear", "--residual_items", "1")
+    run = train(project, "--qlora_quant_type", "nf4", *more)
     assert export(project)[0] == 0
     # Beside the other one.
     code, err = export(project, "--format", "adapter")

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import sys
 from pathlib import Path
+from shutil import copytree
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from export import main as export_main
+from hsft.config import Config
 from hsft.finished.open_run import open_run
-from hsft.model.residual import HistoryResidual
+from hsft.model.backbone import read_extra
+from hsft.model.residual import HistoryResidual, make_residual
 from hsft.report.result import read_ranks, read_result
 from hsft.trainer import loop
+from hsft.utils.errors import InputError
 from recommend import main as recommend_main
 from tests.conftest import Project
 from tests.training_runs import at_step, send
@@ -116,15 +122,112 @@ def test_a_stopped_run_goes_on_and_the_run_opens_as_it_was_scored(
         assert best.items[row, ranks[row] - 1] == items[ranges[row][1] - 1]
 
 
-def test_what_it_has_no_meaning_for_is_refused(project: Project) -> None:
-    for more in (("--val_only", "True"), ("--model", "sasrec")):
-        code, _, err = project.run(*RESIDUAL, *more)
+def test_it_is_without_effect_where_nothing_is_trained_with_it(project: Project) -> None:
+    ranks = []
+    for more in ((), RESIDUAL):
+        name = f"evaluated{len(more)}"
+        code, _, err = project.run("--val_only", "True", *more, "--run_name", name)
+        assert code == 0, err
+        ranks.append(read_ranks(f"saved/{name}", "untrained")[1].tolist())
+    assert ranks[0] == ranks[1]
+    for model in ("sasrec", "hstu", "llm_id", "pop", "item_knn"):
+        code, _, err = project.run(*RESIDUAL, "--model", model, "--check", "True")
+        assert code == 0, err
+    for more in (("--model", "sasrec"), ("--val_only", "True"), ()):
+        code, _, err = project.run(*RESIDUAL, *more, "--dry_run", "True")
+        assert code == 0, err
+
+
+@pytest.mark.parametrize("items", [1, 3])
+def test_an_export_scores_as_the_run_and_training_goes_on_from_it(
+    project: Project, items: int
+) -> None:
+    train = (*TRAIN, "--epochs", "1", "--optim_args.learning_rate", "1e-2")
+    number = str(items)
+    code, _, err = project.run(*train, "--residual_items", number, "--run_name", "run")
+    assert code == 0, err
+    exported = ["--run", "saved/run", "--dtype", "float32", "--evaluate", "True"]
+    code, _, err = project.call(export_main, exported)
+    assert code == 0, err
+    out = "saved/run/export"
+    about = json.loads(Path(out, "export.json").read_text())
+    assert (about["exported"]["other_ranks"], about["residual_items"]) == (0, items)
+    start = load_file(f"{out}/hllm_extra.safetensors")
+    names = {"residual.weight", *(["residual.lags"] if items > 1 else [])}
+    assert {name for name in start if name.startswith("residual.")} == names
+    trained = load_file("saved/run/best/trained.safetensors")
+    assert all(torch.equal(start[name], trained[f"encoder.{name}"]) for name in names)
+    assert start["residual.weight"].abs().max() > 0
+    there = ("--user_pretrain_dir", out)
+    again = ("--config_file", f"{out}/config.yaml", *there, "--run_name", "again")
+    code, _, err = project.run(*again)
+    assert code == 0, err
+    ranks = read_ranks("saved/again", "untrained")[1]
+    assert ranks.tolist() == read_ranks("saved/run", "fine-tuned")[1].tolist()
+    # It differs from the output alone.
+    extra = {name: value for name, value in start.items() if name not in names}
+    copytree(out, "without")
+    save_file(extra, "without/hllm_extra.safetensors")
+    alone = ("--user_pretrain_dir", "without", "--val_only", "True", "--run_name", "alone")
+    assert project.run(*alone)[0] == 0
+    assert ranks.tolist() != read_ranks("saved/alone", "untrained")[1].tolist()
+
+    for kept in ("0", number):
+        more = ("--residual_items", kept, "--run_name", f"from{kept}")
+        code, _, err = project.run(*train, *there, *more)
+        assert code == 0, err
+        residual: Any = open_run(f"saved/from{kept}").build("fine-tuned").encoder.residual  # type: ignore[attr-defined]
+        assert torch.equal(residual.weight, start["residual.weight"]) == (kept == "0")
+        # Trained from there and not from zero: a few steps go not far.
+        assert torch.allclose(residual.weight, start["residual.weight"], atol=0.2)
+    # Exported once more, a frozen one goes along.
+    code, _, err = project.call(export_main, ["--run", "saved/from0", "--dtype", "float32"])
+    assert code == 0, err
+    kept_tensors = load_file("saved/from0/export/hllm_extra.safetensors")
+    assert all(torch.equal(kept_tensors[name], start[name]) for name in names)
+    for check in ("True", "False"):
+        code, _, err = project.run(*train, *there, "--residual_items", "5", "--check", check)
         assert code == 2
-        assert "residual_items adds what is trained to the UserLLM" in err
-    assert project.run(*TRAIN, *RESIDUAL, "--epochs", "1", "--run_name", "run")[0] == 0
-    code, _, err = project.call(export_main, ["--run", "saved/run"])
+        said = f"was trained with residual_items {items}, which residual_items 5 cannot go on from"
+        assert said in " ".join(err.split())
+        assert err.count("error:") == 1
+    code, _, err = project.call(export_main, ["--run", "saved/from0", "--format", "onnx"])
     assert code == 2
-    assert "saved/run was trained with residual_items" in err
-    assert not Path("saved/run/export").exists()
+    assert f"saved/from0 has a residual of the last {items} items" in err
+    assert not Path("saved/from0/export-onnx").exists()
+
+
+_SQUARE = torch.zeros(64, 64)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "words"),
+    [
+        ({"weight": torch.zeros(64, 32)}, "residual.weight has shape (64, 32)"),
+        ({"weight": torch.full((64, 64), torch.nan)}, "residual.weight holds NaN"),
+        ({"lags": torch.ones(2)}, "lacks residual.weight"),
+        ({"weight": _SQUARE, "lags": torch.ones(2, 1)}, "residual.lags has shape (2, 1)"),
+        ({"weight": _SQUARE, "lags": torch.ones(0)}, "residual.lags has shape (0,)"),
+        ({"weight": _SQUARE, "lags": torch.tensor([torch.inf])}, "residual.lags holds NaN"),
+        ({"weight": _SQUARE, "bias": torch.ones(64)}, "residual.bias, which is no part"),
+    ],
+)
+def test_a_stored_residual_that_does_not_fit_is_refused(
+    tmp_path: Path, tensors: dict[str, torch.Tensor], words: str
+) -> None:
+    path = tmp_path / "hllm_extra.safetensors"
+    save_file({f"residual.{name}": value for name, value in tensors.items()}, path)
+    with pytest.raises(InputError) as refusal:
+        make_residual(Config(dataset="tiny"), read_extra(tmp_path), tmp_path, 64, train=False)
+    assert words in str(refusal.value)
+    assert str(path) in str(refusal.value)
+
+
+def test_no_graph_is_exported_and_recommend_reads_the_run(project: Project) -> None:
+    assert project.run(*TRAIN, *RESIDUAL, "--epochs", "1", "--run_name", "run")[0] == 0
+    code, _, err = project.call(export_main, ["--run", "saved/run", "--format", "onnx"])
+    assert code == 2
+    assert "saved/run has a residual of the last 3 items" in err
+    assert not Path("saved/run/export-onnx").exists()
     code, _, err = project.call(recommend_main, ["--run", "saved/run", "--history", "i1,i2"])
     assert code == 0, err

@@ -641,7 +641,8 @@ class Config(_Section):
         "UserLLM",
         "start a user's vector as the weighted sum of so many last items' vectors, and add the "
         "UserLLM's output through a trained map that is zero at first; for items whose neighbours are "
-        "alike, and data too small to learn that from. 0: the output alone, as in HLLM",
+        "alike, and data too small to learn that from. 0: the output alone, as in HLLM, or the map that "
+        "an exported model comes with, kept as it is. Without effect with val_only and other models",
         ge=0,
         le=64,
     )
@@ -1004,10 +1005,6 @@ class Config(_Section):
         if self.use_timestamps and self.model not in TIME_MODELS:
             raise ValueError(
                 f"use_timestamps belongs to models {', '.join(TIME_MODELS)}, not to {self.model}"
-            )
-        if self.residual_items and (self.val_only or self.model != "HLLM"):
-            raise ValueError(
-                "residual_items adds what is trained to the UserLLM; drop it, val_only or model"
             )
         if self.use_timestamps and self.val_only:
             raise ValueError("use_timestamps adds what is trained; drop it or val_only")

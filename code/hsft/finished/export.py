@@ -42,6 +42,7 @@ from hsft.model.item_table import ItemTable, table_from_cache
 from hsft.model.meta import read_structure
 from hsft.model.parameter_names import freeze_prefixed
 from hsft.model.recommender import Recommender
+from hsft.model.residual import make_residual, residual_items, residual_tensors
 from hsft.model.structure import DecoderSource
 from hsft.model.user_llm import UserLLM
 from hsft.model.weights import ADAPTER_DIR, REST_FILE, load_trained, read_rest
@@ -243,6 +244,12 @@ class _TrainedRun:
             rectangular=self.item_width != self.hidden_size,
         )[0]
 
+    @cached_property
+    def residual_items(self) -> int:
+        """N of its residual, trained or as the base model came with it; 0: it has none."""
+        extra = user_extra(self.config)
+        return residual_items(self.config, extra, self.base, self.hidden_size, train=True)
+
     def refuse(self) -> None:
         """Refuse a run that there is nothing to export of, before anything large is read."""
         config, options = self.config, self.options
@@ -261,11 +268,9 @@ class _TrainedRun:
                 f"the table of {self.folder} was measured with its adapter as it is; leave out "
                 f"--evaluate, which scores what --format merged writes."
             )
-        for key in ("use_timestamps", "residual_items"):
-            if not getattr(config, key):
-                continue
+        if config.use_timestamps:
             raise InputError(
-                f"{self.folder} was trained with {key}, for which a model folder has no "
+                f"{self.folder} was trained with use_timestamps, for which a model folder has no "
                 f"place; recommend with the run itself, or export a run without."
             )
         if not any(row["name"] == TUNED for row in self.result["rows"]):
@@ -280,6 +285,11 @@ class _TrainedRun:
 
     def refuse_onnx(self) -> None:
         """Refuse what ONNX graphs of this run have no place for."""
+        if self.residual_items:
+            raise InputError(
+                f"{self.folder} has a residual of the last {self.residual_items} items "
+                f"(residual_items), which the ONNX graphs do not compute; use --format merged."
+            )
         require_onnx()
         if self.options.dtype != "float32":
             raise InputError(
@@ -319,7 +329,8 @@ def _write_merged(run: _TrainedRun, folder: Path) -> str:
     )
     log.info("loading %s in float32, without quantisation.", run.base)
     model = _load_unquantised(run, keep_token_embedding=whole)
-    decoder: Any = model.encoder.decoder
+    encoder: Any = model.encoder
+    decoder = encoder.decoder
     if config.use_qlora:
         log.info("merging the adapter.")
         decoder = decoder.merge_and_unload()
@@ -330,10 +341,11 @@ def _write_merged(run: _TrainedRun, folder: Path) -> str:
     decoder.to(dtype)
     refuse_overflow(decoder, run.options.dtype)
     decoder.save_pretrained(folder)
-    items = model.encoder.items
+    items = encoder.items
     extra = {
         **user_extra(config),
         **adapter_tensors(items),
+        **residual_tensors(encoder.residual),
         "logit_scale": model.logit_scale.detach().reshape(()).contiguous(),
     }
     save_file(extra, folder / EXTRA_FILE, metadata={"format": "pt"})
@@ -386,7 +398,11 @@ def _load_unquantised(run: _TrainedRun, *, keep_token_embedding: bool) -> Recomm
     )
     load_adapter(items, extra, trained=config.item_adapter != "none")
     model = Recommender(
-        UserLLM(decoder, items),
+        UserLLM(
+            decoder,
+            items,
+            residual=make_residual(config, extra, run.base, hidden, train=True),
+        ),
         loss_settings(config),
         initial_logit_scale(config, extra),
         config.fix_temp,
@@ -434,6 +450,7 @@ def _write_adapter(run: _TrainedRun, folder: Path) -> str:
     frozen = {
         "an item adapter": run.config.item_adapter == "none" and run.item_adapter != "none",
         "id vectors": run.has_stored_ids and not run.config.item_id_embedding,
+        "a residual": run.config.residual_items == 0 and run.residual_items > 0,
     }
     for what in (name for name, there in frozen.items() if there):
         raise InputError(
@@ -516,6 +533,7 @@ def _merged_changes(run: _TrainedRun) -> dict[str, Any]:
         "item_id_embedding": False,
         "item_id_dropout": 0.0,
         "item_dropout": 0.0,
+        "residual_items": 0,
         "similarity": loss_settings(run.config).similarity,
     }
 
@@ -553,6 +571,7 @@ def _write_about(
         similarity=loss_settings(run.config).similarity,
         other_ranks=changed,
         item_width=None if run.item_width == run.hidden_size else run.item_width,
+        residual_items=run.residual_items,
         id_vectors=is_file(folder / ID_FILE),
         item_llm=None if not run.config.trains_items else is_folder(folder / ITEM_LLM_DIR),
     )
@@ -567,6 +586,7 @@ def _write_about(
         "dtype": dtype,
         "quant_type": run.config.qlora_quant_type if run.config.use_qlora else None,
         "item_adapter": item_adapter,
+        "residual_items": run.residual_items,
         "exported": None
         if evaluation is None
         else {"metrics": evaluation.metrics, "other_ranks": changed},

@@ -47,6 +47,8 @@ LlmPart = Literal["UserLLM", "ItemLLM"]
 # What the keys of either LLM's LoRA begin with.
 _LORA_KEYS = {"UserLLM": "qlora", "ItemLLM": "item_lora"}
 
+# How to repair `hllm_extra.safetensors`, which both programs write.
+_MAKE_AGAIN = "import the checkpoint again with --force, or export the run again"
 _CPU_KERNEL_SWITCH = "support_avx512bf16_for_cpu"
 
 
@@ -509,10 +511,11 @@ def enable_checkpointing(model: PreTrainedModel) -> None:
 
 
 def read_extra(folder: str | Path) -> dict[str, Tensor]:
-    """Read HLLM's `item_emb_tokens` [1, 1, D] and `logit_scale` [] saved beside a model.
+    """Read what is saved beside a model: HLLM's `item_emb_tokens` [1, 1, D] and `logit_scale` [], and
+    of an exported run its item adapter (`item_adapter.*`) and its residual (`residual.*`).
 
     Returns:
-        The tensors found, empty for a folder that is no imported HLLM checkpoint.
+        The tensors found, empty for a folder that is neither an imported checkpoint nor an export.
 
     Raises:
         InputError: the file is damaged, or logit_scale is not one number.
@@ -524,19 +527,16 @@ def read_extra(folder: str | Path) -> dict[str, Tensor]:
         with safe_open(path, framework="pt") as file:
             extra = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, RuntimeError, TypeError) as error:
-        raise InputError(
-            f"{path} is damaged ({one_line(error, 120)}); import the checkpoint again with --force."
-        ) from error
+        raise InputError(f"{path} is damaged ({one_line(error, 120)}); {_MAKE_AGAIN}.") from error
     for name, value in extra.items():
         if not value.is_floating_point() or not value.isfinite().all():
             raise InputError(
-                f"{path}: {one_line(name, 40)} holds NaN, infinity or no numbers; import the "
-                f"checkpoint again with --force."
+                f"{path}: {one_line(name, 40)} holds NaN, infinity or no numbers; {_MAKE_AGAIN}."
             )
     if "logit_scale" in extra and extra["logit_scale"].numel() != 1:
         raise InputError(
-            f"{path}: logit_scale has {extra['logit_scale'].numel()} numbers, not one; import the "
-            f"checkpoint again with --force."
+            f"{path}: logit_scale has {extra['logit_scale'].numel()} numbers, not one; "
+            f"{_MAKE_AGAIN}."
         )
     return extra
 

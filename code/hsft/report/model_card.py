@@ -47,6 +47,7 @@ class Exported:
         similarity: how its user and item vectors are compared, `cosine` or `dot`.
         other_ranks: users whose target ranks elsewhere than in the run; None: not scored.
         item_width: dimensions of the item embeddings where these are not the UserLLM's hidden size.
+        residual_items: N of the residual whose weights this file holds too; 0: there is none.
         id_vectors: whether the folder has trained id vectors of items.
         item_llm: whether the folder has the ItemLLM that was trained along; None: none was.
     """
@@ -64,6 +65,7 @@ class Exported:
     similarity: str
     other_ranks: int | None = None
     item_width: int | None = None
+    residual_items: int = 0
     id_vectors: bool = False
     item_llm: bool | None = None
 
@@ -215,14 +217,17 @@ def _loading(exported: Exported) -> str:
             "\n`trained.safetensors` holds what was trained besides the adapter; `config.yaml` the "
             "run's settings, without its paths.\n"
         )
+    held = ["the logit scale"]
+    if exported.item_adapter != "none":
+        held.append("the item adapter")
+    if exported.residual_items:
+        held.append("the residual's weights")
     return text + (
         "\nWith HSFT, which made it, `FOLDER` being this folder:\n\n"
         "```sh\npython code/main.py --config_file FOLDER/config.yaml --user_pretrain_dir FOLDER"
         f"{_item_cache(exported)}\n```\n\n"
-        "`hllm_extra.safetensors` holds the logit scale"
-        + (" and the item adapter" if exported.item_adapter != "none" else "")
-        + "; HSFT reads it beside the model. Without this `config.yaml`, give `--similarity "
-        f"{exported.similarity}`.\n"
+        f"`hllm_extra.safetensors` holds {' and '.join(held)}; HSFT reads it beside the model. "
+        f"Without this `config.yaml`, give `--similarity {exported.similarity}`.\n"
     )
 
 
@@ -247,7 +252,7 @@ def _merged_code(exported: Exported) -> str:
         'folder = "."  # this folder, or its name on the hub',
         "user_llm = AutoModel.from_pretrained(folder).eval()",
     ]
-    return _text([*lines, *_use(exported, "hllm_extra.safetensors", "item_adapter.")])
+    return _text([*lines, *_use(exported, "hllm_extra.safetensors", "item_adapter.", "residual.")])
 
 
 def _adapter_code(exported: Exported) -> str:
@@ -269,7 +274,8 @@ def _adapter_code(exported: Exported) -> str:
         f"decoder = AutoModel.from_pretrained({', '.join(['base', *options])})",
         "user_llm = PeftModel.from_pretrained(decoder, folder).eval()",
     ]
-    return _text([*lines, *_use(exported, "trained.safetensors", "encoder.items.adapter.")])
+    prefixes = ("encoder.items.adapter.", "encoder.residual.")
+    return _text([*lines, *_use(exported, "trained.safetensors", *prefixes)])
 
 
 def _onnx_code(_: Exported) -> str:
@@ -303,8 +309,12 @@ def _quantization_code(config: Config) -> str:
     )
 
 
+def _reads_trained(exported: Exported) -> bool:
+    return exported.item_adapter != "none" or exported.residual_items > 0
+
+
 def _adapter_import(exported: Exported) -> list[str]:
-    return ["from safetensors.torch import load_file"] if exported.item_adapter != "none" else []
+    return ["from safetensors.torch import load_file"] if _reads_trained(exported) else []
 
 
 def _adapter_lines(exported: Exported, prefix: str) -> list[str]:
@@ -333,7 +343,24 @@ def _adapter_lines(exported: Exported, prefix: str) -> list[str]:
     return [*lines, f"history = {whole}  # candidates' embeddings alike"]
 
 
-def _use(exported: Exported, file: str, prefix: str) -> list[str]:
+def _residual_lines(exported: Exported, prefix: str) -> list[str]:
+    """Return the lines that add the last items as `HistoryResidual` does, with `trained`'s weights."""
+    lines = [
+        "# The last items' unit vectors, newest first, are added to the output's.",
+        "unit = torch.nn.functional.normalize",
+        f'mapped = unit(user_vector.float(), dim=-1) @ trained["{prefix}weight"].T',
+    ]
+    if exported.residual_items == 1:
+        return [*lines, "user_vector = mapped + unit(history[:, -1].float(), dim=-1)"]
+    return [
+        *lines,
+        f"last = unit(history.float(), dim=-1).flip(1)[:, :{exported.residual_items}]",
+        f'factors = torch.cat([torch.ones(1), trained["{prefix}lags"]])[: last.shape[1], None]',
+        "user_vector = mapped + (factors * last).sum(1)",
+    ]
+
+
+def _use(exported: Exported, file: str, prefix: str, residual_prefix: str) -> list[str]:
     """Return the lines that turn a history's item embeddings into a user vector."""
     width = exported.item_width or "user_llm.config.hidden_size"
     shown = exported.item_width or "hidden size"
@@ -342,18 +369,17 @@ def _use(exported: Exported, file: str, prefix: str) -> list[str]:
         f"# The item embeddings of one history, oldest first: [1, length, {shown}].",
         f"history = torch.randn(1, 5, {width}, dtype=user_llm.dtype)",
     ]
+    if _reads_trained(exported):
+        lines.append(f'trained = load_file(f"{{folder}}/{file}")')
     if exported.item_adapter != "none":
-        lines += [
-            f'trained = load_file(f"{{folder}}/{file}")',
-            *_adapter_lines(exported, prefix),
-        ]
+        lines += _adapter_lines(exported, prefix)
     if exported.id_vectors:
         lines += ["# Add the items' id vectors here, of `item_id_vectors.safetensors`."]
-    return [
-        *lines,
+    lines += [
         "with torch.no_grad():",
         "    user_vector = user_llm(inputs_embeds=history).last_hidden_state[:, -1]",
     ]
+    return lines + (_residual_lines(exported, residual_prefix) if exported.residual_items else [])
 
 
 def _limits(exported: Exported) -> str:
@@ -387,6 +413,17 @@ def _limits(exported: Exported) -> str:
     if exported.item_adapter != "none":
         lines.insert(
             1, f"The embeddings pass through a trained item adapter ({exported.item_adapter})."
+        )
+    if exported.residual_items:
+        what = (
+            "last item's vector is"
+            if exported.residual_items == 1
+            else f"last {exported.residual_items} items' vectors are"
+        )
+        lines.insert(
+            1,
+            f"The {what} added to the decoder's output, which passes through a trained matrix "
+            f"(residual_items: {exported.residual_items}); the decoder alone is not the model.",
         )
     if exported.id_vectors:
         lines.insert(

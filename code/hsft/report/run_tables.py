@@ -92,8 +92,10 @@ def applies(key: str, config: Mapping[str, Any]) -> bool:
 
 
 def _user_llm_key_applies(name: str, config: Mapping[str, Any], trains: bool) -> bool:
-    if name in ("use_qlora", "gradient_checkpointing", "residual_items"):
+    if name in ("use_qlora", "gradient_checkpointing"):
         return trains
+    if name == "residual_items":
+        return trains and config.get("model") == "HLLM"
     return not name.startswith("qlora_") or (trains and bool(config.get("use_qlora")))
 
 

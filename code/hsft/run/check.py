@@ -56,6 +56,7 @@ from hsft.model.folder import (
 from hsft.model.item_adapter import adapter_shape, check_width, user_extra
 from hsft.model.item_ids import read_id_vectors
 from hsft.model.meta import read_kind, read_structure
+from hsft.model.residual import residual_items
 from hsft.model.structure import DecoderSource
 from hsft.report.batch_size import SMALLEST
 from hsft.report.memory import GIB, estimate
@@ -359,6 +360,7 @@ def check_user_model(config: Config, findings: Findings) -> int | None:
         if hidden is not None and config.model == "HLLM":
             train = not config.val_only
             adapter_shape(config, extra, folder, train=train, rectangular=False)
+            residual_items(config, extra, folder, hidden, train=train)
             if config.loads_user_llm:
                 read_id_vectors(folder, hidden)
     with findings.collect():

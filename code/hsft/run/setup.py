@@ -49,7 +49,7 @@ from hsft.model.norms import fuse_norms
 from hsft.model.parameter_names import freeze_prefixed
 from hsft.model.proposal import Proposal
 from hsft.model.recommender import LossSettings, Recommender, Similarity
-from hsft.model.residual import HistoryResidual
+from hsft.model.residual import make_residual
 from hsft.model.sasrec import build_sasrec
 from hsft.model.structure import DecoderSource
 from hsft.model.time_embedding import TimeEmbedding
@@ -592,9 +592,6 @@ def build_user_llm(config: Config, data: Data, fabric: Fabric, *, train: bool) -
     time_embedding = None
     if train and config.use_timestamps:
         time_embedding = _time_embedding(config, hidden)
-    residual = None
-    if train and config.residual_items:
-        residual = HistoryResidual(hidden, config.residual_items)
     settings = loss_settings(config, scored_by="cosine" if not train else None)
     model = Recommender(
         UserLLM(
@@ -604,7 +601,7 @@ def build_user_llm(config: Config, data: Data, fabric: Fabric, *, train: bool) -
             autocast=not computes_in_bfloat16(decoder),
             item_dropout=config.item_dropout,
             times=time_embedding,
-            residual=residual,
+            residual=make_residual(config, extra, folder, hidden, train=train),
         ),
         settings,
         logit_scale=initial_logit_scale(config, extra),
