@@ -18,7 +18,11 @@ LORA = ("--use_qlora", "True", "--qlora_quant_type")
 # How it is trained, the number type of the merged weights, and whether these are the run's exactly.
 RUNS = {
     "nf4": ((*LORA, "nf4", "--item_adapter", "lowrank"), "float32", False),
-    "bf16": (("--use_qlora", "False", "--precision", "bf16-true"), "bfloat16", True),
+    "bf16": (
+        ("--use_qlora", "False", "--precision", "bf16-true", "--residual_items", "3"),
+        "bfloat16",
+        True,
+    ),
     "bf16 lora": ((*LORA, "none", "--precision", "bf16-mixed"), "bfloat16", False),
 }
 

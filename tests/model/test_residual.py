@@ -133,8 +133,8 @@ def test_it_is_without_effect_where_nothing_is_trained_with_it(project: Project)
     for model in ("sasrec", "hstu", "llm_id", "pop", "item_knn"):
         code, _, err = project.run(*RESIDUAL, "--model", model, "--check", "True")
         assert code == 0, err
-    for more in (("--model", "sasrec"), ("--val_only", "True"), ()):
-        code, _, err = project.run(*RESIDUAL, *more, "--dry_run", "True")
+    for model in ("HLLM", "llm_id"):
+        code, _, err = project.run(*RESIDUAL, "--model", model, "--dry_run", "True")
         assert code == 0, err
 
 
