@@ -72,17 +72,16 @@ def write_information(path: Path, items: int, text_bytes: int, seed: int = 0) ->
     letters = rng.integers(ord("a"), ord("z") + 1, size=(5000, 9)).astype(np.uint8)
     lengths = rng.integers(2, 10, size=5000)
     words = [row[:n].tobytes().decode() for row, n in zip(letters, lengths.tolist(), strict=True)]
-    # A word and its blank have 6.5 bytes in the mean.
-    counts = rng.poisson(max(0, text_bytes / 6.5 - 6), size=items)
+    # A word and its blank have 6.5 bytes in the mean. Descriptions come up again, which no reader notices.
+    counts = rng.poisson(max(0.0, text_bytes / 6.5 - 6), size=1000).tolist()
+    described = [" ".join(rng.choice(words, size=count)) for count in counts]
+    numbers = rng.integers(1000, size=(items, 2)).tolist()
     with path.open("w", encoding="utf-8") as stream:
         stream.write("item_id,title,tag,description\n")
-        for item, count in enumerate(counts.tolist()):
-            if item % 100 == 99:
-                stream.write(f"i{item:07},,,\n")
-                continue
-            row = [words[number] for number in rng.integers(5000, size=count + 6).tolist()]
-            described = " ".join(row[6:])
-            stream.write(f'i{item:07},{" ".join(row[:5])},{row[5]},"{described}"\n')
+        for item, (first, second) in enumerate(numbers):
+            title = " ".join(words[first : first + 5])
+            cells = "," if item % 100 == 99 else f'{words[second]},"{described[second]}"'
+            stream.write(f"i{item:07},{'' if cells == ',' else title},{cells}\n")
 
 
 def _cells(letter: int | None, digits: int, values: np.ndarray) -> list[np.ndarray]:
