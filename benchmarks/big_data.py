@@ -26,6 +26,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -149,7 +150,7 @@ class Stages:
         _say(f"| {' | '.join(row)} | {anonymous // _MIB:,} | {mapped // _MIB:,} |")
 
 
-def measure_information(path: Path, tokenizer: str | None, text_format: str) -> None:
+def measure_information(path: Path, tokenizer: str | None, text_format: Any) -> None:
     """Read item information as item_caching.py does, and print a row of the table for each stage."""
     from hsft.data.item_text import read_item_texts, unfit_texts
     from hsft.encoding.tokens import tokenize_to_folder

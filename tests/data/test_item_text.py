@@ -10,7 +10,7 @@ import pytest
 from hsft.config import Config
 from hsft.data import blocks
 from hsft.data.blocks import MappedTexts, keep_texts
-from hsft.data.item_text import read_item_texts, select_items, with_items
+from hsft.data.item_text import TextFormat, read_item_texts, select_items, with_items
 from hsft.inputs.cache_items import encode_in_memory
 from hsft.utils.errors import InputError
 from tests.bad_input import INFORMATION
@@ -28,7 +28,7 @@ def make_large(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("text_format", ["plain", "hllm", "sentences"])
 def test_texts_of_a_large_file_are_the_same(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text_format: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text_format: TextFormat
 ) -> None:
     path = tmp_path / "items.csv"
     path.write_text("\n".join(["item_id,title,tag", *ROWS, ""]), encoding="utf-8")
