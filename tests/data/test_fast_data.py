@@ -69,13 +69,15 @@ def outcome(path: Path) -> Interactions | str:
         st.tuples(CELL, CELL, NUMBER) | st.tuples(CELL, ODD, NUMBER), min_size=1, max_size=12
     ),
     tail=st.sampled_from(["", "\n", "\n\n", "\n1,2\n", "\n1,2,3,4\n", "\n ,  ,\n"]),
+    ends=st.lists(st.sampled_from(["\n", "\r\n"]), min_size=13, max_size=13),
     chunk=st.integers(1, 64),
 )
 def test_plain_reader_and_pandas_agree_on_any_file(
-    tmp_path: Path, rows: list[tuple[str, str, str]], tail: str, chunk: int
+    tmp_path: Path, rows: list[tuple[str, str, str]], tail: str, ends: list[str], chunk: int
 ) -> None:
-    text = "item_id,user_id,timestamp\n" + "\n".join(map(",".join, rows)) + tail
-    path = write(tmp_path / "rows.csv", text)
+    lines = ["item_id,user_id,timestamp", *map(",".join, rows)]
+    text = "".join(line + end for line, end in zip(lines, ends, strict=False)).removesuffix("\n")
+    path = write(tmp_path / "rows.csv", text + tail)
     with patch.object(reading, "read_plain", lambda *_, **__: None):
         expected = outcome(path)
     in_pieces = partial(read_plain, chunk_bytes=chunk)
@@ -99,13 +101,14 @@ def test_plain_reader_and_pandas_agree_on_any_file(
         min_size=1,
         max_size=30,
     ),
+    end=st.sampled_from(["\n", "\r\n"]),
     chunk=st.integers(1, 200),
 )
 def test_plain_reader_reads_plain_files_itself(
-    tmp_path: Path, rows: list[tuple[str, str, int]], chunk: int
+    tmp_path: Path, rows: list[tuple[str, str, int]], end: str, chunk: int
 ) -> None:
     lines = [f"x,{number},{user},{item}" for item, user, number in rows]
-    path = write(tmp_path / "plain.csv", "\n".join(["note,timestamp,user_id,item_id", *lines]))
+    path = write(tmp_path / "plain.csv", end.join(["note,timestamp,user_id,item_id", *lines]))
     for folder in (None, tmp_path):
         actual = read_plain(path, ("item_id", "user_id"), "timestamp", chunk, folder)
         assert actual is not None

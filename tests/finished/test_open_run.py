@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 
 from cold_start import main as cold_start_main
 from export import main as export_main
@@ -96,6 +97,19 @@ def test_every_model_ranks_as_in_the_run(project: Project, more: tuple[str, ...]
         places = np.where(at.any(axis=1), at.argmax(axis=1) + 1, np.iinfo(np.int64).max)
         same = places == ranks if name != "pop" else places <= ranks
         assert same[at.any(axis=1)].all()
+
+
+def test_keys_that_an_earlier_version_took_and_ignored(project: Project) -> None:
+    assert project.run("--model", "pop", "--run_name", "run")[0] == 0
+    file = Path("saved/run/config.yaml")
+    settings = yaml.safe_load(file.read_text())
+    early = {"model": "sasrec", "use_qlora": True, "gradient_checkpointing": True}
+    file.write_text(yaml.safe_dump(settings | early))
+    config = open_run("saved/run").config
+    assert not config.use_qlora
+    assert not config.gradient_checkpointing
+    with pytest.raises(InputError, match="use_qlora adapts the weights of an LLM"):
+        open_run("saved/run", {"use_qlora": True})
 
 
 def test_what_is_asked_for_and_is_not_there(project: Project) -> None:

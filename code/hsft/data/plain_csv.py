@@ -62,15 +62,15 @@ def read_plain(
 
     Returns:
         The columns, or None when the file is not plain or has a row that needs a second look: a
-        quote, a carriage return, a zero byte, a byte above 127, a blank line, more or fewer cells
-        than the header, a blank or very long id, a number of other than 1 to 16 digits.
+        quote, a carriage return within a line, a zero byte, a byte above 127, a blank line, more or
+        fewer cells than the header, a blank or very long id, a number of other than 1 to 16 digits.
 
     Raises:
         OSError: the file cannot be read.
     """
     with path.open("rb") as stream:
         header = stream.readline(1 << 16).removeprefix(_BOM)
-        names = header.rstrip(b"\n").split(b",")
+        names = header.replace(b"\r\n", b"\n").rstrip(b"\n").split(b",")
         columns = [name.encode() for name in (*ids, number)]
         if any(names.count(name) != 1 for name in columns) or not header.endswith(b"\n"):
             return None
@@ -78,6 +78,8 @@ def read_plain(
         words = (Column(np.uint64, folder), Column(np.uint64, folder))
         numbers = Column(np.int64, folder)
         for lines in _whole_lines(stream, chunk_bytes):
+            # Windows ends lines with a carriage return as well.
+            lines = lines.replace(b"\r\n", b"\n") if b"\r" in lines else lines
             if not _add_rows(lines, len(names), positions, words, numbers):
                 return None
     if not numbers:

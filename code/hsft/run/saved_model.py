@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hsft.config import Config, load_config
-from hsft.config.schema import ID_MODELS, REFERENCES
+from hsft.config.loader import read_yaml_file
+from hsft.config.schema import ID_MODELS, REFERENCES, USER_LLM_MODELS
 from hsft.data.cache import ItemCache, open_cache
 from hsft.data.dataset import CachedEmbeddingEvalDataset
 from hsft.data.split import Phase, Split
@@ -289,5 +290,9 @@ def run_config(folder: Path, overrides: Mapping[str, Any] | None = None) -> Conf
         inside = {"data_path": folder / DATA_DIR, "text_path": folder / INFORMATION_DIR}
         alone |= {key: str(path) for key, path in inside.items() if is_folder(path)}
         alone["trust_remote_code"] = False
+    if read_yaml_file(folder / CONFIG_FILE).get("model", "HLLM") not in USER_LLM_MODELS:
+        # Refused for a new run of a model without an LLM; runs once started with them had no use of
+        # them.
+        alone |= {"use_qlora": False, "gradient_checkpointing": False}
     config, _ = load_config([folder / CONFIG_FILE], {**alone, **(overrides or {})})
     return config
