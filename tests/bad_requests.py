@@ -29,7 +29,7 @@ _ODD_TEXTS = (
     *("<script>", "${jndi:x}", "%s%n", "\u202etxt", "\ufeff", "\u2028", "e\u0301", "\U0001f600"),
     *("\ud800", "\udfff\ud800", "\uffff", "NaN", "-1", "1e999", "null"),
 )
-_GOOD = {
+_GOOD: dict[str, dict[str, Any]] = {
     "/recommend": {"history": ["i1", "i2"], "topk": 3, "exclude": ["i3"], "diversify": 0.5},
     "/similar": {"item": "i1", "topk": 3, "filter": {"tag": ["1"]}},
     "/items": {"items": [{"item_id": "new", "text": {"tag": "1"}, "embedding": [0.5] * 8}]},
@@ -120,7 +120,7 @@ def _value(rng: random.Random, *types: str, depth: int = 0) -> Any:
 
 def _wrong_type(rng: random.Random, kind: str) -> BadRequest:
     path = rng.choice(_ROUTES)
-    wrong = {
+    types: dict[str, dict[str, tuple[str, ...]]] = {
         "/recommend": {
             "history": ("bool", "int", "float", "text", "object"),
             "topk": ("bool", "float", "text", "list", "object"),
@@ -136,7 +136,8 @@ def _wrong_type(rng: random.Random, kind: str) -> BadRequest:
         },
         "/similar": {"item": ("null", "bool", "int", "float", "list", "object")},
         "/items": {"items": ("null", "bool", "int", "float", "text", "object")},
-    }[path]
+    }
+    wrong = types[path]
     key = rng.choice(list(wrong))
     return BadRequest(kind, request(_body(rng, path, **{key: _value(rng, *wrong[key])}), path))
 
