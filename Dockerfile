@@ -9,13 +9,15 @@ ENV PYTHONUNBUFFERED=1 PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 WORKDIR /opt/hsft
 COPY pyproject.toml README.md LICENSE MANIFEST.in constraints.txt ./
 COPY code ./code
-# torch first, from its own index: the general one has the CUDA build alone.
+# torch first, from its own index: the general one has the CUDA build alone. constraints.txt pins the rest.
+# hadolint ignore=DL3013
 RUN torch="$(grep '^torch==' constraints.txt)" \
     && pip install --index-url "$TORCH" "$torch" \
     && pip install -c constraints.txt '.[serve]'
 
 RUN useradd --create-home --uid 1000 hsft
-USER hsft
+# By number, as Kubernetes wants it to know that it is not root.
+USER 1000
 # The folder in which the run was made, since paths in its configuration are relative to it.
 WORKDIR /data
 EXPOSE 8000

@@ -379,7 +379,7 @@ def _demo_texts(context: Context) -> list[str]:
 
     prompt = "Compress the following sentence into embedding: "
     texts = read_item_texts(DEMO_TEXTS, ("title", "tag", "description"), prompt).texts
-    return texts[:24] if context.quick else texts[::4]
+    return list(texts[:24] if context.quick else texts[::4])
 
 
 def _items_setup(context: Context) -> tuple[Any, list[str], int, str]:

@@ -5,6 +5,7 @@
     python experiments/item_side.py run --folder .exp --out OUT --seconds 240
     python experiments/item_side.py test --folder .exp --out OUT
     python experiments/item_side.py table --folder .exp --out OUT                        # Markdown
+    python experiments/item_side.py lists --folder .exp --out OUT                        # Markdown
 
 `pack` shrinks what has to be carried to a machine without network: the item texts' tokens, the encoder
 with the words that occur, and the LLM's first layers, in 8 bits a weight. `prepare` unpacks it and
@@ -12,7 +13,8 @@ makes the item caches. `run` goes through `TRIALS` in their order, each a run of
 validation users; a trial of a family starts from the best one of its family and data set so far. Every
 outcome is a line of `trials.jsonl` at once. `test` reads the test users once, for the best trial of every
 family and data set; `table` writes what they scored, with 95 % intervals over users and paired tests
-against the best id model. `--tiny True` runs all of it on a CPU with a few users: a test of this file.
+against the best id model. `lists` measures what the same trials recommend to validation users. `--tiny
+True` runs all of it on a CPU with a few users: a test of this file.
 """
 
 from __future__ import annotations
@@ -22,13 +24,14 @@ import gzip
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -656,11 +659,82 @@ def make_table(runner: Runner) -> str:
     return "\n".join(lines)
 
 
+# --- lists
+
+_LISTED = ("pop", "tfidf", "sasrec", "text", "ids")
+_LIST_COLUMNS = {
+    "Recall": ".4f",
+    "Coverage": ".3f",
+    "GiniIndex": ".3f",
+    "AveragePopularity": ".1f",
+    "PopularityLift": "+.2f",
+    "TailPercentage": ".3f",
+    "Novelty": ".2f",
+    "IntraListSimilarity": ".3f",
+}
+
+
+def measure_lists(runner: Runner, families: Sequence[str] = _LISTED, k: int = 10) -> str:
+    """Measure the lists of each family's best trial on validation users, as Markdown tables.
+
+    Intra-list similarity is by the vectors of the text encoder for all of them, which no model reads
+    alone. Values go to `lists.jsonl` too.
+    """
+    from hsft.finished.open_run import open_run
+    from hsft.run.setup import item_statistics, make_evaluator
+    from hsft.run.train_and_rank import evaluate
+
+    lines: list[str] = []
+    for data in DATASETS:
+        # Vectors of the items, and counts of training interactions, are the same for all models.
+        given = {"item_cache_path": _cache(runner.folder, data, "minilm"), "list_metrics": True}
+        statistics = None
+        for family in families:
+            best = runner.best(data, family)
+            run = runner.folder / "runs" / (best or {"name": ""})["name"] / "run"
+            if best is None or not (run / "result.json").is_file():
+                continue
+            opened = open_run(run, {"eval_phase": "valid"})
+            if statistics is None:
+                config = opened.config.model_copy(update=given)
+                statistics = item_statistics(config, replace(opened.data, cache=None))
+            valid = make_evaluator(
+                opened.config, opened.data.split, "valid", opened.fabric, statistics=statistics
+            )
+            scorer = opened.build(opened.models[-1])
+            evaluation = evaluate(opened.config, scorer, valid, opened.fabric)
+            content = {
+                "name": best["name"],
+                "users": len(evaluation.ranks),
+                "items": opened.data.interactions.num_items,
+                "seconds": evaluation.seconds,
+                "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10,
+                "metrics": evaluation.metrics,
+            }
+            say(json.dumps(content))
+            with (runner.out / "lists.jsonl").open("a") as stream:
+                stream.write(json.dumps(content) + "\n")
+            if not lines or not lines[-1].startswith("|"):
+                lines += [
+                    f"{data}, {content['users']:,} validation users, {content['items']:,} items:",
+                    "",
+                    f"| model | {' | '.join(f'{name}@{k}' for name in _LIST_COLUMNS)} |",
+                    f"| --- |{' ---: |' * len(_LIST_COLUMNS)}",
+                ]
+            cells = [
+                format(evaluation.metrics[f"{name}@{k}"], form)
+                for name, form in _LIST_COLUMNS.items()
+            ]
+            lines.append(f"| {_TITLES[family]} | {' | '.join(cells)} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
 def main(argv: Sequence[str]) -> int:
     """Run the program with its arguments and return the exit code."""
     parser = argparse.ArgumentParser(prog="item_side.py", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
-    for name in ("pack", "prepare", "run", "test", "table"):
+    for name in ("pack", "prepare", "run", "test", "table", "lists"):
         command = commands.add_parser(name)
         command.add_argument("--folder", type=Path, required=True)
         command.add_argument("--tiny", type=lambda text: text == "True", default=False)
@@ -696,6 +770,8 @@ def main(argv: Sequence[str]) -> int:
         run_trials(runner, trials, args.seconds, args.parallel)
     elif args.command == "test":
         test_chosen(runner, args.ensembles, args.parallel)
+    elif args.command == "lists":
+        say(measure_lists(runner))
     else:
         say(make_table(runner))
     return EXIT_OK

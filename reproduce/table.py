@@ -44,6 +44,7 @@ class Row:
         published: metric -> percent, as in the paper (arXiv 2409.12740) or in HLLM's README.
         training: words for code/main.py.
         caching: words for item_caching.py; None: no item cache is read.
+        gpu_hours: what is expected of one card, an A100 or H100; an estimate, see README.md.
         cost: what the authors needed, where they say so.
         first: what has to be done before, as commands or a sentence.
     """
@@ -52,6 +53,7 @@ class Row:
     about: str
     published: Mapping[str, float]
     training: tuple[str, ...]
+    gpu_hours: float
     caching: tuple[str, ...] | None = None
     cost: str = ""
     first: tuple[str, ...] = ()
@@ -165,10 +167,21 @@ def describe(table: Table, script: str) -> str:
         figures = ", ".join(f"{metric} {value:.3f}" for metric, value in row.published.items())
         lines.append(f"python {script} {row.name}")
         lines.append(f"    {row.about}")
-        lines.append(
-            f"    published: {figures or 'no figures'}{f'; {row.cost}' if row.cost else ''}"
-        )
+        lines.append(f"    published: {figures or 'no figures'}")
+        authors = f"; the authors: {row.cost}" if row.cost else ""
+        lines.append(f"    expected: {expected_time(row.gpu_hours)}{authors}")
     return "\n".join(lines) + "\n"
+
+
+def expected_time(gpu_hours: float) -> str:
+    """Write how long a row is expected to take on one card, and on eight in data parallel."""
+    return f"one card about {_duration(gpu_hours)}, eight about {_duration(gpu_hours / 8)}"
+
+
+def _duration(hours: float) -> str:
+    if hours < 0.95:
+        return f"{max(round(hours * 60), 1)} minutes"
+    return f"{hours:.0f} hours" if hours < 48 else f"{hours / 24:.0f} days"
 
 
 def _value(key: str, options: Sequence[str]) -> str | None:

@@ -400,3 +400,10 @@ def test_a_key_that_earlier_runs_wrote_has_its_present_name(tmp_path: Path) -> N
     assert config.user_llm_init is True
     assert config.llm_id.item_width == 8
     assert not warnings
+
+
+def test_that_key_of_another_model_says_nothing_of_its_llm(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text("model: HLLM\nuse_qlora: true\nllm_id: {item_width: 8, pretrained: false}\n")
+    config, _ = load_config([path])
+    assert config.user_llm_init is None

@@ -49,6 +49,9 @@ IN_CODE: dict[str, Any] = {
     **{"lr_mult_prefix": None, "lr_mult_rate": None, "optimizer_kwargs": None},
     **{"loss_decimal_place": 4, "debug": False, "need_training": True, "use_gpu": True},
     **{"device": "cuda", "use_modality": False, "train_path": None},
+    # Of its argument_list.py, and what its configurator.py sets itself.
+    **{"repeatable": False, "eval_type": "RANKING", "valid_metric_bigger": True},
+    **{"tail_ratio": None},
 }
 # IDNet/{sasrec,hstu,llama_id}.yaml: the shapes of models that have sections here.
 IN_ID_FILES: dict[str, Any] = {
@@ -99,6 +102,8 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "debug": (True, "check"),
     "need_training": (False, "val_only"),
     "train_path": ("train.csv", "data_path"),
+    "valid_metric_bigger": (False, "valid_metric"),
+    "tail_ratio": (0.1, "TailPercentage"),
     "use_modality": (True, "ids"),
     "use_time": (True, "use_timestamps"),
     "item_emb_pretrain": ("token.bin", "download_itemllm.py"),

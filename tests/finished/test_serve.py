@@ -16,7 +16,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from email.message import Message
 from pathlib import Path
@@ -40,6 +40,7 @@ from recommend import main as recommend_main
 from tests.browser import open_browser
 from tests.conftest import Project
 from tests.helpers import ROOT, make_cache, make_dataset
+from tests.served_runs import listening
 
 if TYPE_CHECKING:
     from selenium import webdriver
@@ -88,20 +89,6 @@ class Served:
         answer = self.ask("/recommend", json.dumps(request).encode(), JSON)
         assert answer.status == 200, answer.body
         return answer.json["models"]
-
-
-@contextmanager
-def listening(server: RunServer) -> Iterator[RunServer]:
-    thread = threading.Thread(target=server.serve_until_signal)
-    thread.start()
-    try:
-        while not server.started:
-            assert thread.is_alive()
-            time.sleep(0.01)
-        yield server
-    finally:
-        server.should_exit = True
-        thread.join()
 
 
 @pytest.fixture(scope="module")
@@ -257,8 +244,8 @@ def test_every_answer_carries_the_security_headers(served: Served) -> None:
 
 BAD_BODIES = {
     "not JSON": (b"{", "not JSON"),
-    "not UTF-8": (b'{"history": ["\xff"]}', "body is not JSON in UTF-8, or nests too deep"),
-    "too deep": (b"[" * 100_000, "body is not JSON in UTF-8, or nests too deep"),
+    "not UTF-8": (b'{"history": ["\xff"]}', "body is not JSON in UTF-8, nests too deep or"),
+    "too deep": (b"[" * 100_000, "body is not JSON in UTF-8, nests too deep or"),
     "empty": (b"", "the request's body: field required"),
     "a list": (b"[]", "the request's body: input should be a valid dictionary"),
     "neither": (b"{}", "either a user or a history, and not both"),
@@ -294,6 +281,7 @@ def test_bad_bodies(served: Served, case: str) -> None:
 BIG = b'{"history": ["' + b"x" * (6 << 20) + b'"]}'
 BAD_REQUESTS: dict[str, tuple[str, str, dict[str, str], bytes | None, int, str]] = {
     "unknown route": ("GET", "/nothing", {}, None, 404, "nothing at /nothing"),
+    "slash": ("POST", "/recommend/", JSON, b"{}", 404, "nothing at /recommend/"),
     "a folder": ("GET", "/../code/", {}, None, 404, "nothing at"),
     "this module": ("GET", "/serve.py", {}, None, 404, "nothing at"),
     "no user": ("GET", "/users/", {}, None, 404, "no user ''"),
@@ -360,6 +348,10 @@ def raw(served: Served, sent: bytes, *, end: bool = False) -> bytes:
 POST = b"POST /recommend HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
 CLOSE = POST + b"Connection: close\r\n"
 
+WEB_SOCKET = (
+    b"GET /info HTTP/1.1\r\nHost: localhost\r\nConnection: Upgrade, close\r\nUpgrade: websocket\r\n"
+    b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n\r\n"
+)
 
 GARBAGE = {
     "nothing": (b"", b""),
@@ -370,6 +362,8 @@ GARBAGE = {
     "long header": (b"GET / HTTP/1.1\r\nX: " + b"x" * 90_000 + b"\r\n\r\n", b"400"),
     "no URL": (b"GET //[ HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n", b"404"),
     "no host": (b"GET / HTTP/1.0\r\n\r\n", b"400"),
+    # Answered as if it were not asked for.
+    "web socket": (WEB_SOCKET, b"200"),
     "short body": (POST + b"Content-Length: 100\r\n\r\n{", b""),
     "two lengths": (POST + b"Content-Length: 2\r\nContent-Length: 3\r\n\r\n{}", b"400"),
     "negative length": (POST + b"Content-Length: -1\r\n\r\n{}", b"400"),

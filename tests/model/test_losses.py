@@ -344,6 +344,24 @@ class Living(TorchDispatchMode):
         self.now -= size
 
 
+def test_memory_of_many_negatives_is_within_the_budget_and_the_vectors() -> None:
+    dim, budget = 64, 4 << 20
+    scale = torch.tensor(1.0)
+    for positions, negatives in ((1_600, 1_000), (1_600, 16_000), (400, 16_000)):
+        q = torch.randn(positions, dim, requires_grad=True)
+        p, pool = torch.randn(positions, dim), torch.randn(negatives, dim)
+        ids = (torch.arange(positions), torch.arange(negatives))
+        counts = torch.zeros(4, dtype=torch.int64)
+        with Living() as living:
+            losses.info_nce(
+                q, p, pool, scale, budget_bytes=budget, item_ids=ids, counts=counts
+            ).backward()
+        # The pool normalised, and a few vectors a position.
+        vectors = 4 * dim * (negatives + 8 * positions)
+        assert living.peak <= budget + vectors
+        assert living.largest < 4 * positions * negatives
+
+
 @pytest.mark.parametrize("adapter", ["none", "linear"])
 def test_memory_is_within_the_budget_whatever_catalogue_and_batch(adapter: str) -> None:
     dim, budget = 64, 4 << 20

@@ -1,9 +1,12 @@
-"""Dockerfile and compose file: what they name exists, and the server's options are ones it takes."""
+"""Dockerfile and compose file: linters pass, what they name exists, the server takes its options."""
 
 from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,6 +26,22 @@ def instructions() -> list[tuple[str, str]]:
 
 def compose() -> dict[str, Any]:
     return dict(yaml.safe_load((ROOT / "compose.yaml").read_text()))
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["hadolint", "Dockerfile"],
+        ["check-jsonschema", "--builtin-schema", "vendor.compose-spec", "compose.yaml"],
+    ],
+    ids=lambda command: str(command[0]),
+)
+def test_linters_find_nothing(command: list[str]) -> None:
+    program = Path(sys.executable).with_name(command[0])
+    if not program.exists():
+        pytest.skip(f"{command[0]} is not installed")
+    done = subprocess.run([program, *command[1:]], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_the_dockerfile_copies_what_there_is_and_what_is_not_ignored() -> None:
@@ -45,7 +64,8 @@ def test_the_image_does_not_run_as_root_and_names_the_server(
         "ENTRYPOINT",
     }
     by_name = dict(instructions())
-    assert by_name["USER"] == "hsft"
+    assert by_name["USER"] == "1000"
+    assert any("useradd" in words and "--uid 1000" in words for _, words in instructions())
     assert names.index("USER") < names.index("ENTRYPOINT")
     hsft, serve, *options = json.loads(by_name["ENTRYPOINT"])
     assert (hsft, serve) == ("hsft", "serve")

@@ -17,7 +17,15 @@ from item_caching import main as cache_main
 from main import main as train_main
 from reproduce.emb_token import main as emb_token_main
 from reproduce.emb_token import make_item_llm
-from reproduce.table import TINY_ITEM_LLM, TINY_LLAMA, Table, commands, compare, describe
+from reproduce.table import (
+    TINY_ITEM_LLM,
+    TINY_LLAMA,
+    Table,
+    commands,
+    compare,
+    describe,
+    expected_time,
+)
 from tests.helpers import ROOT, make_dataset
 
 NAMES = ("pixel200k", "pixel1m", "pixel8m", "books")
@@ -108,6 +116,10 @@ def test_figures_are_compared_in_percent() -> None:
     assert "Recall@200        21.180           -" in text
     listed = describe(TABLES["pixel8m"], "reproduce/pixel8m.py")
     assert "python reproduce/pixel8m.py item-cached" in listed
+    assert listed.count("expected: one card about ") == len(TABLES["pixel8m"].rows)
+    assert "one card about 131 days, eight about 16 days; the authors: about 4.1 days" in listed
+    assert expected_time(0.5) == "one card about 30 minutes, eight about 4 minutes"
+    assert expected_time(24) == "one card about 24 hours, eight about 3 hours"
 
 
 def test_a_new_emb_token_is_drawn_and_belongs_to_a_whole_folder(

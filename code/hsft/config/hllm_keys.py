@@ -47,6 +47,15 @@ HLLM_KEYS: Mapping[str, HllmKey] = {
     "use_gpu": HllmKey("use device: cpu", (True,), "device chooses"),
     "log_path": HllmKey("each run has its run.log in the run's folder; name that with run_name"),
     "update_interval": HllmKey(accepted=None, why="progress is shown by time, not by batches"),
+    "repeatable": HllmKey(accepted=None, why="HLLM's code does not read it either"),
+    "eval_type": HllmKey(accepted=None, why="metrics decide it, in HLLM too"),
+    "valid_metric_bigger": HllmKey(
+        "valid_metric takes metrics of which more is better", (True,), "it is so for every metric"
+    ),
+    "tail_ratio": HllmKey(
+        "the tail of TailPercentage, a metric of list_metrics, is the items that hold the last 20 % of the "
+        "interactions"
+    ),
     "loss_decimal_place": HllmKey(accepted=None, why="result.json has the losses unrounded"),
     "debug": HllmKey(
         "try a run with a small data set, or with --check True", (False,), "it is off"

@@ -341,8 +341,11 @@ def _rename_old_keys(merged: dict[str, Any], origin: dict[str, str]) -> None:
     """Give keys of the configurations of earlier runs their present names."""
     section = merged.get("llm_id")
     if isinstance(section, dict) and "pretrained" in section:
-        merged.setdefault("user_llm_init", section.pop("pretrained"))
-        origin.setdefault("user_llm_init", origin.get("llm_id.pretrained", ""))
+        pretrained = section.pop("pretrained")
+        # Other models stored it too, where it said nothing of their LLM.
+        if merged.get("model") == "llm_id":
+            merged.setdefault("user_llm_init", pretrained)
+            origin.setdefault("user_llm_init", origin.get("llm_id.pretrained", ""))
 
 
 def _take_hllm_keys(

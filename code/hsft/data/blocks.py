@@ -1,17 +1,19 @@
-"""Columns of numbers that are read block by block: in memory, or in files where they are too large."""
+"""Columns of numbers and texts that are read block by block: in memory, or in files where they are
+too large."""
 
 from __future__ import annotations
 
 import logging
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import torch
 
-from hsft.utils.files import free_bytes
+from hsft.utils.files import cannot_write, free_bytes
 
 log = logging.getLogger(__name__)
 
@@ -19,6 +21,8 @@ log = logging.getLogger(__name__)
 LARGE_BYTES = 512 << 20
 # Bytes on disk for each byte of a CSV, at most: short ids take more as numbers.
 _DISK_FACTOR = 2
+# Texts that are in memory at a time.
+TEXTS_AT_A_TIME = 4096
 
 
 class Column:
@@ -69,6 +73,72 @@ class Column:
         return _mapped(self._file, count, self.dtype)
 
 
+class MappedTexts(Sequence[str]):
+    """Texts in a file without a name, mapped into memory; each is decoded when it is asked for.
+
+    Args:
+        data: uint8 [bytes], the texts in UTF-8.
+        begins: int64 [n], where each text begins in `data`.
+        ends: int64 [n], where it ends; texts may share bytes.
+    """
+
+    def __init__(self, data: np.ndarray, begins: np.ndarray, ends: np.ndarray) -> None:
+        self._data, self._begins, self._ends = data, begins, ends
+
+    def __len__(self) -> int:
+        return len(self._begins)
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[str]: ...
+    def __getitem__(self, index: int | slice) -> str | list[str]:
+        if not isinstance(index, slice):
+            return self._decode(int(self._begins[index]), int(self._ends[index]))
+        bounds = zip(self._begins[index].tolist(), self._ends[index].tolist(), strict=True)
+        return [self._decode(begin, end) for begin, end in bounds]
+
+    def __iter__(self) -> Iterator[str]:
+        for start in range(0, len(self), TEXTS_AT_A_TIME):
+            yield from self[start : start + TEXTS_AT_A_TIME]
+
+    def take(self, rows: np.ndarray) -> MappedTexts:
+        """Return the texts of some rows, copying none: int64 [m], -1 for an empty text."""
+        begins, ends = (np.append(bounds, 0)[rows] for bounds in (self._begins, self._ends))
+        return MappedTexts(self._data, begins, ends)
+
+    def _decode(self, begin: int, end: int) -> str:
+        return self._data[begin:end].tobytes().decode("utf-8", "surrogatepass")
+
+
+def keep_texts(texts: Iterable[str], folder: Path | None) -> Sequence[str]:
+    """Keep texts in memory, or in a file without a name.
+
+    Args:
+        texts: are asked for one by one.
+        folder: of the file; None: a list is returned.
+
+    Raises:
+        InputError: the file cannot be written.
+    """
+    if folder is None:
+        return list(texts)
+    lengths = Column(np.int64)
+    rest = iter(texts)
+    try:
+        data = Column(np.uint8, folder)
+        while block := [
+            text.encode("utf-8", "surrogatepass") for text in islice(rest, TEXTS_AT_A_TIME)
+        ]:
+            lengths.append(np.fromiter(map(len, block), dtype=np.int64, count=len(block)))
+            data.append(np.frombuffer(b"".join(block), dtype=np.uint8))
+        whole = data.whole()
+    except OSError as error:
+        raise cannot_write(folder / "a temporary file", error) from error
+    ends = np.cumsum(lengths.whole())
+    return MappedTexts(whole, ends - lengths.whole(), ends)
+
+
 def empty_column(count: int, dtype: type, folder: Path) -> np.ndarray:
     """Return an array of numbers to be set, in a file without a name: [count]."""
     with tempfile.TemporaryFile(dir=folder) as file:
@@ -78,6 +148,9 @@ def empty_column(count: int, dtype: type, folder: Path) -> np.ndarray:
 
 
 def _mapped(file: Any, count: int, dtype: np.dtype) -> np.ndarray:
+    if not count:
+        # Nothing can be mapped of an empty file.
+        return np.empty(0, dtype)
     return np.memmap(file, dtype, "r+", shape=(count,)).view(np.ndarray)
 
 

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from hsft.data.blocks import TEXTS_AT_A_TIME, MappedTexts, folder_for_blocks, keep_texts
 from hsft.data.column_checks import check_ids, find_twins, sentences, spelling_problem
 from hsft.data.csv_rows import (
     RowProblems,
@@ -21,7 +22,7 @@ from hsft.data.csv_rows import (
     line_of_row,
     read_header,
 )
-from hsft.data.parquet_rows import is_parquet
+from hsft.data.parquet_rows import count_parquet_bytes, is_parquet
 from hsft.utils.errors import InputError, one_line, refuse
 
 TextFormat = Literal["plain", "hllm", "sentences"]
@@ -36,14 +37,14 @@ class ItemTexts:
     Attributes:
         item_ids: item ids in file order.
         texts: prompt and text of each item; empty where no key has a value, but for the prompt
-            under `text_format: hllm`.
+            under `text_format: hllm`. A list, or `MappedTexts` of a large file.
         fingerprint: SHA-256 over ids and texts: the same for the same content, whatever the file.
         warnings: one sentence for each thing in the ids that may be wrong, see `column_checks`.
         prompt: what texts begin with.
     """
 
     item_ids: list[str]
-    texts: list[str]
+    texts: Sequence[str]
     fingerprint: str
     warnings: tuple[str, ...] = ()
     prompt: str = ""
@@ -86,26 +87,39 @@ def read_item_texts(
             `column_checks`); `InputErrors` when there are several kinds.
     """
     path = Path(path)
-    table = _read(path, list(dict.fromkeys(["item_id", *text_keys])), remedies)
-    ids = table["item_id"]
+    ids: list[str] = []
+
+    def cells() -> Iterator[list[str]]:
+        for item, *values in _item_rows(path, text_keys, remedies):
+            ids.append(item)
+            yield values
+
     if text_format == "hllm":
-        texts = [item_prompt + body for body in _hllm_bodies(path, text_keys, len(ids))]
+        count = sum(1 for _ in cells())
+        texts = (item_prompt + body for body in _hllm_bodies(path, text_keys, count))
     elif text_format == "sentences":
-        texts = [item_prompt + body if body else "" for body in _sentences(table, text_keys)]
+        texts = (item_prompt + body if body else "" for body in map(_sentence, cells()))
     else:
-        rows = zip(*(table[key] for key in text_keys), strict=True)
-        bodies = (_body(text_keys, row, _has_value) for row in rows)
-        texts = [item_prompt + body if body else "" for body in bodies]
+        bodies = (_body(text_keys, values, _has_value) for values in cells())
+        texts = (item_prompt + body if body else "" for body in bodies)
+    kept = keep_texts(texts, _folder_for_texts(path))
     findings = check_ids("item_id", np.array(ids, dtype=object))
     warnings = sentences(path, findings, partial(line_of_row, path))
-    return ItemTexts(ids, texts, _fingerprint(ids, texts), tuple(warnings), item_prompt)
+    return ItemTexts(ids, kept, _fingerprint(ids, kept), tuple(warnings), item_prompt)
 
 
-def _hllm_bodies(path: Path, text_keys: Sequence[str], count: int) -> list[str]:
-    """Return the texts without the prompt as HLLM's code makes them of pandas' values.
+def _folder_for_texts(path: Path) -> Path | None:
+    """Return where the texts of a large file are kept while it is used, None for memory."""
+    return folder_for_blocks(path, count_parquet_bytes(path) if is_parquet(path) else None)
+
+
+def _hllm_bodies(path: Path, text_keys: Sequence[str], count: int) -> Iterator[str]:
+    """Yield the texts without the prompt as HLLM's code makes them of pandas' values.
+
+    pandas decides the type of a column by all of its cells, so that the file is read into memory.
 
     Args:
-        path: a file that `_read` has read.
+        path: a file that `_item_rows` has read.
         text_keys: its columns.
         count: its rows.
     """
@@ -122,9 +136,12 @@ def _hllm_bodies(path: Path, text_keys: Sequence[str], count: int) -> list[str]:
             f"{path}: pandas reads {len(frame)} rows of its {count}, so text_format: hllm cannot be "
             f"had; use text_format: plain."
         )
-    # One array, as HLLM transposes the frame: whole numbers beside decimals become decimals.
-    rows = frame[list(text_keys)].to_numpy()
-    return [_body(text_keys, row, lambda value: value and str(value) != "nan") for row in rows]
+    # As one array, like the frame that HLLM transposes: whole numbers beside decimals become decimals.
+    columns = frame[list(text_keys)]
+    del frame
+    for start in range(0, count, TEXTS_AT_A_TIME):
+        for row in columns.iloc[start : start + TEXTS_AT_A_TIME].to_numpy():
+            yield _body(text_keys, row, lambda value: value and str(value) != "nan")
 
 
 def _body(keys: Sequence[str], values: Iterable[Any], has_value: Callable[[Any], Any]) -> str:
@@ -139,8 +156,7 @@ def read_item_titles(path: str | Path, key: str) -> dict[str, str]:
     Raises:
         InputError: as `read_item_texts`.
     """
-    table = _read(Path(path), list(dict.fromkeys(["item_id", key])))
-    return dict(zip(table["item_id"], table[key], strict=True))
+    return {item: cells[0] for item, *cells in _item_rows(Path(path), [key])}
 
 
 def unfit_texts(
@@ -186,14 +202,12 @@ def read_plain_texts(path: str | Path, text_keys: Sequence[str]) -> dict[str, st
     Raises:
         InputError: as `read_item_texts`.
     """
-    table = _read(Path(path), list(dict.fromkeys(["item_id", *text_keys])))
-    return dict(zip(table["item_id"], _sentences(table, text_keys), strict=True))
+    return {item: _sentence(cells) for item, *cells in _item_rows(Path(path), text_keys)}
 
 
-def _sentences(table: dict[str, list[str]], keys: Sequence[str]) -> Iterator[str]:
-    """Yield each row's values, joined by ". ", empty ones left out."""
-    for row in zip(*(table[key] for key in keys), strict=True):
-        yield ". ".join(value for value in row if _has_value(value))
+def _sentence(cells: Iterable[str]) -> str:
+    """Join the cells that have a value by ". "."""
+    return ". ".join(cell for cell in cells if _has_value(cell))
 
 
 def _has_value(cell: str) -> bool:
@@ -207,28 +221,38 @@ def with_items(items: ItemTexts, item_ids: Sequence[str] | np.ndarray) -> ItemTe
     extra = [str(item) for item in item_ids if item not in known]
     if not extra:
         return items
-    ids, texts = items.item_ids + extra, items.texts + [""] * len(extra)
-    return replace(items, item_ids=ids, texts=texts, fingerprint=_fingerprint(ids, texts))
+    return _taken(items, items.item_ids + extra, [*range(len(items)), *[-1] * len(extra)])
 
 
 def select_items(items: ItemTexts, item_ids: Sequence[str] | np.ndarray) -> ItemTexts:
     """Return the items of `item_ids` in this order, without text where there is none."""
-    text_of = dict(zip(items.item_ids, items.texts, strict=True))
+    row_of = {item: row for row, item in enumerate(items.item_ids)}
     ids = [str(item) for item in item_ids]
-    texts = [text_of.get(item, "") for item in ids]
+    return _taken(items, ids, [row_of.get(item, -1) for item in ids])
+
+
+def _taken(items: ItemTexts, ids: list[str], rows: list[int]) -> ItemTexts:
+    """Return items of these ids with the texts of some rows, none where the row is -1."""
+    texts: Sequence[str]
+    if isinstance(items.texts, MappedTexts):
+        texts = items.texts.take(np.array(rows, dtype=np.int64))
+    else:
+        texts = [items.texts[row] if row >= 0 else "" for row in rows]
     return replace(items, item_ids=ids, texts=texts, fingerprint=_fingerprint(ids, texts))
 
 
-def _read(
-    path: Path, columns: Sequence[str], remedies: tuple[str, str] = _REMEDIES
-) -> dict[str, list[str]]:
-    """Read some columns of an information file: column name -> its cells, in file order."""
+def _item_rows(
+    path: Path, keys: Sequence[str], remedies: tuple[str, str] = _REMEDIES
+) -> Iterator[list[str]]:
+    """Yield each item's id and its cells of some columns, in file order.
+
+    Raises:
+        InputError: as `read_item_texts`, for what is wrong with rows after the last of them.
+    """
     check_bytes(path, remedies[0])
-    header = read_header(path, columns, remedies[1])
-    positions = {name: header.index(name) for name in columns}
-    table: dict[str, list[str]] = {name: [] for name in columns}
-    ids = table["item_id"]
-    checks = {positions["item_id"]: id_problem}
+    header = read_header(path, list(dict.fromkeys(["item_id", *keys])), remedies[1])
+    positions = [header.index(name) for name in ("item_id", *keys)]
+    checks = {positions[0]: id_problem}
     problems = RowProblems(path)
     seen: set[str] = set()
     broken: list[str] = []
@@ -238,24 +262,23 @@ def _read(
         for row, cells in rows:
             if not check_row(problems, row, cells, header, checks):
                 continue
-            for name, position in positions.items():
-                table[name].append(cells[position])
-            if ids[-1] in seen:
+            item = cells[positions[0]]
+            if item in seen:
                 problems.add(
                     "twice",
                     row,
-                    f"item '{one_line(ids[-1], 40)}' is described a second time; keep one row an item",
+                    f"item '{one_line(item, 40)}' is described a second time; keep one row an item",
                 )
-            seen.add(ids[-1])
+            seen.add(item)
+            yield [cells[position] for position in positions]
     except InputError as error:
         broken.append(str(error))
     refuse([*problems.sentences(), *broken])
-    if not ids:
+    if not seen:
         raise InputError(f"{path} has no items below its header line.")
-    return table
 
 
-def _fingerprint(ids: list[str], texts: list[str]) -> str:
+def _fingerprint(ids: Sequence[str], texts: Sequence[str]) -> str:
     digest = hashlib.sha256()
     for item, text in zip(ids, texts, strict=True):
         for part in (item, text):

@@ -101,6 +101,20 @@ def count_parquet_rows(path: Path) -> int:
     return int(pq.read_metadata(path).num_rows)
 
 
+def count_parquet_bytes(path: Path) -> int:
+    """Return the bytes of a parquet file's columns before compression, 0 of an unreadable file."""
+    require_pyarrow(path)
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        metadata = pq.read_metadata(path)
+    except (OSError, pa.ArrowException):
+        return 0
+    groups = range(metadata.num_row_groups)
+    return sum(int(metadata.row_group(group).total_byte_size) for group in groups)
+
+
 def write_parquet(
     path: Path,
     columns: Sequence[str],

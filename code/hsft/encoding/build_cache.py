@@ -211,7 +211,7 @@ class CacheBuilder:
         encoder: ItemEncoder,
         job: EncodingJob,
         item_ids: Sequence[str],
-        pop_texts: Callable[[], list[str]],
+        pop_texts: Callable[[], Sequence[str]],
     ) -> None:
         """Build the file. Collective.
 
@@ -243,7 +243,7 @@ class CacheBuilder:
         run_on_rank_zero(lambda: self._merge(work, finished))
 
     def _tokenize(
-        self, parts: Parts, encoder: ItemEncoder, job: EncodingJob, texts: list[str]
+        self, parts: Parts, encoder: ItemEncoder, job: EncodingJob, texts: Sequence[str]
     ) -> str:
         """Write the tokens of all texts into the parts folder and return their mark."""
         parts.claim(job.digest())

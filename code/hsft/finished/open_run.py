@@ -339,7 +339,8 @@ class OpenRun:
         if unknown:
             some = ", ".join(map(str, self.data.interactions.item_ids[1:6]))
             raise InputError(
-                f"{self.config.dataset} has no item '{unknown[0]}'; its items are, for example, {some}."
+                f"{self.config.dataset} has no item '{one_line(unknown[0], 80)}'; its items are, for "
+                f"example, {some}."
             )
         return np.array([known[item] for item in item_ids], dtype=np.int64)
 

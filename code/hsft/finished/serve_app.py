@@ -92,6 +92,9 @@ class RunServer(uvicorn.Server):
                 log_level="warning",
                 access_log=False,
                 server_header=False,
+                # What is tested, whichever other parsers are installed.
+                http="h11",
+                ws="none",
                 lifespan="off",
                 timeout_graceful_shutdown=last_request_s,
             )
@@ -135,6 +138,8 @@ def make_app(
         # FastAPI's own pages load scripts from another server.
         docs_url=None,
         redoc_url=None,
+        # A redirect would have no sentence, and an address that the request's Host header names.
+        redirect_slashes=False,
         # `ApiKey` checks it; this describes it in /openapi.json.
         dependencies=[Depends(HTTPBearer(auto_error=False))] if api_key else [],
         responses={"4XX": {"model": Problem}, "5XX": {"model": Problem}},
@@ -237,7 +242,8 @@ def _add_error_handlers(app: FastAPI) -> None:
             sentence = f"there is nothing at {path}; /docs lists what there is."
         if sentence == "There was an error parsing the body":
             sentence = (
-                "the request's body is not JSON in UTF-8, or nests too deep; send a JSON object."
+                "the request's body is not JSON in UTF-8, nests too deep or has a number of "
+                "thousands of digits; send a JSON object."
             )
         if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
             allowed = (error.headers or {}).get("Allow", "GET")
