@@ -46,7 +46,9 @@ class HistoryResidual(nn.Module):
             positions: int64 [B, T] when rows hold several histories: each item's number in its own.
         """
         units = normalize(vectors)
-        users = units + F.linear(normalize(states), self.weight).float()
+        # Of the weight's number type, which is bfloat16 with precision: bf16-true.
+        directions = normalize(states).to(self.weight.dtype)
+        users = units + F.linear(directions, self.weight).float()
         if self.lags is None:
             return users
         for lag, factor in enumerate(self.lags[: units.shape[1] - 1], start=1):
