@@ -110,6 +110,8 @@ def read_item_texts(
 
 def _folder_for_texts(path: Path) -> Path | None:
     """Return where the texts of a large file are kept while it is used, None for memory."""
+    if not path.is_file():
+        return None  # The reader says so.
     return folder_for_blocks(path, count_parquet_bytes(path) if is_parquet(path) else None)
 
 
