@@ -560,7 +560,8 @@ def score(runs: Sequence[Path], out: Path) -> None:
     from hsft.evaluator.metrics import per_user
     from hsft.finished.open_run import open_run
     from hsft.model.ensemble import Ensemble, Member, weight_grid
-    from hsft.run.saved_model import run_config
+    from hsft.report.result import read_result
+    from hsft.run.saved_model import MemberRun, refuse_unlike_members, run_config
     from hsft.run.setup import make_evaluator
     from hsft.run.train_and_rank import evaluate
 
@@ -572,6 +573,9 @@ def score(runs: Sequence[Path], out: Path) -> None:
     weight, scorer = None, scorers[0]
 
     if len(scorers) == 2:
+        # Of other test items, one may have been trained on what the other is asked for.
+        finished = [MemberRun(run.folder, run.config, read_result(run.folder)) for run in opened]
+        refuse_unlike_members(finished, config, first.data.split)
         members = [
             Member(scorer, run.config.MAX_ITEM_LIST_LENGTH)
             for scorer, run in zip(scorers, opened, strict=True)
