@@ -24,6 +24,7 @@ from hsft.data.csv_rows import (
 )
 from hsft.data.parquet_rows import count_parquet_bytes, is_parquet
 from hsft.utils.errors import InputError, one_line, refuse
+from hsft.utils.files import is_file
 
 TextFormat = Literal["plain", "hllm", "sentences"]
 
@@ -110,7 +111,7 @@ def read_item_texts(
 
 def _folder_for_texts(path: Path) -> Path | None:
     """Return where the texts of a large file are kept while it is used, None for memory."""
-    if not path.is_file():
+    if not is_file(path):
         return None  # The reader says so.
     return folder_for_blocks(path, count_parquet_bytes(path) if is_parquet(path) else None)
 
