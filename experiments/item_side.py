@@ -307,7 +307,9 @@ def _put_encoder(folder: Path) -> None:
     words = torch.zeros(config["vocab_size"], config["hidden_size"])
     words[used] = weights[name]
     save_file(
-        {**weights, name: words}, folder / "encoder" / "model.safetensors", metadata={"format": "pt"}
+        {**weights, name: words},
+        folder / "encoder" / "model.safetensors",
+        metadata={"format": "pt"},
     )
 
 
@@ -572,9 +574,7 @@ def read_outcomes(out: Path) -> list[dict[str, Any]]:
 # --- test
 
 
-def test_chosen(
-    runner: Runner, families: Sequence[str], ensembles: bool, parallel: int
-) -> None:
+def test_chosen(runner: Runner, families: Sequence[str], ensembles: bool, parallel: int) -> None:
     """Read the test users for the best trial of each family, and for ensembles of two of them."""
     chosen = [
         best
