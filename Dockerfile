@@ -13,11 +13,13 @@ COPY code ./code
 # hadolint ignore=DL3013
 RUN torch="$(grep '^torch==' constraints.txt)" \
     && pip install --index-url "$TORCH" "$torch" \
-    && pip install -c constraints.txt '.[serve]'
+    && pip install -c constraints.txt '.[serve,index,parquet]'
 
 RUN useradd --create-home --uid 1000 hsft
 # By number, as Kubernetes wants it to know that it is not root.
 USER 1000
+# For other users too, whom --user names: caches go there.
+ENV HOME=/home/hsft
 # The folder in which the run was made, since paths in its configuration are relative to it.
 WORKDIR /data
 EXPOSE 8000

@@ -42,7 +42,7 @@ TABLE = Table(
         ),
         Row(
             "timestamps",
-            "the same with times as inputs: 11 % more Recall@5 in the paper",
+            "the same with times as inputs, which the paper has at 11 % more Recall@5",
             {},
             training=(*_TRAINING, "--use_timestamps", "True", "--predict_at", "target"),
             gpu_hours=354,

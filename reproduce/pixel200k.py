@@ -12,6 +12,8 @@ from reproduce.table import (
     FETCH,
     FETCH_BOTH,
     HLLM,
+    HSTU_1B,
+    HSTU_1B_ABOUT,
     IDS,
     TINY_ITEM_LLM,
     TINY_LLAMA,
@@ -46,6 +48,32 @@ def _trained(
         gpu_hours=71 * tokens / 256,
         caching=both,
         first=FETCH_BOTH,
+    )
+
+
+# What `export.py` makes of the row `end-to-end`.
+_TRAINED_ITEMS = "saved/Pixel200K-end-to-end/export/item_llm"
+
+
+def _on_trained_items(name: str, about: str, recall: float, gpu_hours: float, *more: str) -> Row:
+    """Return a row that trains a UserLLM on the frozen items of an ItemLLM trained before."""
+    items = (*HLLM, "--item_pretrain_dir", _TRAINED_ITEMS)
+    cache = ("--item_cache_path", "dataset/pixel200k_trained.safetensors")
+    return Row(
+        name,
+        about,
+        {"Recall@5": recall},
+        training=(
+            *(*items, "--user_pretrain_dir", TINY_LLAMA, "--epochs", "5", *_SEQUENCES),
+            *("--optim_args.learning_rate", "1e-4", *cache, *more),
+        ),
+        gpu_hours=gpu_hours,
+        caching=(*items, "--MAX_TEXT_LENGTH", "256", *cache),
+        first=(
+            *FETCH_BOTH,
+            "python reproduce/pixel200k.py end-to-end",
+            "python code/export.py --run saved/Pixel200K-end-to-end",
+        ),
     )
 
 
@@ -103,10 +131,23 @@ TABLE = Table(
             ),
             first=FETCH,
         ),
+        _on_trained_items(
+            "trained-items-1.1b",
+            "UserLLM of 1.1B trained on the frozen items of an ItemLLM that was trained before",
+            3.521,
+            1,
+        ),
+        _on_trained_items(
+            "trained-items-2-layers",
+            "the same with the first two layers of TinyLlama (0.1B) as UserLLM",
+            3.494,
+            0.5,
+            *("--user_llm_layers", "2"),
+        ),
         Row(
             "item-cached",
             "UserLLM fine-tuned with QLoRA on the items of HLLM's published checkpoint, whose training "
-            "may have seen Pixel200K's test items: no published figure",
+            "may have seen Pixel200K's test items",
             {},
             training=(
                 *("--config_file", "code/overall/LLM_ddp.yaml", "code/HLLM/HLLM.yaml"),
@@ -131,6 +172,13 @@ TABLE = Table(
             ),
             gpu_hours=8,
             first=FETCH,
+        ),
+        Row(
+            "hstu-1b",
+            HSTU_1B_ABOUT,
+            {},
+            training=(*IDS, *HSTU_1B, "--MAX_ITEM_LIST_LENGTH", "10"),
+            gpu_hours=8,
         ),
     ),
 )

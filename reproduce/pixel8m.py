@@ -10,8 +10,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from reproduce.table import (
     BOTH_LLMS,
     END_TO_END,
+    FETCH,
     FETCH_BOTH,
     HLLM,
+    HSTU_1B,
+    HSTU_1B_ABOUT,
     IDS,
     TINY_LLAMA,
     Row,
@@ -88,6 +91,24 @@ TABLE = Table(
             ),
             gpu_hours=10,
             cost="8 GPUs",
+        ),
+        Row(
+            "sasrec-1b",
+            "TinyLlama on trained item ids, HLLM's SASRec-1B",
+            {},
+            training=(
+                *(*IDS, "code/IDNet/llama_id.yaml", "--user_pretrain_dir", TINY_LLAMA),
+                *_SEQUENCES,
+            ),
+            gpu_hours=350,
+            first=FETCH,
+        ),
+        Row(
+            "hstu-1b",
+            HSTU_1B_ABOUT,
+            {},
+            training=(*IDS, *HSTU_1B, *_SEQUENCES),
+            gpu_hours=350,
         ),
     ),
 )

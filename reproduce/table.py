@@ -31,6 +31,16 @@ HLLM = (
 BOTH_LLMS = (*HLLM, "--item_pretrain_dir", TINY_ITEM_LLM, "--user_pretrain_dir", TINY_LLAMA)
 END_TO_END = ("--train_item_llm", "full", "--epochs", "5", "--optim_args.learning_rate", "1e-4")
 IDS = ("--config_file", "code/overall/LLM_ddp.yaml")
+# TinyLlama's width and number of layers, which make 462 million weights beside the items'; the number
+# of heads is TinyLlama's, as no source names it.
+HSTU_1B = (
+    *("code/IDNet/hstu.yaml", "--hstu.hidden_size", "2048", "--hstu.layers", "22"),
+    *("--hstu.heads", "32", "--hstu.item_width", "512", "--precision", "bf16-mixed"),
+)
+HSTU_1B_ABOUT = "HSTU of TinyLlama's width and depth on trained item ids, HLLM's HSTU-1B"
+# The exit code of what cannot be run, as that of the project's programs.
+_REFUSED = 2
+NOT_PUBLISHED = "not published in what this page cites"
 TOPK = ("--topk", "[5, 10, 50, 200]", "--valid_metric", "NDCG@200")
 
 
@@ -47,6 +57,7 @@ class Row:
         gpu_hours: what is expected of one card, an A100 or H100; an estimate, see README.md.
         cost: what the authors needed, where they say so.
         first: what has to be done before, as commands or a sentence.
+        refused: why the row cannot be run here; empty: it can.
     """
 
     name: str
@@ -57,6 +68,7 @@ class Row:
     caching: tuple[str, ...] | None = None
     cost: str = ""
     first: tuple[str, ...] = ()
+    refused: str = ""
 
 
 @dataclass(frozen=True)
@@ -116,9 +128,12 @@ def compare(row: Row, measured: Mapping[str, float]) -> str:
         measured: metric -> value from 0 to 1.
     """
     lines = [f"{'metric':<12}{'published':>12}{'measured':>12}"]
-    for metric, percent in row.published.items():
+    for metric in row.published or measured:
+        percent = f"{row.published[metric]:.3f}" if metric in row.published else "-"
         value = f"{100 * measured[metric]:.3f}" if metric in measured else "-"
-        lines.append(f"{metric:<12}{percent:>12.3f}{value:>12}")
+        lines.append(f"{metric:<12}{percent:>12}{value:>12}")
+    if not row.published:
+        lines.append(f"published: {NOT_PUBLISHED}")
     return "\n".join(lines) + "\n"
 
 
@@ -131,7 +146,7 @@ def main(table: Table, script: str, argv: Sequence[str]) -> int:
         argv: a row's name and keys of code/main.py; empty: the rows are listed.
 
     Returns:
-        The exit code of the command that failed, else 0.
+        The exit code of the command that failed, else 0; 2 for a row that cannot be run here.
     """
     parser = argparse.ArgumentParser(
         prog=script,
@@ -145,6 +160,9 @@ def main(table: Table, script: str, argv: Sequence[str]) -> int:
         sys.stdout.write(describe(table, script))
         return 0
     row = next(row for row in table.rows if row.name == given.row)
+    if row.refused:
+        sys.stderr.write(f"error: {row.refused}.\n")
+        return _REFUSED
     for line in row.first:
         sys.stdout.write(f"before: {line}\n")
     for words in commands(table, row, options):
@@ -167,7 +185,10 @@ def describe(table: Table, script: str) -> str:
         figures = ", ".join(f"{metric} {value:.3f}" for metric, value in row.published.items())
         lines.append(f"python {script} {row.name}")
         lines.append(f"    {row.about}")
-        lines.append(f"    published: {figures or 'no figures'}")
+        lines.append(f"    published: {figures or NOT_PUBLISHED}")
+        if row.refused:
+            lines.append(f"    refused: {row.refused}")
+            continue
         authors = f"; the authors: {row.cost}" if row.cost else ""
         lines.append(f"    expected: {expected_time(row.gpu_hours)}{authors}")
     return "\n".join(lines) + "\n"

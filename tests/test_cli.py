@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -258,6 +260,21 @@ def test_no_program_has_a_flag_of_another_dialect() -> None:
     sources = [*(ROOT / "code/hsft").rglob("*.py")]
     wrong = [path for path in sources if "store_true" in path.read_text(encoding="utf-8")]
     assert wrong == []
+
+
+def test_a_file_of_somebody_else_is_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+    def read(_: Sequence[str]) -> int:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), "llm/model.safetensors")
+
+    assert run_program(read, []) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: llm/model.safetensors cannot be used: Permission denied; ")
+
+    def defect(_: Sequence[str]) -> int:
+        raise PermissionError("not of a file")
+
+    with pytest.raises(PermissionError):
+        run_program(defect, [])
 
 
 def test_a_missing_extra_is_named(

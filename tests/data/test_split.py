@@ -12,6 +12,7 @@ import pytest
 from cold_start import main as cold_start_main
 from compare import main as compare_main
 from hsft.config import load_config
+from hsft.config.loader import parse_command_line
 from hsft.data.dataset import CachedEmbeddingEvalDataset, CachedEmbeddingTrainDataset
 from hsft.data.interactions import Interactions, load_interactions, read_interactions
 from hsft.data.negatives import NegativeSampler
@@ -249,7 +250,8 @@ BAD_KEYS = {
         ["--split", "leave_one_out", "--split_valid_time", "0.8"],
         ["split_valid_time belongs to split: global_time"],
     ),
-    "HLLM's key": (["--data_split", "global_time"], ["is split: global_time"]),
+    "HLLM's key": (["--data_split", "by_time"], ["key 'data_split'", "is split: leave_one_out or"]),
+    "both keys": (["--data_split", "leave_one_out"], ["contradict each other; keep split"]),
     "two catalogues": (["--item_data", "all"], ["item_data names the catalogue"]),
     "late": (["--split_time", "2000"], ["no interaction is at 2000 or later", "1000 to 1011"]),
     "every item": (
@@ -265,6 +267,24 @@ def test_bad_keys_are_one_line(project: Project, case: str, check: tuple[str, ..
     more, words = BAD_KEYS[case]
     argv = ("--split", "global_time", "--model", "pop", *more, *check)
     expect_refusal(project, lambda: project.run(*argv), words)
+
+
+def test_data_split_may_name_the_split(tmp_path: Path) -> None:
+    """HLLM's boolean of that name, which another file set, stays."""
+    by_time, hllm = tmp_path / "by_time.yaml", tmp_path / "hllm.yaml"
+    by_time.write_text("data_split: global_time\nsplit_time: 0.8\n")
+    hllm.write_text("data_split: false\n")
+    for files in ([by_time, hllm], [hllm, by_time]):
+        config, warnings = load_config(files)
+        assert (config.split, config.split_time, config.data_split) == ("global_time", "0.8", False)
+        assert warnings == []
+    config, _ = load_config([hllm], parse_command_line(["--data_split", "global_time"]).overrides)
+    assert (config.split, config.data_split) == ("global_time", False)
+    # The last one counts, by either name.
+    config, _ = load_config([hllm, by_time], {"split": "leave_one_out", "split_time": None})
+    assert config.split == "leave_one_out"
+    config, _ = load_config([], {"data_split": "leave_one_out"})
+    assert (config.split, config.data_split) == ("leave_one_out", True)
 
 
 def test_fingerprints_tell_splits_apart(data: Interactions) -> None:
@@ -390,6 +410,23 @@ def test_the_reference_models(walking: Project, model: str, more: tuple[str, ...
     assert len(read_ranks(walking.root / "saved/one", model)[1]) == result["rows"][0]["users"]
 
 
+def test_compare_refuses_to_mix_splits(walking: Project) -> None:
+    run(walking, "loo", "--model", "pop")
+    run(walking, "knn", "--model", "item_knn")
+    result = run(walking, "time", "--model", "pop", "--data_split", "global_time")
+    assert (result["config"]["split"], result["config"]["data_split"]) == ("global_time", True)
+    for one, two in (("loo", "time"), ("time", "loo")):
+        before = sorted(walking.root.rglob("*"))
+        code, out, err = walking.call(compare_main, [f"saved/{one}", f"saved/{two}"])
+        assert (code, out) == (2, "")
+        (line,) = err.splitlines()
+        assert line.startswith(f"error: saved/{two} cannot be compared with saved/{one}: ")
+        assert line.endswith("name runs on the same split.")
+        assert line.count(". ") == 0
+        assert sorted(walking.root.rglob("*")) == before
+    assert walking.call(compare_main, ["saved/loo", "saved/knn"])[0] == 0
+
+
 def test_a_fine_tuned_run_from_check_to_report(
     walking: Project, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -438,10 +475,6 @@ def test_a_fine_tuned_run_from_check_to_report(
     assert {row["users"] for row in rows} == {4}
     assert {row["items"] for row in rows} == {18, 2}
     run(walking, "loo", "--model", "pop")
-    code, _, err = walking.call(compare_main, ["saved/run", "saved/loo"])
-    assert code == 2
-    assert "split" in err
-    assert "name runs on the same split." in err
     code, _, err = walking.call(report_main, ["saved/run", "--out", "page.html"])
     assert code == 0, err
     page = (walking.root / "page.html").read_text()

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from download_itemllm import main as download_main
 from hsft.model.backbone import read_extra
 from hsft.utils.program import run_program
 from item_caching import main as cache_main
@@ -25,6 +26,7 @@ from reproduce.table import (
     compare,
     describe,
     expected_time,
+    main,
 )
 from tests.helpers import ROOT, make_dataset
 
@@ -32,7 +34,8 @@ NAMES = ("pixel200k", "pixel1m", "pixel8m", "books")
 TABLES: dict[str, Table] = {
     name: importlib.import_module(f"reproduce.{name}").TABLE for name in NAMES
 }
-ROWS = [(name, row.name) for name, table in TABLES.items() for row in table.rows]
+ROWS = [(name, row.name) for name, table in TABLES.items() for row in table.rows if not row.refused]
+TRAINED_ITEMS = "saved/Pixel200K-end-to-end/export/item_llm"
 FOLDERS = (
     *("ItemLLM_complete", "UserLLM_complete", "ItemLLM_1B_books", "UserLLM_1B_books"),
     *("ItemLLM_1B_books_neg512", "UserLLM_1B_books_neg512", Path(TINY_LLAMA).name),
@@ -48,6 +51,8 @@ def root(tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in FOLDERS:
         (tmp_path / "model_checkpoints" / name).symlink_to(llama)
     make_item_llm(llama, tmp_path / TINY_ITEM_LLM, seed=1)
+    (tmp_path / TRAINED_ITEMS).parent.mkdir(parents=True)
+    (tmp_path / TRAINED_ITEMS).symlink_to(tmp_path / TINY_ITEM_LLM)
     for table in TABLES.values():
         make_dataset(tmp_path, table.dataset)
         # Dates, which use_timestamps wants.
@@ -114,12 +119,40 @@ def test_figures_are_compared_in_percent() -> None:
     text = compare(row, {"Recall@10": 0.0612345, "NDCG@10": 0.5})
     assert "Recall@10          6.130       6.123" in text
     assert "Recall@200        21.180           -" in text
+    unpublished = compare(TABLES["pixel1m"].rows[0], {"Recall@5": 0.05})
+    assert "Recall@5               -       5.000" in unpublished
+    assert "not published in what this page cites" in unpublished
     listed = describe(TABLES["pixel8m"], "reproduce/pixel8m.py")
     assert "python reproduce/pixel8m.py item-cached" in listed
     assert listed.count("expected: one card about ") == len(TABLES["pixel8m"].rows)
     assert "one card about 131 days, eight about 16 days; the authors: about 4.1 days" in listed
     assert expected_time(0.5) == "one card about 30 minutes, eight about 4 minutes"
     assert expected_time(24) == "one card about 24 hours, eight about 3 hours"
+
+
+def test_a_row_that_cannot_be_run_says_why(capsys: pytest.CaptureFixture[str]) -> None:
+    table = TABLES["books"]
+    refused = [row for row in table.rows if row.refused]
+    assert [row.name for row in refused] == ["published-7B_books"]
+    assert main(table, "reproduce/books.py", [refused[0].name, "--check", "True"]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err == f"error: {refused[0].refused}.\n"
+    listed = describe(table, "reproduce/books.py")
+    assert f"    refused: {refused[0].refused}" in listed
+    # The program that downloads it says the same.
+    assert run_program(download_main, ["--checkpoint", "7B_books"]) == 2
+    assert refused[0].refused.split(";")[0] in " ".join(capsys.readouterr().err.split())
+
+
+def test_rows_of_the_papers_other_models_have_their_settings() -> None:
+    rows = {row.name: row for row in TABLES["pixel200k"].rows}
+    assert rows["trained-items-2-layers"].published == {"Recall@5": 3.494}
+    assert rows["trained-items-1.1b"].published == {"Recall@5": 3.521}
+    few = rows["trained-items-2-layers"].training
+    assert few[few.index("--user_llm_layers") + 1] == "2"
+    assert [*few[:-2]] == [*rows["trained-items-1.1b"].training]
+    assert not rows["hstu-1b"].published
 
 
 def test_a_new_emb_token_is_drawn_and_belongs_to_a_whole_folder(

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import gpu
+from benchmarks import gpu, hstu
 from benchmarks.padding_data import PIXEL_INTERACTIONS, PIXEL_USERS, pixel_like
 from benchmarks.plain_training import PlainModel, pad_to
 from hsft.data.dataset import TrainBatch
@@ -97,3 +97,36 @@ def test_the_gpu_script_begins_no_row_when_its_time_is_over(
 def test_the_gpu_script_says_that_there_is_no_gpu(capsys: pytest.CaptureFixture[str]) -> None:
     assert gpu.main([]) == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_every_way_of_hstu_computes_the_same(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--tiny", "True", "--cases", "1", "--steps", "1"]
+    assert hstu.main([*words, "--out", str(tmp_path)]) == 0
+    result = json.loads((tmp_path / "hstu.json").read_text())
+    rows = [row for row in result["rows"] if row["way"] != "no layers"]
+    assert {row["way"] for row in rows} == {way.name for way in hstu.WAYS[1:]}
+    assert all(row["passed"] and row["ms_per_step"] > 0 for row in rows)
+    grouped = next(row for row in rows if row["way"] == "grouped")
+    padded = next(row for row in rows if row["way"] == "padded")
+    assert grouped["real_positions"] == padded["real_positions"]
+    assert grouped["scores"] < padded["scores"]
+    assert capsys.readouterr().out.count(" ms ") == len(result["rows"])
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called:UserWarning")
+@pytest.mark.filterwarnings("ignore:return_lse:FutureWarning")
+def test_flex_attention_computes_hstu_by_two_softmaxes() -> None:
+    torch.manual_seed(0)
+    layers = [
+        kind(32, 2, 0.0, 20, position_bias=True, time_bias=False)
+        for kind in (hstu.HstuLayer, hstu.FlexLayer)
+    ]
+    # Scores far from 0, where silu is no line.
+    layers[0].read.weight.data.mul_(40)
+    layers[1].load_state_dict(layers[0].state_dict())
+    states, reads = torch.randn(3, 13, 32), torch.ones(1, 13, 13, dtype=torch.bool).tril()
+    with torch.no_grad():
+        expected, actual = (layer(states, reads) for layer in layers)
+    torch.testing.assert_close(actual, expected)

@@ -318,8 +318,8 @@ def load_config(
     merged: dict[str, Any] = {}
     origin: dict[str, str] = {}
     for file in files:
-        _merge(merged, origin, read_yaml_file(file), str(file))
-    for key, value in (overrides or {}).items():
+        _merge(merged, origin, _take_split(read_yaml_file(file), str(file)), str(file))
+    for key, value in _take_split(overrides or {}, where).items():
         if key.count(".") > MAX_DEPTH:
             raise InputError(f"unknown key '{one_line(key, 40)}' in {where}.")
         nested: Any = value
@@ -335,6 +335,29 @@ def load_config(
         raise
     refuse(problems)
     return config, warnings
+
+
+def _take_split(source: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Take `data_split: global_time` or `leave_one_out` for `split`.
+
+    `data_split` is HLLM's key and a boolean, which an earlier file may have set and which stays so.
+
+    Args:
+        source: keys of one file or of the command line.
+        where: what to call it in an error.
+
+    Raises:
+        InputError: the two keys name different splits.
+    """
+    named = source.get("data_split")
+    if named not in get_args(Config.model_fields["split"].annotation):
+        return dict(source)
+    if source.get("split", named) != named:
+        raise InputError(
+            f"data_split: {named} and split: {one_line(source['split'], 40)} in {where} contradict "
+            f"each other; keep split."
+        )
+    return {**{key: value for key, value in source.items() if key != "data_split"}, "split": named}
 
 
 def _rename_old_keys(merged: dict[str, Any], origin: dict[str, str]) -> None:

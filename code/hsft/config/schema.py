@@ -109,10 +109,11 @@ def _split_time(value: str | None) -> str | None:
 
 
 def _data_split(value: Any) -> Any:
-    if value in ("leave_one_out", "global_time"):
+    # Files and command lines may name a split here, which the loader takes for `split`.
+    if isinstance(value, str):
         raise ValueError(
-            f"cuts long training histories into pieces or not, as in HLLM; how users are held out is "
-            f"split: {value}"
+            "must be True or False: whether to cut long training histories into pieces, as in HLLM; "
+            "how users are held out is split: leave_one_out or global_time"
         )
     return value
 
@@ -454,7 +455,8 @@ class Config(_Section):
         True,
         "data",
         "cut training histories longer than MAX_ITEM_LIST_LENGTH + 1 into pieces of that length; "
-        "False: train on the last piece alone (HLLM's key)",
+        "False: train on the last piece alone (HLLM's key); leave_one_out or global_time is taken for "
+        "split",
     )
     num_workers: Int = _key(
         0, "data", "processes that prepare batches; 0 prepares them in the main one", ge=0, le=256

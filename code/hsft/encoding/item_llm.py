@@ -466,14 +466,22 @@ def model_fingerprint(folder: str | Path, random_seed: int | None = None) -> str
     Args:
         folder: a model folder.
         random_seed: of weights that are drawn in place of the folder's.
+
+    Raises:
+        InputError: the folder or one of its files cannot be read.
     """
     digest = hashlib.sha256()
     if random_seed is not None:
         digest.update(f"random {random_seed}\0".encode())
-    for path in sorted(Path(folder).iterdir()):
-        if not path.is_file() or path.suffix not in _MODEL_FILES:
-            continue
-        add_file(digest, path)
+    try:
+        for path in sorted(Path(folder).iterdir()):
+            if path.is_file() and path.suffix in _MODEL_FILES:
+                add_file(digest, path)
+    except OSError as error:
+        raise InputError(
+            f"{error.filename or folder} cannot be read: {error.strerror or error}; make the ItemLLM's "
+            f"folder readable for whoever runs this, or name another one."
+        ) from error
     return digest.hexdigest()
 
 

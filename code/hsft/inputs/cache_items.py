@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 
@@ -241,9 +242,11 @@ def _other_cache(config: Config, cache: ItemCache, item_ids: np.ndarray) -> str 
     }
     if config.item_emb_token_n == 0 and stated.get("pooling") != "sentence":
         expected["pooling"] = ("item_emb_token_n", "mean")
-    if config.item_pretrain_dir and Path(config.item_pretrain_dir).is_dir():
-        mark = model_fingerprint(config.item_pretrain_dir, config.random_item_seed)
-        expected["model_fingerprint"] = ("item_pretrain_dir", mark)
+    if config.item_pretrain_dir and is_folder(config.item_pretrain_dir):
+        # Nothing but this comparison reads the ItemLLM: it may belong to somebody else.
+        with suppress(InputError):
+            mark = model_fingerprint(config.item_pretrain_dir, config.random_item_seed)
+            expected["model_fingerprint"] = ("item_pretrain_dir", mark)
     other = [
         key for name, (key, value) in expected.items() if stated.get(name) not in (None, value)
     ]

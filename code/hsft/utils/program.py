@@ -184,10 +184,10 @@ def run_program(main: Callable[[Sequence[str]], int], argv: Sequence[str] | None
     Under torchrun a message that every process has is printed once.
 
     Returns:
-        What `main` returned; 2 for an `InputError` or a package that is not installed; 130 or 143
-        for an interruption; 1 when another process of the run has gone; 141 when whoever read
-        standard output, such as `head`, has. Any other exception is a defect of the program and
-        keeps its traceback.
+        What `main` returned; 2 for an `InputError`, a package that is not installed or a file that
+        the user has no right to; 130 or 143 for an interruption; 1 when another process of the run
+        has gone; 141 when whoever read standard output, such as `head`, has. Any other exception is
+        a defect of the program and keeps its traceback.
     """
     try:
         try:
@@ -240,6 +240,14 @@ def _run(main: Callable[[Sequence[str]], int], argv: Sequence[str] | None) -> in
         print_once(
             f"error: the package {package} is missing in {sys.executable}; activate the virtual "
             f"environment (. .venv/bin/activate) or run {install_command(package)}."
+        )
+        return EXIT_BAD_INPUT
+    except PermissionError as error:
+        if error.filename is None:
+            raise
+        print_once(
+            f"error: {one_line(error.filename)} cannot be used: {error.strerror}; give this user the "
+            f"right to it, or name another file or folder."
         )
         return EXIT_BAD_INPUT
     except RuntimeError as error:
