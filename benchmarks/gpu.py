@@ -2,6 +2,7 @@
 
     python benchmarks/gpu.py                        # all sections
     python benchmarks/gpu.py --only checks training
+    python benchmarks/gpu.py --seconds 200          # no row begins after that
 
 TinyLlama-1.1B's shape, random weights, lengths like Pixel200K's, QLoRA on q_proj and v_proj. The plain
 way (transformers + peft, padded to L) and HSFT's variants run in this process one after the other on
@@ -14,22 +15,24 @@ from __future__ import annotations
 
 import argparse
 import gc
-import importlib.util
+import importlib
+import io
 import itertools
+import logging
+import math
 import re
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "code"))
@@ -38,7 +41,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from transformers import LlamaConfig, LlamaModel
+from transformers.utils import logging as transformers_logging
 
+from benchmarks.dispatched import Dispatched
 from benchmarks.padding_data import PIXEL_ITEMS, pixel_like, sequences
 from benchmarks.plain_training import PlainModel, pad_to
 from benchmarks.varlen_reference import reference_varlen_attn
@@ -52,12 +57,13 @@ from hsft.encoding.item_llm import ItemEncoder, length_batches
 from hsft.evaluator import ranking
 from hsft.evaluator.tensor_cores import tensor_core_ranks
 from hsft.model import varlen
-from hsft.model.accelerate import compile_layers
+from hsft.model.accelerate import StepGraphs, compile_layers
 from hsft.model.attention import VARLEN
 from hsft.model.backbone import load_decoder
 from hsft.model.norms import fuse_norms
 from hsft.model.varlen import varlen_attention_forward, varlen_attn
-from hsft.report.memory import CUDA_CONTEXT, GIB, estimate
+from hsft.report import memory
+from hsft.report.memory import CUDA_CONTEXT, GIB, TrainingShape, estimate
 from hsft.run.dry_run import TINYLLAMA, training_shape
 from hsft.run.setup import Data, build_user_llm, lora_settings, make_evaluator
 from hsft.run.train_and_rank import accelerate, evaluate, make_train_loader, train_and_rank
@@ -96,8 +102,16 @@ TINY = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 128,
 }
-# The most steps until every bucket that comes up often has its graph.
-_WARM_UP = 12
+# Tokens of the random model's vocabulary; the UserLLM reads none of them.
+_VOCABULARY = 1000
+# Steps before those that are timed: kernels are chosen, the optimizer's states made.
+_WARM_UP = 3
+# Until every bucket that comes up often has its graph; fewer where many rows are measured.
+_GRAPH_WARM_UP, _GRID_GRAPH_WARM_UP = 12, 8
+# Steps of the grid's rows, and of the demo's.
+_GRID_STEPS, _DEMO_STEPS = 5, 8
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -107,35 +121,59 @@ class Variant:
     Attributes:
         label: its name.
         keys: configuration keys that differ from the repository's files.
-        layers: compile the decoder layers, whatever `compile` says.
         fused: leave 4-bit products to bitsandbytes' own choice of kernel.
         float32_residual: norms and residual stream in float32 under autocast, as peft prepares it.
     """
 
     label: str
     keys: dict[str, Any] = field(default_factory=dict)
-    layers: bool = False
     fused: bool = False
     float32_residual: bool = False
 
 
 ROWS: dict[str, Any] = {"attn_implementation": "sdpa", "compile": "off"}
+BF16: dict[str, Any] = {"qlora_quant_type": "none"}
 OURS = Variant("HSFT")
-VARIANTS = [
+# Each with a model of its own.
+NF4_VARIANTS = [
     Variant("masked rows of 4L, float32 residual", ROWS, fused=True, float32_residual=True),
     Variant("masked rows of 4L", ROWS),
-    Variant("one row", {"compile": "off"}),
     Variant("one row, bitsandbytes' kernels", {"compile": "off"}, fused=True),
-    Variant("one row, paged 8-bit AdamW", {"compile": "off", "optimizer": "paged_adamw8bit"}),
-    Variant("one row, CUDA graph", {"compile": "graph"}),
-    Variant("one row, compiled layers, CUDA graph", {"compile": "graph"}, layers=True),
 ]
-BF16: dict[str, Any] = {"qlora_quant_type": "none"}
+BF16_VARIANTS = [Variant("masked rows of 4L", ROWS)]
+# All with one model. The last one compiles its layers in place.
+ONE_ROW_VARIANTS = [
+    Variant("one row", {"compile": "off"}),
+    Variant("one row, CUDA graph", {"compile": "graph"}),
+    Variant("one row, compiled layers, CUDA graph", {"compile": "layers_graph"}),
+]
 
 
 def compiles(variant: Variant) -> bool:
     """Say whether a variant waits for torch.compile, which takes minutes on a CPU."""
-    return variant.layers or variant.keys.get("compile") == "layers"
+    return str(variant.keys.get("compile")).startswith("layers")
+
+
+class Shared(Generic[T]):
+    """An object that several rows use: made for the first of them, and again after one that failed.
+
+    Args:
+        make: makes the object.
+    """
+
+    def __init__(self, make: Callable[[], T]) -> None:
+        self._make = make
+        self._made: T | None = None
+
+    def get(self) -> T:
+        """Return the object."""
+        if self._made is None:
+            self._made = self._make()
+        return self._made
+
+    def drop(self) -> None:
+        """Forget the object, so that its memory is free."""
+        self._made = None
 
 
 @dataclass
@@ -148,6 +186,8 @@ class Bench:
         data: interactions and item cache.
         out: folder of the results.
         result: everything measured so far.
+        began: when the run began, by `time.perf_counter`.
+        plain: the plain way's rows for NF4, by rank, length and batch size.
     """
 
     args: argparse.Namespace
@@ -155,6 +195,8 @@ class Bench:
     data: Data
     out: Path
     result: dict[str, Any]
+    began: float
+    plain: dict[tuple[int, int, int], dict[str, Any]] = field(default_factory=dict)
 
     @property
     def tiny(self) -> bool:
@@ -166,23 +208,43 @@ class Bench:
         self.result["rows"].append({"section": section, **row})
         sys.stdout.write(f"[{section}] {describe(row)}\n")
         sys.stdout.flush()
+        self.write()
+
+    def write(self) -> None:
+        """Write all rows."""
         write_json(self.out / "gpu.json", self.result)
         write_text(self.out / "gpu.md", markdown(self.result))
 
-    def attempt(self, section: str, label: str, work: Callable[[], dict[str, Any]]) -> Any:
-        """Add what `work` returns; an error becomes a row that says so. Skip what `--rows` leaves out."""
+    def attempt(
+        self,
+        section: str,
+        label: str,
+        work: Callable[[], dict[str, Any]],
+        shared: Shared[Any] | None = None,
+    ) -> None:
+        """Add what `work` returns; an error becomes a row that says so.
+
+        Rows that `--rows` leaves out are skipped, and those for which `--seconds` leaves no time.
+        `shared` is what `work` uses along with other rows.
+        """
         if not re.search(self.args.rows, label):
-            return None
+            return
+        limit = self.args.seconds
+        if limit is not None and time.perf_counter() - self.began > limit:
+            self.result["left_out"].append(f"[{section}] {label}")
+            return
+        clear_peak()
         began = time.perf_counter()
         try:
             row = {"label": label, **work()}
         except Exception as error:  # one variant that fails must not cost the others
             traceback.print_exc(limit=-4)
             row = {"label": label, "error": f"{type(error).__name__}: {one_line(error, 300)}"}
+            if shared is not None:
+                shared.drop()
         row["seconds"] = round(time.perf_counter() - began, 1)
         self.add(section, row)
         clear()
-        return row
 
     def config(
         self, variant: Variant, *, rank: int = 8, length: int = 50, batch: int = 64
@@ -224,8 +286,10 @@ def describe(row: dict[str, Any]) -> str:
 def prepare(folder: Path, sizes: dict[str, int], items: int) -> None:
     """Save a random model and a random item cache."""
     torch.manual_seed(0)
-    model = LlamaModel(LlamaConfig(**sizes)).to(torch.bfloat16)
-    model.save_pretrained(folder / "model")
+    # On a GPU drawing a billion numbers takes no time.
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        model = LlamaModel(LlamaConfig(**sizes, bos_token_id=None, eos_token_id=None))
+    model.to(torch.bfloat16).cpu().save_pretrained(folder / "model")
     vectors = torch.randn(items, sizes["hidden_size"]).half()
     save_cache(folder / "cache.safetensors", [str(n + 1) for n in range(items)], vectors, {})
 
@@ -237,9 +301,27 @@ class Trained:
     model: Any
     wrapped: Any
     optimizer: Any
-    graphs: Any
+    graphs: StepGraphs | None
     loader: Any
     fabric: Any
+
+    def exchange(self, bench: Bench, config: Config) -> Trained:
+        """Take the batches of another configuration, and what its `compile` says of launches."""
+        self.release()
+        dataset = sequences(bench.data.interactions, config.MAX_ITEM_LIST_LENGTH)
+        adapted = self.model.encoder.items.adapter is not None
+        self.loader = make_train_loader(config, dataset, self.fabric, list_items=adapted)
+        self.model.encoder.max_length = config.longest_list_length
+        # Steps enough that `compile: auto` does not find the run too short.
+        self.graphs = accelerate(config, self.model, self.wrapped, self.loader, 10**6, self.fabric)
+        return self
+
+    def release(self) -> None:
+        """Free CUDA graphs and gradients."""
+        self.optimizer.zero_grad()
+        if self.graphs is not None:
+            self.graphs.release()
+        self.graphs = None
 
     def batches(self) -> Iterator[TrainBatch]:
         """Yield batches without end."""
@@ -285,19 +367,32 @@ def build(bench: Bench, config: Config, variant: Variant) -> Trained:
         for module in encoder.decoder.modules():
             if isinstance(module, bnb.nn.Linear4bit):
                 module.__class__ = bnb.nn.Linear4bit
-    dataset = sequences(bench.data.interactions, config.MAX_ITEM_LIST_LENGTH)
-    loader = make_train_loader(config, dataset, fabric)
     optimizer = build_optimizer(model, config, fabric.device)
     wrapped, wrapped_optimizer = fabric.setup(model, optimizer)
     wrapped.train()
-    if variant.layers:
-        compile_layers(encoder.decoder)
-    graphs = accelerate(config, model, wrapped, loader, 10**6, fabric)
-    return Trained(model, wrapped, wrapped_optimizer, graphs, loader, fabric)
+    return Trained(model, wrapped, wrapped_optimizer, None, None, fabric).exchange(bench, config)
 
 
-def build_plain(bench: Bench, config: Config) -> tuple[Any, Any, Any, Any]:
-    """Build the plain loop's model, on the same sequences: wrapped, optimizer, loader, fabric."""
+@dataclass
+class Plain:
+    """The plain loop's model, on the same sequences."""
+
+    wrapped: Any
+    optimizer: Any
+    fabric: Any
+
+    def step(self, length: int, batch: TrainBatch) -> None:
+        """Take an optimizer step on a batch, padded to `length`."""
+        padded = pad_to(length, batch)
+        loss = self.wrapped(*(part.to(self.fabric.device) for part in padded))
+        self.fabric.backward(loss)
+        self.fabric.clip_gradients(self.wrapped, self.optimizer, max_norm=1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+
+def build_plain(bench: Bench, config: Config) -> Plain:
+    """Build the plain loop's model."""
     assert bench.data.cache is not None
     fabric = make_fabric(config)
     fabric.seed_everything(config.seed, verbose=False)
@@ -325,10 +420,20 @@ def build_plain(bench: Bench, config: Config) -> tuple[Any, Any, Any, Any]:
     optimizer = build_optimizer(model, config.model_copy(update={"optimizer": kind}), fabric.device)
     wrapped, wrapped_optimizer = fabric.setup(model, optimizer)
     wrapped.train()
-    dataset = sequences(bench.data.interactions, config.MAX_ITEM_LIST_LENGTH)
-    loader = make_train_loader(config, dataset, fabric)
-    loader.collate_fn = TrainCollate(dataset)
-    return wrapped, wrapped_optimizer, loader, fabric
+    return Plain(wrapped, wrapped_optimizer, fabric)
+
+
+@dataclass(frozen=True)
+class Timed:
+    """What `measure` finds.
+
+    Attributes:
+        row: the figures.
+        positions: most positions computed in a step, padding counted.
+    """
+
+    row: dict[str, Any]
+    positions: int
 
 
 def measure(
@@ -338,19 +443,20 @@ def measure(
     count: int,
     warm_up: int,
     captures: Callable[[], int] = lambda: 0,
-) -> dict[str, Any]:
+) -> Timed:
     """Time steps alone, waiting for each, and then as many without waiting, loading included.
 
     Peak memory is of all of them, in bytes. The steps without waiting are repeated while graphs
     are still captured among them (`captures` counts these), four times at most: a run captures
     each shape once.
     """
-    times, reals = [], []
+    times, reals, most = [], [], 0
     for number, batch in enumerate(itertools.islice(batches, warm_up + count)):
         synchronize(device)
         began = time.perf_counter()
         step(batch)
         synchronize(device)
+        most = max(most, batch.history.numel())
         if number >= warm_up:
             times.append(time.perf_counter() - began)
             reals.append(int(batch.attention_mask.sum()))
@@ -359,17 +465,19 @@ def measure(
         for batch in itertools.islice(batches, count):
             step(batch)
             real += int(batch.attention_mask.sum())
+            most = max(most, batch.history.numel())
         synchronize(device)
         seconds = time.perf_counter() - began
         if captures() == before:
             break
     rates = [tokens / alone for tokens, alone in zip(reals, times, strict=True)]
-    return {
+    row = {
         "ms": 1e3 * statistics.median(times),
         "real_tokens_per_s": statistics.median(rates),
         "overlapped_tokens_per_s": real / seconds,
         "peak_bytes": peak_bytes(device),
     }
+    return Timed(row, most)
 
 
 def peak_bytes(device: torch.device) -> int | None:
@@ -383,52 +491,109 @@ def clear_peak() -> None:
         torch.cuda.reset_peak_memory_stats()
 
 
-def train_plain(bench: Bench, config: Config) -> dict[str, Any]:
-    """Measure the plain loop."""
-    wrapped, optimizer, loader, fabric = build_plain(bench, config)
+def train_plain(
+    bench: Bench, config: Config, shared: Shared[Plain] | None = None, steps: int | None = None
+) -> dict[str, Any]:
+    """Measure the plain loop; `shared` has its model, None: it is built."""
+    plain = build_plain(bench, config) if shared is None else shared.get()
+    dataset = sequences(bench.data.interactions, config.MAX_ITEM_LIST_LENGTH)
+    loader = make_train_loader(config, dataset, plain.fabric)
+    loader.collate_fn = TrainCollate(dataset)
+    clear_peak()
+    row = measure(
+        partial(plain.step, config.MAX_ITEM_LIST_LENGTH),
+        iter(loader),
+        plain.fabric.device,
+        steps or bench.args.steps,
+        2,
+    ).row
+    if config.qlora_quant_type == "nf4":
+        bench.plain[_size(config)] = row
+    return row
 
-    def step(batch: TrainBatch) -> None:
-        padded = pad_to(config.MAX_ITEM_LIST_LENGTH, batch)
-        loss = wrapped(*(part.to(fabric.device) for part in padded))
-        fabric.backward(loss)
-        fabric.clip_gradients(wrapped, optimizer, max_norm=1.0)
-        optimizer.step()
-        optimizer.zero_grad()
 
-    return measure(step, iter(loader), fabric.device, bench.args.steps, 3)
+def _size(config: Config) -> tuple[int, int, int]:
+    """Return rank, length and batch size."""
+    return config.qlora_r, config.MAX_ITEM_LIST_LENGTH, config.train_batch_size
 
 
-def train_ours(bench: Bench, config: Config, variant: Variant) -> dict[str, Any]:
-    """Measure a variant, and put the memory estimate and the model FLOPs utilisation beside it."""
-    trained = build(bench, config, variant)
-    warm_up = 3 if bench.tiny else _WARM_UP
-    device = trained.fabric.device
-    graphs = trained.graphs
-    measured = measure(
+def train_ours(
+    bench: Bench,
+    config: Config,
+    variant: Variant,
+    shared: Shared[Trained] | None = None,
+    steps: int | None = None,
+    graph_warm_up: int = _GRAPH_WARM_UP,
+) -> dict[str, Any]:
+    """Measure a variant beside the plain way, the memory estimate and the model FLOPs utilisation.
+
+    Args:
+        bench: the sizes and the data.
+        config: the variant's configuration.
+        variant: the way of training.
+        shared: has a model of the same weights; None: it is built.
+        steps: that are timed; None: as the command line says.
+        graph_warm_up: steps before them where CUDA graphs are captured.
+    """
+    trained = shared.get().exchange(bench, config) if shared else build(bench, config, variant)
+    clear_peak()
+    device, graphs = trained.fabric.device, trained.graphs
+
+    def captures() -> int:
+        return 0 if graphs is None else graphs.graphs
+
+    timed = measure(
         trained.step,
         trained.batches(),
         device,
-        bench.args.steps,
-        warm_up,
-        lambda: graphs.graphs if graphs else 0,
+        steps or bench.args.steps,
+        _WARM_UP if graphs is None else graph_warm_up,
+        captures,
     )
-    # Without the driver's own memory, which the measured peak leaves out too.
-    lengths = trained.loader.dataset.lengths
-    shape = replace(
+    row = timed.row
+    counted = {
+        "graphs": captures(),
+        "capture_s": 0.0 if graphs is None else round(graphs.seconds, 2),
+    }
+    trained.release()
+    shape = shape_of(config, trained.loader.dataset.lengths)
+    size = config.train_batch_size
+    per_token = memory.saved_bytes_per_token(shape)
+    # Estimates are without the driver's own memory, which the measured peak leaves out too.
+    peak = peak_tflops(bench.result["device"], bench.args.peak_tflops)
+    used = flops_per_token(config) * row["overlapped_tokens_per_s"]
+    plain = bench.plain.get(_size(config), {})
+    return {
+        **row,
+        "against_plain": _ratio(row, plain, "overlapped_tokens_per_s"),
+        "memory_of_plain": _ratio(row, plain, "peak_bytes"),
+        "estimate_bytes": estimate(shape, size, per_token).total - CUDA_CONTEXT,
+        "estimate_of_largest_bytes": estimate(
+            with_positions(shape, size, timed.positions), size, per_token
+        ).total
+        - CUDA_CONTEXT,
+        "mfu": used / (peak * 1e12) if peak else None,
+        **counted,
+    }
+
+
+def _ratio(row: dict[str, Any], other: dict[str, Any], key: str) -> float | None:
+    above, below = row.get(key), other.get(key)
+    return float(above / below) if above and below else None
+
+
+def shape_of(config: Config, lengths: np.ndarray) -> TrainingShape:
+    """Return what the memory of training on sequences of these lengths depends on."""
+    return replace(
         training_shape(config),
         mean_length=float(lengths.mean()),
         length_deviation=float(lengths.std()),
     )
-    guess = estimate(shape, config.train_batch_size).total - CUDA_CONTEXT
-    peak = peak_tflops(bench.result["device"], bench.args.peak_tflops)
-    used = flops_per_token(config) * measured["overlapped_tokens_per_s"]
-    return {
-        **measured,
-        "estimate_bytes": guess,
-        "mfu": used / (peak * 1e12) if peak else None,
-        "graphs": graphs.graphs if graphs else 0,
-        "capture_s": round(graphs.seconds, 2) if graphs else 0.0,
-    }
+
+
+def with_positions(shape: TrainingShape, batch_size: int, positions: int) -> TrainingShape:
+    """Return a shape whose largest batch has so many positions."""
+    return replace(shape, mean_length=positions / batch_size, length_deviation=0.0)
 
 
 def flops_per_token(config: Config) -> int:
@@ -458,8 +623,21 @@ def clear() -> None:
     torch.compiler.reset()
     gc.collect()
     if torch.cuda.is_available():
+        clear_workspaces()
         torch.cuda.empty_cache()
     clear_peak()
+
+
+def clear_workspaces() -> None:
+    """Free what torch keeps for cuBLAS, 32 MiB a thread and stream on Hopper; products make it again.
+
+    What a row's graphs were captured with would count in the peak of later rows. No graph may be
+    replayed afterwards.
+    """
+    free = getattr(torch._C, "_cuda_clearCublasWorkspaces", None)
+    if free is not None and torch.cuda.is_available():
+        torch.cuda.synchronize()
+        free()
 
 
 # --- sections
@@ -470,18 +648,9 @@ def checks(bench: Bench) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     bench.attempt("checks", "varlen against one sequence at a time", partial(check_varlen, device))
     bench.attempt("checks", "a step waits for nothing", partial(check_waits, bench))
-    check_losses(bench, compiled=False)
-
-
-def compiled(bench: Bench) -> None:
-    """Compare the losses of compiled layers with those of the simple way."""
-    check_losses(bench, compiled=True)
-
-
-def check_losses(bench: Bench, *, compiled: bool) -> None:
-    """Compare the losses of fast ways, those that torch compiles or the others, with masked rows'."""
+    bench.attempt("checks", "operations dispatched in a step", partial(check_dispatched, bench))
     simple = Variant("masked rows", ROWS, float32_residual=True)
-    steps = 3 if bench.tiny else 30
+    steps = 3 if bench.tiny else 20
     rate: dict[str, Any] = {"qlora_dropout": 0.0, "optim_args": {"learning_rate": 1e-3}}
     reference: dict[str, Any] = {}
     for variant in (
@@ -490,17 +659,8 @@ def check_losses(bench: Bench, *, compiled: bool) -> None:
         Variant("one row, CUDA graph", {"compile": "graph"}),
         Variant("bfloat16, masked rows", {**BF16, **ROWS}),
         Variant("bfloat16, one row, CUDA graph", {**BF16, "compile": "graph"}),
-        Variant("one row, compiled layers, CUDA graph", {"compile": "graph"}, layers=True),
     ):
-        if variant is not simple and (compiles(variant) != compiled or (bench.tiny and compiled)):
-            continue
-        keyed = Variant(
-            variant.label,
-            {**variant.keys, **rate},
-            variant.layers,
-            variant.fused,
-            variant.float32_residual,
-        )
+        keyed = replace(variant, keys={**variant.keys, **rate})
         bench.attempt(
             "checks",
             f"losses: {variant.label}",
@@ -583,6 +743,35 @@ def check_waits(bench: Bench) -> dict[str, Any]:
     return {"passed": True}
 
 
+def check_dispatched(bench: Bench) -> dict[str, Any]:
+    """Count the operations that a training step dispatches, kernel by kernel and as a CUDA graph."""
+    trained = build(bench, bench.config(Variant("", {"compile": "off"})), OURS)
+    batch = next(trained.batches())
+    # Kernels are chosen, and the optimizer's states made.
+    trained.step(batch)
+    with Dispatched() as eager:
+        trained.step(batch)
+    row: dict[str, Any] = {
+        "passed": eager.launches <= 3000,
+        "operations": eager.launches,
+        "views": eager.counts.total() - eager.launches,
+    }
+    trained.exchange(bench, bench.config(Variant("", {"compile": "graph"})))
+    if trained.graphs is None:
+        return row
+    batch = next(trained.batches())
+    for _ in range(4):
+        trained.step(batch)
+    with Dispatched() as replayed:
+        trained.step(batch)
+    return {
+        **row,
+        "passed": row["passed"] and trained.graphs.graphs == 1 and replayed.launches <= 1000,
+        "graph_operations": replayed.launches,
+        "graph_views": replayed.counts.total() - replayed.launches,
+    }
+
+
 def losses_of(
     bench: Bench, variant: Variant, steps: int, reference: dict[str, Any]
 ) -> dict[str, Any]:
@@ -607,43 +796,90 @@ def losses_of(
 def training(bench: Bench) -> None:
     """Measure the plain way and HSFT's variants at 64 x 50, NF4 and bfloat16 weights."""
     batch, length = (4, 10) if bench.tiny else (64, 50)
-    kinds: list[tuple[str, dict[str, Any]]] = [("NF4", {}), ("bfloat16", BF16)]
-    for kind, keys in kinds:
-        config = bench.config(Variant("", keys), length=length, batch=batch)
-        bench.attempt("training", f"{kind}: {PLAIN}", partial(train_plain, bench, config))
-    # What compiles comes last: it takes longest, and a run may be cut short.
-    for variant in sorted(VARIANTS, key=compiles):
-        only_cuda = "optimizer" in variant.keys
-        if bench.tiny and (only_cuda or compiles(variant)):
-            continue
-        for kind, keys in kinds:
-            if kind == "bfloat16" and (variant.fused or only_cuda):
+    kinds: list[tuple[str, dict[str, Any], list[Variant]]] = [
+        ("NF4", {}, NF4_VARIANTS),
+        ("bfloat16", BF16, BF16_VARIANTS),
+    ]
+
+    def config(variant: Variant, keys: dict[str, Any]) -> Config:
+        keyed = replace(variant, keys={**variant.keys, **keys})
+        return bench.config(keyed, length=length, batch=batch)
+
+    for kind, keys, _ in kinds:
+        work = partial(train_plain, bench, config(OURS, keys))
+        bench.attempt("training", f"{kind}: {PLAIN}", work)
+    for kind, keys, variants in kinds:
+        for variant in variants:
+            work = partial(train_ours, bench, config(variant, keys), variant)
+            bench.attempt("training", f"{kind}: {variant.label}", work)
+        first = ONE_ROW_VARIANTS[0]
+        shared = Shared(partial(build, bench, config(first, keys), first))
+        for variant in ONE_ROW_VARIANTS:
+            if bench.tiny and compiles(variant):
                 continue
-            keyed = replace(variant, keys={**variant.keys, **keys})
-            config = bench.config(keyed, length=length, batch=batch)
-            label = f"{kind}: {variant.label}"
-            bench.attempt("training", label, partial(train_ours, bench, config, keyed))
+            work = partial(train_ours, bench, config(variant, keys), variant, shared)
+            bench.attempt("training", f"{kind}: {variant.label}", work, shared)
+        shared.drop()
+        clear()
 
 
 def grid(bench: Bench) -> None:
-    """Measure the plain way and HSFT as it is set over ranks, lengths and batch sizes."""
-    sizes = (
-        [(4, 10, 4)]
-        if bench.tiny
-        else [(8, 50, 16), (8, 50, 256), (64, 50, 64), (8, 10, 64), (64, 10, 16)]
-    )
-    for rank, length, batch in sizes:
-        where = f"r {rank}, L {length}, batch {batch}"
-        config = bench.config(OURS, rank=rank, length=length, batch=batch)
-        half = bench.config(Variant("", BF16), rank=rank, length=length, batch=batch)
-        bench.attempt("grid", f"NF4, {where}: plain", partial(train_plain, bench, config))
-        bench.attempt("grid", f"NF4, {where}: HSFT", partial(train_ours, bench, config, OURS))
-        bench.attempt("grid", f"bfloat16, {where}: HSFT", partial(train_ours, bench, half, OURS))
+    """Measure the plain way and HSFT as it is set over ranks, lengths and batch sizes.
+
+    Each has one model for each rank; rows differ in the batches.
+    """
+    ranks, sizes = (8, 64), [(50, 64), (50, 16), (50, 256), (10, 64), (10, 16), (10, 256)]
+    if bench.tiny:
+        ranks, sizes = (8, 4), [(10, 4), (6, 2)]
+    steps = min(_GRID_STEPS, bench.args.steps)
+    for rank in ranks:
+        # As long as the longest: what is shared is built once.
+        longest = bench.config(OURS, rank=rank, length=sizes[0][0], batch=sizes[0][1])
+        plain = Shared(partial(build_plain, bench, longest))
+        for length, batch in sizes:
+            config = bench.config(OURS, rank=rank, length=length, batch=batch)
+            bench.attempt(
+                "grid",
+                f"r {rank}, {batch} x {length}: plain",
+                partial(train_plain, bench, config, plain, steps),
+                plain,
+            )
+        plain.drop()
+        clear()
+        ours = Shared(partial(build, bench, longest, OURS))
+        for length, batch in sizes:
+            config = bench.config(OURS, rank=rank, length=length, batch=batch)
+            bench.attempt(
+                "grid",
+                f"r {rank}, {batch} x {length}: HSFT",
+                partial(train_ours, bench, config, OURS, ours, steps, _GRID_GRAPH_WARM_UP),
+                ours,
+            )
+        ours.drop()
+        clear()
+
+
+@dataclass(frozen=True)
+class Run:
+    """A whole run.
+
+    Attributes:
+        label: its name.
+        keys: configuration keys.
+        like: label of the run that has the same losses; None: there is none.
+        cap: GiB that the process may take; 0: any number. Batches are halved where it is set.
+    """
+
+    label: str
+    keys: dict[str, Any]
+    like: str | None = "compile: off"
+    cap: float = 0.0
 
 
 def run(bench: Bench) -> None:
-    """Run the program itself: with and without CUDA graphs, and under a cap that halves batches."""
-    interactions = pixel_like(seed=1, users=300 if bench.tiny else 3000)
+    """Run the program itself: by kinds of `compile` and of batches, and where batches are halved."""
+    # Steps enough for `compile: auto` to capture graphs.
+    interactions = pixel_like(seed=1, users=100 if bench.tiny else 1700)
     rows = ["item_id,user_id,timestamp"]
     owners = np.repeat(np.arange(len(interactions.offsets) - 1), np.diff(interactions.offsets))
     rows += [
@@ -652,71 +888,93 @@ def run(bench: Bench) -> None:
     ]
     write_text(bench.folder / "pixel.csv", "\n".join(rows) + "\n")
     losses: dict[str, list[float]] = {}
-    total = torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else 0
-    for label, keys, cap in (
-        ("compile: off", {"compile": "off"}, 0.0),
-        ("compile: auto", {"compile": "auto"}, 0.0),
-        ("compile: auto under a cap of 2 GiB", {"compile": "auto"}, 2.0),
+    large = 32 if bench.tiny else 512
+    graph: dict[str, Any] = {"compile": "graph", "train_batch_size": large}
+    for each in (
+        Run("compile: off", {"compile": "off"}),
+        Run("compile: auto", {"compile": "auto"}),
+        Run(f"batch {large}", graph, None),
+        # 208 sequences fit.
+        Run(f"batch {large} under a cap of 6 GiB", graph, f"batch {large}", 6.0),
+        Run("train_batch_size: auto", {"train_batch_size": "auto", "epochs": 1}, None),
+        Run("compile: layers_graph", {"compile": "layers_graph"}),
     ):
-        if cap and not total:
+        on_cpu = not torch.cuda.is_available()
+        if on_cpu and (each.cap or compiles(Variant("", each.keys))):
             continue
-
-        def work(label: str = label, keys: dict[str, Any] = keys, cap: float = cap) -> Any:
-            if cap:
-                torch.cuda.set_per_process_memory_fraction(cap * GIB / total)
-            try:
-                return real_run(bench, label, keys, losses)
-            finally:
-                if cap:
-                    torch.cuda.set_per_process_memory_fraction(1.0)
-
-        bench.attempt("run", label, work)
+        with slow_collection():
+            bench.attempt("run", each.label, partial(real_run, bench, each, losses))
 
 
-def real_run(
-    bench: Bench, label: str, keys: dict[str, Any], losses: dict[str, list[float]]
-) -> dict[str, Any]:
+@contextmanager
+def memory_cap(allowed: float | None) -> Iterator[None]:
+    """Let torch take so many bytes of the GPU's memory; None: all of it."""
+    if allowed is None:
+        yield
+        return
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(1.0, allowed / total))
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+def real_run(bench: Bench, each: Run, losses: dict[str, list[float]]) -> dict[str, Any]:
     """Fine-tune and evaluate through `main.py`'s function; say its times and losses."""
     values = {
         "data_path": str(bench.folder),
         "dataset": "pixel",
         "checkpoint_dir": str(bench.folder / "saved"),
-        "run_name": f"run{len(losses)}",
+        "run_name": re.sub(r"\W+", "-", each.label),
+        "overwrite": True,
         "epochs": 2,
+        # Measured by itself.
+        "eval_baseline": False,
         "qlora_dropout": 0.0,
         # Each part of a halved batch meets the same negatives, so that the loss stays the same.
         "num_negatives": 512,
-        **keys,
+        **each.keys,
     }
     length, batch = (10, 8) if bench.tiny else (50, 64)
-    folder = train_and_rank(bench.config(Variant("", values), length=length, batch=batch))
+    config = bench.config(Variant("", values), length=length, batch=batch)
+    with memory_cap(each.cap * GIB or None), redirect_stdout(io.StringIO()):
+        folder = train_and_rank(config)
     result = read_json(folder / "result.json")
     training = result["training"]
-    losses[label] = [record["loss"] for record in training["history"]]
-    first = next(iter(losses.values()))
+    losses[each.label] = [record["loss"] for record in training["history"]]
+    compared = losses.get(each.like or each.label, losses[each.label])
+    furthest = max(
+        abs(value - other) / other
+        for value, other in zip(losses[each.label], compared, strict=True)
+    )
+    taken = result["config"]["train_batch_size"]
+    halved = training["micro_batch"] is not None and training["micro_batch"] < taken
+    finite = all(map(math.isfinite, losses[each.label]))
+    seconds = result["timings_s"]["training"]
     return {
-        "losses": [round(loss, 4) for loss in losses[label]],
-        "passed": all(
-            abs(value - other) / other < 2e-2
-            for value, other in zip(losses[label], first, strict=True)
-        ),
+        "losses": [round(loss, 4) for loss in losses[each.label]],
+        "furthest_relative": furthest,
+        "passed": finite and furthest < 2e-2 and halved == bool(each.cap),
+        "train_batch_size": taken,
         "micro_batch": training["micro_batch"],
-        "training_s": round(result["timings_s"]["training"], 1),
-        "tokens_per_s": 2 * training["transitions_per_epoch"] / result["timings_s"]["training"],
+        "training_s": round(seconds, 1),
+        "tokens_per_s": len(training["history"]) * training["transitions_per_epoch"] / seconds,
         "evaluation_s": round(result["timings_s"]["evaluation"], 1),
+        "peak_bytes": peak_bytes(torch.device("cuda" if torch.cuda.is_available() else "cpu")),
     }
 
 
 def evaluation(bench: Bench) -> None:
     """Rank the whole catalogue for every user with the untrained UserLLM."""
-    split = leave_one_out(pixel_like(seed=3, users=500 if bench.tiny else 100_000))
+    split = leave_one_out(pixel_like(seed=3, users=100 if bench.tiny else 20_000))
     reference: list[np.ndarray] = []
     large = {"eval_batch_size": 1024, "logits_budget_mb": 2048}
     for label, keys, layers in (
         ("256 users, padded rows", {"attn_implementation": "sdpa"}, False),
         ("256 users, one row", {}, False),
-        ("1,024 users, one row", large, False),
-        ("1,024 users, one row, compiled layers", large, True),
+        ("1,024 users, logits_budget_mb 2,048, one row", large, False),
+        ("1,024 users, logits_budget_mb 2,048, one row, compiled layers", large, True),
     ):
         if layers and bench.tiny:
             continue
@@ -798,7 +1056,7 @@ def rank_all(
     if layers:
         encoder: Any = model.encoder
         compile_layers(encoder.decoder)
-    few = leave_one_out(pixel_like(seed=2, users=100 if bench.tiny else 8000))
+    few = leave_one_out(pixel_like(seed=2, users=20 if bench.tiny else 2000))
     small = make_evaluator(config, few, "test", fabric)
     began = time.perf_counter()
     evaluate(config, model, small, fabric)
@@ -818,40 +1076,39 @@ def rank_all(
 
 def caching(bench: Bench) -> None:
     """Encode items with a model of TinyLlama's shape, emb token, 8 to 64 tokens each, 12 shared."""
-    folder = bench.folder / "item"
-    sizes = {**(TINY if bench.tiny else TINYLLAMA), "vocab_size": 1000}
-    torch.manual_seed(0)
-    LlamaModel(LlamaConfig(**sizes)).to(torch.bfloat16).save_pretrained(folder)
     rng = np.random.default_rng(0)
     lengths = rng.integers(8, 65, 200 if bench.tiny else 20_000)
-    prefix = rng.integers(0, 1000, 12)
-    tokens = [rng.integers(0, 1000, size) for size in lengths]
+    prefix = rng.integers(0, _VOCABULARY, 12)
+    tokens = [rng.integers(0, _VOCABULARY, size) for size in lengths]
     for ids in tokens:
         ids[:12] = prefix[: len(ids)]
     reference: list[torch.Tensor] = []
-    budgets = (512,) if bench.tiny else (8192, 32768)
-    for attention_name, label, ahead, compiled in (
-        ("sdpa", "padded, one batch after the other", False, False),
-        ("sdpa", "padded, next batch prepared ahead", True, False),
-        (VARLEN, "one row, next batch prepared ahead", True, False),
-        (VARLEN, "one row, compiled layers, prefix read with each text", True, True),
+    small, large = (512, 1024) if bench.tiny else (8192, 32768)
+    for attention_name, label, ahead, compiled, budgets in (
+        ("sdpa", "padded, one batch after the other", False, False, (small,)),
+        (VARLEN, "one row, next batch prepared ahead", True, False, (small, large)),
+        (VARLEN, "one row, compiled layers, prefix read with each text", True, True, (large,)),
     ):
         if compiled and bench.tiny:
             continue
         with emulated_kernel() if bench.tiny else nullcontext():
-            encoder = item_encoder(folder, attention_name, compiled)
-            # Texts of fewer than 12 tokens are read whole.
-            encoder.share_prefix(prefix)
+            shared = Shared(
+                partial(item_encoder, bench.folder / "model", attention_name, compiled, prefix)
+            )
             for budget in budgets:
                 bench.attempt(
                     "caching",
                     f"{label}, batches of {budget:,} tokens",
-                    partial(encode_catalogue, encoder, tokens, budget, ahead, reference),
+                    partial(encode_catalogue, shared, tokens, budget, ahead, reference),
+                    shared,
                 )
-        del encoder
+            shared.drop()
+            clear()
 
 
-def item_encoder(folder: Path, attention_name: str, compiled: bool) -> ItemEncoder:
+def item_encoder(
+    folder: Path, attention_name: str, compiled: bool, prefix: np.ndarray
+) -> ItemEncoder:
     """Load the random ItemLLM as `item_caching.py` does."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -863,17 +1120,20 @@ def item_encoder(folder: Path, attention_name: str, compiled: bool) -> ItemEncod
     encoder = ItemEncoder(model, None, emb_token.to(device), 64)
     if compiled:
         encoder.compile()
+    # Texts of fewer than 12 tokens are read whole.
+    encoder.share_prefix(prefix)
     return encoder
 
 
 def encode_catalogue(
-    encoder: ItemEncoder,
+    shared: Shared[ItemEncoder],
     tokens: list[np.ndarray],
     budget: int,
     ahead: bool,
     reference: list[torch.Tensor],
 ) -> dict[str, Any]:
     """Time the encoding of all items; compare the embeddings with those of the first way."""
+    encoder = shared.get()
     lengths = np.array([len(ids) for ids in tokens])
     batches = list(length_batches(lengths, budget, 1))
     texts = [[tokens[row] for row in batch.tolist()] for batch in batches]
@@ -929,8 +1189,9 @@ def demo(bench: Bench) -> None:
     """Train with the demo's full setting: SmolLM2's shape, MovieLens-100K's sizes."""
     folder = bench.folder / "demo"
     folder.mkdir()
-    items, users = 1682, 943
+    items, users = 1682, 40 if bench.tiny else 943
     prepare(folder, TINY if bench.tiny else SMOLLM2, items)
+    clear()
     rng = np.random.default_rng(0)
     count = users * 106
     data = Data(
@@ -945,30 +1206,75 @@ def demo(bench: Bench) -> None:
         ),
         open_cache(folder / "cache.safetensors"),
     )
-    demo_bench = Bench(bench.args, folder, data, bench.out, bench.result)
+    demo_bench = Bench(bench.args, folder, data, bench.out, bench.result, bench.began)
+    steps = min(_DEMO_STEPS, bench.args.steps)
     files = [ROOT / "demo/demo.yaml", ROOT / "demo/full.yaml"]
-    for label, keys, layers in (
-        ("masked rows of 4L, gradient checkpointing", {**ROWS, "gradient_checkpointing": True}, False),
-        ("one row", {"compile": "off"}, False),
-        ("one row, CUDA graph", {"compile": "graph"}, False),
-        ("one row, compiled layers, CUDA graph", {"compile": "graph"}, True),
-    ):  # fmt: skip
-        if layers and bench.tiny:
+    checkpointed = Variant(
+        "masked rows of 4L, gradient checkpointing", {**ROWS, "gradient_checkpointing": True}
+    )
+    for variant in (checkpointed, *ONE_ROW_VARIANTS):
+        if bench.tiny and compiles(variant):
             continue
         values = {
-            **keys,
+            **variant.keys,
             "use_qlora": True,
             "user_pretrain_dir": str(folder / "model"),
             "item_cache_path": str(folder / "cache.safetensors"),
             "show_progress": False,
         }
         config = load_config([ROOT / "code/overall/LLM_ddp.yaml", *files], values)[0]
-        variant = Variant(label, keys, layers)
         demo_bench.attempt(
             "demo",
-            label,
-            partial(train_ours, demo_bench, config, variant),
+            variant.label,
+            partial(train_ours, demo_bench, config, variant, None, steps),
         )
+        if variant is checkpointed:
+            demo_bench.attempt(
+                "memory",
+                f"demo, {variant.label}",
+                partial(step_memory, demo_bench, config, variant),
+            )
+
+
+def step_memory(bench: Bench, config: Config, variant: Variant) -> dict[str, Any]:
+    """Say what a training step holds at each of its stages, and what --dry_run counts for it.
+
+    The batch is the one of the first 50 with the most positions.
+    """
+    trained = build(bench, config, variant)
+    device = trained.fabric.device
+    row: dict[str, Any] = {"built_bytes": allocated(device), "build_peak_bytes": peak_bytes(device)}
+    batches = itertools.islice(trained.batches(), 3 if bench.tiny else 50)
+    batch = max(batches, key=lambda batch: batch.history.numel())
+    trained.step(batch)
+    synchronize(device)
+    with_workspaces = allocated(device)
+    clear_workspaces()
+    row["held_bytes"] = allocated(device)
+    row["workspace_bytes"] = with_workspaces - row["held_bytes"]
+    clear_peak()
+    loss = trained.wrapped(batch.to(device))
+    synchronize(device)
+    row |= {"after_forward_bytes": allocated(device), "forward_peak_bytes": peak_bytes(device)}
+    clear_peak()
+    trained.fabric.backward(loss)
+    synchronize(device)
+    row |= {"after_backward_bytes": allocated(device), "backward_peak_bytes": peak_bytes(device)}
+    clear_peak()
+    trained.optimizer.step()
+    synchronize(device)
+    row["update_peak_bytes"] = peak_bytes(device)
+    positions = batch.history.numel()
+    shape = shape_of(config, trained.loader.dataset.lengths)
+    shape = with_positions(shape, config.train_batch_size, positions)
+    parts = estimate(shape, config.train_batch_size)
+    row |= {f"estimated_{name.replace(' ', '_')}_bytes": size for name, size in memory.rows(parts)}
+    return {"positions": positions, **row}
+
+
+def allocated(device: torch.device) -> int:
+    """Return what tensors on a GPU take, in bytes; 0 elsewhere."""
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
 
 
 def caps(bench: Bench) -> None:
@@ -976,23 +1282,18 @@ def caps(bench: Bench) -> None:
     if not torch.cuda.is_available():
         bench.add("caps", {"label": "skipped", "reason": "no CUDA device"})
         return
-    total = torch.cuda.get_device_properties(0).total_memory
     config = bench.config(Variant("", {"compile": "off"}))
+    shared = Shared(partial(build, bench, config, OURS))
     for cap in (6, 8, 12):
-
-        def work(cap: int = cap) -> dict[str, Any]:
-            torch.cuda.set_per_process_memory_fraction(cap * GIB / total)
-            try:
-                return largest_batch(bench, config)
-            finally:
-                torch.cuda.set_per_process_memory_fraction(1.0)
-
-        bench.attempt("caps", f"{cap} GiB", work)
+        work = partial(largest_batch, shared, cap * GIB)
+        bench.attempt("caps", f"{cap} GiB", work, shared)
+    shared.drop()
+    clear()
 
 
-def largest_batch(bench: Bench, config: Config) -> dict[str, Any]:
+def largest_batch(shared: Shared[Trained], allowed: int) -> dict[str, Any]:
     """Raise the batch size until a step runs out of memory, then halve the gap three times."""
-    trained = build(bench, config, OURS)
+    trained = shared.get()
     collate = trained.loader.collate_fn
     order = np.random.default_rng(0).permutation(len(collate.dataset))
 
@@ -1008,63 +1309,80 @@ def largest_batch(bench: Bench, config: Config) -> dict[str, Any]:
         torch.cuda.empty_cache()
         return fitting
 
-    low, high = 0, 64
-    while fits(high) and high < len(order):
-        low, high = high, 2 * high
-    for _ in range(3):
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    positions = int(trained.loader.collate_fn.dataset.lengths[order[:low]].sum())
+    with memory_cap(allowed):
+        low, high = 0, 64
+        while fits(high) and high < len(order):
+            low, high = high, 2 * high
+        for _ in range(3):
+            middle = (low + high) // 2
+            low, high = (middle, high) if fits(middle) else (low, middle)
+    positions = int(collate.dataset.lengths[order[:low]].sum())
     return {"largest_batch": low, "positions": positions}
 
 
-def deepspeed(bench: Bench) -> None:
-    """Run ZeRO stages 2 and 3 for an epoch of few users, plain LoRA and NF4, through main.py."""
-    if importlib.util.find_spec("deepspeed") is None:
-        bench.add("deepspeed", {"label": "skipped", "reason": "deepspeed is not installed"})
-        return
-    if bench.tiny:
-        bench.add("deepspeed", {"label": "skipped", "reason": "tests/trainer has it on the CPU"})
-        return
-    for stage, kind in ((0, "none"), (2, "none"), (3, "none"), (2, "nf4")):
-        keys = {"qlora_quant_type": kind}
-        if stage:
-            keys |= {"strategy": "deepspeed", "stage": str(stage)}
-        command = [sys.executable, str(ROOT / "code/main.py"), "--config_file"]
-        command += [str(ROOT / "code/overall/LLM_ddp.yaml"), str(ROOT / "code/HLLM/HLLM.yaml")]
-        keys |= {
-            "use_qlora": "True",
-            "user_pretrain_dir": str(bench.folder / "model"),
-            "item_cache_path": str(bench.folder / "cache.safetensors"),
-            "data_path": str(bench.folder),
-            "dataset": "pixel",
-            "epochs": "1",
-            "show_progress": "False",
-            "checkpoint_dir": str(bench.folder / f"deepspeed{stage}{kind}"),
-        }
-        command += [word for key, value in keys.items() for word in (f"--{key}", value)]
+def lost_capture(bench: Bench) -> None:
+    """Run out of memory within the capture of a CUDA graph. The last section: CUDA may not recover."""
+    label = "out of memory within a capture"
+    bench.attempt("lost_capture", label, partial(check_lost_capture, bench))
 
-        def work(command: list[str] = command) -> dict[str, Any]:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-            table = [line for line in done.stdout.splitlines() if "NDCG@10" in line]
-            last = done.stderr.strip().splitlines()[-1:] if done.returncode else table
-            return {"exit_code": done.returncode, "said": " ".join(last)[:200]}
 
-        label = f"ZeRO-{stage}, {kind}" if stage else f"DDP, {kind}"
-        bench.attempt("deepspeed", label, work)
+def check_lost_capture(bench: Bench) -> dict[str, Any]:
+    """Say whether steps go on, and can be captured, after a capture that ran out of memory."""
+    config = bench.config(Variant("", {"compile": "graph", "qlora_dropout": 0.0}))
+    trained = build(bench, config, OURS)
+    graphs = trained.graphs
+    if graphs is None:
+        return {"skipped": "no CUDA device"}
+    batch = next(trained.batches())
+
+    def loss_of_batch() -> float:
+        loss = float(trained.gradients(batch))
+        trained.optimizer.zero_grad()
+        return loss
+
+    first = loss_of_batch()
+    # The last one before the capture.
+    loss_of_batch()
+    gc.collect()
+    torch.cuda.empty_cache()
+    exhausted = False
+    # Less than a step needs: the capture fails, and the step without it.
+    with memory_cap(torch.cuda.memory_reserved() + GIB / 2):
+        try:
+            loss_of_batch()
+        except torch.OutOfMemoryError:
+            exhausted = True
+    trained.optimizer.zero_grad()
+    after = loss_of_batch()
+    kept_stream = torch.cuda.current_stream() == torch.cuda.default_stream()
+    trained.exchange(bench, config)
+    assert trained.graphs is not None
+    again = [loss_of_batch() for _ in range(4)][-1]
+    furthest = max(abs(after - first), abs(again - first)) / first
+    return {
+        "passed": exhausted
+        and not graphs.enabled
+        and kept_stream
+        and trained.graphs.graphs == 1
+        and furthest < 1e-2,
+        "exhausted": exhausted,
+        "gave_up_graphs": not graphs.enabled,
+        "kept_stream": kept_stream,
+        "captures_afterwards": trained.graphs.graphs,
+        "furthest_relative": furthest,
+    }
 
 
 SECTIONS: dict[str, Callable[[Bench], None]] = {
     "checks": checks,
     "training": training,
-    "compiled": compiled,
     "run": run,
-    "evaluation": evaluation,
     "grid": grid,
+    "evaluation": evaluation,
     "demo": demo,
     "caching": caching,
     "caps": caps,
-    "deepspeed": deepspeed,
+    "lost_capture": lost_capture,
 }
 
 
@@ -1082,11 +1400,18 @@ def markdown(result: dict[str, Any]) -> str:
         lines += ["", f"### {section}", "", f"| {' | '.join(map(_heading, keys))} |"]
         lines.append(f"| --- |{' ---: |' * (len(keys) - 1)}")
         lines += [f"| {' | '.join(_cell(key, row.get(key)) for key in keys)} |" for row in rows]
+    if result["left_out"]:
+        lines += ["", f"Left out for want of time: {'; '.join(result['left_out'])}."]
     return "\n".join(lines) + "\n"
 
 
 def _heading(key: str) -> str:
-    named = {"estimate_bytes": "--dry_run GiB", "mfu": "MFU", "label": "way"}
+    named = {
+        "estimate_bytes": "--dry_run GiB",
+        "estimate_of_largest_bytes": "--dry_run of the largest batch GiB",
+        "mfu": "MFU",
+        "label": "way",
+    }
     return named.get(key, key.replace("_bytes", " GiB").replace("_per_s", "/s").replace("_", " "))
 
 
@@ -1108,7 +1433,10 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--tiny", choices=["True", "False"], default="False")
     parser.add_argument("--only", nargs="+", choices=list(SECTIONS), default=list(SECTIONS))
     parser.add_argument("--rows", default="", help="regular expression of the rows to measure")
-    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument(
+        "--seconds", type=float, help="no row begins after so many; default: all do"
+    )
     parser.add_argument("--peak_tflops", type=float, help="dense bfloat16 peak of the device")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     args = parser.parse_args(argv)
@@ -1118,24 +1446,80 @@ def main(argv: Sequence[str]) -> int:
             "error: torch finds no CUDA device; --tiny True tries the script on a CPU.\n"
         )
         return EXIT_BAD_INPUT
-    warnings.filterwarnings("ignore")
-    set_up_logging(quiet=True)
     began = time.perf_counter()
-    with tempfile.TemporaryDirectory() as name:
+    with silent_libraries(), quick_collection(), tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        prepare(folder, TINY if tiny else {**TINYLLAMA, "vocab_size": 1}, PIXEL_ITEMS)
+        sizes = {**(TINY if tiny else TINYLLAMA), "vocab_size": _VOCABULARY}
+        prepare(folder, sizes, PIXEL_ITEMS)
+        clear()
         interactions = pixel_like(users=500 if tiny else 20_000)
         data = Data(leave_one_out(interactions), open_cache(folder / "cache.safetensors"))
-        result = {"steps": args.steps, "tiny": tiny, "torch": torch.__version__, "rows": []}
-        bench = Bench(args, folder, data, args.out, result)
+        result: dict[str, Any] = {
+            "steps": args.steps,
+            "tiny": tiny,
+            "torch": torch.__version__,
+            "rows": [],
+            "left_out": [],
+        }
+        bench = Bench(args, folder, data, args.out, result, began)
+        sys.stdout.write(f"model and data made in {time.perf_counter() - began:.0f} s\n")
+        sys.stdout.flush()
         for section in args.only:
             try:
                 SECTIONS[section](bench)
             except Exception as error:  # a section that fails must not cost the others
                 traceback.print_exc(limit=-4)
                 bench.add(section, {"label": section, "error": one_line(error, 300)})
-    sys.stdout.write(f"{time.perf_counter() - began:.0f} s in all: {args.out / 'gpu.json'}\n")
+        result["seconds"] = round(time.perf_counter() - began, 1)
+        bench.write()
+    for row in result["left_out"]:
+        sys.stdout.write(f"left out: {row}\n")
+    sys.stdout.write(f"{result['seconds']:.0f} s in all: {args.out / 'gpu.json'}\n")
     return EXIT_OK
+
+
+@contextmanager
+def quick_collection() -> Iterator[None]:
+    """Keep the garbage collector from going through the imported packages, half a second a row."""
+    importlib.import_module("lightning.fabric")
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
+@contextmanager
+def slow_collection() -> Iterator[None]:
+    """Let the garbage collector do what it does in a run, within `quick_collection`.
+
+    No model may be there afterwards: what is frozen is never freed.
+    """
+    gc.unfreeze()
+    try:
+        yield
+    finally:
+        gc.collect()
+        gc.freeze()
+
+
+@contextmanager
+def silent_libraries() -> Iterator[None]:
+    """Silence warnings, log lines and progress bars of other packages."""
+    level = logging.getLogger().level
+    set_up_logging(quiet=True)
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        transformers_logging.enable_progress_bar()
+        transformers_logging.set_verbosity(verbosity)
+        logging.getLogger().setLevel(level)
 
 
 if __name__ == "__main__":

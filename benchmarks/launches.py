@@ -18,7 +18,6 @@ import argparse
 import re
 import sys
 import tempfile
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -35,9 +34,9 @@ from torch import Tensor, nn
 from torch._inductor import config as inductor_config
 from torch._inductor.async_compile import AsyncCompile
 from torch._inductor.utils import run_and_get_code
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaModel
 
+from benchmarks.dispatched import Dispatched
 from benchmarks.plain_training import PlainModel, pad_to
 from hsft.data.dataset import CachedEmbeddingTrainDataset, TrainCollate
 from hsft.data.interactions import Interactions
@@ -54,40 +53,6 @@ from hsft.utils.logs import set_up_logging
 
 ROOT = Path(__file__).resolve().parents[1]
 LAYERS, WIDTH, LENGTH, BATCH = 22, 64, 12, 8
-# Operations that change no number and launch nothing.
-VIEWS = frozenset(
-    (
-        *(
-            "view",
-            "_unsafe_view",
-            "reshape",
-            "_reshape_alias",
-            "t",
-            "transpose",
-            "permute",
-            "expand",
-        ),
-        *("slice", "select", "split", "squeeze", "unsqueeze", "as_strided", "alias", "detach"),
-        *("empty", "empty_like", "new_empty", "empty_strided", "lift_fresh"),
-    )
-)
-
-
-class Dispatched(TorchDispatchMode):
-    """Counts operations by name."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.counts: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.counts[func._schema.name.removeprefix("aten::")] += 1
-        return func(*args, **(kwargs or {}))
-
-    @property
-    def launches(self) -> int:
-        """Operations that are no views."""
-        return sum(count for name, count in self.counts.items() if name not in VIEWS)
 
 
 @torch.library.custom_op("hsft_count::attention", mutates_args=())

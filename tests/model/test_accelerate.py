@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +130,33 @@ def test_a_failing_capture_costs_nothing_but_a_line(
         torch.testing.assert_close(actual, 5 * one, rtol=1e-4, atol=1e-5)
     assert not graphs.enabled
     assert sum("could not be captured" in line for line in caplog.messages) == 1
+
+
+class OutOfMemory(StepGraphs):
+    """Runs out of memory in the middle of a capture."""
+
+    activations: weakref.ref[torch.Tensor]
+    freed = False
+
+    def _capture(self, batch: TrainBatch) -> _Captured:
+        held = torch.ones(3)
+        self.activations = weakref.ref(held)
+        raise torch.OutOfMemoryError("no memory")
+
+    def release(self) -> None:
+        super().release()
+        self.freed = self.activations() is None
+
+
+@pytest.mark.usefixtures("emulated_varlen")
+def test_a_capture_that_runs_out_of_memory_holds_none_of_it(llama: Path) -> None:
+    model = recommender(llama)
+    graphs = OutOfMemory(model, torch.Tensor.backward, model.parameters(), CPU)
+    for _ in range(3):
+        loss = graphs.step(batches()[0])
+    assert graphs.freed
+    assert not graphs.enabled
+    assert loss.item() == pytest.approx(model(batches()[0]).item())
 
 
 def choose(asked: str, **more: Any) -> tuple[Acceleration, str]:

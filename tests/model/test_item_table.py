@@ -99,6 +99,19 @@ def test_vectors_are_the_adapted_text_plus_the_id(kind: str) -> None:
     torch.testing.assert_close(torch.cat([piece() for piece in table.chunks(7)]), expected)
 
 
+def test_a_slice_is_read_in_a_call_of_the_module() -> None:
+    # ZeRO stage 3 brings divided parameters together in hooks of such calls.
+    table = ItemTable(embeddings(), id_items=30)
+    vectors = torch.randn(31, 12)
+
+    def put_together(module: torch.nn.Module, arguments: object) -> None:
+        assert table.id_vectors is not None
+        table.id_vectors.data = vectors
+
+    table.register_forward_pre_hook(put_together)
+    torch.testing.assert_close(table.slice(3, 7), embeddings()[3:7] + vectors[3:7])
+
+
 def test_id_dropout_leaves_out_whole_vectors_and_is_off_in_evaluation() -> None:
     table = ItemTable(torch.zeros(2001, 4), id_items=2000, id_dropout=0.3).train()
     assert table.id_vectors is not None

@@ -55,18 +55,42 @@ def test_synthetic_histories_have_pixel200ks_mean_length() -> None:
 
 
 def test_the_gpu_script_runs_tiny(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    sections = ("--only", "checks", "training", "caching", "caps")
-    assert gpu.main(["--tiny", "True", "--steps", "1", *sections, "--out", str(tmp_path)]) == 0
-    rows = json.loads((tmp_path / "gpu.json").read_text())["rows"]
+    assert gpu.main(["--tiny", "True", "--steps", "1", "--out", str(tmp_path)]) == 0
+    result = json.loads((tmp_path / "gpu.json").read_text())
+    rows = result["rows"]
     assert not [row for row in rows if "error" in row]
     assert all(row.get("passed", True) for row in rows)
-    rates = [row["real_tokens_per_s"] for row in rows if row["section"] == "training"]
-    assert len(rates) > 5
-    assert min(rates) > 0
+    assert {row["section"] for row in rows} == {*gpu.SECTIONS, "memory"}
+    for section, fewest in (("training", 9), ("grid", 8), ("demo", 3)):
+        rates = [row["real_tokens_per_s"] for row in rows if row["section"] == section]
+        assert len(rates) >= fewest
+        assert min(rates) > 0
+    compared = [row for row in rows if row["section"] == "grid" and "HSFT" in row["label"]]
+    plain = [row for row in rows if row["section"] == "grid" and "plain" in row["label"]]
+    for ours, other in zip(compared, plain, strict=True):
+        rate = ours["overlapped_tokens_per_s"] / other["overlapped_tokens_per_s"]
+        assert ours["against_plain"] == pytest.approx(rate)
     page = (tmp_path / "gpu.md").read_text()
     assert "--dry_run GiB" in page
     assert "### checks" in page
-    assert capsys.readouterr().out.count("[training]") == len(rates)
+    out, err = capsys.readouterr()
+    assert out.count("[grid]") == len(compared) + len(plain)
+    assert out.splitlines()[-1].startswith(f"{result['seconds']:.0f} s in all")
+    # Tables of whole runs, and other packages' lines and bars.
+    assert "NDCG" not in out + err
+    assert "shards" not in err
+
+
+def test_the_gpu_script_begins_no_row_when_its_time_is_over(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ("--tiny", "True", "--steps", "1", "--only", "checks", "--seconds", "0")
+    assert gpu.main([*arguments, "--out", str(tmp_path)]) == 0
+    result = json.loads((tmp_path / "gpu.json").read_text())
+    assert result["rows"] == []
+    assert "[checks] a step waits for nothing" in result["left_out"]
+    assert "left out: [checks] a step waits for nothing" in capsys.readouterr().out
+    assert "Left out for want of time" in (tmp_path / "gpu.md").read_text()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is there")

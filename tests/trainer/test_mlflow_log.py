@@ -72,7 +72,14 @@ def tensorboard(project: Project) -> dict[tuple[str, int], float]:
     }
 
 
-def test_mlflow_gets_metrics_and_configuration(project: Project) -> None:
+@pytest.mark.parametrize("store", ["database", "files"])
+def test_mlflow_gets_metrics_and_configuration(
+    project: Project, store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if store == "files":
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", (project.root / "mlruns").as_uri())
+        # MLflow 3 refuses its local file store without.
+        monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     code, _, err = project.run(*SASREC, "--mlflow_experiment", "mine")
     assert code == 0, err
     assert "MLflow failed" not in err
@@ -166,6 +173,23 @@ def test_a_server_that_is_down_is_said_before_the_work(
     assert line.startswith("error: MLflow at http://127.0.0.1:9 does not start: ")
     assert line.endswith("check MLFLOW_TRACKING_URI, or set --log_mlflow False.")
     assert "secret" not in err
+    assert not run_folder(project).exists()
+
+
+@pytest.mark.skipif(
+    not hasattr(mlflow.environment_variables, "MLFLOW_ALLOW_FILE_STORE"),
+    reason="this version of MLflow takes folders",
+)
+def test_a_refused_file_store_is_one_sentence(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MLFLOW_ALLOW_FILE_STORE", raising=False)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", (project.root / "mlruns").as_uri())
+    code, _, err = project.run(*SASREC)
+    assert code == 2
+    line = err.splitlines()[-1]
+    assert line.startswith("error: MLflow at file://")
+    assert "set `MLFLOW_ALLOW_FILE_STORE=true`" in line
     assert not run_folder(project).exists()
 
 

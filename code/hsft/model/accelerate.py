@@ -242,15 +242,19 @@ class StepGraphs:
     def _try_capture(self, batch: TrainBatch, shape: _Shapes) -> _Captured | None:
         began = time.perf_counter()
         before = [p.grad if p.grad is None else p.grad.clone() for p in self._parameters]
+        captured, failure = None, ""
         try:
             captured = self._capture(batch)
         except Exception as error:  # CUDA refuses a capture for many reasons, all RuntimeErrors
-            self.release()
+            failure = one_line(error, 160)
+        if captured is None:
             for parameter, gradient in zip(self._parameters, before, strict=True):
                 parameter.grad = gradient
+            # Out of the except block: its traceback holds on to the activations.
+            self.release()
             log.warning(
                 "compile: a CUDA graph could not be captured (%s); kernels are launched one by one.",
-                one_line(error, 160),
+                failure,
             )
             return None
         self._captured[shape] = captured
@@ -274,12 +278,19 @@ class StepGraphs:
     def _record(self, compute: Callable[[], Tensor]) -> tuple[Any, Tensor]:
         """Capture a computation; return its graph and what it gives."""
         torch.cuda.synchronize(self._device)
-        # What plain steps left in the allocator is the graph's to use.
-        release_unused_memory()
+        # What plain steps left in the allocator is the graph's to use. `torch.cuda.graph` gives back what
+        # later ones leave; the garbage collector takes half a second.
+        if not self._captured:
+            release_unused_memory()
         graph = torch.cuda.CUDAGraph()
-        # Other threads, such as the data loader's, may go on calling CUDA meanwhile.
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            result = compute()
+        stream = torch.cuda.current_stream(self._device)
+        try:
+            # Other threads, such as the data loader's, may go on calling CUDA meanwhile.
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+                result = compute()
+        finally:
+            # A capture that CUDA refuses to end would leave its own stream as the current one.
+            torch.cuda.set_stream(stream)
         # Graphs run one after the other, so all use the same memory.
         self._pool = graph.pool()
         return graph, result

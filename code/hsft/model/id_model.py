@@ -39,13 +39,14 @@ class IdTable(ItemTable):
         """Number of items I, the padding item not counted."""
         return len(self.weight) - 1
 
-    def forward(self, items: Tensor, adapted: AdaptedItems | None = None) -> Tensor:
-        """Return the vectors of item numbers: int64 [...] -> float32 [..., D]; none is adapted."""
-        return self._project(F.embedding(items, self.weight))
+    def forward(self, items: Tensor | slice, adapted: AdaptedItems | None = None) -> Tensor:
+        """Return the vectors of item numbers: int64 [...] or a slice -> float32 [..., D].
 
-    def slice(self, start: int, end: int) -> Tensor:
-        """Return the vectors of items start..end-1: float32 [end - start, D]."""
-        return self._project(self.weight[start:end])
+        None is adapted.
+        """
+        if isinstance(items, slice):
+            return self._project(self.weight[items])
+        return self._project(F.embedding(items, self.weight))
 
     def chunks(self, size: int) -> list[Callable[[], Tensor]]:
         """Return one function per `size` items (without the padding item) that gives their vectors."""

@@ -106,14 +106,20 @@ class ItemTable(nn.Module):
         """Put the embeddings of some items through the adapter: int64 [U], sorted."""
         return AdaptedItems(numbers, self._adapt(self._read(numbers)))
 
-    def forward(self, items: Tensor, adapted: AdaptedItems | None = None) -> Tensor:
+    def forward(self, items: Tensor | slice, adapted: AdaptedItems | None = None) -> Tensor:
         """Return the vectors of item numbers: int64 [...] -> float32 [..., D].
 
         Args:
-            items: item numbers.
+            items: item numbers; of a slice of them the vectors are read without a gather, and their
+                id vectors are never dropped.
             adapted: these items, and perhaps others, with the adapter applied already; None: it is
                 applied here.
         """
+        if isinstance(items, slice):
+            start, end = items.start, items.stop
+            if self.id_vectors is None:
+                return self._adapt(self.embeddings[start:end])
+            return self._with_ids(start, end, self.id_vectors[start:end])
         vectors = adapted.gather(items) if adapted else self._adapt(self._read(items))
         if self.id_vectors is None:
             return vectors
@@ -129,9 +135,9 @@ class ItemTable(nn.Module):
 
         Id vectors are never dropped here.
         """
-        if self.id_vectors is None:
-            return self._adapt(self.embeddings[start:end])
-        return self._with_ids(start, end, self.id_vectors[start:end])
+        # Through `forward`: ZeRO stage 3 brings divided parameters together for a call of a module.
+        vectors: Tensor = self(slice(start, end))
+        return vectors
 
     def chunks(self, size: int) -> list[Callable[[], Tensor]]:
         """Return one function per `size` items (without the padding item) that gives their vectors.

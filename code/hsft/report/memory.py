@@ -24,7 +24,10 @@ from hsft.utils.records import remember
 
 GIB = 1 << 30
 MIB = 1 << 20
-# The driver's and cuBLAS's own memory, which no allocator statistic shows.
+# The driver's and cuBLAS's own memory, which no allocator statistic shows. The workspaces that torch
+# allocates for cuBLAS (one for the forward pass's thread and one for the backward pass's, 32 MiB each on
+# Hopper, 8 on Ampere and Ada: ATen/cuda/CublasHandlePool.cpp) are not counted: logits, workspace and
+# activations are added up though not all of them are held at the same time, which makes up for it.
 CUDA_CONTEXT = 600 * MIB
 # bitsandbytes quantises blocks of 64 weights.
 _BLOCK = 64
