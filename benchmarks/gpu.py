@@ -902,7 +902,8 @@ def run(bench: Bench) -> None:
         on_cpu = not torch.cuda.is_available()
         if on_cpu and (each.cap or compiles(Variant("", each.keys))):
             continue
-        bench.attempt("run", each.label, partial(real_run, bench, each, losses))
+        with slow_collection():
+            bench.attempt("run", each.label, partial(real_run, bench, each, losses))
 
 
 @contextmanager
@@ -937,7 +938,7 @@ def real_run(bench: Bench, each: Run, losses: dict[str, list[float]]) -> dict[st
     }
     length, batch = (10, 8) if bench.tiny else (50, 64)
     config = bench.config(Variant("", values), length=length, batch=batch)
-    with memory_cap(each.cap * GIB or None), redirect_stdout(io.StringIO()), slow_collection():
+    with memory_cap(each.cap * GIB or None), redirect_stdout(io.StringIO()):
         folder = train_and_rank(config)
     result = read_json(folder / "result.json")
     training = result["training"]
@@ -1491,12 +1492,14 @@ def quick_collection() -> Iterator[None]:
 
 @contextmanager
 def slow_collection() -> Iterator[None]:
-    """Let the garbage collector do what it does in a run, within `quick_collection`."""
+    """Let the garbage collector do what it does in a run, within `quick_collection`.
+
+    No model may be there afterwards: what is frozen is never freed.
+    """
     gc.unfreeze()
     try:
         yield
     finally:
-        # What is frozen is never freed.
         gc.collect()
         gc.freeze()
 

@@ -190,7 +190,6 @@ def test_a_run_learns_is_recommended_from_and_refuses_what_it_lacks(project: Pro
         ("--loss", "bce"): "model: hstu is trained with loss: nce",
         ("--gradient_checkpointing", "True"): "belongs to an LLM, not to model: hstu",
         ("--hstu.heads", "3"): "hstu.heads (3) must divide hstu.hidden_size (16)",
-        ("--dry_run", "True"): "dry_run estimates fine-tuning of the UserLLM",
     }.items():
         code, _, err = project.run(*SMALL, *more)
         assert code == 2

@@ -11,14 +11,17 @@ import pytest
 import torch
 from transformers import AutoModel, LlamaConfig
 
+from hsft.config.loader import load_config
 from hsft.encoding.item_tower import freeze
+from hsft.model.hstu import build_hstu
 from hsft.model.item_table import ItemTable
 from hsft.model.meta import meta_decoder, read_structure
 from hsft.model.recommender import LossSettings, Recommender
+from hsft.model.sasrec import build_sasrec
 from hsft.model.structure import DecoderSource
 from hsft.model.user_llm import UserLLM
 from hsft.report import memory
-from hsft.run.dry_run import TINYLLAMA, _trained_part
+from hsft.run.dry_run import TINYLLAMA, _trained_part, training_shape
 from tests.conftest import Project
 from tests.decoders import real_model, real_weight_bytes, saved_by_autograd, shape
 from tests.helpers import make_cache, make_llama
@@ -153,9 +156,80 @@ def test_dry_run_reads_no_weights_and_writes_nothing(project: Project) -> None:
         assert word in out
     config = json.loads((folder / "config.json").read_text())
     assert config["num_hidden_layers"] == 2
-    code, _, err = project.run("--dry_run", "True", "--model", "pop")
-    assert code == 2
-    assert "dry_run" in err
+
+
+def test_what_trains_nothing_is_estimated_as_an_evaluation(project: Project) -> None:
+    dry = ("--dry_run", "True")
+    before = set(project.root.rglob("*"))
+    code, out, err = project.run(*dry, "--val_only", "True")
+    assert code == 0, err
+    assert "Estimated GPU memory of an evaluation: 256 users at a time" in out
+    assert "20 items in the catalogue. Nothing is trained." in out
+    assert "estimated time of the evaluation (30 users)" in out
+    assert "optimizer" not in out
+    weights = re.search(r"^weights +([\d,]+) MiB", out, re.MULTILINE)
+    assert weights is None or int(weights[1]) <= 1
+    code, out, err = project.run(*dry, "--model", "pop")
+    assert code == 0, err
+    # 30 users of 21 scores, four bytes each, are shown as 0.0 MiB.
+    assert (
+        "model: pop trains nothing and loads no LLM. An evaluation holds the scores of 256" in out
+    )
+    code, out, err = project.run(*dry, "--model", "item_knn")
+    assert (code, "every vector of the item cache in float32" in out) == (0, True)
+    assert set(project.root.rglob("*")) == before
+    (project.root / "dataset/tiny.csv").unlink()
+    for more in (("--model", "pop"), ("--val_only", "True")):
+        code, out, err = project.run(*dry, *more)
+        assert code == 0, err
+        assert "o time is estimated" in out
+
+
+def test_an_evaluation_holds_scores_within_the_budget(folder: Path) -> None:
+    plain = shape(folder, lora_rank=None, quant_type="none", items=10_000, budget_bytes=1 << 20)
+    few, many = (memory.evaluation_memory(plain, users) for users in (1, 1000))
+    # By hand: a MiB holds 25 users of 10,001 scores and 192 numbers; 341 vectors at a time, thrice.
+    assert few.logits == 4 * (10_001 + 192 + 3 * 341 * 192)
+    assert many.logits == 4 * (25 * (10_001 + 192) + 3 * 341 * 192)
+    assert few.gradients == few.optimizer == few.workspace == 0
+    assert few.weights == 4 * sum(plain.decoder.sizes)
+
+
+@pytest.mark.parametrize("model", ["sasrec", "hstu"])
+def test_models_on_item_ids_are_estimated_alike(project: Project, model: str) -> None:
+    files = ("--model", model, "--loss", "nce", "--dry_run", "True", "--precision", "32-true")
+    given = (*files, "--train_batch_size", "8", f"--{model}.hidden_size", "16")
+    code, out, err = project.run(*given, f"--{model}.heads", "2")
+    assert code == 0, err
+    assert f"{'HSTU' if model == 'hstu' else 'SASRec'}'s 2 layers and the item table" in out
+    assert "20 items in the catalogue" in out
+    for word in ("weights", "optimizer", "activations", "logits", "item table", "24 GiB"):
+        assert word in out
+    assert "without and with gradient_checkpointing" not in out
+    assert "an epoch (4 batches, launched kernel by kernel) and of a validation (30 users)" in out
+
+
+@pytest.mark.parametrize(
+    ("model", "section"),
+    [("sasrec", {"block": "ligr"}), ("sasrec", {}), ("hstu", {}), ("hstu", {"item_width": 8})],
+)
+def test_weights_and_states_of_id_models_are_exact(
+    project: Project, model: str, section: dict[str, Any]
+) -> None:
+    given = {"model": model, model: {"hidden_size": 16, "heads": 2, **section}, "dataset": "tiny"}
+    config, _ = load_config(
+        ["overall/LLM_ddp.yaml"], {**given, "loss": "nce", "precision": "32-true"}
+    )
+    known = training_shape(config)
+    assert known.items is not None
+    encoder = (build_hstu if model == "hstu" else build_sasrec)(config, known.items).encoder
+    sizes = [weight.numel() for weight in encoder.parameters()]
+    # And the logit scale.
+    assert sum(memory.trained_sizes(known)) == sum(sizes) + 1
+    estimated = memory.estimate(known, 4)
+    assert estimated.optimizer == 8 * (sum(sizes) + 1)
+    projection = 16 * 8 if section.get("item_width") else 0
+    assert estimated.weights + estimated.item_table == 4 * (sum(sizes) - projection)
 
 
 CACHE = "dataset/tiny_item_embeddings.safetensors"
@@ -226,8 +300,7 @@ def test_dry_run_without_a_model_folder_takes_tinyllamas_shape(project: Project)
     code, out, err = project.run(*DRY, "--user_pretrain_dir", "null")
     assert code == 0, err
     assert "no UserLLM is named: estimated for TinyLlama-1.1B's shape" in out
-    for more in (("--qlora_r", "none"), ("--val_only", "True")):
-        assert project.run(*DRY, *more)[0] == 2
+    assert project.run(*DRY, "--qlora_r", "none")[0] == 2
 
 
 def test_tinyllamas_shape_is_tinyllamas() -> None:

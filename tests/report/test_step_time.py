@@ -82,10 +82,13 @@ def test_what_quantisation_checkpointing_and_full_training_add(llama: Path) -> N
 def test_the_loss_with_a_linear_adapter(
     llama: Path, settings: dict[str, Any], expected: int
 ) -> None:
-    work = training_work(shape(llama, adapter="linear", **settings), 3, 30, 10, (0, 0))
+    work = training_work(shape(llama, dtype=BF16, adapter="linear", **settings), 3, 30, 10, (0, 0))
     assert work.float32 == expected
-    frozen = training_work(shape(llama, **settings), 3, 30, 10, (0, 0))
+    frozen = training_work(shape(llama, dtype=BF16, **settings), 3, 30, 10, (0, 0))
     assert work.products == frozen.products
+    # Without half precision the model's products are float32 ones too.
+    full = training_work(shape(llama, adapter="linear", **settings), 3, 30, 10, (0, 0))
+    assert (full.products, full.float32) == (0, work.float32 + work.products)
 
 
 def test_a_validation_counted_by_hand(llama: Path) -> None:

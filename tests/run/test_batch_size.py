@@ -87,10 +87,17 @@ def test_a_cards_free_memory_decides(project: Project, larger: pytest.MonkeyPatc
     assert resolve_batch_size(given, split, torch.device("cuda")) == (given, "")
 
 
+def test_models_on_item_ids_are_estimated_too(project: Project) -> None:
+    auto = ("--train_batch_size", "auto", "--loss", "nce", "--dry_run", "True")
+    for model in ("sasrec", "hstu"):
+        code, out, err = project.run(*auto, "--model", model)
+        assert code == 0, err
+        assert "train_batch_size: auto takes 8" in out
+
+
 @pytest.mark.parametrize(
     ("more", "word"),
     [
-        (("--model", "sasrec"), "model: sasrec is not"),
         (("--strategy", "deepspeed"), "strategy: deepspeed is not"),
         (
             ("--train_item_llm", "lora", "--item_pretrain_dir", "item"),

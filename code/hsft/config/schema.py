@@ -322,8 +322,8 @@ class Config(_Section):
         False,
         "run",
         "print the estimated GPU memory, and the largest train_batch_size and the time of an epoch for "
-        "cards of 6 to 24 GiB, then stop; loads no weights, and says what it assumes where the model "
-        "folder, item cache or interactions are not there yet",
+        "cards of 6 to 24 GiB, or with val_only those of the evaluation, then stop; loads no weights, "
+        "and says what it assumes where the model folder, item cache or interactions are not there yet",
     )
     seed: Int = _key(2020, "run", "seed of every random choice", ge=0, le=2**31 - 1)
     checkpoint_dir: Text = _key("saved", "run", "folder that holds one folder per run")
@@ -1020,9 +1020,7 @@ class Config(_Section):
 
     def _batch_size_can_be_chosen(self) -> None:
         obstacle = ""
-        if not self.has_user_llm:
-            obstacle = f"model: {self.model} is not"
-        elif self.strategy == "deepspeed":
+        if self.strategy == "deepspeed":
             obstacle = "strategy: deepspeed is not, as it shares weights out"
         elif self.trains_items_along:
             obstacle = f"train_item_llm: {self.train_item_llm} is not"

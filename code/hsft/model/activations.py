@@ -17,6 +17,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.pytorch_utils import Conv1D
 
 from hsft.model.backbone import keep_layers, linear_layers
+from hsft.model.fake_tensors import SavedBytes, give_fake_storage
 from hsft.model.meta import load_source
 from hsft.model.structure import DecoderSource, DecoderTraining
 
@@ -103,7 +104,7 @@ def _saved(source: DecoderSource, training: DecoderTraining, layers: int) -> int
         )
         model = _adapted(_with_fused_norms(plain), training).train()
     with FakeTensorMode():
-        _without_storage(model)
+        give_fake_storage(model)
         length = training.row_length
         vectors = torch.zeros(_ROWS, length, config.hidden_size, dtype=dtype, requires_grad=True)
         # Positions too: some models would count them from a mask of another shape.
@@ -111,39 +112,13 @@ def _saved(source: DecoderSource, training: DecoderTraining, layers: int) -> int
             "attention_mask": torch.zeros(_ROWS, 1, length, length, dtype=torch.bool),
             "position_ids": torch.arange(length).expand(_ROWS, length),
         }
-        weights = {_storage(weight) for weight in [*model.parameters(), *model.buffers()]}
-        saved: dict[int, int] = {}
-
-        def note(tensor: Tensor) -> Tensor:
-            key = _storage(tensor)
-            if key not in weights and tensor.ndim > 1:
-                saved[key] = max(saved.get(key, 0), tensor.untyped_storage().nbytes())
-                kept.append(tensor)
-            return tensor
-
-        kept: list[Tensor] = []
+        saved = SavedBytes(model, smallest_ndim=2)
         # The autocast type of the GPU is what counts; fake tensors are on the CPU, which has no
         # float16 mode, and both types have two bytes.
         mixed = torch.autocast("cpu", torch.bfloat16, enabled=training.autocast)
-        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), mixed:
+        with saved.hooks(), mixed:
             model(inputs_embeds=vectors, use_cache=False, **(given if masked else {}))
-    return sum(saved.values())
-
-
-def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
-
-
-def _without_storage(model: nn.Module) -> None:
-    """Replace a meta model's tensors by fake ones of the CPU: autocast does not act on meta."""
-    for module in model.modules():
-        for name, weight in list(module._parameters.items()):
-            if weight is not None:
-                fake = torch.empty(weight.shape, dtype=weight.dtype)
-                module._parameters[name] = nn.Parameter(fake, requires_grad=weight.requires_grad)
-        for name, buffer in list(module._buffers.items()):
-            if buffer is not None:
-                module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
+    return saved.total
 
 
 def _adapted(model: nn.Module, training: DecoderTraining) -> nn.Module:

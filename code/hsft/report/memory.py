@@ -14,6 +14,7 @@ from typing import Literal
 
 import torch
 
+from hsft.evaluator.ranking import items_at_a_time, users_at_a_time
 from hsft.model.backbone import is_target
 from hsft.model.losses import chunk_shape
 from hsft.model.meta import source_key
@@ -68,6 +69,9 @@ class TrainingShape:
         budget_bytes: of logits.
         item_llm_bytes, item_chunk_bytes: of an ItemLLM that is trained, as `item_llm_bytes` gives;
             step_items: most items that a sequence brings into a step, 0 where it is not trained.
+        layer_kind: `decoder`, or that of a model on item ids, as `IdModel` has it.
+        saved_bytes: as `saved_bytes_per_token` gives, of a model that is no decoder; None: a decoder's.
+        scores: attention scores that a position holds, where they are all in memory at once, else 0.
     """
 
     decoder: DecoderStructure
@@ -97,6 +101,9 @@ class TrainingShape:
     item_llm_bytes: int = 0
     item_chunk_bytes: int = 0
     step_items: int = 0
+    layer_kind: str = "decoder"
+    saved_bytes: tuple[float, float] | None = None
+    scores: int = 0
 
     def positions(self, batch_size: int) -> int:
         """Return the positions of a large batch: of a thousand, one or two have more."""
@@ -237,6 +244,8 @@ def saved_bytes_per_token(shape: TrainingShape) -> tuple[float, float]:
     Returns:
         (bytes per position and layer, bytes per position outside the layers).
     """
+    if shape.saved_bytes is not None:
+        return shape.saved_bytes
     source = shape.decoder.source
     training = DecoderTraining(
         quant_type=shape.quant_type,
@@ -305,6 +314,34 @@ def estimate(
     return replace(memory, item_llm=_item_llm_bytes(shape, batch_size, memory))
 
 
+def evaluation_memory(shape: TrainingShape, users: int) -> Memory:
+    """Estimate the peak of ranking users among all items.
+
+    A layer holds no more than what it would save for a backward pass. Beside the scores of as many
+    users as fit in the budget stand three copies of the item vectors that are scored at a time, a
+    quarter of the budget each at most.
+
+    Args:
+        shape: the run, with nothing that is trained: its `lora_rank` is None.
+        users: that are encoded at a time.
+    """
+    dim = shape.decoder.hidden_size
+    items = shape.items or 0
+    tokens = users * shape.length
+    ranked = min(users, users_at_a_time(items, shape.budget_bytes, dim))
+    scored = min(items, items_at_a_time(dim, shape.budget_bytes, torch.device("cuda")))
+    return Memory(
+        weights=weight_bytes(shape),
+        adapters=4 * sum(adapter_matrices(shape)),
+        gradients=0,
+        optimizer=0,
+        item_table=_table_bytes(items, dim, shape) if items else 0,
+        activations=int(tokens * sum(saved_bytes_per_token(shape))),
+        logits=4 * (ranked * (items + 1 + dim) + 3 * scored * dim),
+        workspace=0,
+    )
+
+
 def item_llm_bytes(
     shape: TrainingShape, trained: DecoderStructure, chunk_tokens: int
 ) -> tuple[int, int]:
@@ -364,6 +401,8 @@ def _workspace_bytes(shape: TrainingShape, tokens: int) -> int:
     widths = list(shape.decoder.linear.values())
     dequantised = max(read * given for read, given in widths) if shape.quantised else 0
     gradients = 3 * tokens * max(given for _, given in widths) * shape.residual_dtype.itemsize
+    # The gradients of scores, and of what is made of them.
+    gradients = max(gradients, 2 * tokens * shape.scores * shape.residual_dtype.itemsize)
     return gradients + dequantised * shape.dtype.itemsize
 
 

@@ -53,8 +53,12 @@ _TRAFFIC, _FORWARD_TRAFFIC = 12, 5
 _ADAMW_TRAFFIC = 28
 # Operations of a step as `benchmarks/launches.py` counts them for a Llama: kernels and views of a layer,
 # of a LoRA adapter, and of all the rest; then those of a forward pass in evaluation.
-_LAYER, _LORA, _REST = (62, 77), (17, 23), (93, 5)
-_FORWARD_LAYER, _FORWARD_LORA, _FORWARD_REST = (24, 37), (4, 9), (14, 1)
+_LORA, _REST = (17, 23), (93, 5)
+_FORWARD_LORA, _FORWARD_REST = (4, 9), (14, 1)
+# Kernels and views of a layer of each kind, in training and in evaluation, counted alike. torch runs a
+# transformer's layer as one operation of some twelve kernels where nothing is trained.
+_LAYER = {"decoder": (62, 77), "hstu": (50, 70), "sasrec": (68, 116), "ligr": (90, 118)}
+_FORWARD_LAYER = {"decoder": (24, 37), "hstu": (22, 30), "sasrec": (12, 2), "ligr": (18, 23)}
 _FORWARD_DEQUANTISE_VIEWS = 3
 
 
@@ -133,19 +137,26 @@ def training_work(
         + (passes if shape.lora_rank is not None else 2) * _weight_traffic(shape, weights)
         + _ADAMW_TRAFFIC * sum(trained_sizes(shape))
     )
-    kernels, views = (decoder.layers * _LAYER[n] + adapted * _LORA[n] + _REST[n] for n in (0, 1))
+    each, again = _LAYER[shape.layer_kind], _FORWARD_LAYER[shape.layer_kind]
+    kernels, views = (decoder.layers * each[n] + adapted * _LORA[n] + _REST[n] for n in (0, 1))
     if shape.checkpointing:
-        kernels += decoder.layers * _FORWARD_LAYER[0] + adapted * _FORWARD_LORA[0]
-        views += decoder.layers * _FORWARD_LAYER[1] + adapted * _FORWARD_LORA[1]
+        kernels += decoder.layers * again[0] + adapted * _FORWARD_LORA[0]
+        views += decoder.layers * again[1] + adapted * _FORWARD_LORA[1]
+    half, float32 = _by_precision(shape, products)
     return Work(
-        products=products,
-        float32=_loss_products(shape, sequences, tokens),
+        products=half,
+        float32=float32 + _loss_products(shape, sequences, tokens),
         traffic=traffic,
         kernels=kernels + dequantisations,
         operations=kernels + dequantisations + views,
         layer_products=passes * linear,
         dequantisations=dequantisations,
     )
+
+
+def _by_precision(shape: TrainingShape, products: float) -> tuple[float, float]:
+    """Return a model's products of 16 bits, and those in float32."""
+    return (products, 0.0) if shape.mixed or shape.dtype.itemsize == 2 else (0.0, products)
 
 
 def _layer_weights(shape: TrainingShape) -> tuple[int, int, int]:
@@ -211,12 +222,21 @@ def validation_work(
     dequantisations = batches * linear if _is_four_bit(shape) else 0
     kernels, views = (
         batches
-        * (decoder.layers * _FORWARD_LAYER[n] + adapted * _FORWARD_LORA[n] + _FORWARD_REST[n])
+        * (
+            decoder.layers * _FORWARD_LAYER[shape.layer_kind][n]
+            + adapted * _FORWARD_LORA[n]
+            + _FORWARD_REST[n]
+        )
         for n in (0, 1)
     )
+    half, float32 = _by_precision(
+        shape, tokens * (2 * weights + 2 * low_rank + 2 * dim * positions * decoder.layers)
+    )
     return Work(
-        products=tokens * (2 * weights + 2 * low_rank + 2 * dim * positions * decoder.layers),
-        float32=2 * items * dim * users + groups * 2 * sum(adapter_matrices(shape)) * items,
+        products=half,
+        float32=float32
+        + 2 * items * dim * users
+        + groups * 2 * sum(adapter_matrices(shape)) * items,
         traffic=_FORWARD_TRAFFIC * tokens * (decoder.layers * layer + rest)
         + batches * _weight_traffic(shape, weights)
         # Item vectors are read, normalised and scored; scores are written, masked and compared.

@@ -1,4 +1,4 @@
-"""`--dry_run True`: what a fine-tuning run would need of a GPU, from shapes alone."""
+"""`--dry_run True`: what a run would need of a GPU, from shapes alone."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from hsft.config import Config
+from hsft.config.schema import REFERENCES, TRAINED_MODELS
 from hsft.data.cache import DTYPES, is_native, open_cache, read_header
 from hsft.data.dataset import CachedEmbeddingEvalDataset, CachedEmbeddingTrainDataset
 from hsft.data.dataset.packing import Buckets
@@ -20,6 +21,7 @@ from hsft.data.files import cache_path, find_cache, has_interactions, interactio
 from hsft.data.interactions import load_interactions
 from hsft.data.split import Split, make_split
 from hsft.encoding.item_tower import check_frozen_layers
+from hsft.evaluator.ranking import users_at_a_time
 from hsft.inputs.cache_items import sentence_source
 from hsft.model.accelerate import choose_acceleration
 from hsft.model.attention import VARLEN, choose_attention
@@ -35,6 +37,7 @@ from hsft.report.memory import (
     MIB,
     TrainingShape,
     estimate,
+    evaluation_memory,
     item_llm_bytes,
     largest_batch,
     rows,
@@ -108,6 +111,12 @@ def dry_run(config: Config) -> None:
         InputError: what is there is bad or does not fit, or nothing would be fine-tuned.
     """
     split = _reader(config)
+    if config.model in REFERENCES:
+        sys.stdout.write(_describe_reference(config, split))
+        return
+    if config.val_only:
+        sys.stdout.write(_describe_evaluation(config, split))
+        return
     shape, assumed = assumed_shape(config, split)
     size = _run_size(config, split)
     time = split().time if has_interactions(config) else None
@@ -206,16 +215,20 @@ def assumed_shape(
     Raises:
         InputError: what is there is bad or does not fit, or nothing would be fine-tuned.
     """
-    if not config.has_user_llm or config.val_only:
+    if config.model not in TRAINED_MODELS:
         raise InputError(
-            "dry_run estimates fine-tuning of the UserLLM; set model: HLLM (or llm_id), not val_only."
+            f"dry_run estimates a run of one model, and model: {config.model} adds up the scores of "
+            f"finished runs; estimate each of these with its own configuration."
         )
+    if not config.has_user_llm:
+        return _id_shape(config, split or _reader(config))
     named = config.user_pretrain_dir
     decoder, assumed = _user_model(config, Path(named) if named else None)
     split = split or _reader(config)
     on_ids = config.model == "llm_id"
     if on_ids:
-        items = _trained_items(config, decoder.hidden_size, split)
+        width = config.llm_id.item_width or decoder.hidden_size
+        items = _trained_items(config, width, split)
     else:
         items = _items(config, decoder.hidden_size, split, known_width=not assumed)
     asked = config.attn_implementation
@@ -264,6 +277,51 @@ def assumed_shape(
         shape, sentences = _with_item_llm(config, shape)
         assumed = [*assumed, *sentences]
     return shape, [*assumed, *items.assumed]
+
+
+def _id_shape(config: Config, split: Callable[[], Split]) -> tuple[TrainingShape, list[str]]:
+    """Read what memory depends on for `model: sasrec` and `hstu`, as `assumed_shape`."""
+    # Imported here: an LLM's estimate does without.
+    from hsft.model.id_estimate import count_saved_bytes, read_id_model
+
+    model = read_id_model(config)
+    dim = model.structure.hidden_size
+    items = _trained_items(config, model.item_width, split)
+    precision = "bf16-mixed" if config.precision == "auto" else config.precision
+    dtype, mixed = _DTYPES.get(precision, torch.bfloat16), precision.endswith("mixed")
+    weights = torch.float32 if mixed else dtype
+    masked_row = packed_row_length(config, "sdpa")
+    row_length = masked_row or config.MAX_ITEM_LIST_LENGTH
+    lengths = _lengths(config, split) if masked_row else None
+    shape = TrainingShape(
+        decoder=model.structure,
+        quant_type="none",
+        lora_rank=None,
+        lora_targets=(),
+        mixed=mixed,
+        dtype=dtype,
+        optimizer_8bit=config.optimizer.endswith("8bit"),
+        checkpointing=False,
+        items=items.count,
+        item_bytes=4,
+        adapter="none" if model.item_width == dim else "linear",
+        adapter_rank=0,
+        item_width=items.width,
+        trained_items=True,
+        length=config.MAX_ITEM_LIST_LENGTH,
+        masked_row=masked_row,
+        mean_length=None if lengths is None else float(lengths.mean()),
+        length_deviation=0.0 if lengths is None else float(lengths.std()),
+        negatives=id_loss_settings(config, "cosine").negatives,
+        num_negatives=config.num_negatives or 0,
+        budget_bytes=config.logits_budget_mb * MIB,
+        layer_kind=model.kind,
+        saved_bytes=count_saved_bytes(
+            config, row_length, packed=masked_row is not None, dtype=weights, autocast=mixed
+        ),
+        scores=model.heads * row_length if model.kind == "hstu" else 0,
+    )
+    return shape, list(items.assumed)
 
 
 def _with_item_llm(config: Config, shape: TrainingShape) -> tuple[TrainingShape, list[str]]:
@@ -393,9 +451,8 @@ def _items(config: Config, width: int, split: Callable[[], Split], *, known_widt
     return _Items(None, config.item_cache_dtype, (*assumed, sentence))
 
 
-def _trained_items(config: Config, hidden: int, split: Callable[[], Split]) -> _Items:
+def _trained_items(config: Config, width: int, split: Callable[[], Split]) -> _Items:
     """Count the items of a model that trains a vector for each: those of the interactions."""
-    width = config.llm_id.item_width or hidden
     if has_interactions(config):
         return _Items(split().interactions.num_items, "float32", width=width)
     sentence = "there are no interactions: the number of items is unknown and the item table is not counted."
@@ -418,8 +475,15 @@ def _cached_items(config: Config, path: Path, width: int, *, known_width: bool) 
 
 
 def _trained_how(shape: TrainingShape) -> str:
-    layers = f"The UserLLM's {shape.decoder.layers} layers"
     number = str(shape.dtype).removeprefix("torch.") + " products" * shape.mixed
+    if shape.layer_kind != "decoder":
+        name = "HSTU" if shape.layer_kind == "hstu" else "SASRec"
+        masked = "with" if shape.masked_row else "without"
+        return (
+            f"{name}'s {shape.decoder.layers} layers and the item table: all weights trained, {number}, "
+            f"attention {masked} a mask."
+        )
+    layers = f"The UserLLM's {shape.decoder.layers} layers"
     name = shape.attention if shape.masked_row or shape.attention == "eager" else "unmasked"
     kernel = f"{number}, {name} attention"
     if shape.lora_rank is None:
@@ -462,11 +526,13 @@ def describe(config: Config, shape: TrainingShape, assumed: Sequence[str] = ()) 
     # Counted once: the same with and without gradient checkpointing, and for every batch size.
     counted = saved_bytes_per_token(shape)
     needed = estimate(shape, config.train_batch_size, counted)
+    is_decoder = shape.layer_kind == "decoder"
     how = "gradient checkpointing" if shape.checkpointing else "no gradient checkpointing"
     counted_rows = [
         (name, size)
         for name, size in rows(needed)
-        if (shape.items is not None or name != "item table") and (size or name != "item llm")
+        if (shape.items is not None or name != "item table")
+        and (size or name not in ("item llm", "adapters"))
     ]
     known = "an unknown number of" if shape.items is None else f"{shape.items:,}"
     lines = [
@@ -480,15 +546,70 @@ def describe(config: Config, shape: TrainingShape, assumed: Sequence[str] = ()) 
         *(f"{name:<14}{size / MIB:>10,.0f} MiB" for name, size in counted_rows),
         "",
         *_automatic_type(config, shape),
-        "largest train_batch_size, without and with gradient_checkpointing, "
+        f"largest train_batch_size, {'without and with gradient_checkpointing, ' * is_decoder}"
         f"{_DISPLAY // MIB} MiB left for a display:",
     ]
-    both = [replace(shape, checkpointing=value) for value in (False, True)]
+    kinds = (False, True) if is_decoder else (False,)
+    shapes = [replace(shape, checkpointing=value) for value in kinds]
     for card in CARDS:
-        sizes = [largest_batch(each, card.gib * GIB - _DISPLAY, counted) for each in both]
+        sizes = [largest_batch(each, card.gib * GIB - _DISPLAY, counted) for each in shapes]
         cells = [f"{size:,}" if size else "none fits" for size in sizes]
-        lines.append(f"{card.gib:>5} GiB {cells[0]:>12} {cells[1]:>12}")
+        lines.append(f"{card.gib:>5} GiB " + " ".join(f"{cell:>12}" for cell in cells))
     return "\n".join(lines) + "\n"
+
+
+def _describe_evaluation(config: Config, split: Callable[[], Split]) -> str:
+    """Write the estimated memory and time of `val_only`, in which nothing is trained."""
+    shape, assumed = assumed_shape(config, split)
+    shape = replace(
+        shape, lora_rank=None, quant_type="none", mixed=False, length=config.eval_list_length
+    )
+    needed = evaluation_memory(shape, config.eval_batch_size)
+    known = "an unknown number of" if shape.items is None else f"{shape.items:,}"
+    lines = [
+        f"Estimated GPU memory of an evaluation: {config.eval_batch_size} users at a time x "
+        f"{shape.length} items, {known} items in the catalogue. Nothing is trained.",
+        *(f"Assumed: {sentence}" for sentence in assumed),
+        "",
+        *(f"{name:<14}{size / MIB:>10,.0f} MiB" for name, size in rows(needed) if size),
+        "",
+    ]
+    if shape.items is None or not has_interactions(config):
+        return "\n".join([*lines, "No time is estimated without the interactions."]) + "\n"
+    dataset = CachedEmbeddingEvalDataset(split(), config.eval_phase, config.eval_list_length)
+    positions = float(dataset.lengths.mean()) if len(dataset) else 0.0
+    work = validation_work(
+        shape, len(dataset), positions, config.eval_batch_size, saved_bytes_per_token(shape)
+    )
+    ranked = "" if config.eval_protocol == "full" else ", as if the whole catalogue were ranked"
+    lines.append(
+        f"estimated time of the evaluation ({len(dataset):,} users{ranked}); see "
+        f"docs/performance-gpu.md for how far off:"
+    )
+    for card in CARDS:
+        fits = needed.total <= card.gib * GIB - _DISPLAY
+        cell = format_seconds(seconds(work, card, graph=False)) if fits else "does not fit"
+        lines.append(f"{card.gib:>5} GiB {cell:>12}  {card.name}")
+    return "\n".join(lines) + "\n"
+
+
+def _describe_reference(config: Config, split: Callable[[], Split]) -> str:
+    """Say what a model without weights needs: the scores of some users, and item vectors."""
+    parts = [f"model: {config.model} trains nothing and loads no LLM."]
+    if not has_interactions(config):
+        return f"{parts[0]} Its memory is that of scores and item vectors; no time is estimated.\n"
+    items = split().interactions.num_items
+    users = min(config.eval_batch_size, users_at_a_time(items, config.logits_budget_mb * MIB))
+    parts.append(
+        f"An evaluation holds the scores of {users:,} users over {items:,} items at a time, "
+        f"{4 * users * (items + 1) / MIB:,.1f} MiB"
+    )
+    beside = {
+        "item_knn": "and every vector of the item cache in float32",
+        "tfidf": "and the catalogue's TF-IDF vectors, whose number depends on the texts",
+    }.get(config.model)
+    parts[-1] += f", {beside}." if beside else ", and little else."
+    return " ".join(parts) + " No time is estimated.\n"
 
 
 def describe_times(config: Config, shape: TrainingShape, size: RunSize | None) -> str:
