@@ -191,10 +191,6 @@ def test_an_export_scores_as_the_run_and_training_goes_on_from_it(
         said = f"was trained with residual_items {items}, which residual_items 5 cannot go on from"
         assert said in " ".join(err.split())
         assert err.count("error:") == 1
-    code, _, err = project.call(export_main, ["--run", "saved/from0", "--format", "onnx"])
-    assert code == 2
-    assert f"saved/from0 has a residual of the last {items} items" in err
-    assert not Path("saved/from0/export-onnx").exists()
 
 
 _SQUARE = torch.zeros(64, 64)
@@ -223,11 +219,7 @@ def test_a_stored_residual_that_does_not_fit_is_refused(
     assert str(path) in str(refusal.value)
 
 
-def test_no_graph_is_exported_and_recommend_reads_the_run(project: Project) -> None:
+def test_recommend_reads_the_run(project: Project) -> None:
     assert project.run(*TRAIN, *RESIDUAL, "--epochs", "1", "--run_name", "run")[0] == 0
-    code, _, err = project.call(export_main, ["--run", "saved/run", "--format", "onnx"])
-    assert code == 2
-    assert "saved/run has a residual of the last 3 items" in err
-    assert not Path("saved/run/export-onnx").exists()
     code, _, err = project.call(recommend_main, ["--run", "saved/run", "--history", "i1,i2"])
     assert code == 0, err

@@ -37,7 +37,7 @@ from hsft.model.item_adapter import (
     load_adapter,
     user_extra,
 )
-from hsft.model.item_ids import save_id_vectors
+from hsft.model.item_ids import load_id_vectors, read_id_vectors, save_id_vectors
 from hsft.model.item_table import ItemTable, table_from_cache
 from hsft.model.meta import read_structure
 from hsft.model.parameter_names import freeze_prefixed
@@ -284,21 +284,11 @@ class _TrainedRun:
             self.count_weights()
 
     def refuse_onnx(self) -> None:
-        """Refuse what ONNX graphs of this run have no place for."""
-        if self.residual_items:
-            raise InputError(
-                f"{self.folder} has a residual of the last {self.residual_items} items "
-                f"(residual_items), which the ONNX graphs do not compute; use --format merged."
-            )
+        """Refuse to write ONNX graphs where their packages are missing or another type is asked for."""
         require_onnx()
         if self.options.dtype != "float32":
             raise InputError(
                 f"--format onnx writes float32 and not {self.options.dtype}; leave --dtype out."
-            )
-        if self.config.item_id_embedding or self.has_stored_ids:
-            raise InputError(
-                f"{self.folder} has id vectors of items, for which the ONNX graphs have no place; use "
-                f"--format merged."
             )
 
 
@@ -363,7 +353,9 @@ def _write_onnx(run: _TrainedRun, folder: Path) -> str:
         log.info("merging the adapter.")
         encoder.decoder = encoder.decoder.merge_and_unload()
     log.info("writing %s.", run.options.out)
-    write_graphs(model.eval(), folder, run.item_width, run.config.longest_list_length)
+    _write_id_vectors(run, encoder.items, folder)
+    longest, has_ids = run.config.longest_list_length, is_file(folder / ID_FILE)
+    write_graphs(model.eval(), folder, run.item_width, longest, has_ids=has_ids)
     return run.item_adapter
 
 
@@ -498,7 +490,13 @@ def _score_onnx(run: _TrainedRun, folder: Path) -> Evaluation:
     table = table_from_cache(
         data.cache, data.interactions.item_ids, config.item_embedding_transform, data.own_items
     )
-    scorer = OnnxScorer(OnnxGraphs(folder), table, opened.fabric.device)
+    ids = None
+    stored = read_id_vectors(folder, run.hidden_size)
+    if stored is not None:
+        of_items = ItemTable(torch.zeros(1, run.hidden_size), id_items=len(table) - 1)
+        load_id_vectors(of_items, stored, data.interactions.item_ids, trained=False)
+        ids = of_items.id_vectors
+    scorer = OnnxScorer(OnnxGraphs(folder), table, ids, opened.fabric.device)
     return _score_as_run(run, opened, scorer)
 
 

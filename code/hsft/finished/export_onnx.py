@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hsft.model.losses import normalize
 from hsft.model.recommender import Recommender
+from hsft.model.residual import HistoryResidual
 from hsft.utils.errors import InputError, one_line
 
 USER_GRAPH, ITEM_GRAPH = "user_llm.onnx", "items.onnx"
 # Names of the graphs' inputs and outputs.
-EMBEDDINGS, LENGTHS = "embeddings", "lengths"
+EMBEDDINGS, LENGTHS, ID_VECTORS = "embeddings", "lengths", "id_vectors"
 USER_VECTORS, ITEM_VECTORS = "user_vectors", "item_vectors"
 # Of the greatest number: what float32 arithmetic in another order may differ by.
 _TOLERANCE = 1e-3
@@ -49,12 +51,43 @@ class _UserGraph(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, embeddings: Tensor, lengths: Tensor) -> Tensor:
+    def forward(
+        self, embeddings: Tensor, lengths: Tensor, id_vectors: Tensor | None = None
+    ) -> Tensor:
         encoder: Any = self.model.encoder
         vectors = encoder.items._adapt(embeddings)
+        if id_vectors is not None:
+            vectors = vectors + id_vectors
         states = encoder.decoder(inputs_embeds=vectors, use_cache=False).last_hidden_state
-        last = states[torch.arange(embeddings.shape[0]), lengths - 1]
+        rows, ends = torch.arange(embeddings.shape[0]), lengths - 1
+        last = states[rows, ends]
+        if encoder.residual is not None:
+            last = _add_residual(encoder.residual, last, vectors, rows, ends)
         return normalize(last) if self.model.settings.similarity == "cosine" else last
+
+
+def _add_residual(
+    residual: HistoryResidual, last: Tensor, vectors: Tensor, rows: Tensor, ends: Tensor
+) -> Tensor:
+    """Compute `HistoryResidual` at one position of each history, whatever the length is.
+
+    Args:
+        residual: the residual of the last N items.
+        last: float32 [B, D], the UserLLM's output there.
+        vectors: float32 [B, T, D], the items' vectors.
+        rows, ends: int64 [B], 0..B-1 and the positions.
+
+    Returns:
+        float32 [B, D].
+    """
+    users = normalize(vectors[rows, ends]) + F.linear(normalize(last), residual.weight)
+    if residual.lags is None:
+        return users
+    lags = torch.arange(1, len(residual.lags) + 1)
+    earlier = ends.unsqueeze(1) - lags
+    units = normalize(vectors[rows.unsqueeze(1), earlier.clamp_min(0)])
+    factors = residual.lags * (earlier >= 0)
+    return users + (factors.unsqueeze(-1) * units).sum(dim=1)
 
 
 class _ItemGraph(nn.Module):
@@ -65,66 +98,83 @@ class _ItemGraph(nn.Module):
         self.items = model.encoder.items
         self.cosine = model.settings.similarity == "cosine"
 
-    def forward(self, embeddings: Tensor) -> Tensor:
+    def forward(self, embeddings: Tensor, id_vectors: Tensor | None = None) -> Tensor:
         # Not the input itself, which no graph may give back.
-        vectors = self.items._adapt(embeddings) + 0.0
+        vectors = self.items._adapt(embeddings) + (0.0 if id_vectors is None else id_vectors)
         return normalize(vectors) if self.cosine else vectors
 
 
-def write_graphs(model: Recommender, folder: Path, width: int, length: int) -> None:
+def write_graphs(
+    model: Recommender, folder: Path, width: int, length: int, *, has_ids: bool = False
+) -> None:
     """Write a model's two graphs, and check that ONNX Runtime computes what the model does.
 
     `user_llm.onnx` takes `embeddings`, float32 [batch, length, C], padded on the right, and
     `lengths`, int64 [batch], to `user_vectors`, float32 [batch, D]; `items.onnx` takes `embeddings`,
     float32 [items, C], to `item_vectors`, float32 [items, D]. Their inner products are the scores.
+    With id vectors both also take these, `id_vectors`, float32 [batch, length, D] and [items, D],
+    zeros for items that have none.
 
     Args:
-        model: in float32, on the CPU, in evaluation mode, without LoRA layers and id vectors.
+        model: in float32, on the CPU, in evaluation mode, without LoRA layers.
         folder: where to write.
         width: C, dimensions of the item embeddings.
         length: most items of a history, which the check reads.
+        has_ids: whether its items have id vectors.
 
     Raises:
         InputError: torch cannot export the decoder, or the graph computes something else.
     """
     generator = torch.Generator().manual_seed(0)
-    embeddings = torch.randn(3, length, width, generator=generator)
-    lengths = torch.tensor([length, 1, (length + 1) // 2])
+    dim = model.encoder.items.dim
+
+    def draw(*shape: int) -> tuple[Tensor, Tensor | None]:
+        ids = torch.randn(*shape, dim, generator=generator) if has_ids else None
+        return torch.randn(*shape, width, generator=generator), ids
+
     users, items = _UserGraph(model).eval(), _ItemGraph(model).eval()
-    batch, history = {0: "batch", 1: "length"}, {0: "batch"}
     # Traced on other shapes than are checked; a slice's strides would become part of the graph.
-    traced = (torch.randn(2, length + 1, width, generator=generator), torch.tensor([2, 1]))
-    _export(users, folder / USER_GRAPH, {EMBEDDINGS: batch, LENGTHS: history}, traced, USER_VECTORS)
-    rows = {EMBEDDINGS: {0: "items"}}
-    _export(items, folder / ITEM_GRAPH, rows, (torch.randn(2, width),), ITEM_VECTORS)
+    embeddings, ids = draw(2, length + 1)
+    rows = {0: "batch", 1: "length"}
+    axes = {EMBEDDINGS: rows, LENGTHS: {0: "batch"}, ID_VECTORS: rows}
+    _export(users, folder / USER_GRAPH, axes, (embeddings, torch.tensor([2, 1]), ids), USER_VECTORS)
+    axes = {EMBEDDINGS: {0: "items"}, ID_VECTORS: {0: "items"}}
+    _export(items, folder / ITEM_GRAPH, axes, draw(2), ITEM_VECTORS)
     scorer = OnnxGraphs(folder)
+    embeddings, ids = draw(3, length)
+    lengths = torch.tensor([length, 1, (length + 1) // 2])
     with torch.no_grad():
         for size in (3, 1):
-            here, counts = embeddings[:size], lengths[:size]
-            _refuse_other(users(here, counts), scorer.users(here, counts), USER_GRAPH)
-            short = here[:, :1]
-            ones = torch.ones_like(counts)
-            _refuse_other(users(short, ones), scorer.users(short, ones), USER_GRAPH)
-        _refuse_other(items(embeddings[0]), scorer.items(embeddings[0]), ITEM_GRAPH)
+            for longest in (length, 1):
+                given = (
+                    embeddings[:size, :longest],
+                    lengths[:size].clamp_max(longest),
+                    None if ids is None else ids[:size, :longest],
+                )
+                _refuse_other(users(*given), scorer.users(*given), USER_GRAPH)
+        one = embeddings[0], None if ids is None else ids[0]
+        _refuse_other(items(*one), scorer.items(*one), ITEM_GRAPH)
 
 
 def _export(
     module: nn.Module,
     path: Path,
     inputs: dict[str, dict[int, str]],
-    example: tuple[Tensor, ...],
+    example: tuple[Tensor | None, ...],
     output: str,
 ) -> None:
+    """Export a module; an input whose example is None is no input of the graph."""
+    given = [name for name, value in zip(inputs, example, strict=True) if value is not None]
     with _quiet():
         try:
             torch.onnx.export(
                 module,
-                example,
+                tuple(value for value in example if value is not None),
                 path,
                 dynamo=True,
-                input_names=list(inputs),
+                input_names=given,
                 output_names=[output],
-                dynamic_shapes=tuple(inputs.values()),
+                dynamic_shapes=tuple(inputs[name] for name in given),
                 verbose=False,
             )
         except OSError:
@@ -180,15 +230,19 @@ class OnnxGraphs:
         self._users = onnxruntime.InferenceSession(folder / USER_GRAPH, providers=providers)
         self._items = onnxruntime.InferenceSession(folder / ITEM_GRAPH, providers=providers)
 
-    def users(self, embeddings: Tensor, lengths: Tensor) -> Tensor:
-        """Encode histories: float32 [B, T, C] and int64 [B] -> float32 [B, D]."""
-        given = {EMBEDDINGS: embeddings.numpy(force=True), LENGTHS: lengths.numpy(force=True)}
-        return torch.from_numpy(self._users.run([USER_VECTORS], given)[0])
+    def users(self, embeddings: Tensor, lengths: Tensor, ids: Tensor | None = None) -> Tensor:
+        """Encode histories: float32 [B, T, C], int64 [B], float32 [B, T, D] -> float32 [B, D]."""
+        given = {EMBEDDINGS: embeddings, LENGTHS: lengths, ID_VECTORS: ids}
+        return _run(self._users, given, USER_VECTORS)
 
-    def items(self, embeddings: Tensor) -> Tensor:
-        """Map items: float32 [n, C] -> float32 [n, D]."""
-        given = {EMBEDDINGS: embeddings.numpy(force=True)}
-        return torch.from_numpy(self._items.run([ITEM_VECTORS], given)[0])
+    def items(self, embeddings: Tensor, ids: Tensor | None = None) -> Tensor:
+        """Map items: float32 [n, C] and, with id vectors, [n, D] -> float32 [n, D]."""
+        return _run(self._items, {EMBEDDINGS: embeddings, ID_VECTORS: ids}, ITEM_VECTORS)
+
+
+def _run(session: Any, given: Mapping[str, Tensor | None], output: str) -> Tensor:
+    arrays = {name: value.numpy(force=True) for name, value in given.items() if value is not None}
+    return torch.from_numpy(session.run([output], arrays)[0])
 
 
 class OnnxScorer:
@@ -197,13 +251,19 @@ class OnnxScorer:
     Args:
         graphs: of the export.
         embeddings: [I + 1, C] item embeddings, row 0 the padding item.
+        ids: float32 [I + 1, D], id vectors, zeros where there is none; None: the graphs take none.
         device: where the vectors are wanted.
     """
 
-    def __init__(self, graphs: OnnxGraphs, embeddings: Tensor, device: torch.device) -> None:
+    def __init__(
+        self, graphs: OnnxGraphs, embeddings: Tensor, ids: Tensor | None, device: torch.device
+    ) -> None:
         self._graphs, self._device = graphs, device
-        self._embeddings = embeddings.cpu().float()
-        parts = [graphs.items(part) for part in self._embeddings.split(_ITEMS_AT_A_TIME)]
+        self._embeddings, self._ids = embeddings.cpu().float(), ids
+        parts = [
+            graphs.items(self._embeddings[rows], None if ids is None else ids[rows])
+            for rows in torch.arange(len(embeddings)).split(_ITEMS_AT_A_TIME)
+        ]
         self._items = torch.cat(parts).to(device)
 
     @property
@@ -213,7 +273,9 @@ class OnnxScorer:
 
     def user_vectors(self, history: Tensor, lengths: Tensor) -> Tensor:
         """Int64 [B, T] and [B] -> float32 [B, D]."""
-        return self._graphs.users(self._embeddings[history.cpu()], lengths.cpu()).to(self._device)
+        items = history.cpu()
+        ids = None if self._ids is None else self._ids[items]
+        return self._graphs.users(self._embeddings[items], lengths.cpu(), ids).to(self._device)
 
     def item_slice(self, start: int, end: int) -> Tensor:
         """Item numbers start..end-1 -> float32 [end - start, D]."""

@@ -278,23 +278,34 @@ def _adapter_code(exported: Exported) -> str:
     return _text([*lines, *_use(exported, "trained.safetensors", *prefixes)])
 
 
-def _onnx_code(_: Exported) -> str:
+def _onnx_code(exported: Exported) -> str:
+    lines = [
+        "import numpy as np",
+        "import onnxruntime",
+        "",
+        'user_llm = onnxruntime.InferenceSession("user_llm.onnx")',
+        'items = onnxruntime.InferenceSession("items.onnx")',
+        "",
+        "# The item embeddings of two histories, oldest first, padded on the right.",
+        "width = user_llm.get_inputs()[0].shape[2]",
+        "history = np.random.randn(2, 5, width).astype(np.float32)",
+        'given = {"embeddings": history, "lengths": np.array([5, 3])}',
+        "# The item embeddings of all candidates.",
+        "catalogue = np.random.randn(100, width).astype(np.float32)",
+        'candidates = {"embeddings": catalogue}',
+    ]
+    if exported.id_vectors:
+        lines += [
+            "# Their id vectors, of `item_id_vectors.safetensors`; zeros for items that are not there.",
+            "dim = user_llm.get_inputs()[2].shape[2]",
+            'given["id_vectors"] = np.zeros((2, 5, dim), np.float32)',
+            'candidates["id_vectors"] = np.zeros((100, dim), np.float32)',
+        ]
     return _text(
         [
-            "import numpy as np",
-            "import onnxruntime",
-            "",
-            'user_llm = onnxruntime.InferenceSession("user_llm.onnx")',
-            'items = onnxruntime.InferenceSession("items.onnx")',
-            "",
-            "# The item embeddings of two histories, oldest first, padded on the right.",
-            "width = user_llm.get_inputs()[0].shape[2]",
-            "history = np.random.randn(2, 5, width).astype(np.float32)",
-            'given = {"embeddings": history, "lengths": np.array([5, 3])}',
+            *lines,
             "(user_vectors,) = user_llm.run(None, given)",
-            "# The item embeddings of all candidates.",
-            "catalogue = np.random.randn(100, width).astype(np.float32)",
-            '(item_vectors,) = items.run(None, {"embeddings": catalogue})',
+            "(item_vectors,) = items.run(None, candidates)",
             "scores = user_vectors @ item_vectors.T",
         ]
     )
