@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from hsft.data.blocks import MappedTexts, folder_for_blocks, keep_texts
+from hsft.data.blocks import TEXTS_AT_A_TIME, MappedTexts, folder_for_blocks, keep_texts
 from hsft.data.column_checks import check_ids, find_twins, sentences, spelling_problem
 from hsft.data.csv_rows import (
     RowProblems,
@@ -133,23 +133,29 @@ def _hllm_bodies(path: Path, text_keys: Sequence[str], count: int) -> Iterator[s
     # What pandas makes of the whole file: a piece has its own types, and the column one for all of them.
     pieces: dict[tuple[str, ...], Any] = {}
     rows = 0
-    for piece in _pandas_pieces(path):
+    for piece in _pandas_pieces(path, keys):
         rows += len(piece)
-        pieces.setdefault(tuple(map(str, piece[keys].dtypes)), piece[keys].iloc[:1])
+        pieces.setdefault(tuple(map(str, piece[keys].dtypes)), piece[keys].iloc[:1].copy())
+        # Not kept while the next one is read.
+        del piece
     if rows != count:
         raise InputError(
             f"{path}: pandas reads {rows} rows of its {count}, so text_format: hllm cannot be "
             f"had; use text_format: plain."
         )
     types = {key: _common_type([piece[key] for piece in pieces.values()]) for key in keys}
-    for piece in _pandas_pieces(path):
-        # As one array, like the frame that HLLM transposes: whole numbers beside decimals become decimals.
-        for row in piece[keys].astype(types)[list(text_keys)].to_numpy():
-            yield _body(text_keys, row, lambda value: value and str(value) != "nan")
+    for piece in _pandas_pieces(path, keys):
+        for start in range(0, len(piece), TEXTS_AT_A_TIME):
+            few = piece[keys].iloc[start : start + TEXTS_AT_A_TIME].astype(types)
+            # As one array, like the frame that HLLM transposes: whole numbers beside decimals become
+            # decimals.
+            for row in few[list(text_keys)].to_numpy():
+                yield _body(text_keys, row, lambda value: value and str(value) != "nan")
+        del piece, few
 
 
-def _pandas_pieces(path: Path) -> Iterator[Any]:
-    """Yield a CSV file as pandas reads it, in the pieces in which it decides on types.
+def _pandas_pieces(path: Path, keys: list[str]) -> Iterator[Any]:
+    """Yield some columns of a CSV file as pandas reads it, in the pieces in which it decides on types.
 
     `read_csv` guesses the type of each column anew for every so many rows, a power of two below 2^20
     divided by the number of columns (`low_memory`, its default).
@@ -160,7 +166,8 @@ def _pandas_pieces(path: Path) -> Iterator[Any]:
     rows = 1
     while 2 * rows < most:
         rows *= 2
-    with pd.read_csv(path, dtype={"item_id": str}, chunksize=rows) as reader:
+    # Other columns are counted, not kept.
+    with pd.read_csv(path, dtype={"item_id": str}, chunksize=rows, usecols=keys) as reader:
         yield from reader
 
 
