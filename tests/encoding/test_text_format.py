@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 
 import pandas as pd
@@ -14,6 +15,8 @@ from tokenizers.models import BPE
 from transformers import AutoModel, AutoTokenizer
 
 from hsft.config import Config
+from hsft.data import blocks
+from hsft.data.blocks import MappedTexts
 from hsft.data.cache import open_cache, save_cache
 from hsft.data.item_text import read_item_texts
 from hsft.encoding.item_llm import load_tokenizer
@@ -63,6 +66,43 @@ def test_texts_are_those_of_pandas(tmp_path: Path, name: str, keys: list[str]) -
     path.write_text("\n".join([HEADER, *FILES[name], ""]))
     actual = read_item_texts(path, keys, PROMPT, "hllm")
     assert actual.texts == as_hllm(path, keys, PROMPT, actual.item_ids)
+
+
+# Cells of three pieces of a file, in each of which pandas guesses the types of columns anew.
+PIECES = {
+    "a blank in the last piece": ("7", "8", ""),
+    "decimals in the middle": ("7", "8.5", "9"),
+    "a word after numbers": ("007", "word", "08"),
+    "truths and numbers": ("True", "1", "False"),
+    "blank before words": ("", "word", "7"),
+    "large numbers": ("1", "99999999999999999999", "-1"),
+}
+
+
+@pytest.mark.parametrize("large", [False, True])
+def test_texts_of_a_long_file_have_the_types_of_the_whole_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, large: bool
+) -> None:
+    names = [name.replace(" ", "_") for name in PIECES]
+    rest = [f"c{number}" for number in range(512 - len(names) - 1)]
+    lines = [",".join(["item_id", *names, *rest])]
+    # Of 512 columns a piece has 1,024 rows.
+    for row in range(2100):
+        cells = [cells[row // 1024] for cells in PIECES.values()]
+        lines.append(",".join([f"i{row}", *cells, *[""] * len(rest)]))
+    path = tmp_path / "items.csv"
+    path.write_text("\n".join([*lines, ""]))
+    if large:
+        monkeypatch.setattr(blocks, "LARGE_BYTES", 1)
+    with warnings.catch_warnings():
+        # pandas warns of mixed types.
+        warnings.simplefilter("ignore")
+        for keys in (names, names[:2], names[2:3], [names[0], names[0]]):
+            actual = read_item_texts(path, keys, PROMPT, "hllm")
+            assert isinstance(actual.texts, MappedTexts if large else list)
+            if len(set(keys)) == len(keys):
+                assert list(actual.texts) == as_hllm(path, keys, PROMPT, actual.item_ids)
+    assert actual.texts[0] == f"{PROMPT}{names[0]}: 7.0{names[0]}: 7.0"
 
 
 def test_plain_texts_are_the_cells(tmp_path: Path) -> None:

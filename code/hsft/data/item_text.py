@@ -119,32 +119,63 @@ def _folder_for_texts(path: Path) -> Path | None:
 def _hllm_bodies(path: Path, text_keys: Sequence[str], count: int) -> Iterator[str]:
     """Yield the texts without the prompt as HLLM's code makes them of pandas' values.
 
-    pandas decides the type of a column by all of its cells, so that the file is read into memory.
-
     Args:
         path: a file that `_item_rows` has read.
         text_keys: its columns.
         count: its rows.
     """
-    import pandas as pd
-
     if is_parquet(path):
         raise InputError(
             f"{path}: text_format: hllm writes what pandas makes of a CSV file; use text_format: plain, "
             f"or a CSV file."
         )
-    frame = pd.read_csv(path, dtype={"item_id": str})
-    if len(frame) != count:
+    keys = list(dict.fromkeys(text_keys))
+    # What pandas makes of the whole file: a piece has its own types, and the column one for all of them.
+    pieces: dict[tuple[str, ...], Any] = {}
+    rows = 0
+    for piece in _pandas_pieces(path, keys):
+        rows += len(piece)
+        pieces.setdefault(tuple(map(str, piece[keys].dtypes)), piece[keys].iloc[:1].copy())
+        # Not kept while the next one is read.
+        del piece
+    if rows != count:
         raise InputError(
-            f"{path}: pandas reads {len(frame)} rows of its {count}, so text_format: hllm cannot be "
+            f"{path}: pandas reads {rows} rows of its {count}, so text_format: hllm cannot be "
             f"had; use text_format: plain."
         )
-    # As one array, like the frame that HLLM transposes: whole numbers beside decimals become decimals.
-    columns = frame[list(text_keys)]
-    del frame
-    for start in range(0, count, TEXTS_AT_A_TIME):
-        for row in columns.iloc[start : start + TEXTS_AT_A_TIME].to_numpy():
-            yield _body(text_keys, row, lambda value: value and str(value) != "nan")
+    types = {key: _common_type([piece[key] for piece in pieces.values()]) for key in keys}
+    for piece in _pandas_pieces(path, keys):
+        for start in range(0, len(piece), TEXTS_AT_A_TIME):
+            few = piece[keys].iloc[start : start + TEXTS_AT_A_TIME].astype(types)
+            # As one array, like the frame that HLLM transposes: whole numbers beside decimals become
+            # decimals.
+            for row in few[list(text_keys)].to_numpy():
+                yield _body(text_keys, row, lambda value: value and str(value) != "nan")
+        del piece, few
+
+
+def _pandas_pieces(path: Path, keys: list[str]) -> Iterator[Any]:
+    """Yield some columns of a CSV file as pandas reads it, in the pieces in which it decides on types.
+
+    `read_csv` guesses the type of each column anew for every so many rows, a power of two below 2^20
+    divided by the number of columns (`low_memory`, its default).
+    """
+    import pandas as pd
+
+    most = 2**20 // len(read_header(path, [], _REMEDIES[1]))
+    rows = 1
+    while 2 * rows < most:
+        rows *= 2
+    # Other columns are counted, not kept.
+    with pd.read_csv(path, dtype={"item_id": str}, chunksize=rows, usecols=keys) as reader:
+        yield from reader
+
+
+def _common_type(parts: Sequence[Any]) -> Any:
+    """Return the type of the column that pandas makes of some pieces of it."""
+    import pandas as pd
+
+    return parts[0].dtype if len(parts) == 1 else pd.concat(parts).dtype
 
 
 def _body(keys: Sequence[str], values: Iterable[Any], has_value: Callable[[Any], Any]) -> str:
