@@ -137,7 +137,7 @@ GOOD_YAML: dict[str, tuple[str | bytes, dict[str, object]]] = {
     "whole number for a rate": ("clip_grad_norm: 2\n", {"clip_grad_norm": 2.0}),
     "number as a name": ("dataset: 2024\n", {"dataset": "2024"}),
     "quoted name": ("dataset: '010'\n", {"dataset": "010"}),
-    "explicit nothing": ("num_negatives: null\n", {"num_negatives": None}),
+    "explicit nothing": ("temperature: null\n", {"temperature": None}),
     "no as a word": ("dataset: no\n", {"dataset": "no"}),
     "date as a word": ("dataset: 2024-01-01\n", {"dataset": "2024-01-01"}),
     "HLLM's own keys": ("state: INFO\nuse_text: true\n", {"epochs": 10}),

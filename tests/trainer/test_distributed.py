@@ -231,7 +231,8 @@ def test_a_nan_in_one_process_reaches_all() -> None:
 COMMON = ("--MAX_ITEM_LIST_LENGTH", "8", "--precision", "32-true", "--show_progress", "False")
 TRAIN = (
     *("--epochs", "2", "--optim_args.learning_rate", "1e-2", "--qlora_dropout", "0"),
-    *("--eval_baseline", "False"),
+    # Two processes do not draw what one draws.
+    *("--eval_baseline", "False", "--negatives", "in_batch"),
 )
 QLORA = ("--use_qlora", "True", "--item_adapter", "linear", "--gradient_accumulation_steps", "2")
 ITEMS = (
@@ -253,6 +254,12 @@ RUNS: dict[str, tuple[str, ...]] = {
     "zero2": (*TRAIN, *QLORA, "--strategy", "deepspeed", "--stage", "2"),
     "zero3": (*TRAIN, *QLORA, "--strategy", "deepspeed", "--stage", "3"),
 }
+# In two processes alone: with what `negatives: auto` draws.
+DRAWN: dict[str, tuple[str, ...]] = {
+    f"drawn{suffix}": (*TRAIN, *QLORA, "--negatives", "auto", "--epochs", "1", *more)
+    for suffix, more in (("", ()), ("_zero3", ("--strategy", "deepspeed", "--stage", "3")))
+}
+ALL_RUNS = {**RUNS, **DRAWN}
 
 
 @dataclass
@@ -273,7 +280,7 @@ def arguments(llama: Path, run: str, batch: int) -> list[str]:
             *("--dataset", "tiny", "--user_pretrain_dir", str(llama), *COMMON),
             *("--item_pretrain_dir", str(llama), "--num_threads", "1"),
             *("--run_name", run, "--train_batch_size", str(batch)),
-            *("--item_pretrain_batch_size", str(5 * batch), *RUNS[run]),
+            *("--item_pretrain_batch_size", str(5 * batch), *ALL_RUNS[run]),
         ]
     )
 
@@ -320,7 +327,7 @@ def launch(tmp_path_factory: pytest.TempPathFactory, llama: Path) -> Launch:
         pytest.skip("DeepSpeed does not run on Windows")
     root = project_folder(tmp_path_factory.mktemp("two"))
     commands: list[list[Any]] = [
-        *(["main", arguments(llama, run, 4)] for run in RUNS),
+        *(["main", arguments(llama, run, 4)] for run in ALL_RUNS),
         ["item_caching", caching(llama, "cache.safetensors")],
         ["main", ["--dataset", "Nowhere"]],
     ]
@@ -385,18 +392,29 @@ def test_items_cached_by_two_processes_are_the_same_file(launch: Launch) -> None
     assert not list(launch.root.glob("*.parts"))
 
 
+def test_drawn_negatives_of_two_processes(launch: Launch) -> None:
+    plain, zero = (read(launch.root, run) for run in DRAWN)
+    keys = ("negatives", "num_negatives", "negatives_logq")
+    assert [plain["config"][key] for key in keys] == ["sampled", 512, True]
+    histories = [actual["training"]["history"] for actual in (plain, zero)]
+    assert [record["loss"] for record in histories[0]] == pytest.approx(
+        [record["loss"] for record in histories[1]], rel=1e-5
+    )
+    assert plain["rows"][-1]["metrics"] == zero["rows"][-1]["metrics"]
+
+
 def test_one_process_writes_and_speaks(launch: Launch) -> None:
-    for run in RUNS:
+    for run in ALL_RUNS:
         folder = launch.root / "saved" / run
-        trained = "--val_only" not in RUNS[run]
+        trained = "--val_only" not in ALL_RUNS[run]
         assert len(list(folder.glob("tensorboard/events*"))) == int(trained), run
         lines = (folder / "run.log").read_text().splitlines()
         assert sum("training " in line for line in lines) == int(trained), run
         assert launch.out.count(f"result: saved/{run}/result.json") == 1
-    assert sorted(path.name for path in (launch.root / "saved").iterdir()) == sorted(RUNS)
+    assert sorted(path.name for path in (launch.root / "saved").iterdir()) == sorted(ALL_RUNS)
     assert launch.err.count(" wrote cache.safetensors: 20 items") == 1
     assert launch.err.count("epoch 1: loss") == sum(
-        "--val_only" not in run for run in RUNS.values()
+        "--val_only" not in run for run in ALL_RUNS.values()
     )
 
 

@@ -328,6 +328,7 @@ def load_config(
         _merge(merged, origin, nested, where)
     _rename_old_keys(merged, origin)
     warnings, problems = _take_hllm_keys(merged, origin)
+    warnings += _drawn_after_all(merged, origin)
     try:
         config = Config.model_validate(merged)
     except ValidationError as error:
@@ -405,6 +406,21 @@ def _take_hllm_keys(
             f"the section {name}."
         )
     return warnings, problems
+
+
+def _drawn_after_all(merged: Mapping[str, Any], origin: Mapping[str, str]) -> list[str]:
+    """Warn where `negatives: in_batch` meets another file's `num_negatives`, which wins."""
+    number = merged.get("num_negatives")
+    if merged.get("negatives") != "in_batch" or number is None:
+        return []
+    where, other = origin["negatives"], origin["num_negatives"]
+    if where == other:
+        return []
+    return [
+        f"negatives: in_batch (from {where}) has no effect beside num_negatives: "
+        f"{one_line(number, 40)} (from {other}), which draws them; set num_negatives: null for the "
+        f"batch's targets alone."
+    ]
 
 
 def _shape_keys(name: str) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from datetime import datetime
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
@@ -60,6 +61,8 @@ ITEM_TRAINING_KEYS = (
     *("train_item_", "item_lora_", "item_quant_", "item_lr_", "item_freeze_", "item_gradient_"),
     *("item_chunk_", "item_llm_init", "item_pretrain_epochs", "item_pretrain_batch_size"),
 )
+# What `negatives: auto` draws for HLLM in a forward pass.
+AUTO_NUM_NEGATIVES = 512
 # Models without training.
 REFERENCES = ("pop", "random", "item_knn", "tfidf")
 
@@ -153,8 +156,11 @@ UniqueTexts = Annotated[list[Text], Field(min_length=1), AfterValidator(_not_rep
 if TYPE_CHECKING:
     # A run replaces `auto` before anything reads the key (`run/batch_size.py`).
     BatchSize = int
+    # `Config` replaces `auto` when it is made.
+    Negatives = Literal["in_batch", "sampled", "per_sequence", "catalogue"]
 else:
     BatchSize = Annotated[int | Literal["auto"], PlainValidator(_batch_size)]
+    Negatives = Literal["auto", "in_batch", "sampled", "per_sequence", "catalogue"]
 
 DType = Literal["float16", "bfloat16", "float32"]
 
@@ -289,6 +295,24 @@ def _key(default: Any, group: str, description: str, **limits: Any) -> Any:
             **limits,
         )
     return Field(default, description=description, json_schema_extra={"group": group}, **limits)
+
+
+def _resolved_negatives(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what `negatives` and the keys with it become, of the values that were given."""
+    negatives = values.get("negatives", "auto")
+    if negatives not in ("auto", "in_batch"):
+        return {}
+    if values.get("num_negatives") is not None:
+        return {"negatives": "sampled"}
+    if negatives == "in_batch":
+        return {}
+    if values.get("model", "HLLM") != "HLLM" or values.get("loss", "nce") != "nce":
+        return {"negatives": "in_batch"}
+    return {
+        "negatives": "sampled",
+        "num_negatives": AUTO_NUM_NEGATIVES,
+        "negatives_logq": values.get("negatives_logq", True),
+    }
 
 
 class Config(_Section):
@@ -717,12 +741,14 @@ class Config(_Section):
         "training",
         "bce: binary cross-entropy on dot products; nce: HLLM's InfoNCE on scaled cosines",
     )
-    negatives: Literal["in_batch", "sampled", "per_sequence", "catalogue"] = _key(
-        "in_batch",
+    negatives: Negatives = _key(
+        "auto",
         "training",
         "what the positive is contrasted with: the batch's other targets, num_negatives items "
         "drawn from the catalogue, MAX_ITEM_LIST_LENGTH + 1 drawn items per sequence (HLLM without "
-        "num_negatives), or every item (nce only: a full softmax)",
+        "num_negatives), or every item (nce only: a full softmax). auto: sampled with num_negatives; "
+        f"without, for model: HLLM with loss: nce, sampled, num_negatives {AUTO_NUM_NEGATIVES} and "
+        "negatives_logq True, else in_batch. A run's config.yaml has what auto became",
     )
     num_negatives: Int | None = _key(
         None,
@@ -742,7 +768,8 @@ class Config(_Section):
         False,
         "training",
         "correct nce for how often each item comes up as a negative (log Q), so that frequent items "
-        "are not pushed down; drawn negatives are then joined by the batch's other targets",
+        "are not pushed down; drawn negatives are then joined by the batch's other targets. True by "
+        "default where negatives: auto draws without num_negatives",
     )
     similarity: Literal["auto", "cosine", "dot"] = _key(
         "auto",
@@ -940,6 +967,12 @@ class Config(_Section):
         gt=0,
         le=1,
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _resolve_negatives(cls, values: Any) -> Any:
+        """Replace `negatives: auto`, so that a run stores what it trains with."""
+        return values | _resolved_negatives(values) if isinstance(values, dict) else values
 
     @model_validator(mode="after")
     def _keys_agree(self) -> Config:

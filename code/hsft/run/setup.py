@@ -254,11 +254,11 @@ def check_training(config: Config, split: Split, sequences: CachedEmbeddingTrain
     full = users[sampler.available[users] < 1]
     if len(full):
         user = split.interactions.user_ids[full[0]]
-        key = "negatives" if config.num_negatives is None else "num_negatives"
         raise InputError(
-            f"{key}: {len(full)} users, for example '{user}', have all "
+            f"negatives: {len(full)} users, for example '{user}', have all "
             f"{sampler.num_items} items of the catalogue in their history, so none can "
-            f"be drawn for them; use negatives: in_batch or catalogue, or negatives_exclude: none."
+            f"be drawn for them; use negatives_exclude: none, or negatives: in_batch or catalogue "
+            f"with num_negatives: null."
         )
 
 
