@@ -211,6 +211,20 @@ def test_the_card_names_an_item_cache_of_its_own(project: Project, absolute: boo
     assert str(project.root) not in card
 
 
+def test_merging_into_quantised_weights_needs_bitsandbytes(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = train(project, "--qlora_quant_type", "nf4")
+    obstacle = "bitsandbytes is not installed"
+    monkeypatch.setattr("hsft.finished.export.quantization_obstacle", lambda device: obstacle)
+    code, err = export(project)
+    assert code == 2
+    assert "trained on weights rounded to nf4" in err
+    assert f"and {obstacle}; export on a machine that has it, or use --format adapter." in err
+    assert not (run / "export").exists()
+    assert export(project, "--format", "adapter")[0] == 0
+
+
 def test_what_cannot_be_exported(project: Project) -> None:
     assert project.run("--model", "pop", "--run_name", "run")[0] == 0
     code, err = export(project)

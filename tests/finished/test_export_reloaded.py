@@ -8,16 +8,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
+from transformers import GPT2Config
 
 from export import main as export_main
 from hsft.finished.open_run import open_run
 from hsft.report.result import read_ranks
 from tests.conftest import Project
+from tests.helpers import make_model
 
 LORA = ("--use_qlora", "True", "--qlora_quant_type")
 # How it is trained, the number type of the merged weights, and whether these are the run's exactly.
 RUNS = {
-    "nf4": ((*LORA, "nf4", "--item_adapter", "lowrank"), "float32", False),
+    "nf4": ((*LORA, "nf4", "--item_adapter", "lowrank"), "float32", True),
     "bf16": (
         ("--use_qlora", "False", "--precision", "bf16-true", "--residual_items", "3"),
         "bfloat16",
@@ -49,7 +51,7 @@ def test_a_reloaded_export_scores_as_the_run(project: Project, kind: str) -> Non
     users, again = read_ranks("saved/again", "untrained")
     before, ranks = read_ranks("saved/run", "fine-tuned")
     assert users.tolist() == before.tolist()
-    # Quantised weights are merged without their rounding, and 16-bit ones with a rounding of their own.
+    # LoRA merged into 16-bit weights is rounded once more.
     assert int((again != ranks).sum()) == measured["other_ranks"]
     assert measured["other_ranks"] == 0 or not exact
     assert np.abs(again - ranks).mean() < 2
@@ -70,3 +72,28 @@ def test_a_reloaded_export_scores_as_the_run(project: Project, kind: str) -> Non
     scores = np.take_along_axis(vectors @ items.T, best.items - 1, axis=1)
     # bfloat16 has 8 bits, and batches of other lengths are rounded otherwise.
     np.testing.assert_allclose(scores, best.scores, atol=1e-5 if kind == "nf4" else 2e-2)
+
+
+@pytest.mark.parametrize("quant_type", ["nf4", "int8"])
+def test_a_merged_gpt2_keeps_the_rounding(
+    project: Project, tmp_path: Path, quant_type: str
+) -> None:
+    """Its matrices are stored the other way round."""
+    gpt2 = GPT2Config(vocab_size=50, n_embd=64, n_layer=1, n_head=4, n_positions=64)
+    folder = str(make_model(tmp_path / "gpt2", gpt2))
+    code, _, err = project.run(
+        *("--user_pretrain_dir", folder, *LORA, quant_type, "--qlora_target_modules", "[c_attn]"),
+        *("--epochs", "1", "--optim_args.learning_rate", "1e-2", "--eval_baseline", "False"),
+        *("--run_name", "run"),
+    )
+    assert code == 0, err
+    asked = ["--run", "saved/run", "--dtype", "float32", "--evaluate", "True"]
+    code, _, err = project.call(export_main, asked)
+    assert code == 0, err
+    export = Path("saved/run/export")
+    assert json.loads((export / "export.json").read_text())["exported"]["other_ranks"] == 0
+    stored, base = (load_file(Path(where) / "model.safetensors") for where in (export, folder))
+    (name,) = (name for name in stored if name.endswith("0.mlp.c_fc.weight"))
+    (of_base,) = (weight for key, weight in base.items() if key.endswith("0.mlp.c_fc.weight"))
+    # Rounded, though LoRA has no part in it.
+    assert 1e-5 < np.abs(stored[name] - of_base).max() < np.abs(of_base).max() / 5

@@ -76,7 +76,10 @@ def encode(folder: Path, texts: list[str]) -> np.ndarray:
 @pytest.mark.parametrize(
     "how",
     [
-        ("--train_item_llm", "lora", "--item_lora_target_modules", "[all-linear]"),
+        (
+            *("--train_item_llm", "lora", "--item_lora_target_modules", "[all-linear]"),
+            *("--item_quant_type", "nf4"),
+        ),
         ("--train_item_llm", "full"),
     ],
     ids=["lora", "full"],

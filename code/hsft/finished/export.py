@@ -27,7 +27,13 @@ from hsft.finished.export_onnx import OnnxGraphs, OnnxScorer, require_onnx, writ
 from hsft.finished.open_run import OpenRun, open_run, refuse_changed_data
 from hsft.hub.manifest import EXPORT_FILE, origin
 from hsft.hub.repository import output_folder, run_name
-from hsft.model.backbone import add_lora, load_decoder, load_model_config, make_decoder
+from hsft.model.backbone import (
+    add_lora,
+    load_decoder,
+    load_model_config,
+    make_decoder,
+    quantization_obstacle,
+)
 from hsft.model.folder import EMBEDDING_KEYS, EXTRA_FILE, ID_FILE, Weights, check_files
 from hsft.model.item_adapter import (
     PREFIX,
@@ -279,9 +285,23 @@ class _TrainedRun:
         if options.format == "onnx":
             self.refuse_onnx()
         if options.format != "adapter":
+            self.refuse_quantised()
             # atomic_path would take a missing folder's error for one of writing.
             load_model_config(self.base, config.trust_remote_code)
             self.count_weights()
+
+    def refuse_quantised(self) -> None:
+        """Refuse to merge into quantised weights where nothing can quantise as the run did."""
+        config = self.config
+        types = [config.qlora_quant_type] if config.use_qlora else []
+        types += [config.item_quant_type] if config.trains_item_lora else []
+        rounded = [quant_type for quant_type in types if quant_type != "none"]
+        obstacle = quantization_obstacle("cpu")
+        if rounded and obstacle:
+            raise InputError(
+                f"{self.folder} was trained on weights rounded to {rounded[0]}, into which LoRA is merged, "
+                f"and {obstacle}; export on a machine that has it, or use --format adapter."
+            )
 
     def refuse_onnx(self) -> None:
         """Refuse to write ONNX graphs where their packages are missing or another type is asked for."""
@@ -317,8 +337,7 @@ def _write_merged(run: _TrainedRun, folder: Path) -> str:
     whole = config.loads_user_llm and (
         not names or any(part in name for name in names for part in EMBEDDING_KEYS)
     )
-    log.info("loading %s in float32, without quantisation.", run.base)
-    model = _load_unquantised(run, keep_token_embedding=whole)
+    model = _load_trained(run, keep_token_embedding=whole)
     encoder: Any = model.encoder
     decoder = encoder.decoder
     if config.use_qlora:
@@ -346,8 +365,7 @@ def _write_merged(run: _TrainedRun, folder: Path) -> str:
 def _write_onnx(run: _TrainedRun, folder: Path) -> str:
     """Write the ONNX graphs; return the kind of item adapter."""
     refuse_full_disk(run.options.out, run.count_weights() * torch.float32.itemsize)
-    log.info("loading %s in float32, without quantisation.", run.base)
-    model = _load_unquantised(run, keep_token_embedding=False)
+    model = _load_trained(run, keep_token_embedding=False)
     encoder: Any = model.encoder
     if run.config.use_qlora:
         log.info("merging the adapter.")
@@ -359,9 +377,15 @@ def _write_onnx(run: _TrainedRun, folder: Path) -> str:
     return run.item_adapter
 
 
-def _load_unquantised(run: _TrainedRun, *, keep_token_embedding: bool) -> Recommender:
-    """Load the trained model in float32 on the CPU, without the data."""
+def _load_trained(run: _TrainedRun, *, keep_token_embedding: bool) -> Recommender:
+    """Load the trained model in float32 on the CPU, without the data.
+
+    Quantised weights are plain ones of the values that the LoRA matrices were trained against.
+    """
     config = run.config
+    lora = replace(lora_settings(config), plain=True) if config.use_qlora else None
+    rounded = "" if lora is None or lora.quant_type == "none" else f", rounded to {lora.quant_type}"
+    log.info("loading %s in float32%s.", run.base, rounded)
     given: dict[str, Any] = {
         "dtype": torch.float32,
         "attention": "eager",  # every model has it, and nothing is computed
@@ -371,14 +395,13 @@ def _load_unquantised(run: _TrainedRun, *, keep_token_embedding: bool) -> Recomm
     }
     decoder: Any
     if config.loads_user_llm:
-        decoder = load_decoder(run.base, **given)
+        decoder = load_decoder(run.base, lora=lora, **given)
     else:
         decoder = make_decoder(run.base, seed=config.seed, **given)
     # Frozen in training, which has no use for it.
     decoder.get_input_embeddings().requires_grad_(False)
     hidden = int(decoder.config.hidden_size)
-    if config.use_qlora:
-        lora = replace(lora_settings(config), quant_type="none")
+    if lora is not None:
         decoder = add_lora(decoder, lora, gradient_checkpointing=False)
     extra = user_extra(config)
     width = run.item_width or hidden

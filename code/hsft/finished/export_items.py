@@ -100,12 +100,10 @@ def export_items(
 def _write_item_llm(
     config: Config, best: Path, base: Path, folder: Path, dtype: torch.dtype
 ) -> None:
-    log.info("loading %s in float32, without quantisation.", base)
-    plain = config.model_copy(
-        # Every model has eager attention, and nothing is computed.
-        update={"item_quant_type": "none", "precision": "32-true", "attn_implementation": "eager"}
-    )
-    tower, _ = load_item_tower(plain, ItemTexts([], [], ""), torch.device("cpu"))
+    log.info("loading %s in float32.", base)
+    # Every model has eager attention, and nothing is computed.
+    plain = config.model_copy(update={"precision": "32-true", "attn_implementation": "eager"})
+    tower, _ = load_item_tower(plain, ItemTexts([], [], ""), torch.device("cpu"), plain=True)
     tower.load(best)
     model: Any = tower.model
     if config.trains_item_lora:

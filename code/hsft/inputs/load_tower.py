@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -68,6 +69,7 @@ def load_item_tower(
     autocast: Autocast = nullcontext,
     *,
     information: str = "",
+    plain: bool = False,
 ) -> tuple[ItemTower, EncodingJob]:
     """Load the configuration's ItemLLM with the parts that `train_item_llm` trains.
 
@@ -77,6 +79,7 @@ def load_item_tower(
         device: where it runs.
         autocast: makes the context of the run's precision.
         information: where the texts were read.
+        plain: load quantised weights as plain ones of the same values, to merge LoRA into.
 
     Raises:
         InputError: the model folder is unusable, or LoRA or `item_freeze_layers` do not fit it.
@@ -84,6 +87,8 @@ def load_item_tower(
     # Compiled for encoding alone.
     config = with_encoder(config).model_copy(update={"item_compile": False})
     lora = item_lora_settings(config) if config.trains_item_lora else None
+    if lora is not None:
+        lora = replace(lora, plain=plain)
     # As in `build_user_llm`: what is trained whole stays in float32 under mixed precision.
     whole = lora is None and choose_precision(config) != "bf16-true"
     dtype = torch.float32 if whole else compute_dtype(config)

@@ -10,7 +10,7 @@ import inspect
 import logging
 import struct
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -63,6 +63,8 @@ class LoraSettings:
         double_quant: quantise the quantisation constants too.
         dequantize: multiply by dequantised 4-bit weights whatever the number of positions; False
             leaves bitsandbytes the choice of its fused kernel.
+        plain: load what is to be quantised as plain weights of the values that quantising leaves, as
+            merging the LoRA matrices into them needs.
         part: `UserLLM` or `ItemLLM`, for messages.
     """
 
@@ -74,7 +76,13 @@ class LoraSettings:
     compute_dtype: torch.dtype = torch.bfloat16
     double_quant: bool = True
     dequantize: bool = True
+    plain: bool = False
     part: LlmPart = "UserLLM"
+
+    @property
+    def quantises(self) -> bool:
+        """Whether the frozen weights are held quantised."""
+        return self.quant_type != "none" and not self.plain
 
 
 def load_model_config(folder: str | Path, trust_remote_code: bool = False) -> Any:
@@ -205,7 +213,7 @@ def load_decoder(
     if attention == VARLEN:
         # Its import makes the kernel known to transformers.
         importlib.import_module("hsft.model.varlen")
-    if lora is not None and lora.quant_type != "none":
+    if lora is not None and lora.quantises:
         kwargs["quantization_config"] = _quantization(lora)
         kwargs["device_map"] = {"": device if device is not None else torch.device("cpu")}
     model = _read_decoder(
@@ -218,11 +226,37 @@ def load_decoder(
         **kwargs,
     )
     check_embeddings(embedding_width(model), model.config.hidden_size, folder)
+    if lora is not None and lora.plain and lora.quant_type != "none":
+        rounded = load_decoder(
+            folder,
+            dtype=lora.compute_dtype,
+            attention=attention,
+            layers=layers,
+            lora=replace(lora, plain=False),
+            trust_remote_code=trust_remote_code,
+        )
+        _copy_rounded(rounded, model)
     model.config.use_cache = False
     if not keep_token_embedding:
         # One unused row is left of it: DDP waits for a gradient of everything that is trainable.
         model.get_input_embeddings().requires_grad_(False)
     return model
+
+
+def _copy_rounded(quantised: nn.Module, plain: nn.Module) -> None:
+    """Give a decoder's linear layers the values that a quantised one of the same folder computes with."""
+    from transformers.integrations.bitsandbytes import dequantize_bnb_weight
+    from transformers.pytorch_utils import Conv1D
+
+    for name, layer in quantised.named_modules():
+        weight = getattr(layer, "weight", None)
+        if type(weight).__name__ not in ("Params4bit", "Int8Params"):
+            continue
+        values: Tensor = dequantize_bnb_weight(weight, getattr(layer, "state", None))
+        target: Any = plain.get_submodule(name)
+        with torch.no_grad():
+            # GPT-2's holds the transpose of the linear layer's that takes its place.
+            target.weight.copy_(values.t() if isinstance(target, Conv1D) else values)
 
 
 def make_decoder(
@@ -407,7 +441,7 @@ def add_lora(model: PreTrainedModel, lora: LoraSettings, gradient_checkpointing:
 
     from hsft.model.fast_layers import dequantize_in_training, use_fast_lora_layers
 
-    if lora.quant_type != "none":
+    if lora.quantises:
         if any(weight.dtype == torch.float16 for weight in model.parameters()):
             model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
         _keep_differentiable(model)

@@ -179,7 +179,7 @@ def _what_was_scored(exported: Exported) -> str:
         reasons.insert(
             0,
             f"LoRA was trained against {exported.config.qlora_quant_type} weights, and here it is "
-            f"merged into the base model's weights without quantisation",
+            f"merged into these, which are no longer quantised but keep their rounding",
         )
     text = (
         f"The row {exported.tuned} was measured in the run, before the export: "
