@@ -27,7 +27,7 @@ from tests.pages import PAGES, TRANSLATED, anchors, read_page
 
 BASE = [Path("code/overall/LLM_ddp.yaml"), Path("code/HLLM/HLLM.yaml")]
 # Programs that are not this project's: their options are not looked at.
-OTHERS = {"curl", "docker", "git", "cd", ".", "hf", "tensorboard", "mkdocs", "pip-audit"}
+OTHERS = {"curl", "docker", "git", "cd", ".", "hf", "tensorboard", "mkdocs", "pip-audit", "export"}
 # Flags of other programs, and placeholders for a flag.
 OTHER_FLAGS = {
     *("key", "section.key", "help", "config_file", "print_config", "version"),
