@@ -298,6 +298,15 @@ def test_help_describes_every_key(capsys: pytest.CaptureFixture[str]) -> None:
     assert "none, or median: end a training" in shown
 
 
+def test_a_search_over_what_auto_becomes_is_a_plan(project: Project) -> None:
+    plan = read_plan(plan_of(project, {"negatives": ["auto", "catalogue"]}))
+    assert (plan.first, plan.base.negatives) == ({"negatives": "auto"}, "sampled")
+    kinds = [plan.config({"negatives": kind}, "r").negatives for kind in ("auto", "catalogue")]
+    assert kinds == ["sampled", "catalogue"]
+    plan = read_plan(plan_of(project, {"num_negatives": [None, 64]}))
+    assert (plan.first, plan.base.num_negatives) == ({"num_negatives": None}, 512)
+
+
 def test_the_example_is_a_plan(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     plan = read_plan("code/overall/sweep_example.yaml")

@@ -163,7 +163,8 @@ def test_dry_run_multiplies_by_the_batches_of_an_epoch(
     assert code == 0, err
     # 30 sequences, of 8, 8 and 7 positions in turn; ten epochs of 4 steps are too few for graphs.
     assert "an epoch (4 batches, launched kernel by kernel) and of a validation (30 users)" in out
-    nf4 = shape(project.llama, dtype=BF16, mixed=True, lora_rank=8, negatives="in_batch", items=20)
+    drawn: dict[str, Any] = {"negatives": "sampled", "num_negatives": 512, "negatives_logq": True}
+    nf4 = shape(project.llama, dtype=BF16, mixed=True, lora_rank=8, items=20, **drawn)
     counted = saved_bytes_per_token(nf4)
     work = training_work(nf4, 8, 8 * 23 / 3, (2 * 64 + 49) / 23, counted)
     minutes, rest = divmod(round(4 * seconds(work, slow, graph=False)), 60)

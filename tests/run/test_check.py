@@ -133,6 +133,14 @@ PROBLEMS: dict[str, tuple[Callable[[Path], object] | None, tuple[str, ...], str]
         ("--num_negatives", "16"),
         "3 users, for example 'u0', have all 4 items",
     ),
+    "nothing to draw by default": (
+        lambda root: (root / CSV).write_text(
+            "item_id,user_id,timestamp\n"
+            + "".join(f"i{n % 4},u{u},{n}\n" for u in range(3) for n in range(8))
+        ),
+        (),
+        "so none can be drawn for them; use negatives_exclude: none",
+    ),
     "nothing to draw per sequence": (
         lambda root: (root / CSV).write_text(
             "item_id,user_id,timestamp\n"
@@ -150,7 +158,7 @@ PROBLEMS: dict[str, tuple[Callable[[Path], object] | None, tuple[str, ...], str]
     ),
     "batches of one position": (
         None,
-        ("--train_positions", "random_split", "--train_batch_size", "1"),
+        ("--train_positions", "random_split", "--train_batch_size", "1", "--negatives", "in_batch"),
         "every batch is a single one",
     ),
     "parallel items": (

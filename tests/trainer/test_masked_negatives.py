@@ -23,7 +23,7 @@ from tests.conftest import Project
 
 TRAIN = (
     *("--use_qlora", "True", "--qlora_quant_type", "none", "--eval_baseline", "False"),
-    *("--epochs", "2", "--run_name", "r"),
+    *("--epochs", "2", "--run_name", "r", "--negatives", "in_batch"),
 )
 
 

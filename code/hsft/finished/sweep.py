@@ -63,7 +63,7 @@ def sweep(plan: SweepPlan) -> Path:
     if world_size() > 1:
         raise InputError("a sweep runs in one process; start it without torchrun.")
     library = _optuna()
-    refuse(quick_problems(plan.config(_first_params(plan), "trial-0000-check")))
+    refuse(quick_problems(plan.config(plan.first, "trial-0000-check")))
     try:
         with StopSignals(), locked(plan.folder, f"dir in {plan.path}"):
             study = _open_study(plan, library)
@@ -89,16 +89,6 @@ def _optuna() -> Any:
         ) from error
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     return optuna
-
-
-def _first_params(plan: SweepPlan) -> dict[str, Any]:
-    # The values of `base`, which make a configuration.
-    values = plan.base.model_dump()
-    params = {}
-    for key in plan.search:
-        section, _, inner = key.rpartition(".")
-        params[key] = values[section][inner] if section else values[key]
-    return params
 
 
 def _open_study(plan: SweepPlan, library: Any) -> optuna.Study:

@@ -92,7 +92,8 @@ class SweepPlan:
         pruner: `none` or `median`.
         folder: where trials and tables go.
         keep_models: `best` keeps the weights of the best trial only, `all` those of all.
-        base: the configuration of a trial, for checks.
+        first: searched values that make a configuration, for checks.
+        base: that configuration.
     """
 
     path: Path
@@ -106,6 +107,7 @@ class SweepPlan:
     pruner: str
     folder: Path
     keep_models: str
+    first: dict[str, Any]
     base: Config
 
     def config(self, params: Mapping[str, Any], run_name: str) -> Config:
@@ -176,7 +178,7 @@ def read_plan(path: str | Path) -> SweepPlan:
     _refuse_keys(path, fixed, search)
     if file.sampler == "grid":
         _refuse_endless(path, search)
-    base = _first_valid(path, tuple(file.config_file), fixed, search, file)
+    first, base = _first_valid(path, tuple(file.config_file), fixed, search, file)
     if "seed" in search and base.eval_protocol == "sampled":
         raise InputError(
             f"{path}: seed decides the candidates of eval_protocol: sampled, so trials could not be "
@@ -194,6 +196,7 @@ def read_plan(path: str | Path) -> SweepPlan:
         pruner=file.pruner,
         folder=Path(file.dir),
         keep_models=file.keep_models,
+        first=first,
         base=base,
     )
 
@@ -258,8 +261,8 @@ def _first_valid(
     fixed: Mapping[str, Any],
     search: Mapping[str, Choice | Range],
     file: _File,
-) -> Config:
-    """Return the first combination of the searched values that makes a configuration.
+) -> tuple[dict[str, Any], Config]:
+    """Return the first combination of the searched values that makes a configuration, and that.
 
     Values can exclude each other (loss: bce and negatives: catalogue), so not every one has to.
     """
@@ -269,7 +272,7 @@ def _first_valid(
     for corner in itertools.islice(corners, _MAX_CORNERS):
         params = dict(zip(search, corner, strict=True))
         try:
-            return _load(path, files, {**fixed, **params, **managed})
+            return params, _load(path, files, {**fixed, **params, **managed})
         except InputError as error:
             first = first or error
     assert first is not None
