@@ -385,12 +385,15 @@ def test_a_masked_target_is_a_miss_where_the_catalogue_is_smaller_than_k(project
 def test_optional_parts_of_a_training_are_named_where_they_are_set() -> None:
     set_keys = {"item_id_embedding": True, "item_dropout": 0.2, "encoder": "models/encoder"}
     for changes in ({}, set_keys):
-        config = Config(**changes).model_dump(mode="json")
+        config = Config(**changes, negatives="in_batch").model_dump(mode="json")
         named = compare._settings({"config": config}, compare.TUNED)
         for key, value in set_keys.items():
             assert (f"{key} {value}" in named) == bool(changes)
         assert "negatives_logq" not in named
         assert "temperature" not in named
+    named = compare._settings({"config": Config().model_dump(mode="json")}, compare.TUNED)
+    assert "negatives sampled, num_negatives 512" in named
+    assert "negatives_logq True" in named
     sasrec = Config(model="sasrec", temperature=0.1).model_dump(mode="json")
     assert "temperature 0.1" in compare._settings({"config": sasrec}, "sasrec")
     timed = Config(model="hstu", use_timestamps=True, predict_at="target").model_dump(mode="json")
