@@ -10,6 +10,7 @@ import pytest
 
 from hsft.hub.manifest import pretraining_overlap
 from hsft.report.compare import load_comparison
+from report import main as report_main
 from tests.conftest import Project
 from tests.helpers import make_cache, make_dataset
 
@@ -63,3 +64,6 @@ def test_log_check_result_and_comparison_warn(project: Project, llama: Path) -> 
     recorded = json.loads((run / "result.json").read_text())["pretraining_overlap"]
     assert recorded == pretraining_overlap(model, "pixel-tiny")
     assert load_comparison([run]).notes == [f"run: {recorded}"]
+    code, _, err = project.call(report_main, ["saved/run", "--examples", "0", "--out", "page.html"])
+    assert code == 0, err
+    assert "that was trained on Pixel8M" in (project.root / "page.html").read_text()

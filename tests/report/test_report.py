@@ -275,6 +275,7 @@ def test_the_report_of_a_fine_tuning_and_a_reference(project: Project) -> None:
     assert read.tags.count("article") == 12
     assert read.tags.count("svg") == 11
     part = html.partition(">By item popularity</h2>")[2].partition("</section>")[0]
+    assert "Line chart of Recall@10 by the popularity decile of the held-out item" in part
     header = re.search(r"(?s)<caption>Recall@10 by popularity decile</caption>(.*?)</tr>", part)
     assert header is not None
     sizes = [int(size) for size in re.findall(r"(\d+) users?\b", header[1])]
