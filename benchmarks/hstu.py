@@ -8,7 +8,7 @@ scaled_dot_product_attention nor torch's variable-length kernel computes it: bot
 flex_attention does after any modification of its scores. What is compared on the same sequences and
 negatives, one whole training step each:
 
-- packed rows of 4L positions and a mask, as HSFT trains, and the same in rows of L;
+- packed rows of 4L positions and a mask, as HSFT trains on short histories, and the same in rows of L;
 - every history a row, padded to the batch's longest: the plain way;
 - grouped: a batch's histories sorted by length and divided into four groups, each padded to its own
   longest; all that is no attention runs over the groups' positions in one row;
@@ -257,10 +257,9 @@ class Way:
     flex: bool = False
 
 
-TODAY = "packed rows of 4L"
 WAYS = (
     Way("no layers", "none"),
-    Way(TODAY, "packed"),
+    Way("packed rows of 4L", "packed"),
     Way("packed rows of L", "rows"),
     Way("padded", "padded"),
     Way("grouped", "grouped"),

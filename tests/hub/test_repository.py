@@ -114,7 +114,13 @@ def test_a_pushed_run_recommends_as_before(on_hub: OnHub, tmp_path: Path) -> Non
     # Neither a path of this machine nor a model that is not the user's.
     assert not [name for name, content in pushed.items() if str(tmp_path).encode() in content]
     assert not [name for name, content in pushed.items() if str(project.llama).encode() in content]
-    assert b"fine-tuned" in pushed["README.md"]
+    measured = json.loads(pushed["result.json"])["rows"][-1]["metrics"]["NDCG@10"]
+    rows = [
+        line
+        for line in pushed["README.md"].decode().splitlines()
+        if line.startswith("| fine-tuned")
+    ]
+    assert f"| {measured:.4f}" in rows[0]
     on_hub.move_away()
     where = ("--user_pretrain_dir", str(project.llama))
     after = on_hub.recommend(RUN, *asked, *where)

@@ -14,6 +14,7 @@ from hsft.model.hstu import build_hstu
 from hsft.model.id_estimate import count_saved_bytes, read_id_model
 from hsft.model.recommender import Recommender
 from hsft.model.sasrec import build_sasrec
+from hsft.run.setup import packed_row_length
 
 LENGTH, ITEMS, LAYERS = 10, 30, 3
 MODELS: dict[str, dict[str, Any]] = {
@@ -97,3 +98,15 @@ def test_dropout_keeps_a_byte_for_each_number() -> None:
     # Of HSTU on the gated output of 32 numbers; of the transformer on two outputs and a hidden layer of 128.
     assert layer(0.5, "hstu") - layer(0.0, "hstu") == 32
     assert layer(0.5, "sasrec") - layer(0.0, "sasrec") == 2 * 32 + 128
+
+
+def test_rows_of_long_histories_are_short() -> None:
+    def row_length(longest: int, name: str = "hstu") -> int | None:
+        longer = {"MAX_ITEM_LIST_LENGTH": longest}
+        return packed_row_length(settings(name).model_copy(update=longer), "sdpa")
+
+    assert [row_length(longest) for longest in (10, 50, 64, 100, 200, 500)] == [
+        *(40, 200, 256, 256, 256, 500)
+    ]
+    assert row_length(200, "sasrec") == 256
+    assert packed_row_length(Config(MAX_ITEM_LIST_LENGTH=200), "sdpa") == 800

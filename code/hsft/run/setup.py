@@ -70,6 +70,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+# Positions of a packed row of a model on item ids, if no history is longer.
+_LONGEST_NARROW_ROW = 256
+
 # Cosine above which float32 tells two items apart by its rounding alone.
 SAME_DIRECTION = 1 - 1e-6
 
@@ -526,7 +529,12 @@ def packed_row_length(config: Config, kernel: str) -> int | None:
         return None
     if config.has_user_llm and kernel in (VARLEN, "flash_attention_2"):
         return config.train_batch_size * config.MAX_ITEM_LIST_LENGTH
-    return 4 * config.MAX_ITEM_LIST_LENGTH
+    longest = config.MAX_ITEM_LIST_LENGTH
+    if config.has_user_llm:
+        return 4 * longest
+    # In narrow layers the square soon takes longer than all else, and HSTU keeps it: see
+    # docs/performance-training.md.
+    return max(longest, min(4 * longest, _LONGEST_NARROW_ROW))
 
 
 def graph_obstacle(config: Config, precision: str) -> str:
