@@ -124,6 +124,9 @@ def test_the_parts_move_with_their_causes(folder: Path) -> None:
     assert memory.estimate(shape(folder), 16).activations == 2 * base.activations
     # By hand: 8-bit states of 5,000 weights are 2 x (5,000 + 20 blocks x 4) bytes; 100 stay as is.
     assert memory.optimizer_bytes([5000, 100], bits8=True) == 2 * 5080 + 800
+    # Two workspaces of cuBLAS on Hopper.
+    captured = memory.estimate(shape(folder, graph=True), 8)
+    assert captured.total - base.total == 2 * 32 * 1024**2
     table = memory.estimate(shape(folder, items=1000), 8).item_table
     assert table == 1001 * 192 * 2
     # By hand: LoRA of rank 4 on q (192 -> 192) and v (192 -> 96) in three layers, and the scale.

@@ -12,7 +12,7 @@ from hsft.utils.errors import EXIT_OK
 EXAMPLES = (
     "compare saved/Pixel200K-pop saved/Pixel200K-qlora",
     "compare saved/a saved/b saved/c --out tables",
-    "compare runs/demo/ml-100k-pop runs/demo/ml-100k-qlora",
+    "compare runs/demo/references/ml-100k-pop runs/demo/ml-100k-qlora",
 )
 
 

@@ -15,7 +15,7 @@ EXAMPLES = (
     "report saved/Pixel200K-pop saved/Pixel200K-qlora --out report.html",
     "report saved/Pixel200K-qlora --users 17,42 --out report.html",
     "report saved/Pixel200K-warm-qlora --cold_start Pixel200K",
-    "report runs/demo/ml-100k-pop runs/demo/ml-100k-qlora --users 1,42",
+    "report runs/demo/references/ml-100k-pop runs/demo/ml-100k-qlora --users 1,42",
 )
 
 

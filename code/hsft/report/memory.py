@@ -29,6 +29,8 @@ MIB = 1 << 20
 # Hopper, 8 on Ampere and Ada: ATen/cuda/CublasHandlePool.cpp) are not counted: logits, workspace and
 # activations are added up though not all of them are held at the same time, which makes up for it.
 CUDA_CONTEXT = 600 * MIB
+# Those of the stream on which CUDA graphs are captured come on top of them.
+_CAPTURE_WORKSPACES = 2 * 32 * MIB
 # bitsandbytes quantises blocks of 64 weights.
 _BLOCK = 64
 _TABLES = 4 * 16
@@ -72,6 +74,7 @@ class TrainingShape:
         layer_kind: `decoder`, or that of a model on item ids, as `IdModel` has it.
         saved_bytes: as `saved_bytes_per_token` gives, of a model that is no decoder; None: a decoder's.
         scores: attention scores that a position holds, where they are all in memory at once, else 0.
+        graph: whether training steps are CUDA graphs.
     """
 
     decoder: DecoderStructure
@@ -104,6 +107,7 @@ class TrainingShape:
     layer_kind: str = "decoder"
     saved_bytes: tuple[float, float] | None = None
     scores: int = 0
+    graph: bool = False
 
     def positions(self, batch_size: int) -> int:
         """Return the positions of a large batch: of a thousand, one or two have more."""
@@ -288,7 +292,7 @@ def estimate(
     - logits: `catalogue`: the chunk that `losses.chunk_shape` chooses, and four float32 [T, D] of
       queries; otherwise three [T, P] float32 within the budget and three [T + P, D] of vectors.
     - workspace: the largest weight as dequantised for a product, and three MLP-wide gradients of
-      all positions at the last layer's backward pass.
+      all positions at the last layer's backward pass; cuBLAS's on the stream of CUDA graphs.
 
     Args:
         shape: the run.
@@ -309,7 +313,7 @@ def estimate(
         item_table=0 if shape.items is None else _table_bytes(shape.items, dim, shape),
         activations=_activation_bytes(shape, tokens, *per_token),
         logits=_logit_bytes(shape, batch_size),
-        workspace=_workspace_bytes(shape, tokens),
+        workspace=_workspace_bytes(shape, tokens) + (_CAPTURE_WORKSPACES if shape.graph else 0),
     )
     return replace(memory, item_llm=_item_llm_bytes(shape, batch_size, memory))
 

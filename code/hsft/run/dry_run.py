@@ -272,6 +272,7 @@ def assumed_shape(
         negatives_logq=config.negatives_logq,
         budget_bytes=config.logits_budget_mb * MIB,
         attention="eager" if kernel == "eager" else "sdpa",
+        graph=kernel == VARLEN and config.pack_sequences and _asks_for_graphs(config, precision),
     )
     if config.trains_items:
         shape, sentences = _with_item_llm(config, shape)
@@ -647,6 +648,12 @@ def describe_times(config: Config, shape: TrainingShape, size: RunSize | None) -
         line = f"{card.gib:>5} GiB {cells[0]:>12} {cells[1]:>12}  {card.name}"
         lines.append(line)
     return "\n".join(lines) + "\n"
+
+
+def _asks_for_graphs(config: Config, precision: str) -> bool:
+    """Say whether a run that is long enough trains by CUDA graphs on a card that can."""
+    asked = config.compile in ("auto", "graph", "layers_graph")
+    return asked and not graph_obstacle(config, precision)
 
 
 def _takes_graphs(config: Config, shape: TrainingShape, batches: int) -> bool:
