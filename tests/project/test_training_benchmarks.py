@@ -102,7 +102,7 @@ def test_the_gpu_script_says_that_there_is_no_gpu(capsys: pytest.CaptureFixture[
 def test_every_way_of_hstu_computes_the_same(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = ["--tiny", "True", "--cases", "1", "--steps", "1"]
+    words = ["--tiny", "True", "--cases", "1", "--steps", "1", "--limit", "1000"]
     assert hstu.main([*words, "--out", str(tmp_path)]) == 0
     result = json.loads((tmp_path / "hstu.json").read_text())
     rows = [row for row in result["rows"] if row["way"] != "no layers"]
