@@ -122,8 +122,10 @@ def test_in_batch_beside_the_number_of_another_file_is_said(tmp_path: Path) -> N
 
 def test_the_usual_command_trains_with_drawn_negatives(project: Project) -> None:
     # Fewer items than are drawn: an item comes up several times.
-    more = ("--use_qlora", "True", "--epochs", "2", "--run_name", "run")
-    more += ("--optim_args.learning_rate", "1e-2")
+    more = (
+        *("--use_qlora", "True", "--epochs", "2", "--run_name", "run"),
+        *("--optim_args.learning_rate", "1e-2"),
+    )
     code, _, err = project.run(*more, "--checkpoint_every", "3")
     assert code == 0, err
     result = json.loads((project.root / "saved/run/result.json").read_text())
