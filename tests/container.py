@@ -71,6 +71,11 @@ def start(
             given[name] = Path(name)
     for path in {sys.base_prefix, sys.prefix, str(ROOT / "code")}:
         given[path] = Path(path)
+    # Before what is read, which may lie in a folder of the same name here, such as /tmp.
+    for entry in tmpfs:
+        path, _, options = entry.partition(":")
+        options = ",".join(filter(None, [_TMPFS, options]))
+        script += [f"mkdir -p {root}{path}", f"mount -t tmpfs -o {options} tmpfs {root}{path}"]
     # An outer folder first: it would hide an inner one.
     for there in sorted(given):
         here, target = shlex.quote(str(given[there])), shlex.quote(f"{root}{there}")
@@ -78,10 +83,6 @@ def start(
         script.append(f"mount -o remount,ro,bind {target}")
     script += [f"mkdir -p {root}/proc {root}/dev", f"mount -t proc proc {root}/proc"]
     script.append(f"mount --rbind /dev {root}/dev")
-    for entry in tmpfs:
-        path, _, options = entry.partition(":")
-        options = ",".join(filter(None, [_TMPFS, options]))
-        script += [f"mkdir -p {root}{path}", f"mount -t tmpfs -o {options} tmpfs {root}{path}"]
     script.append(f"mount -o remount,ro,bind {root}")
     uid, _, gid = user.partition(":")
     words = ["env", "-i", *(f"{name}={value}" for name, value in environment.items())]
