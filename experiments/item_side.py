@@ -60,6 +60,7 @@ ENCODER_FILES = (
     *("special_tokens_map.json", "vocab.txt"),
 )
 WORD_DIM = 512
+_WORDS = "embeddings.word_embeddings.weight"
 
 
 @dataclass(frozen=True)
@@ -243,10 +244,8 @@ def pack(folder: Path, encoder: Path, llm: Path, layers: int, sources: Sequence[
         arrays[f"{data}.lengths"] = torch.tensor([len(row) for row in rows], dtype=torch.int16)
     weights = load_file(encoder / "model.safetensors")
     weights = {k: v for k, v in weights.items() if v.is_floating_point() and "pooler" not in k}
-    words = "embeddings.word_embeddings.weight"
-    weights[words] = weights[words][torch.tensor(used)]
+    weights[_WORDS] = weights[_WORDS][torch.tensor(used)]
     save_file({**arrays, **_in_8_bits(weights)}, packed / "encoder.safetensors")
-    shutil.copyfile(encoder / "config.json", packed / "encoder.json")
     weights = {
         name: value
         for name, value in load_file(llm / "model.safetensors").items()
@@ -300,19 +299,30 @@ def _put_encoder(folder: Path) -> None:
     packed = folder / "packed"
     shutil.copytree(packed / "encoder", folder / "encoder", dirs_exist_ok=True)
     stored = load_file(packed / "encoder.safetensors")
-    used = stored.pop("words").to(torch.int64)
-    weights = _from_8_bits(
-        {k: v for k, v in stored.items() if not k.endswith(("tokens", "lengths"))}
-    )
-    name = "embeddings.word_embeddings.weight"
-    config = json.loads((packed / "encoder" / "config.json").read_text())
+    weights, config = _encoder_weights(stored), _encoder_config(packed)
     words = torch.zeros(config["vocab_size"], config["hidden_size"])
-    words[used] = weights[name]
+    words[stored["words"].to(torch.int64)] = weights[_WORDS]
     save_file(
-        {**weights, name: words},
+        {**weights, _WORDS: words},
         folder / "encoder" / "model.safetensors",
         metadata={"format": "pt"},
     )
+
+
+def _encoder_weights(stored: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the encoder's weights of what `pack` stored with the texts' tokens."""
+    return _from_8_bits(
+        {
+            k: v
+            for k, v in stored.items()
+            if not k.endswith((".tokens", ".lengths")) and k != "words"
+        }
+    )
+
+
+def _encoder_config(packed: Path) -> dict[str, Any]:
+    config: dict[str, Any] = json.loads((packed / "encoder" / "config.json").read_text())
+    return config
 
 
 def _sentence_vectors(packed: Path, data: str, device: torch.device) -> Tensor:
@@ -322,11 +332,8 @@ def _sentence_vectors(packed: Path, data: str, device: torch.device) -> Tensor:
     stored = load_file(packed / "encoder.safetensors")
     tokens = stored[f"{data}.tokens"].to(torch.int64)
     lengths = stored[f"{data}.lengths"].to(torch.int64)
-    weights = _from_8_bits(
-        {k: v for k, v in stored.items() if not k.endswith(("tokens", "lengths", "words"))}
-    )
-    config = json.loads((packed / "encoder.json").read_text())
-    config["vocab_size"] = len(weights["embeddings.word_embeddings.weight"])
+    weights, config = _encoder_weights(stored), _encoder_config(packed)
+    config["vocab_size"] = len(weights[_WORDS])
     kind = config.pop("model_type")
     model = AutoModel.from_config(AutoConfig.for_model(kind, **config), attn_implementation="sdpa")
     lacking = model.load_state_dict(weights, strict=False).missing_keys

@@ -23,7 +23,7 @@ from hsft.data.split import Split, make_split
 from hsft.encoding.item_tower import check_frozen_layers
 from hsft.evaluator.ranking import users_at_a_time
 from hsft.inputs.cache_items import sentence_source
-from hsft.model.accelerate import choose_acceleration
+from hsft.model.accelerate import SHORTEST_GRAPH, choose_acceleration
 from hsft.model.attention import VARLEN, choose_attention
 from hsft.model.backbone import check_lora_targets
 from hsft.model.folder import check_decoder, check_embeddings, check_positions, layer_number
@@ -272,7 +272,13 @@ def assumed_shape(
         negatives_logq=config.negatives_logq,
         budget_bytes=config.logits_budget_mb * MIB,
         attention="eager" if kernel == "eager" else "sdpa",
-        graph=kernel == VARLEN and config.pack_sequences and _asks_for_graphs(config, precision),
+        # Of a run that is long enough.
+        graph=_takes_graphs(
+            config,
+            precision,
+            single_row=config.pack_sequences and kernel == VARLEN,
+            steps=SHORTEST_GRAPH,
+        ),
     )
     if config.trains_items:
         shape, sentences = _with_item_llm(config, shape)
@@ -622,7 +628,12 @@ def describe_times(config: Config, shape: TrainingShape, size: RunSize | None) -
     counted = saved_bytes_per_token(shape)
     sequences = min(config.train_batch_size, len(size.lengths))
     batches = -(-len(size.lengths) // config.train_batch_size)
-    graph = _takes_graphs(config, shape, batches)
+    graph = _takes_graphs(
+        config,
+        config.precision,
+        single_row=config.pack_sequences and shape.masked_row is None,
+        steps=config.epochs * steps_per_epoch(batches, config.gradient_accumulation_steps),
+    )
     work = training_work(
         shape, sequences, *_positions(config, shape, size, sequences, graph=graph), counted
     )
@@ -650,22 +661,15 @@ def describe_times(config: Config, shape: TrainingShape, size: RunSize | None) -
     return "\n".join(lines) + "\n"
 
 
-def _asks_for_graphs(config: Config, precision: str) -> bool:
-    """Say whether a run that is long enough trains by CUDA graphs on a card that can."""
-    asked = config.compile in ("auto", "graph", "layers_graph")
-    return asked and not graph_obstacle(config, precision)
-
-
-def _takes_graphs(config: Config, shape: TrainingShape, batches: int) -> bool:
-    """Say whether one NVIDIA card would train by CUDA graphs."""
-    steps = config.epochs * steps_per_epoch(batches, config.gradient_accumulation_steps)
+def _takes_graphs(config: Config, precision: str, *, single_row: bool, steps: int) -> bool:
+    """Say whether one NVIDIA card would train by CUDA graphs, in so many optimizer steps."""
     chosen, _ = choose_acceleration(
         config.compile,
         torch.device("cuda"),
-        single_row=config.pack_sequences and shape.masked_row is None,
+        single_row=single_row,
         processes=1,
         steps=steps,
-        obstacle=graph_obstacle(config, config.precision),
+        obstacle=graph_obstacle(config, precision),
     )
     return chosen.graph
 
