@@ -49,7 +49,8 @@ from hsft.data.cache import ItemCache, save_cache  # noqa: E402
 from hsft.data.item_text import read_plain_texts  # noqa: E402
 from hsft.utils.errors import EXIT_OK  # noqa: E402
 
-DATASETS = ("beauty", "clothing", "ml-100k")
+AMAZON = ("beauty", "clothing")
+DATASETS = (*AMAZON, "ml-100k")
 # Models on item ids, against the best of which the tables compare.
 ID_FAMILIES = ("sasrec", "hstu")
 TEXT_KEYS = ("title", "tag", "description")
@@ -159,7 +160,7 @@ def _trials() -> list[Trial]:
     """List the trials, the most telling first."""
     listed: list[Trial] = []
     # What the text is, and what carries the UserLLM: the widest differences.
-    for data in DATASETS[:2]:
+    for data in AMAZON:
         listed += [
             Trial(data, "text", fresh=True),
             Trial(data, "sasrec", fresh=True),
@@ -167,14 +168,14 @@ def _trials() -> list[Trial]:
             Trial(data, "text", {"cache": "tfidf"}, fresh=True),
             Trial(data, "ids", fresh=True),
         ]
-    for data in DATASETS[:2]:
+    for data in AMAZON:
         listed += [
             Trial(data, "text", QLORA, fresh=True),
             Trial(data, "text", {"item_embedding_transform": "standardize"}),
             Trial(data, "sasrec", {"sasrec.hidden_size": 256}),
             Trial(data, "sasrec", {"similarity": "cosine", "temperature": 0.07}),
         ]
-    for data in DATASETS[:2]:
+    for data in AMAZON:
         listed += [
             Trial(data, "ids", {"item_dropout": 0.4, "item_id_dropout": 0.3}),
             Trial(data, "text", {"temperature": 0.05, "fix_temp": True}),
@@ -183,7 +184,7 @@ def _trials() -> list[Trial]:
             Trial(data, "ids", {"optim_args.weight_decay": 0.3}),
             Trial(data, "sasrec", {"sasrec.dropout": 0.3}),
         ]
-    for data in DATASETS[:2]:
+    for data in AMAZON:
         listed += [
             Trial(data, "text", {"item_dropout": 0.0}),
             Trial(data, "text", {"optim_args.learning_rate": 1.5e-3}),
@@ -195,7 +196,7 @@ def _trials() -> list[Trial]:
             Trial(data, "sasrec", {"optim_args.weight_decay": 0.1}),
         ]
     references = ("tfidf", "item_knn", "pop")
-    return listed + [Trial(data, family) for data in DATASETS[:2] for family in references]
+    return listed + [Trial(data, family) for data in AMAZON for family in references]
 
 
 TRIALS = _trials()
@@ -312,11 +313,7 @@ def _put_encoder(folder: Path) -> None:
 def _encoder_weights(stored: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return the encoder's weights of what `pack` stored with the texts' tokens."""
     return _from_8_bits(
-        {
-            k: v
-            for k, v in stored.items()
-            if not k.endswith((".tokens", ".lengths")) and k != "words"
-        }
+        {k: v for k, v in stored.items() if not k.endswith(("tokens", "lengths", "words"))}
     )
 
 

@@ -6,7 +6,6 @@ import json
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -22,7 +21,7 @@ from hsft.finished.serve import KEY_VARIABLE
 from hsft.programs import recommend
 from tests.conftest import Project
 from tests.container import missing_tool, start
-from tests.helpers import ROOT
+from tests.helpers import ROOT, free_port
 
 KEY = "a-key-of-sixteen-characters"
 
@@ -102,12 +101,6 @@ def test_the_compose_file_wants_a_key_and_stays_on_this_machine() -> None:
         assert service["volumes"] == [".:/data:ro"]
         assert service["command"][0] == "--run"
         assert service["read_only"]
-
-
-def free_port() -> int:
-    with socket.socket() as bound:
-        bound.bind(("127.0.0.1", 0))
-        return int(bound.getsockname()[1])
 
 
 def in_compose(text: str, **values: str) -> str:

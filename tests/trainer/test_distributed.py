@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -30,7 +29,7 @@ from hsft.utils.program import run_program
 from item_caching import main as cache_main
 from main import main
 from tests.conftest import last_wins
-from tests.helpers import ROOT, make_cache, make_dataset
+from tests.helpers import ROOT, free_port, make_cache, make_dataset
 
 # --- the loss, with the other process played by a second pass in this one
 
@@ -450,12 +449,6 @@ def test_a_killed_process_ends_the_run(tmp_path: Path, llama: Path) -> None:
     # The other process may have been ended by torchrun before it noticed.
     assert err.count("error: another process of this run has ended") <= 1
     assert "[rank" not in err
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def test_two_machines_share_item_caching(tmp_path: Path, llama: Path, launch: Launch) -> None:
