@@ -39,8 +39,7 @@ def test_a_large_file_is_read_to_the_same(
     monkeypatch.setattr("hsft.data.interactions.read_plain", read)
     monkeypatch.setattr(plain_csv, "_MOST_SORTED", 20)
     monkeypatch.setattr(blocks, "LARGE_BYTES", 1000)
-    sort = partial(sort_rows, rows_at_once=100)
-    monkeypatch.setattr("hsft.data.interactions.sort_rows", sort)
+    monkeypatch.setattr(blocks, "ROWS_AT_ONCE", 100)
     actual = read_interactions(path)
     for name in ("user_ids", "item_ids", "items", "timestamps", "offsets"):
         assert np.array_equal(getattr(actual, name), getattr(expected, name)), name
@@ -53,14 +52,22 @@ def test_a_large_file_is_read_to_the_same(
     assert [file.name for file in tmp_path.iterdir()] == ["a.csv"]
 
 
-def test_rows_are_sorted_by_ranges_of_users(tmp_path: Path) -> None:
+@pytest.mark.parametrize("rows_at_once", [1, 2, 3, 100])
+def test_rows_are_sorted_by_ranges_of_users(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows_at_once: int
+) -> None:
+    monkeypatch.setattr(blocks, "ROWS_AT_ONCE", rows_at_once)
     users = np.array([2, 0, 2, 1, 0, 2, 2, 0], dtype=np.int32)
     items = np.arange(8, dtype=np.int32)
     times = np.array([5, 3, 4, 1, 3, 5, 0, 2], dtype=np.int64)
-    for rows_at_once in (1, 2, 3, 100):
-        actual = sort_rows(users, items, times, np.array([3, 1, 4]), tmp_path, rows_at_once)
-        assert actual[0].tolist() == [7, 1, 4, 3, 6, 2, 0, 5]
-        assert actual[1].tolist() == [2, 3, 3, 1, 0, 4, 5, 5]
+    offsets = np.array([0, 3, 4, 8])
+    actual = sort_rows(users, items, times, offsets, tmp_path)
+    assert actual[0].tolist() == [7, 1, 4, 3, 6, 2, 0, 5]
+    assert actual[1].tolist() == [2, 3, 3, 1, 0, 4, 5, 5]
+    # Of two rows of one user and time, the later one comes first in this order.
+    order = np.arange(8)[::-1]
+    actual = sort_rows(users, items, times, offsets, tmp_path, order)
+    assert actual[0].tolist() == [7, 4, 1, 3, 6, 2, 5, 0]
 
 
 def test_columns_keep_their_blocks(tmp_path: Path) -> None:
