@@ -27,6 +27,8 @@ _DISK_FACTOR = 2
 TEXTS_AT_A_TIME = 4096
 # Rows that are worked on at a time.
 ROWS_AT_ONCE = 1 << 20
+# Histories whose rows are.
+SAMPLES_AT_ONCE = 1 << 16
 # Bits by which numbers are told apart in a pass of `kth_smallest`.
 _BITS_OF_A_PASS = 16
 

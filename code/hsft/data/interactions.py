@@ -104,6 +104,14 @@ class Interactions:
         """Return an array to be set, [U], kept where the others are."""
         return empty_column(self.num_users, dtype, self.folder)
 
+    def ids_of(self, users: np.ndarray) -> np.ndarray:
+        """Return the ids of some users, int [n]: str [n], kept where all of them are."""
+        dtype = self.user_ids.dtype
+        ids = empty_column(len(users), dtype, None if dtype.hasobject else self.folder)
+        for part in slices(len(users)):
+            ids[part] = self.user_ids[users[part]]
+        return ids
+
 
 def read_interactions(
     path: str | Path, tie_order: Literal["file", "shuffle"] = "file", seed: int = 0

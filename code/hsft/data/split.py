@@ -12,7 +12,7 @@ import numpy as np
 
 from hsft.config import Config
 from hsft.config.schema import SHARE_PATTERN, TIMESTAMP_PATTERN
-from hsft.data.blocks import Column, count_less, kth_smallest, slices, user_ranges
+from hsft.data.blocks import SAMPLES_AT_ONCE, Column, count_less, kth_smallest, slices, user_ranges
 from hsft.data.interactions import Interactions, count_numbers, drop_items, renumber
 from hsft.data.prepare.dates import utc_seconds
 from hsft.data.time_checks import UNITS, unit_of_times
@@ -489,7 +489,7 @@ def train_item_counts(split: Split) -> np.ndarray:
     interactions = split.interactions
     size = interactions.num_items + 1
     counts = count_numbers(interactions.items, size)
-    for users in slices(interactions.num_users):
+    for users in slices(interactions.num_users, SAMPLES_AT_ONCE):
         held_out = ragged_positions(split.train_ends[users], interactions.offsets[1:][users])
         counts -= np.bincount(interactions.items[held_out], minlength=size)
     return counts
