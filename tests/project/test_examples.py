@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -106,6 +107,25 @@ def test_the_new_loss_by_hand(changed: Path) -> None:
     one, two = np.log1p(np.exp(1)), np.log1p(np.exp(-2))
     actual = [float(line) for line in python(changed, "-c", program).split()]
     assert actual == pytest.approx([(one + two) / 2, one], rel=1e-6)
+
+
+def test_a_new_model_trains_on_the_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    program = EXAMPLES / "new_model.py"
+    shown = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), flags=re.DOTALL)
+    assert program.read_text(encoding="utf-8") in shown
+    make_dataset(tmp_path)
+    make_cache(tmp_path / "dataset" / "tiny_item_embeddings.safetensors")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [str(program), "tiny"])
+    runpy.run_path(str(program))
+    epochs = [
+        json.loads(text.replace("'", '"')) for text in re.findall(r"{.*}", capsys.readouterr().out)
+    ]
+    assert len(epochs) == 5
+    # Users walk along the items, which the order of a history tells and popularity does not.
+    assert epochs[-1]["NDCG@10"] > max(epochs[0]["NDCG@10"], 0.6)
 
 
 def test_a_new_dataset_is_prepared(changed: Path) -> None:
