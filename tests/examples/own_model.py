@@ -1,4 +1,4 @@
-"""Train a GRU on cached item embeddings and rank with it: python new_model.py NAME."""
+"""Train a GRU on cached item embeddings and rank with it: python own_model.py NAME."""
 
 import sys
 
