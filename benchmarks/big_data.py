@@ -3,16 +3,16 @@
     python benchmarks/big_data.py --rows 16000000
     python benchmarks/big_data.py --items 407082 --text_bytes 200 --tokenizer model_checkpoints/NAME
 
-The first
-writes a CSV of random interactions (28 bytes a row, deleted at the end), as many a user and an item as in
-Pixel8M (158 million rows, 8.9 million users, 408 thousand items), in random order. A process of its own
-reads it as a run does, splits it and cuts the training sequences. The second writes a CSV of item
-information, texts of random words, and reads it as item_caching.py does before the ItemLLM's first batch:
-texts read and checked, items without text looked for, and with `--tokenizer` the texts tokenised into
-the folder of the cache's parts. Reported are the time of each stage, by
-the clock and of the processor, and the peaks of anonymous memory, which the process cannot give back, and
-of pages of mapped files in memory, which the system drops where it needs room. Memory is sampled 50 times
-a second from /proc (Linux).
+The first writes a CSV of random interactions (28 bytes a row, deleted at the end), as many a user
+and an item as in Pixel8M (158 million rows, 8.9 million users, 408 thousand items), in random
+order. A process of its own reads it as a run does, splits it, cuts the training sequences, hashes
+what the test users are scored on, and prepares drawn negatives; `--tie_order shuffle` reads it with
+the ties drawn. The second writes a CSV of item information, texts of random words, and reads it as
+item_caching.py does before the ItemLLM's first batch: texts read and checked, items without text
+looked for, and with `--tokenizer` the texts tokenised into the folder of the cache's parts.
+Reported are the time of each stage, by the clock and of the processor, and the peaks of anonymous
+memory, which the process cannot give back, and of pages of mapped files in memory, which the system
+drops where it needs room. Memory is sampled 50 times a second from /proc (Linux).
 """
 
 from __future__ import annotations
@@ -181,23 +181,33 @@ def measure_information(path: Path, tokenizer: str | None, text_format: Any) -> 
             tokenize_to_folder(tokenize, items.texts, Path(folder), show_progress=False)
 
 
-def measure(path: Path) -> None:
+def measure(path: Path, tie_order: Any) -> None:
     """Read and split a file, and print a row of the table for each stage."""
     from hsft.config import Config
     from hsft.data.dataset import CachedEmbeddingEvalDataset, CachedEmbeddingTrainDataset
     from hsft.data.interactions import read_interactions
+    from hsft.data.negatives import NegativeSampler
     from hsft.data.split import make_split
+    from hsft.evaluator.evaluator import EvalProtocol
+    from hsft.evaluator.fingerprint import evaluation_fingerprint
 
+    protocol = EvalProtocol(
+        kind="full", topk=(10,), metrics=("Recall",), candidates=0, seed=0, budget_bytes=0
+    )
     stages = Stages()
     rows = path.stat().st_size // 28
     with stages.stage("read, checked and sorted", rows):
-        interactions = read_interactions(path)
+        interactions = read_interactions(path, tie_order)
     with stages.stage("split: leave_one_out", rows):
         split = make_split(Config(), interactions)
     with stages.stage("training sequences", rows):
         CachedEmbeddingTrainDataset(split, 10)
     with stages.stage("test users", rows):
-        CachedEmbeddingEvalDataset(split, "test", 10)
+        test_users = CachedEmbeddingEvalDataset(split, "test", 10)
+    with stages.stage("fingerprint of the test users", rows):
+        evaluation_fingerprint(test_users, protocol)
+    with stages.stage("negatives' exclusions", rows):
+        NegativeSampler(interactions, held_out=split.held_out)
     with stages.stage("split: global_time", rows):
         make_split(Config(split="global_time"), interactions)
 
@@ -209,6 +219,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--items", type=int, default=0, help="item information of so many items")
     parser.add_argument("--text_bytes", type=int, default=200, help="mean length of an item's text")
     parser.add_argument("--text_format", default="plain", choices=["plain", "hllm", "sentences"])
+    parser.add_argument("--tie_order", default="file", choices=["file", "shuffle"])
     parser.add_argument("--tokenizer", help="a model folder, to tokenise the texts too")
     parser.add_argument("--folder", default=None, help="where the file is written (default: /tmp)")
     parser.add_argument("--read", metavar="FILE", help=argparse.SUPPRESS)
@@ -217,7 +228,7 @@ def main(argv: Sequence[str]) -> int:
         measure_information(Path(options.read), options.tokenizer, options.text_format)
         return 0
     if options.read:
-        measure(Path(options.read))
+        measure(Path(options.read), options.tie_order)
         return 0
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         path = Path(folder) / "big.csv"

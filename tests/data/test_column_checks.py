@@ -21,7 +21,13 @@ CHECK = ("--check", "True")
 
 
 def findings(ids: Sequence[str]) -> list[Finding]:
-    return check_ids("item_id", np.array(ids, dtype=object))
+    actual = check_ids("item_id", np.array(ids, dtype=object))
+    with pytest.MonkeyPatch.context() as patch:
+        # Of a large file few ids are looked at at a time.
+        patch.setattr("hsft.data.blocks.TEXTS_AT_A_TIME", 2)
+        patch.setattr("hsft.data.blocks.ROWS_AT_ONCE", 3)
+        assert check_ids("item_id", np.array(ids)) == actual
+    return actual
 
 
 CERTAIN = {

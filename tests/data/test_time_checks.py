@@ -19,6 +19,10 @@ YEAR_1998, YEAR_2020 = 883_612_800, 1_577_836_800
 
 def texts(timestamps: list[int]) -> list[tuple[str, bool, int | None]]:
     actual = check_times(np.array(timestamps, dtype=np.int64))
+    with pytest.MonkeyPatch.context() as patch:
+        # Of a large file few rows are looked at at a time.
+        patch.setattr("hsft.data.blocks.ROWS_AT_ONCE", 3)
+        assert check_times(np.array(timestamps, dtype=np.int64)) == actual
     return [(finding.text, finding.certain, finding.index) for finding in actual]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import replace
 
 import numpy as np
@@ -78,3 +79,13 @@ def test_candidate_lists_depend_on_the_seed() -> None:
     ) == ["protocol"]
     # Full ranking draws nothing.
     assert fingerprint(HISTORIES, replace(FULL, seed=1)) == fingerprint(HISTORIES)
+
+
+def test_hashes_are_over_sorted_ids() -> None:
+    actual = fingerprint(HISTORIES)
+    # By name u1, u10 and u2; the lengths of their names first.
+    lengths = np.array([2, 3, 2], dtype="<i8").tobytes()
+    assert actual["users"] == hashlib.sha256(lengths + b"u1u10u2").hexdigest()[:32]
+    # Histories without the targets: a b, then c a d, then b; and the lengths with them.
+    numbers = np.array([0, 1, 2, 0, 3, 1, 3, 4, 2], dtype="<i8").tobytes()
+    assert actual["histories"] == hashlib.sha256(numbers).hexdigest()[:32]

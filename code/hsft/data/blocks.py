@@ -4,8 +4,10 @@ too large."""
 from __future__ import annotations
 
 import logging
+import os
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any, overload
@@ -23,6 +25,12 @@ LARGE_BYTES = 512 << 20
 _DISK_FACTOR = 2
 # Texts that are in memory at a time.
 TEXTS_AT_A_TIME = 4096
+# Rows that are worked on at a time.
+ROWS_AT_ONCE = 1 << 20
+# Histories whose rows are.
+SAMPLES_AT_ONCE = 1 << 16
+# Bits by which numbers are told apart in a pass of `kth_smallest`.
+_BITS_OF_A_PASS = 16
 
 
 class Column:
@@ -32,13 +40,18 @@ class Column:
         dtype: their type.
         folder: where they are kept, in a file without a name that is gone with the last reference to
             it; None: in memory.
+
+    Raises:
+        InputError: the file cannot be written, as for all that follows.
     """
 
     def __init__(self, dtype: type | np.dtype, folder: Path | None = None) -> None:
         self.dtype = np.dtype(dtype)
+        self._folder = folder
         self._shapes: list[tuple[int, ...]] = []
         self._parts: list[np.ndarray] = []
-        self._file = None if folder is None else tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
+        with _writing(folder):
+            self._file = None if folder is None else tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
 
     def __len__(self) -> int:
         """Return the number of blocks."""
@@ -51,7 +64,8 @@ class Column:
         if self._file is None:
             self._parts.append(block)
         else:
-            self._file.write(block.data)
+            with _writing(self._folder):
+                self._file.write(block.data)
 
     def blocks(self) -> Iterator[np.ndarray]:
         """Yield the blocks as they were added."""
@@ -67,8 +81,10 @@ class Column:
     def whole(self) -> np.ndarray:
         """Return all numbers: [N], of a file mapped into memory."""
         if self._file is None:
-            return np.concatenate([part.reshape(-1) for part in self._parts])
-        self._file.flush()
+            empty = np.empty(0, self.dtype)
+            return np.concatenate([empty, *(part.reshape(-1) for part in self._parts)])
+        with _writing(self._folder):
+            self._file.flush()
         count = sum(int(np.prod(shape)) for shape in self._shapes)
         return _mapped(self._file, count, self.dtype)
 
@@ -125,26 +141,118 @@ def keep_texts(texts: Iterable[str], folder: Path | None) -> Sequence[str]:
         return list(texts)
     lengths = Column(np.int64)
     rest = iter(texts)
-    try:
-        data = Column(np.uint8, folder)
-        while block := [
-            text.encode("utf-8", "surrogatepass") for text in islice(rest, TEXTS_AT_A_TIME)
-        ]:
-            lengths.append(np.fromiter(map(len, block), dtype=np.int64, count=len(block)))
-            data.append(np.frombuffer(b"".join(block), dtype=np.uint8))
-        whole = data.whole()
-    except OSError as error:
-        raise cannot_write(folder / "a temporary file", error) from error
+    data = Column(np.uint8, folder)
+    while block := [
+        text.encode("utf-8", "surrogatepass") for text in islice(rest, TEXTS_AT_A_TIME)
+    ]:
+        lengths.append(np.fromiter(map(len, block), dtype=np.int64, count=len(block)))
+        data.append(np.frombuffer(b"".join(block), dtype=np.uint8))
     ends = np.cumsum(lengths.whole())
-    return MappedTexts(whole, ends - lengths.whole(), ends)
+    return MappedTexts(data.whole(), ends - lengths.whole(), ends)
 
 
-def empty_column(count: int, dtype: type, folder: Path) -> np.ndarray:
-    """Return an array of numbers to be set, in a file without a name: [count]."""
-    with tempfile.TemporaryFile(dir=folder) as file:
-        file.truncate(max(1, count * np.dtype(dtype).itemsize))
+def empty_column(count: int, dtype: type | np.dtype | str, folder: Path | None) -> np.ndarray:
+    """Return an array to be set: [count].
+
+    Args:
+        count: its length.
+        dtype: type of its numbers, or of texts.
+        folder: where it is kept, in a file without a name; None: in memory.
+
+    Raises:
+        InputError: the file cannot be written.
+    """
+    dtype = np.dtype(dtype)
+    if folder is None:
+        return np.empty(count, dtype)
+    size = max(1, count * dtype.itemsize)
+    with _writing(folder), tempfile.TemporaryFile(dir=folder) as file:
+        # A page that finds no room on the disk ends the process: the room is taken first.
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file.fileno(), 0, size)
+        else:
+            file.truncate(size)
         # The mapping keeps the file.
-        return _mapped(file, count, np.dtype(dtype))
+        return _mapped(file, count, dtype)
+
+
+@contextmanager
+def _writing(folder: Path | None) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        where = Path(tempfile.gettempdir()) if folder is None else folder
+        raise cannot_write(where / "a temporary file", error) from error
+
+
+def slices(count: int, size: int | None = None) -> Iterator[slice]:
+    """Yield the slices of so many entries, `ROWS_AT_ONCE` or `size` at a time."""
+    size = ROWS_AT_ONCE if size is None else size
+    for begin in range(0, count, size):
+        yield slice(begin, min(begin + size, count))
+
+
+def user_ranges(offsets: np.ndarray) -> Iterator[slice]:
+    """Yield ranges of users with up to `ROWS_AT_ONCE` rows, or of one user with more.
+
+    Args:
+        offsets: int64 [U + 1]; user u has rows `offsets[u]` to `offsets[u + 1]`.
+    """
+    begin, count = 0, len(offsets) - 1
+    while begin < count:
+        reached = int(np.searchsorted(offsets, offsets[begin] + ROWS_AT_ONCE, side="right"))
+        end = min(max(reached - 1, begin + 1), count, begin + ROWS_AT_ONCE)
+        yield slice(begin, end)
+        begin = end
+
+
+def texts_in_blocks(texts: np.ndarray | Sequence[str]) -> Iterator[list[str]]:
+    """Yield texts as Python's, `TEXTS_AT_A_TIME` at a time."""
+    for part in slices(len(texts), TEXTS_AT_A_TIME):
+        block = texts[part]
+        yield block.tolist() if isinstance(block, np.ndarray) else list(block)
+
+
+def count_less(values: np.ndarray, bound: int) -> int:
+    """Return how many values are below a bound; one that is not to be represented is no error."""
+    return sum(int(np.count_nonzero(values[part] < bound)) for part in slices(len(values)))
+
+
+def kth_smallest(values: np.ndarray, rank: int) -> int:
+    """Return the value that `np.sort(values)` has at a rank, copying few of them.
+
+    Values are counted by their highest bits, then those with the right ones by the next, until few
+    are left.
+
+    Args:
+        values: int64 [N].
+        rank: 0 to N - 1.
+    """
+    lowest = int(values.min())
+    span, count = int(values.max()) - lowest, len(values)
+
+    def within() -> Iterator[np.ndarray]:
+        for part in slices(len(values)):
+            # Differences of 64-bit integers wrap around to the right number without a sign.
+            above = values[part].view(np.uint64) - np.uint64(lowest % (1 << 64))
+            yield above[above <= np.uint64(span)]
+
+    while count > ROWS_AT_ONCE and span:
+        shift = max(0, span.bit_length() - _BITS_OF_A_PASS)
+        counts = np.zeros((span >> shift) + 1, dtype=np.int64)
+        for above in within():
+            counts += np.bincount(
+                (above >> np.uint64(shift)).astype(np.int64), minlength=len(counts)
+            )
+        ends = np.cumsum(counts)
+        bin_of_rank = int(np.searchsorted(ends, rank, side="right"))
+        count = int(counts[bin_of_rank])
+        rank -= int(ends[bin_of_rank]) - count
+        begin = bin_of_rank << shift
+        lowest, span = lowest + begin, min(span - begin, (1 << shift) - 1)
+    if not span:
+        return lowest
+    return lowest + int(np.partition(np.concatenate(list(within())), rank)[rank])
 
 
 def _mapped(file: Any, count: int, dtype: np.dtype) -> np.ndarray:
@@ -201,56 +309,59 @@ def sort_rows(
     users: np.ndarray,
     items: np.ndarray,
     timestamps: np.ndarray,
-    counts: np.ndarray,
+    offsets: np.ndarray,
     folder: Path,
-    rows_at_once: int = 1 << 22,
+    order: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Sort rows by user, then time, then position, with few of them in memory.
 
-    Rows are first brought to the range of users that they belong to, then each range is sorted.
+    Rows are first brought to the range of users that they belong to, then each range is sorted. A
+    range has about `ROWS_AT_ONCE` rows, if no user has more.
 
     Args:
         users: int32 [N].
         items: int32 [N].
         timestamps: int64 [N].
-        counts: int64 [U], rows of each user.
+        offsets: int64 [U + 1]; user u gets rows `offsets[u]` to `offsets[u + 1]`.
         folder: where the result is kept.
-        rows_at_once: rows of a range, if no user has more.
+        order: int64 [N], row numbers; equal users and times stay in this order. None: that of the rows.
 
     Returns:
         int32 [N] items and int64 [N] timestamps, sorted.
     """
-    ends = np.cumsum(counts)
+    ends, count = offsets[1:], len(users)
     # The last user of a range is the one in which it reaches its size.
-    last = np.searchsorted(ends, np.arange(rows_at_once, ends[-1] + rows_at_once, rows_at_once))
-    last = np.unique(np.minimum(last, len(counts) - 1))
+    last = np.searchsorted(ends, np.arange(ROWS_AT_ONCE, count + ROWS_AT_ONCE, ROWS_AT_ONCE))
+    last = np.unique(np.minimum(last, len(ends) - 1))
     range_ends = ends[last]
     free = np.concatenate([[0], range_ends[:-1]])
-    count = len(users)
+    # Sorted by radix where there are few ranges.
+    number_type = np.min_scalar_type(len(last))
     sorted_users, sorted_items = (empty_column(count, np.int32, folder) for _ in range(2))
     sorted_times = empty_column(count, np.int64, folder)
-    for begin in range(0, count, rows_at_once):
-        rows = slice(begin, begin + rows_at_once)
-        of = np.searchsorted(last, users[rows])
-        order = np.argsort(of, kind="stable")
-        sizes = np.bincount(of, minlength=len(last))
-        columns = [column[rows][order] for column in (users, items, timestamps)]
+    for part in slices(count):
+        rows = part if order is None else order[part]
+        columns = [column[rows] for column in (users, items, timestamps)]
+        range_of = np.searchsorted(last, columns[0]).astype(number_type)
+        by_range = np.argsort(range_of, kind="stable")
+        sizes = np.bincount(range_of, minlength=len(last))
+        columns = [column[by_range] for column in columns]
         taken = 0
         for number in np.flatnonzero(sizes).tolist():
             to = slice(free[number], free[number] + sizes[number])
-            part = slice(taken, taken + sizes[number])
+            piece = slice(taken, taken + sizes[number])
             for target, column in zip(
                 (sorted_users, sorted_items, sorted_times), columns, strict=True
             ):
-                target[to] = column[part]
+                target[to] = column[piece]
             taken += int(sizes[number])
         free += sizes
     begin = 0
     for end in range_ends.tolist():
         rows = slice(begin, end)
         times = np.array(sorted_times[rows])
-        order = order_rows(sorted_users[rows], times)
-        sorted_times[rows] = times[order]
-        sorted_items[rows] = np.array(sorted_items[rows])[order]
+        by_time = order_rows(sorted_users[rows], times)
+        sorted_times[rows] = times[by_time]
+        sorted_items[rows] = np.array(sorted_items[rows])[by_time]
         begin = end
     return sorted_items, sorted_times

@@ -12,12 +12,13 @@ little beside reading a file.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from hsft.data.blocks import empty_column, slices, texts_in_blocks
 from hsft.utils.errors import one_line, refuse
 
 # All doubles up to here are exact for whole numbers.
@@ -115,23 +116,69 @@ _SHAPES = (
 )
 
 
-def check_ids(column: str, ids: np.ndarray, codes: np.ndarray | None = None) -> list[Finding]:
+@dataclass
+class _Column:
+    """A column of ids, and what a first look at all of them finds.
+
+    Attributes:
+        name: its name.
+        ids: str [n], the distinct ids.
+        folder: where an array of the column's size is kept; None: in memory.
+        longest: characters of the longest id.
+        decorated: an id is a number with zeros in front or behind a decimal point.
+        with_point: `.0` is part of an id.
+    """
+
+    name: str
+    ids: np.ndarray
+    folder: Path | None
+    longest: int = 0
+    decorated: bool = False
+    with_point: bool = False
+
+    def texts(self) -> Iterator[str]:
+        """Yield all ids."""
+        for block in texts_in_blocks(self.ids):
+            yield from block
+
+
+def check_ids(
+    column: str,
+    ids: np.ndarray,
+    codes: np.ndarray | None = None,
+    folder: Path | None = None,
+) -> list[Finding]:
     """Look at a column of ids as a whole.
 
     Args:
         column: its name.
         ids: str [n], the distinct ids, each sound on its own (`csv_rows.id_problem`).
         codes: int [N], the position in `ids` of every row's id; None where row i has `ids[i]`.
+        folder: where an array of n numbers is kept, should one be needed; None: in memory.
     """
-    joined = "\n".join(ids)
-    findings = []
-    for shape in _SHAPES:
-        if any(needle in joined for needle in shape.needle):
-            positions = [at for at, text in enumerate(ids) if shape.pattern.fullmatch(text)]
-            if positions:
-                findings.append(_shape_finding(column, ids, codes, positions, shape))
+    looked_at = _Column(column, ids, folder)
+    # bool [n] of each shape that occurs, True where it does.
+    of_shape: dict[int, np.ndarray] = {}
+    begin = 0
+    for block in texts_in_blocks(ids):
+        joined = "\n".join(block)
+        looked_at.longest = max(looked_at.longest, max(map(len, block)))
+        looked_at.decorated = looked_at.decorated or bool(_DECORATED.search(joined))
+        looked_at.with_point = looked_at.with_point or ".0" in joined
+        for number, shape in enumerate(_SHAPES):
+            if any(needle in joined for needle in shape.needle):
+                has_it = [shape.pattern.fullmatch(text) is not None for text in block]
+                if any(has_it):
+                    marked = of_shape.setdefault(number, np.zeros(len(ids), dtype=bool))
+                    marked[begin : begin + len(block)] = has_it
+        begin += len(block)
+    findings = [
+        _shape_finding(column, ids, codes, of_shape[number], shape)
+        for number, shape in enumerate(_SHAPES)
+        if number in of_shape
+    ]
     checks = (_rounded_ids, _two_spellings, _mixed_floats, _shortened_ids)
-    findings += [finding for check in checks if (finding := check(column, ids, joined)) is not None]
+    findings += [finding for check in checks if (finding := check(looked_at)) is not None]
     return findings
 
 
@@ -237,15 +284,24 @@ def _rows(count: int) -> str:
 
 
 def _shape_finding(
-    column: str, ids: np.ndarray, codes: np.ndarray | None, positions: list[int], shape: _Shape
+    column: str, ids: np.ndarray, codes: np.ndarray | None, marked: np.ndarray, shape: _Shape
 ) -> Finding:
-    shown = ", ".join(f"'{one_line(ids[at], 40)}'" for at in positions[:_SHOWN])
-    more = ", ..." if len(positions) > _SHOWN else ""
-    if codes is None:
-        rows, index = len(positions), positions[0]
-    else:
-        rows = int(np.bincount(codes, minlength=len(ids))[positions].sum())
-        index = int(np.argmax(codes == positions[0]))
+    count, first = int(np.count_nonzero(marked)), int(np.argmax(marked))
+    positions = [first]
+    while len(positions) < min(count, _SHOWN):
+        after = positions[-1] + 1
+        positions.append(after + int(np.argmax(marked[after:])))
+    shown = ", ".join(f"'{one_line(ids[at], 40)}'" for at in positions)
+    more = ", ..." if count > _SHOWN else ""
+    rows, index = count, first
+    if codes is not None:
+        parts = list(slices(len(codes)))
+        rows = sum(int(np.count_nonzero(marked[codes[part]])) for part in parts)
+        index = next(
+            part.start + int(np.argmax(codes[part] == first))
+            for part in parts
+            if (codes[part] == first).any()
+        )
     looks = "is" if shape.certain else "may be"
     return Finding(
         f"{column} {shown}{more} ({_rows(rows)}) {looks} {shape.text}",
@@ -255,80 +311,122 @@ def _shape_finding(
     )
 
 
-def _rounded_ids(column: str, ids: np.ndarray, joined: str) -> Finding | None:
+def _rounded_ids(column: _Column) -> Finding | None:
     """Find long numbers that all are what a double, or a spreadsheet's 15 digits, can hold."""
-    if len(max(ids, key=len)) < 16:
+    if column.longest < 16:
         return None
-    texts = [text for text in ids if _LONG_NUMBER.fullmatch(text)]
-    if len(texts) < _FEWEST_LONG_IDS:
-        return None
-    if all(not text[15:].strip("0") for text in texts):
-        how = "have only zeros after the 15th digit, as a spreadsheet rounds them"
-    else:
-        large = [value for value in map(int, texts) if value > _EXACT_DOUBLE]
-        if len(large) < _FEWEST_LONG_IDS or any(int(float(value)) != value for value in large):
+    example, count, large = "", 0, 0
+    all_zeros = all_exact = True
+    for text in column.texts():
+        if not _LONG_NUMBER.fullmatch(text):
+            continue
+        example, count = example or text, count + 1
+        all_zeros = all_zeros and not text[15:].strip("0")
+        value = int(text)
+        if value > _EXACT_DOUBLE:
+            large += 1
+            all_exact = all_exact and int(float(value)) == value
+        if not (all_zeros or all_exact):
             return None
+    if count < _FEWEST_LONG_IDS:
+        return None
+    if all_zeros:
+        how = "have only zeros after the 15th digit, as a spreadsheet rounds them"
+    elif large >= _FEWEST_LONG_IDS:
         how = "are numbers that a floating-point column can hold, as if it had rounded them"
+    else:
+        return None
     return Finding(
-        f"all {len(texts):,} values of {column} with 16 or more digits, for example '{texts[0]}', {how}",
+        f"all {count:,} values of {column.name} with 16 or more digits, for example '{example}', {how}",
         "export the ids as text if several may have become one",
     )
 
 
-def _two_spellings(column: str, ids: np.ndarray, joined: str) -> Finding | None:
+def _two_spellings(column: _Column) -> Finding | None:
     """Find ids that are one number: `1`, `01` and `1.0`."""
-    if not _DECORATED.search(joined):
+    if not column.decorated:
         return None
-    # Quick, and enough for most files: zeros in front of numbers of one length.
-    if ".0" not in joined and len({text.lstrip("0") for text in ids}) == len(ids):
+    repeated = _repeated_hashes(column)
+    if not repeated:
         return None
     spelled: dict[str, str] = {}
-    pairs = []
-    for text in ids:
+    pairs, count = [], 0
+    for text in column.texts():
+        if _spelling_hash(column, text) not in repeated:
+            continue
         number = number_of(text)
         if number is not None and spelled.setdefault(number, text) != text:
-            pairs.append((spelled[number], text))
-    if not pairs:
+            count += 1
+            if count <= _SHOWN:
+                pairs.append((spelled[number], text))
+    if not count:
         return None
-    shown = ", ".join(f"'{a}' and '{b}'" for a, b in pairs[:_SHOWN])
+    shown = ", ".join(f"'{a}' and '{b}'" for a, b in pairs)
     return Finding(
-        f"{len(pairs):,} values of {column} are a second spelling of a number ({shown}) and count as "
+        f"{count:,} values of {column.name} are a second spelling of a number ({shown}) and count as "
         f"others",
         "write them alike if they are one",
     )
 
 
-def _mixed_floats(column: str, ids: np.ndarray, joined: str) -> Finding | None:
+def _spelling_hash(column: _Column, text: str) -> int:
+    """Return a number that is the same for spellings of one number, and seldom for other ids."""
+    # Quick, and enough for most files: zeros in front of numbers of one length.
+    number = number_of(text) if column.with_point else text.lstrip("0")
+    return hash(text if number is None else number)
+
+
+def _repeated_hashes(column: _Column) -> set[int]:
+    """Return the numbers of `_spelling_hash` that several ids have."""
+    hashes = empty_column(len(column.ids), np.int64, column.folder)
+    begin = 0
+    for block in texts_in_blocks(column.ids):
+        hashes[begin : begin + len(block)] = [_spelling_hash(column, text) for text in block]
+        begin += len(block)
+    hashes.sort()
+    repeated: set[int] = set()
+    for part in slices(len(hashes) - 1):
+        after = hashes[part.start + 1 : part.stop + 1]
+        repeated.update(after[hashes[part] == after].tolist())
+    return repeated
+
+
+def _mixed_floats(column: _Column) -> Finding | None:
     """Find numbers of which some, and not all, end in `.0`."""
-    if ".0" not in joined:
+    if not column.with_point:
         return None
-    floats = [text for text in ids if re.fullmatch(r"[0-9]+\.0+", text)]
-    whole = sum(1 for text in ids if text.isascii() and text.isdecimal())
+    example, floats, whole = "", 0, 0
+    for text in column.texts():
+        if re.fullmatch(r"[0-9]+\.0+", text):
+            example, floats = example or text, floats + 1
+        elif text.isascii() and text.isdecimal():
+            whole += 1
     if not floats or not whole:
         return None
     return Finding(
-        f"{len(floats):,} values of {column} end in .0, for example '{floats[0]}', and {whole:,} "
+        f"{floats:,} values of {column.name} end in .0, for example '{example}', and {whole:,} "
         f"numbers do not",
         "write them alike if a floating-point column made the difference",
     )
 
 
-def _shortened_ids(column: str, ids: np.ndarray, joined: str) -> Finding | None:
+def _shortened_ids(column: _Column) -> Finding | None:
     """Find numbers that are shorter than all other ids, which have letters and one length."""
-    lengths = np.fromiter(map(len, ids), dtype=np.int64, count=len(ids))
-    width = int(lengths.max())
-    short = np.flatnonzero(lengths < width)
-    if width < 5 or not len(short) or 2 * len(short) > len(ids):
+    width, total = column.longest, len(column.ids)
+    if width < 5:
         return None
-    if not all(ids[at].isascii() and ids[at].isdecimal() for at in short.tolist()):
-        return None
-    if any(ids[at].startswith("0") for at in short.tolist()):
-        return None
-    full = [text for text, length in zip(ids, lengths.tolist(), strict=True) if length == width]
-    if 2 * sum(1 for text in full if not text.isdecimal()) < len(full):
+    example, short, with_letters = "", 0, 0
+    for text in column.texts():
+        if len(text) == width:
+            with_letters += not text.isdecimal()
+        elif text.startswith("0") or not (text.isascii() and text.isdecimal()):
+            return None
+        else:
+            example, short = example or text, short + 1
+    if not short or 2 * short > total or 2 * with_letters < total - short:
         return None
     return Finding(
-        f"{len(short):,} values of {column}, for example '{ids[short[0]]}', are numbers shorter than "
-        f"the {width} characters of the {len(full):,} others, and may have lost leading zeros",
+        f"{short:,} values of {column.name}, for example '{example}', are numbers shorter than "
+        f"the {width} characters of the {total - short:,} others, and may have lost leading zeros",
         "export the ids as text if so",
     )

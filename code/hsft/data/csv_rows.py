@@ -12,6 +12,7 @@ from typing import NoReturn
 
 import numpy as np
 
+from hsft.data.blocks import texts_in_blocks
 from hsft.data.parquet_rows import is_parquet, parquet_rows
 from hsft.utils.errors import InputError, one_line, refuse
 from hsft.utils.files import require_file
@@ -171,7 +172,10 @@ def id_problem(text: str) -> str | None:
 
 def all_ids_sound(ids: Sequence[str] | np.ndarray) -> bool:
     """Say whether `id_problem` has nothing against any of these ids; quick for many of them."""
-    return all(text and text == text.strip() for text in ids) and not _CONTROL.search("".join(ids))
+    return all(
+        all(text and text == text.strip() for text in block) and not _CONTROL.search("".join(block))
+        for block in texts_in_blocks(ids)
+    )
 
 
 def line_of_row(path: Path, position: int) -> int:

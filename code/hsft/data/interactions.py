@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings as python_warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
@@ -14,7 +14,16 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from hsft.config import Config
-from hsft.data.blocks import Column, folder_for_blocks, order_rows, sort_rows
+from hsft.data.blocks import (
+    ROWS_AT_ONCE,
+    Column,
+    empty_column,
+    folder_for_blocks,
+    order_rows,
+    slices,
+    sort_rows,
+    user_ranges,
+)
 from hsft.data.column_checks import check_ids, sentences
 from hsft.data.csv_rows import (
     all_ids_sound,
@@ -27,7 +36,7 @@ from hsft.data.csv_rows import (
 )
 from hsft.data.files import dataset_file
 from hsft.data.parquet_rows import count_parquet_rows, is_parquet, parquet_columns
-from hsft.data.plain_csv import PlainColumns, read_plain
+from hsft.data.plain_csv import LONGEST_ID, PlainColumns, number_blocks, read_plain
 from hsft.data.time_checks import Ties, check_time_texts, check_times, count_ties
 from hsft.utils.errors import InputError, one_line
 from hsft.utils.files import require_file
@@ -37,7 +46,6 @@ if TYPE_CHECKING:
 
 COLUMNS = ("item_id", "user_id", "timestamp")
 PAD = 0
-_ROWS_AT_ONCE = 1 << 22
 # Of a row of Pixel8M, for instance.
 _CSV_ROW_BYTES = 28
 
@@ -50,7 +58,8 @@ class Interactions:
     """All users' histories in compressed rows, each sorted by time.
 
     Attributes:
-        user_ids: str [U], in order of first appearance in the file.
+        user_ids: str [U], in order of first appearance in the file; of a large file an array of numpy's
+            texts, mapped into memory, else of Python's.
         item_ids: str [I + 1]; entry 0 is the padding item and the others are in order of first
             appearance in the file, so item number i is `item_ids[i]`.
         items: int32 [N], item numbers 1..I of all users, one user after the other.
@@ -60,6 +69,7 @@ class Interactions:
         warnings: one sentence for each thing in the file that may be wrong, see `column_checks` and
             `time_checks`.
         ties: how many of the file's interactions share user and timestamp.
+        folder: where arrays of a large file are kept, mapped into memory; None: in memory.
     """
 
     user_ids: np.ndarray
@@ -70,6 +80,7 @@ class Interactions:
     dropped: int = 0
     warnings: tuple[str, ...] = ()
     ties: Ties | None = None
+    folder: Path | None = None
 
     @property
     def num_users(self) -> int:
@@ -87,7 +98,19 @@ class Interactions:
     @property
     def lengths(self) -> np.ndarray:
         """int64 [U]: interactions of each user."""
-        return np.diff(self.offsets)
+        return np.subtract(self.offsets[1:], self.offsets[:-1], out=self.per_user())
+
+    def per_user(self, dtype: type = np.int64) -> np.ndarray:
+        """Return an array to be set, [U], kept where the others are."""
+        return empty_column(self.num_users, dtype, self.folder)
+
+    def ids_of(self, users: np.ndarray) -> np.ndarray:
+        """Return the ids of some users, int [n]: str [n], kept where all of them are."""
+        dtype = self.user_ids.dtype
+        ids = empty_column(len(users), dtype, None if dtype.hasobject else self.folder)
+        for part in slices(len(users)):
+            ids[part] = self.user_ids[users[part]]
+        return ids
 
 
 def read_interactions(
@@ -116,19 +139,21 @@ def read_interactions(
     columns, row_of = _read_columns(path)
     warnings = _check_columns(path, columns, row_of)
     (item_codes, user_codes), (item_ids, user_ids) = columns.codes, columns.ids
-    timestamps = columns.numbers
-    counts = count_numbers(user_codes, len(user_ids))
-    offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+    timestamps, folder = columns.numbers, columns.folder
+    offsets = empty_column(len(user_ids) + 1, np.int64, folder)
+    offsets[0] = 0
+    np.cumsum(_count_rows(user_codes, len(user_ids), folder), out=offsets[1:])
     rng = np.random.default_rng(seed) if tie_order == "shuffle" else None
-    if columns.folder is not None and rng is None:
-        items, timestamps = sort_rows(user_codes, item_codes, timestamps, counts, columns.folder)
-        for begin in range(0, len(items), _ROWS_AT_ONCE):
-            items[begin : begin + _ROWS_AT_ONCE] += 1
+    if folder is not None:
+        order = None if rng is None else _permutation(len(timestamps), rng, folder)
+        items, timestamps = sort_rows(user_codes, item_codes, timestamps, offsets, folder, order)
+        for rows in slices(len(items)):
+            items[rows] += 1
     else:
         order = _by_user_and_time(user_codes, timestamps, rng)
         items = (item_codes[order] + 1).astype(np.int32)
         timestamps = timestamps[order]
-    item_ids = np.concatenate([np.array(["[PAD]"], dtype=object), item_ids])
+    item_ids = np.concatenate([np.array(["[PAD]"], dtype=object), item_ids.astype(object)])
     ties = count_ties(items, timestamps, offsets, item_ids)
     if tie_order == "file":
         warnings += sentences(path, ties.findings())
@@ -140,6 +165,7 @@ def read_interactions(
         offsets=offsets,
         warnings=tuple(warnings),
         ties=ties,
+        folder=folder,
     )
 
 
@@ -218,26 +244,46 @@ def drop_items(interactions: Interactions, keep: np.ndarray) -> Interactions:
     Raises:
         InputError: nothing would be left.
     """
-    kept_rows = keep[interactions.items]
-    if not kept_rows.any():
+    folder, offsets = interactions.folder, interactions.offsets
+    counts = interactions.per_user()
+    for users in user_ranges(offsets):
+        first = offsets[users.start]
+        kept = keep[interactions.items[first : offsets[users.stop]]]
+        counts[users] = np.add.reduceat(kept, offsets[users] - first, dtype=np.int64)
+    left = int(counts.sum())
+    if not left:
         raise InputError(
             "no interaction is left after dropping items that are not in the item cache; "
             "the cache belongs to another dataset: run item_caching.py for this one."
         )
     keep = keep.copy()
     keep[PAD] = True
-    renumber = np.cumsum(keep) - 1
-    owners = np.repeat(np.arange(interactions.num_users), interactions.lengths)[kept_rows]
-    counts = np.bincount(owners, minlength=interactions.num_users)
-    users = counts > 0
+    numbers = (np.cumsum(keep) - 1).astype(np.int32)
+    items, timestamps = Column(np.int32, folder), Column(np.int64, folder)
+    for rows in slices(len(interactions)):
+        some = interactions.items[rows]
+        kept = keep[some]
+        items.append(numbers[some[kept]])
+        timestamps.append(interactions.timestamps[rows][kept])
+    dtype = interactions.user_ids.dtype
+    user_ids = Column(dtype, None if dtype.hasobject else folder)
+    lengths = Column(np.int64, folder)
+    for users in slices(interactions.num_users):
+        kept = counts[users] > 0
+        user_ids.append(interactions.user_ids[users][kept])
+        lengths.append(counts[users][kept])
+    of_user = lengths.whole()
+    ends = empty_column(len(of_user) + 1, np.int64, folder)
+    ends[0] = 0
+    np.cumsum(of_user, out=ends[1:])
     return replace(
         interactions,
-        user_ids=interactions.user_ids[users],
+        user_ids=user_ids.whole(),
         item_ids=interactions.item_ids[keep],
-        items=renumber[interactions.items[kept_rows]].astype(np.int32),
-        timestamps=interactions.timestamps[kept_rows],
-        offsets=np.concatenate([[0], np.cumsum(counts[users])]).astype(np.int64),
-        dropped=int((~kept_rows).sum()),
+        items=items.whole(),
+        timestamps=timestamps.whole(),
+        offsets=ends,
+        dropped=len(interactions) - left,
     )
 
 
@@ -251,8 +297,20 @@ def count_numbers(numbers: np.ndarray, size: int) -> np.ndarray:
         size: more than the largest of them.
     """
     counts = np.zeros(size, dtype=np.int64)
-    for begin in range(0, len(numbers), _ROWS_AT_ONCE):
-        counts += np.bincount(numbers[begin : begin + _ROWS_AT_ONCE], minlength=size)
+    for rows in slices(len(numbers)):
+        counts += np.bincount(numbers[rows], minlength=size)
+    return counts
+
+
+def _count_rows(users: np.ndarray, size: int, folder: Path | None) -> np.ndarray:
+    """Count the rows of each user: int64 [size], without a copy of that size in memory."""
+    if size <= ROWS_AT_ONCE:
+        return count_numbers(users, size)
+    counts = empty_column(size, np.int64, folder)
+    counts[:] = 0
+    for rows in slices(len(users)):
+        present, times = np.unique(users[rows], return_counts=True)
+        counts[present] += times
     return counts
 
 
@@ -266,7 +324,19 @@ def renumber(interactions: Interactions, item_ids: np.ndarray) -> Interactions:
     number_of = {item: number for number, item in enumerate(item_ids[1:], start=1)}
     renumbered = (number_of[item] for item in interactions.item_ids[1:])
     numbers = np.fromiter((PAD, *renumbered), dtype=np.int32)
-    return replace(interactions, item_ids=item_ids, items=numbers[interactions.items])
+    items = empty_column(len(interactions), np.int32, interactions.folder)
+    for rows in slices(len(items)):
+        items[rows] = numbers[interactions.items[rows]]
+    return replace(interactions, item_ids=item_ids, items=items)
+
+
+def _permutation(count: int, rng: np.random.Generator, folder: Path) -> np.ndarray:
+    """Return what `rng.permutation(count)` does, mapped into memory: int64 [count]."""
+    order = empty_column(count, np.int64, folder)
+    for rows in slices(count):
+        order[rows] = np.arange(rows.start, rows.stop)
+    rng.shuffle(order)
+    return order
 
 
 def _by_user_and_time(
@@ -295,8 +365,8 @@ def _check_columns(path: Path, columns: PlainColumns, row_of: Callable[[int], in
     if not (all_ids_sound(item_ids) and all_ids_sound(user_ids)):
         explain(path, _CHECKS, "an id is not usable")
     findings = [
-        *check_ids("item_id", item_ids, item_codes),
-        *check_ids("user_id", user_ids, user_codes),
+        *check_ids("item_id", item_ids, item_codes, columns.folder),
+        *check_ids("user_id", user_ids, user_codes, columns.folder),
         *check_times(columns.numbers),
     ]
     return sentences(path, findings, row_of)
@@ -325,22 +395,54 @@ def _read_parquet(path: Path) -> PlainColumns:
     """Read a parquet file, or say which rows of it are wrong."""
     read_header(path, COLUMNS, "write it with these columns")
     folder = folder_for_blocks(path, count_parquet_rows(path) * _CSV_ROW_BYTES)
+    columns = None if folder is None else _read_parquet_in_blocks(path, folder)
+    if columns is not None:
+        return columns
     codes = (Column(np.int32, folder), Column(np.int32, folder))
     numbers = Column(np.int64, folder)
     known: tuple[dict[str, int], dict[str, int]] = ({}, {})
-    for block in parquet_columns(path, ("item_id", "user_id"), "timestamp"):
-        if block is None:
-            explain(path, _CHECKS, "a cell is missing or a timestamp is not a whole number")
-        for column, numbered, (places, texts) in zip(codes, known, block[0], strict=True):
+    for texts_of, block in _parquet_blocks(path):
+        for column, numbered, (places, texts) in zip(codes, known, texts_of, strict=True):
             here = [numbered.setdefault(text, len(numbered)) for text in texts]
             column.append(np.array(here, dtype=np.int32)[places])
-        numbers.append(block[1])
+        numbers.append(block)
     if not known[0]:
         raise InputError(f"{path} has no interactions below its header line.")
     ids = [np.array(list(numbered), dtype=object) for numbered in known]
     return PlainColumns(
         (codes[0].whole(), codes[1].whole()), (ids[0], ids[1]), numbers.whole(), folder
     )
+
+
+def _read_parquet_in_blocks(path: Path, folder: Path) -> PlainColumns | None:
+    """Read a large parquet file; None where an id is too long or holds a zero byte."""
+    words = (Column(np.uint64, folder), Column(np.uint64, folder))
+    numbers = Column(np.int64, folder)
+    for texts_of, block in _parquet_blocks(path):
+        for column, (places, texts) in zip(words, texts_of, strict=True):
+            encoded = [text.encode("utf-8", "surrogatepass") for text in texts]
+            longest = max(map(len, encoded))
+            if longest > LONGEST_ID or any(b"\0" in text for text in encoded):
+                return None
+            width = max(1, -(-longest // 8))
+            ids = np.array(encoded, dtype=f"S{8 * width}").view("<u8").reshape(-1, width)
+            column.append(ids[places])
+        numbers.append(block)
+    if not numbers:
+        return None
+    items, users = (number_blocks(column, folder) for column in words)
+    return PlainColumns((items[0], users[0]), (items[1], users[1]), numbers.whole(), folder)
+
+
+def _parquet_blocks(
+    path: Path,
+) -> Iterator[tuple[list[tuple[np.ndarray, list[str]]], np.ndarray]]:
+    """Yield blocks as `parquet_columns`, or say which rows are wrong."""
+    for block in parquet_columns(path, ("item_id", "user_id"), "timestamp"):
+        if block is None:
+            explain(path, _CHECKS, "a cell is missing or a timestamp is not a whole number")
+        if len(block[1]):
+            yield block
 
 
 def _read_with_pandas(path: Path, header: list[str]) -> PlainColumns:

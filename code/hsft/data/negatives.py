@@ -6,6 +6,7 @@ from typing import Literal
 
 import numpy as np
 
+from hsft.data.blocks import Column, empty_column, slices, user_ranges
 from hsft.data.interactions import PAD, Interactions
 from hsft.data.plain_csv import distinct
 from hsft.data.split import ragged_positions
@@ -38,17 +39,26 @@ class NegativeSampler:
         self.num_items = interactions.num_items if items is None else items
         self._catalogue = interactions.num_items
         self._stride = np.int64(self._catalogue + 1)
-        lengths = interactions.lengths
-        users = np.repeat(np.arange(interactions.num_users, dtype=np.int64), lengths)
-        from_end = np.repeat(interactions.offsets[1:], lengths) - np.arange(len(interactions))
-        if isinstance(held_out, np.ndarray):
-            held_out = np.repeat(held_out, lengths)
-        known = (from_end > held_out) & (exclude == "history")
-        self._pairs = distinct(users[known] * self._stride + interactions.items[known])
-        self._first = np.searchsorted(
-            self._pairs, np.arange(interactions.num_users + 1, dtype=np.int64) * self._stride
-        )
-        self.available = self.num_items - np.diff(self._first)
+        offsets = interactions.offsets
+        pairs, counts = Column(np.int64, interactions.folder), interactions.per_user()
+        for some in user_ranges(offsets):
+            rows = slice(offsets[some.start], offsets[some.stop])
+            lengths = np.diff(offsets[some.start : some.stop + 1])
+            users = np.repeat(np.arange(some.start, some.stop, dtype=np.int64), lengths)
+            from_end = np.repeat(offsets[1:][some], lengths) - np.arange(rows.start, rows.stop)
+            not_excluded = held_out
+            if isinstance(held_out, np.ndarray):
+                not_excluded = np.repeat(held_out[some], lengths)
+            known = (from_end > not_excluded) & (exclude == "history")
+            block = distinct(users[known] * self._stride + interactions.items[rows][known])
+            pairs.append(block)
+            counts[some] = np.bincount(block // self._stride - some.start, minlength=len(lengths))
+        self._pairs = pairs.whole()
+        # Where the pairs of each user begin.
+        self._first = empty_column(len(offsets), np.int64, interactions.folder)
+        self._first[0] = 0
+        np.cumsum(counts, out=self._first[1:])
+        self.available = np.subtract(self.num_items, counts, out=counts)
 
     def owns(self, users: np.ndarray, items: np.ndarray) -> np.ndarray:
         """Say which items belong to the user beside them: bool, shape of `items`."""
@@ -107,8 +117,9 @@ class NegativeSampler:
         per_item = np.bincount(users, minlength=len(self.available)) / len(users)
         per_item = np.divide(per_item, self.available, where=per_item > 0, out=per_item)
         shares = np.full(self._catalogue + 1, per_item.sum())
-        owners, items = np.divmod(self._pairs, self._stride)
-        shares -= np.bincount(items, per_item[owners], minlength=self._catalogue + 1)
+        for part in slices(len(self._pairs)):
+            owners, items = np.divmod(self._pairs[part], self._stride)
+            shares -= np.bincount(items, per_item[owners], minlength=self._catalogue + 1)
         shares[PAD] = 0.0
         shares[self.num_items + 1 :] = 0.0
         return shares.clip(min=0.0)

@@ -15,11 +15,12 @@ from typing import BinaryIO
 
 import numpy as np
 
-from hsft.data.blocks import Column
+from hsft.data.blocks import Column, empty_column, slices, texts_in_blocks
 
 _BOM = b"\xef\xbb\xbf"
 _NEWLINE, _COMMA = ord("\n"), ord(",")
-_LONGEST_ID = 64
+# Bytes of an id that is numbered in blocks.
+LONGEST_ID = 64
 _LONGEST_NUMBER = 16
 # So many numbers are sorted before pandas, which hashes them, would have been imported.
 _MOST_SORTED = 1_000_000
@@ -33,7 +34,8 @@ class PlainColumns:
 
     Attributes:
         codes: per id column int64 or int32 [N], ids numbered by first appearance.
-        ids: per id column str [n], the distinct ids by number.
+        ids: per id column str [n], the distinct ids by number; of a large file in an array of numpy's
+            texts, else of Python's.
         numbers: int64 [N].
         folder: where the columns of a large file are kept, mapped into memory; None: in memory.
     """
@@ -87,9 +89,9 @@ def read_plain(
     if folder is None:
         numbered = [_number_ids(list(column.blocks())) for column in words]
     else:
-        numbered = [_number_blocks(column, folder) for column in words]
+        numbered = [number_blocks(column, folder) for column in words]
     # A blank id is an error that names its row: pandas finds that row.
-    if any("" in map(str.strip, texts) for _, texts in numbered):
+    if any("" in map(str.strip, block) for _, ids in numbered for block in texts_in_blocks(ids)):
         return None
     return PlainColumns(
         (numbered[0][0], numbered[1][0]),
@@ -144,7 +146,7 @@ def _add_rows(
     for position, parts in zip(positions, words, strict=False):
         starts, lengths = cells(position)
         longest = int(lengths.max())
-        if not lengths.min() or longest > _LONGEST_ID:
+        if not lengths.min() or longest > LONGEST_ID:
             return False
         columns = []
         for begin in range(0, longest, 8):
@@ -234,44 +236,82 @@ def _number_ids(parts: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     return codes.astype(np.int64), texts.astype(object)
 
 
-def _number_blocks(words: Column, folder: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Number ids by first appearance, a block at a time: int32 codes [N] and str ids [n].
+def number_blocks(words: Column, folder: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Number ids by first appearance, a block at a time, with nothing in memory that grows with them.
 
     Args:
-        words: uint64 [rows, w] a block, as for `_number_ids`.
-        folder: where the codes are kept.
+        words: uint64 [rows, w] a block, as for `_number_ids`; ids may be any UTF-8 without zero bytes.
+        folder: where codes and ids are kept.
+
+    Returns:
+        int32 codes [N] and `<U` ids [n], both mapped into memory.
     """
     width = max(block.shape[1] for block in words.blocks())
+    dtype = np.dtype("<u8" if width == 1 else f"S{8 * width}")
 
     def keys(block: np.ndarray) -> np.ndarray:
         if width == 1:
             return block[:, 0]
         padded = np.zeros((len(block), width), dtype="<u8")
         padded[:, : block.shape[1]] = block
-        return padded.view(f"S{8 * width}").reshape(-1)
+        return padded.view(dtype).reshape(-1)
 
     # Ascending. Blocks are merged when there are as many new ids as old ones.
-    known: np.ndarray = np.empty(0, dtype=np.uint64 if width == 1 else f"S{8 * width}")
-    waiting: list[np.ndarray] = []
+    known = empty_column(0, dtype, folder)
+    waiting, added = Column(dtype, folder), 0
     for block in words.blocks():
-        waiting.append(distinct(keys(block)))
-        if sum(map(len, waiting)) > max(len(known), _MOST_SORTED):
-            known, waiting = distinct(np.concatenate([known, *waiting])), []
-    known = distinct(np.concatenate([known, *waiting]))
-    numbers = np.full(len(known), -1, dtype=np.int32)
-    order = np.empty(len(known), dtype=np.int64)
+        ids = distinct(keys(block))
+        waiting.append(ids)
+        added += len(ids)
+        if added > max(len(known), _MOST_SORTED):
+            known = _merge(known, waiting.whole(), folder)
+            waiting, added = Column(dtype, folder), 0
+    known = _merge(known, waiting.whole(), folder)
+    numbers = empty_column(len(known), np.int32, folder)
+    numbers[:] = -1
+    by_number = empty_column(len(known), dtype, folder)
     count = 0
     codes = Column(np.int32, folder)
     for block in words.blocks():
-        here, first, inverse = np.unique(keys(block), return_index=True, return_inverse=True)
-        at = np.searchsorted(known, here)
+        ids, first, inverse = np.unique(keys(block), return_index=True, return_inverse=True)
+        at = np.searchsorted(known, ids)
         new = np.flatnonzero(numbers[at] < 0)
         new = at[new[np.argsort(first[new])]]
         numbers[new] = np.arange(count, count + len(new))
-        order[count : count + len(new)] = new
+        by_number[count : count + len(new)] = known[new]
         count += len(new)
         codes.append(numbers[at][inverse])
-    texts = known[order]
-    if width == 1:
-        texts = texts.astype("<u8").view("S8")
-    return codes.whole(), texts.astype(str).astype(object)
+    return codes.whole(), _decoded(by_number.view("S8") if width == 1 else by_number, folder)
+
+
+def _merge(known: np.ndarray, more: np.ndarray, folder: Path) -> np.ndarray:
+    """Return the distinct ones of two arrays of ids, ascending, mapped into memory."""
+    merged = empty_column(len(known) + len(more), known.dtype, folder)
+    merged[: len(known)], merged[len(known) :] = known, more
+    merged.sort()
+    count, previous = 0, merged[:0]
+    for part in slices(len(merged)):
+        block = merged[part]
+        new = np.concatenate(
+            [[not len(previous) or previous[0] != block[0]], block[1:] != block[:-1]]
+        )
+        previous = block[-1:].copy()
+        ids = block[new]
+        merged[count : count + len(ids)] = ids
+        count += len(ids)
+    return merged[:count]
+
+
+def _decoded(texts: np.ndarray, folder: Path) -> np.ndarray:
+    """Decode UTF-8 texts, S [n], to an array of texts that is mapped into memory."""
+
+    def decode(block: np.ndarray) -> np.ndarray:
+        ascii_only = block.view(np.uint8).max() < 128
+        return block.astype(str) if ascii_only else np.strings.decode(block, "utf-8")
+
+    parts = list(slices(len(texts), 1 << 16))
+    longest = max(int(np.strings.str_len(decode(texts[part])).max()) for part in parts)
+    decoded = empty_column(len(texts), f"<U{longest}", folder)
+    for part in parts:
+        decoded[part] = decode(texts[part])
+    return decoded

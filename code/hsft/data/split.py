@@ -12,6 +12,7 @@ import numpy as np
 
 from hsft.config import Config
 from hsft.config.schema import SHARE_PATTERN, TIMESTAMP_PATTERN
+from hsft.data.blocks import SAMPLES_AT_ONCE, Column, count_less, kth_smallest, slices, user_ranges
 from hsft.data.interactions import Interactions, count_numbers, drop_items, renumber
 from hsft.data.prepare.dates import utc_seconds
 from hsft.data.time_checks import UNITS, unit_of_times
@@ -164,7 +165,8 @@ class Split:
     @property
     def held_out(self) -> np.ndarray:
         """int64 [U]: how many of each user's last items are not trained on."""
-        return self.interactions.offsets[1:] - self.train_ends
+        ends = self.interactions.offsets[1:]
+        return np.subtract(ends, self.train_ends, out=self.interactions.per_user())
 
     @property
     def identity(self) -> str:
@@ -191,26 +193,36 @@ class Split:
         of one item give none and are left out. Without `whole_histories` a user's last piece is the only one.
         """
         size = max_length + 1
-        begin, end = self.interactions.offsets[:-1], self.train_ends
-        pieces = np.maximum((end - begin) // size, 1)
-        if not self.whole_histories:
-            pieces = np.ones_like(pieces)
-        users = np.repeat(np.arange(len(begin)), pieces)
-        # The k-th piece of a user, counted from 0 at the oldest.
-        kth = np.arange(len(users)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
-        ends = end[users] - (pieces[users] - 1 - kth) * size
-        starts = np.maximum(ends - size, begin[users])
-        enough = ends - starts >= 2
-        return Segments(users[enough], starts[enough], ends[enough])
+        interactions = self.interactions
+        columns = [Column(np.int64, interactions.folder) for _ in range(3)]
+        for some in user_ranges(interactions.offsets):
+            begin, end = interactions.offsets[some], self.train_ends[some]
+            pieces = np.maximum((end - begin) // size, 1)
+            if not self.whole_histories:
+                pieces = np.ones_like(pieces)
+            users = np.repeat(np.arange(len(begin)), pieces)
+            # The k-th piece of a user, counted from 0 at the oldest.
+            kth = np.arange(len(users)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
+            ends = end[users] - (pieces[users] - 1 - kth) * size
+            starts = np.maximum(ends - size, begin[users])
+            enough = ends - starts >= 2
+            for column, block in zip(columns, (users + some.start, starts, ends), strict=True):
+                column.append(block[enough])
+        return Segments(*(column.whole() for column in columns))
 
     def eval_segments(self, phase: Phase) -> Segments:
         """Return one range a user: the whole history, and the phase's target as its last item.
 
         Users without a target, or without a history before it, are left out (see `too_short`).
         """
-        targets = self.targets[phase]
-        users = np.flatnonzero(targets >= 0)
-        return Segments(users, self.interactions.offsets[users], targets[users] + 1)
+        interactions, targets = self.interactions, self.targets[phase]
+        columns = [Column(np.int64, interactions.folder) for _ in range(3)]
+        for some in slices(len(targets)):
+            users = np.flatnonzero(targets[some] >= 0)
+            starts, ends = interactions.offsets[some][users], targets[some][users] + 1
+            for column, block in zip(columns, (users + some.start, starts, ends), strict=True):
+                column.append(block)
+        return Segments(*(column.whole() for column in columns))
 
 
 def make_split(config: Config, interactions: Interactions) -> Split:
@@ -238,15 +250,16 @@ def leave_one_out(interactions: Interactions) -> Split:
     A user needs two items for a test target with a history, three for validation and four for a
     training transition; who has fewer is counted per phase, not dropped silently.
     """
-    begin, end = interactions.offsets[:-1], interactions.offsets[1:]
-    targets: dict[Phase, np.ndarray] = {
-        "valid": np.where(end - 2 > begin, end - 2, -1),
-        "test": np.where(end - 1 > begin, end - 1, -1),
-    }
+    train_ends, valid, test = (interactions.per_user() for _ in range(3))
+    for users in slices(interactions.num_users):
+        begin, end = interactions.offsets[:-1][users], interactions.offsets[1:][users]
+        train_ends[users] = np.maximum(end - 2, begin)
+        valid[users] = np.where(end - 2 > begin, end - 2, -1)
+        test[users] = np.where(end - 1 > begin, end - 1, -1)
     return Split(
         interactions,
-        np.maximum(end - 2, begin),
-        targets,
+        train_ends,
+        {"valid": valid, "test": test},
         count_too_short(interactions.lengths),
         interactions.num_items,
     )
@@ -273,15 +286,14 @@ def global_time(
         InputError: no interaction is before the first cut.
     """
     counts = count_numbers(interactions.items, interactions.num_items + 1)
-    before = interactions.timestamps < cuts.valid
     trained = np.zeros(interactions.num_items + 1, dtype=bool)
-    trained[interactions.items[before]] = True
+    for rows in slices(len(interactions)):
+        trained[interactions.items[rows][interactions.timestamps[rows] < cuts.valid]] = True
     cold_items = ~trained & (counts > 0)
-    periods = (
-        int(before.sum()),
-        int((interactions.timestamps < cuts.test).sum() - before.sum()),
-        int((interactions.timestamps >= cuts.test).sum()),
+    before_valid, before_test = (
+        count_less(interactions.timestamps, cut) for cut in (cuts.valid, cuts.test)
     )
+    periods = (before_valid, before_test - before_valid, len(interactions) - before_test)
     if not periods[0]:
         raise InputError(
             f"split: global_time: no interaction is before {cuts.shown('valid')}, where training ends; "
@@ -297,17 +309,22 @@ def global_time(
         kept = replace(drop_items(interactions, ~cold_items), dropped=interactions.dropped)
     split = cut_at(kept, cuts, score_new_users=cold == "rank")
     train_items = int(trained.sum()) if cold == "rank" else kept.num_items
-    targets = {phase: rows[rows >= 0] for phase, rows in split.targets.items()}
+    scored, on_cold = dict.fromkeys(split.targets, 0), dict.fromkeys(split.targets, 0)
+    for phase, targets in split.targets.items():
+        for users in slices(len(targets)):
+            some = targets[users][targets[users] >= 0]
+            scored[phase] += len(some)
+            on_cold[phase] += int(np.count_nonzero(kept.items[some] > train_items))
     time = TimeSplit(
         cuts,
         cold,
         dict(zip(_PERIODS, periods, strict=True)),
         active,
         new,
-        {phase: len(rows) for phase, rows in targets.items()},
+        scored,
         int(cold_items.sum()),
         int(counts[cold_items].sum()),
-        {phase: int((kept.items[rows] > train_items).sum()) for phase, rows in targets.items()},
+        on_cold,
     )
     return replace(split, time=time, train_items=train_items)
 
@@ -321,22 +338,24 @@ def cut_at(interactions: Interactions, cuts: TimeCuts, *, score_new_users: bool)
         score_new_users: a user without an interaction before a period has the second one in it as a
             target; else none.
     """
-    begin, end = interactions.offsets[:-1], interactions.offsets[1:]
-    train_ends = begin + _count_before(interactions, cuts.valid)
-    test_starts = begin + _count_before(interactions, cuts.test)
+    train_ends, valid, test = (interactions.per_user() for _ in range(3))
+    too_short = dict.fromkeys(_PERIODS, 0)
 
-    def targets(starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
+    def targets(starts: np.ndarray, ends: np.ndarray, begin: np.ndarray) -> np.ndarray:
         position = np.maximum(starts, begin + 1) if score_new_users else starts
         return np.where((position > begin) & (position < ends), position, -1)
 
-    of_phase: dict[Phase, np.ndarray] = {
-        "valid": targets(train_ends, test_starts),
-        "test": targets(test_starts, end),
-    }
-    too_short = {
-        "train": int((train_ends - begin < 2).sum()),
-        **{str(phase): int((rows < 0).sum()) for phase, rows in of_phase.items()},
-    }
+    for users in user_ranges(interactions.offsets):
+        begin, end = interactions.offsets[:-1][users], interactions.offsets[1:][users]
+        valid_starts = begin + _count_before(interactions, cuts.valid, users)
+        test_starts = begin + _count_before(interactions, cuts.test, users)
+        train_ends[users] = valid_starts
+        valid[users] = targets(valid_starts, test_starts, begin)
+        test[users] = targets(test_starts, end, begin)
+        too_short["train"] += int(np.count_nonzero(valid_starts - begin < 2))
+        too_short["valid"] += int(np.count_nonzero(valid[users] < 0))
+        too_short["test"] += int(np.count_nonzero(test[users] < 0))
+    of_phase: dict[Phase, np.ndarray] = {"valid": valid, "test": test}
     return Split(interactions, train_ends, of_phase, too_short, interactions.num_items)
 
 
@@ -368,17 +387,19 @@ def time_cuts(
     test = _cut_time(times, split_time, "split_time", unit, dataset)
     first, last = (shown_time(int(time), unit) for time in (times.min(), times.max()))
     within = f"the timestamps of {one_line(dataset, 80)} are from {first} to {last}"
-    if not (times >= test).any():
+    before_test = count_less(times, test)
+    if before_test == len(times):
         raise InputError(
             f"split_time: no interaction is at {shown_time(test, unit)} or later; {within}: name a "
             f"time between."
         )
     if split_valid_time is None:
-        rank = len(times) - 2 * int((times >= test).sum())
-        valid = int(np.partition(times, rank)[rank]) if rank > 0 else test
+        # As many before it as are in the test period.
+        rank = 2 * before_test - len(times)
+        valid = kth_smallest(times, rank) if rank > 0 else test
     else:
         valid = _cut_time(times, split_valid_time, "split_valid_time", unit, dataset)
-    if not (times < valid).any() or (split_valid_time is None and valid >= test):
+    if not count_less(times, valid) or (split_valid_time is None and valid >= test):
         raise InputError(
             f"split: global_time: with the test period from {shown_time(test, unit)} on, nothing is left "
             f"to train on before the validation period; {within}: name a later split_time, or "
@@ -410,7 +431,7 @@ def _cut_time(times: np.ndarray, text: str, key: str, unit: str | None, dataset:
     if SHARE_PATTERN.fullmatch(text) and Fraction(text) > 0:
         # A double's share of the rows may come out one short.
         rank = int(Fraction(text) * len(times))
-        return int(np.partition(times, rank)[rank])
+        return kth_smallest(times, rank)
     if TIMESTAMP_PATTERN.fullmatch(text):
         return int(text)
     try:
@@ -428,25 +449,29 @@ def _cut_time(times: np.ndarray, text: str, key: str, unit: str | None, dataset:
     return seconds * UNITS[unit]
 
 
-def _count_before(interactions: Interactions, time: int) -> np.ndarray:
-    """Count each user's interactions before a time: int64 [U]."""
-    before = interactions.timestamps < time
-    # Every user has an interaction.
-    return np.add.reduceat(before, interactions.offsets[:-1], dtype=np.int64)
+def _count_before(interactions: Interactions, time: int, users: slice) -> np.ndarray:
+    """Count the interactions before a time of some users, each of whom has one: int64 [users]."""
+    offsets = interactions.offsets
+    first = offsets[users.start]
+    before = interactions.timestamps[first : offsets[users.stop]] < time
+    return np.add.reduceat(before, offsets[users] - first, dtype=np.int64)
 
 
 def _count_users(
     interactions: Interactions, cuts: TimeCuts
 ) -> tuple[dict[Phase, int], dict[Phase, int]]:
     """Count each period's users, and those of them without an interaction before it."""
-    before_valid = _count_before(interactions, cuts.valid)
-    before_test = _count_before(interactions, cuts.test)
-    in_valid, in_test = before_test > before_valid, interactions.lengths > before_test
-    active: dict[Phase, int] = {"valid": int(in_valid.sum()), "test": int(in_test.sum())}
-    new: dict[Phase, int] = {
-        "valid": int((in_valid & (before_valid == 0)).sum()),
-        "test": int((in_test & (before_test == 0)).sum()),
-    }
+    active: dict[Phase, int] = {"valid": 0, "test": 0}
+    new: dict[Phase, int] = {"valid": 0, "test": 0}
+    for users in user_ranges(interactions.offsets):
+        before_valid = _count_before(interactions, cuts.valid, users)
+        before_test = _count_before(interactions, cuts.test, users)
+        lengths = np.diff(interactions.offsets[users.start : users.stop + 1])
+        in_valid, in_test = before_test > before_valid, lengths > before_test
+        active["valid"] += int(in_valid.sum())
+        active["test"] += int(in_test.sum())
+        new["valid"] += int((in_valid & (before_valid == 0)).sum())
+        new["test"] += int((in_test & (before_test == 0)).sum())
     return active, new
 
 
@@ -456,17 +481,18 @@ def count_too_short(lengths: np.ndarray) -> dict[str, int]:
     Args:
         lengths: integers [U], interactions of each user.
     """
-    return {phase: int((lengths < least).sum()) for phase, least in NEEDED.items()}
+    return {phase: count_less(lengths, least) for phase, least in NEEDED.items()}
 
 
 def train_item_counts(split: Split) -> np.ndarray:
     """Count how often each item occurs among the training items: int64 [I + 1], entry 0 is 0."""
     interactions = split.interactions
     size = interactions.num_items + 1
-    held_out = ragged_positions(split.train_ends, interactions.offsets[1:])
-    return count_numbers(interactions.items, size) - count_numbers(
-        interactions.items[held_out], size
-    )
+    counts = count_numbers(interactions.items, size)
+    for users in slices(interactions.num_users, SAMPLES_AT_ONCE):
+        held_out = ragged_positions(split.train_ends[users], interactions.offsets[1:][users])
+        counts -= np.bincount(interactions.items[held_out], minlength=size)
+    return counts
 
 
 def ragged_positions(starts: np.ndarray, ends: np.ndarray) -> np.ndarray:

@@ -14,6 +14,7 @@ from datetime import UTC, datetime, timedelta
 
 import numpy as np
 
+from hsft.data.blocks import count_less, kth_smallest, slices, user_ranges
 from hsft.data.column_checks import Finding
 from hsft.utils.errors import one_line
 
@@ -33,6 +34,7 @@ _DAY = 86_400
 _EXPONENT = re.compile(r"[+-]?[0-9](?:\.([0-9]*))?[eE]\+?(-?[0-9]{1,3})")
 _FEWEST_TIMES = 20
 _TIES_LOOKED_AT = 10_000
+_TIMES_LOOKED_AT = 100_000
 
 
 def check_times(timestamps: np.ndarray) -> list[Finding]:
@@ -151,28 +153,55 @@ def count_ties(
         offsets: int64 [U + 1]; user u has rows `offsets[u]` to `offsets[u + 1]`.
         item_ids: str, an item's id by number.
     """
-    # tied[i]: rows i and i + 1 are one user's and have one timestamp.
-    tied = timestamps[1:] == timestamps[:-1]
-    tied[offsets[1:-1] - 1] = False
-    shared = np.zeros(len(items), dtype=bool)
-    shared[1:] |= tied
-    shared[:-1] |= tied
-    decided = tied & (items[1:] != items[:-1])
-    lengths = np.diff(offsets)
-    last = offsets[1:] - 1
-    pairs = np.flatnonzero(decided)
-    if len(pairs) > _TIES_LOOKED_AT:
-        pairs = pairs[np.linspace(0, len(pairs) - 1, _TIES_LOOKED_AT).astype(np.int64)]
+    shared = users = test = valid = pair_count = 0
+    for part in user_ranges(offsets):
+        rows = slice(offsets[part.start], offsets[part.stop])
+        ends = offsets[part.start + 1 : part.stop + 1] - rows.start
+        tied, decided = _ties_of(items[rows], timestamps[rows], ends)
+        shared += int(np.count_nonzero(np.append(tied, False) | np.append(False, tied)))
+        pair_count += int(np.count_nonzero(decided))
+        lengths = np.diff(ends, prepend=0)
+        users += int(np.count_nonzero(lengths >= 2))
+        test += int(np.count_nonzero(decided[ends[lengths >= 2] - 2]))
+        valid += int(np.count_nonzero(decided[ends[lengths >= 3] - 3]))
+    pairs = _pairs_looked_at(items, timestamps, offsets, pair_count)
     return Ties(
-        interactions=int(shared.sum()),
+        interactions=shared,
         total=len(items),
-        users=int((lengths >= 2).sum()),
-        test=int(decided[last[lengths >= 2] - 1].sum()),
-        valid=int(decided[last[lengths >= 3] - 2].sum()),
+        users=users,
+        test=test,
+        valid=valid,
         pairs=len(pairs),
         ascending=_ascending(items[pairs], items[pairs + 1], item_ids),
         whole_days=bool(len(pairs)) and _whole_days(timestamps),
     )
+
+
+def _ties_of(
+    items: np.ndarray, timestamps: np.ndarray, ends: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Say which rows of some users are tied with the next one, and which with another item: bool."""
+    tied = timestamps[1:] == timestamps[:-1]
+    tied[ends[:-1] - 1] = False
+    return tied, tied & (items[1:] != items[:-1])
+
+
+def _pairs_looked_at(
+    items: np.ndarray, timestamps: np.ndarray, offsets: np.ndarray, count: int
+) -> np.ndarray:
+    """Return the rows that are tied with the next one and another item, some of many: int64."""
+    ranks = np.arange(count)
+    if count > _TIES_LOOKED_AT:
+        ranks = np.linspace(0, count - 1, _TIES_LOOKED_AT).astype(np.int64)
+    pairs, passed = [np.empty(0, np.int64)], 0
+    for part in user_ranges(offsets) if count else ():
+        rows = slice(offsets[part.start], offsets[part.stop])
+        ends = offsets[part.start + 1 : part.stop + 1] - rows.start
+        decided = np.flatnonzero(_ties_of(items[rows], timestamps[rows], ends)[1])
+        here = ranks[np.searchsorted(ranks, passed) : np.searchsorted(ranks, passed + len(decided))]
+        pairs.append(decided[here - passed] + rows.start)
+        passed += len(decided)
+    return np.concatenate(pairs)
 
 
 def unit_of_times(timestamps: np.ndarray) -> str | None:
@@ -181,7 +210,10 @@ def unit_of_times(timestamps: np.ndarray) -> str | None:
     Args:
         timestamps: int64 [N].
     """
-    return _unit_of(int(np.median(timestamps)))
+    count = len(timestamps)
+    # Of the two in the middle, or the one twice.
+    middle = [kth_smallest(timestamps, rank) for rank in {(count - 1) // 2, count // 2}]
+    return _unit_of(int(np.median(middle)))
 
 
 def is_date(seconds: int) -> bool:
@@ -203,16 +235,13 @@ def _mixed_units(timestamps: np.ndarray) -> Finding | None:
     items. A unit is recognised by its numbers for the years 2000 to 2099, and earlier years by the
     gap of orders of magnitude between two units.
     """
-    units = {
-        name: (timestamps >= _YEAR_2000 * scale) & (timestamps < _YEAR_2100 * scale)
-        for name, scale in UNITS.items()
-    }
-    counts = {name: int(rows.sum()) for name, rows in units.items()}
+    bounds = {name: (_YEAR_2000 * scale, _YEAR_2100 * scale) for name, scale in UNITS.items()}
+    counts = {name: _count_within(timestamps, *bound) for name, bound in bounds.items()}
     present = sorted((name for name in counts if counts[name]), key=lambda name: counts[name])
     remedy = "convert the file to one unit"
     if len(present) > 1:
         rare, usual = present[0], present[-1]
-        index = int(np.flatnonzero(units[rare])[0])
+        index = _first_within(timestamps, *bounds[rare])
         return Finding(
             f"timestamps mix units: {counts[usual]:,} rows are in {usual} and {counts[rare]:,} in "
             f"{rare}, the first {timestamps[index]}",
@@ -220,23 +249,62 @@ def _mixed_units(timestamps: np.ndarray) -> Finding | None:
             certain=True,
             index=index,
         )
-    values = np.unique(timestamps[timestamps >= _LEAST_TIME])
-    jumps = np.flatnonzero(values[1:] // _GAP >= values[:-1])
-    if not len(jumps):
+    gap = _first_gap(timestamps)
+    if gap is None:
         return None
-    below, above = int(values[jumps[0]]), int(values[jumps[0] + 1])
-    low = (timestamps >= _LEAST_TIME) & (timestamps <= below)
-    high = timestamps >= above
-    counted = (int(low.sum()), int(high.sum()))
-    rare_rows = low if counted[0] < counted[1] else high
-    index = int(np.flatnonzero(rare_rows)[0])
+    below, above = gap
+    largest = 1 << 63
+    low = _count_within(timestamps, _LEAST_TIME, below + 1)
+    high = _count_within(timestamps, above, largest)
+    rare_bound = (_LEAST_TIME, below + 1) if low < high else (above, largest)
+    index = _first_within(timestamps, *rare_bound)
     return Finding(
-        f"timestamps mix units: {counted[0]:,} rows are at most {below} and {counted[1]:,} at least "
+        f"timestamps mix units: {low:,} rows are at most {below} and {high:,} at least "
         f"{above}, with none between; the first of the fewer ones is {timestamps[index]}",
         remedy,
         certain=True,
         index=index,
     )
+
+
+def _count_within(timestamps: np.ndarray, first: int, bound: int) -> int:
+    """Count the times from `first` until before `bound`."""
+    return count_less(timestamps, bound) - count_less(timestamps, first)
+
+
+def _first_within(timestamps: np.ndarray, first: int, bound: int) -> int:
+    """Return the position of the first time from `first` until before `bound`, of which there is one."""
+    for part in slices(len(timestamps)):
+        within = (timestamps[part] >= first) & (timestamps[part] < bound)
+        if within.any():
+            return part.start + int(np.argmax(within))
+    raise ValueError("no time is within these bounds")
+
+
+def _first_gap(timestamps: np.ndarray) -> tuple[int, int] | None:
+    """Return the smallest time whose next one is at least `_GAP` times as large, and the next one.
+
+    Times below `_LEAST_TIME` do not count.
+    """
+    below, bound = 0, _LEAST_TIME
+    while True:
+        # The largest time before the bound, and the smallest from there on.
+        largest, above = below, None
+        for part in slices(len(timestamps)):
+            block = timestamps[part]
+            block = block[block >= _LEAST_TIME]
+            before = block[block < bound]
+            largest = max(largest, int(before.max(initial=0)))
+            if len(before) < len(block):
+                least = int(block[block >= bound].min())
+                above = least if above is None else min(above, least)
+        if above is None:
+            return None
+        if below and largest == below:
+            return below, above
+        # Each two passes raise the bound a hundredfold.
+        below = largest or above
+        bound = _GAP * below
 
 
 def _unlikely_years(timestamps: np.ndarray) -> Finding | None:
@@ -248,27 +316,34 @@ def _unlikely_years(timestamps: np.ndarray) -> Finding | None:
     if unit is None:
         return None
     scale = UNITS[unit]
-    early = timestamps < _YEAR_1990 * scale
-    rows = np.flatnonzero(early | (timestamps >= _YEAR_2100 * scale))
-    extreme = lowest if early.any() else highest
-    negative = int((timestamps < 0).sum())
+    early = count_less(timestamps, _YEAR_1990 * scale)
+    late = len(timestamps) - count_less(timestamps, _YEAR_2100 * scale)
+    extreme = lowest if early else highest
+    negative = count_less(timestamps, 0)
+    lowest_bound, largest = -(1 << 63), 1 << 63
+    sides = ((lowest_bound, _YEAR_1990 * scale, early), (_YEAR_2100 * scale, largest, late))
+    first = min(_first_within(timestamps, begin, end) for begin, end, rows in sides if rows)
     before = f", {negative:,} of them negative and so before 1970" if negative else ""
     return Finding(
-        f"{len(rows):,} of {len(timestamps):,} timestamps lie before 1990 or after 2099, read as "
+        f"{early + late:,} of {len(timestamps):,} timestamps lie before 1990 or after 2099, read as "
         f"{unit} like the others{before}, for example {extreme} ({date_of(extreme, scale)})",
         "remove the rows if these are no times (prepare_data.py: --since DATE)",
-        index=int(rows[0]),
+        index=first,
     )
 
 
 def _rounded_times(timestamps: np.ndarray) -> Finding | None:
     """Find times that a 32-bit floating-point column has rounded, seconds of today to 128."""
-    sample = timestamps[:1000]
-    if not (_is_single(sample).all() and _is_single(timestamps).all()):
+    parts = [timestamps[part] for part in slices(len(timestamps))]
+    if not (_is_single(timestamps[:1000]).all() and all(_is_single(part).all() for part in parts)):
         return None
     # Whole hours are multiples of 16, and round numbers on their own.
-    large = timestamps[np.abs(timestamps) >= 1 << 25]
-    if len(np.unique(large[:100_000])) < _FEWEST_TIMES or not (large % 3600).any():
+    large_of = (part[np.abs(part) >= 1 << 25] for part in parts)
+    large, no_hours = np.empty(0, np.int64), False
+    for some in large_of:
+        large = np.append(large, some[: _TIMES_LOOKED_AT - len(large)])
+        no_hours = no_hours or bool((some % 3600).any())
+    if len(np.unique(large)) < _FEWEST_TIMES or not no_hours:
         return None
     return Finding(
         f"all timestamps, for example {large[0]}, are numbers that a 32-bit floating-point column "
@@ -301,7 +376,9 @@ def _whole_days(timestamps: np.ndarray) -> bool:
     if unit is None:
         return False
     step = _DAY * UNITS[unit]
-    return not ((timestamps[:1000] % step).any() or (timestamps % step).any())
+    if (timestamps[:1000] % step).any():
+        return False
+    return not any((timestamps[part] % step).any() for part in slices(len(timestamps)))
 
 
 def _ascending(first: np.ndarray, second: np.ndarray, item_ids: np.ndarray) -> int:

@@ -8,6 +8,7 @@ import numpy as np
 
 from hsft.config import Config
 from hsft.config.schema import RAW_TIME_MODELS
+from hsft.data.blocks import empty_column
 from hsft.data.interactions import Interactions
 from hsft.data.time_checks import UNITS, unit_of_times
 from hsft.utils.errors import InputError
@@ -73,7 +74,9 @@ def item_times(config: Config, interactions: Interactions) -> ItemTimes | None:
     """
     if not config.use_timestamps:
         return None
-    seconds = interactions.timestamps // unit_scale(interactions, config.dataset)
+    scale = unit_scale(interactions, config.dataset)
+    seconds = empty_column(len(interactions), np.int64, interactions.folder)
+    np.floor_divide(interactions.timestamps, scale, out=seconds)
     return ItemTimes(seconds, config.predict_at == "target", raw=config.model in RAW_TIME_MODELS)
 
 

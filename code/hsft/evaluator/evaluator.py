@@ -321,7 +321,7 @@ class Evaluator:
         yield from DataLoader(
             self.dataset,
             batch_size=self._batch_size,
-            sampler=samples.tolist(),
+            sampler=samples,
             collate_fn=collate,
             num_workers=self._num_workers,
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -34,6 +34,7 @@ def evaluation_fingerprint(
         user's target), `catalogue` (all item ids), `histories` (what comes before the targets, and
         so which items are masked), `split` (its kind and times) and `protocol`.
     """
+    from hsft.data.blocks import SAMPLES_AT_ONCE, slices
     from hsft.data.split import ragged_positions
 
     data, segments = dataset.interactions, dataset.segments
@@ -41,21 +42,36 @@ def evaluation_fingerprint(
     by_item_id = np.argsort(item_ids)
     sorted_number = np.zeros(len(data.item_ids), dtype=np.int64)
     sorted_number[by_item_id + 1] = np.arange(len(by_item_id))
-    user_ids = data.user_ids[segments.users]
-    by_user_id = np.argsort(user_ids)
-    starts, ends = segments.starts[by_user_id], segments.ends[by_user_id]
-    before = ragged_positions(starts, ends - 1)
+    everybody = len(segments) == data.num_users
+    by_user_id = np.argsort(data.user_ids if everybody else data.ids_of(segments.users))
+
+    def samples() -> Iterator[np.ndarray]:
+        for part in slices(len(by_user_id), SAMPLES_AT_ONCE):
+            yield by_user_id[part]
+
+    def user_ids() -> Iterator[np.ndarray]:
+        yield from (data.user_ids[segments.users[some]] for some in samples())
+
+    def held_out() -> Iterator[np.ndarray]:
+        yield from (data.item_ids[data.items[segments.ends[some] - 1]] for some in samples())
+
+    def histories() -> Iterator[np.ndarray]:
+        for some in samples():
+            rows = ragged_positions(segments.starts[some], segments.ends[some] - 1)
+            yield sorted_number[data.items[rows]]
+        yield from (segments.ends[some] - segments.starts[some] for some in samples())
+
     kind = [protocol.kind]
     if protocol.kind == "sampled":
         kind += [str(protocol.candidates), str(protocol.seed)]
     return {
-        "users": _hash_ids(user_ids[by_user_id]),
-        "order of users": _hash_arrays(by_user_id),
-        "held-out items": _hash_ids(data.item_ids[dataset.targets[by_user_id]]),
-        "catalogue": _hash_ids(item_ids[by_item_id]),
-        "histories": _hash_arrays(sorted_number[data.items[before]], ends - starts),
-        "split": _hash_ids(np.array([dataset.split.identity], dtype=object)),
-        "protocol": _hash_ids(np.array(kind, dtype=object)),
+        "users": _hash_ids(user_ids),
+        "order of users": _hash_arrays(samples()),
+        "held-out items": _hash_ids(held_out),
+        "catalogue": _hash_ids(lambda: iter([item_ids[by_item_id]])),
+        "histories": _hash_arrays(histories()),
+        "split": _hash_ids(lambda: iter([np.array([dataset.split.identity], dtype=object)])),
+        "protocol": _hash_ids(lambda: iter([np.array(kind, dtype=object)])),
     }
 
 
@@ -64,14 +80,27 @@ def differing_parts(one: Mapping[str, str], other: Mapping[str, str]) -> list[st
     return [part for part in one if part in other and one[part] != other[part]]
 
 
-def _hash_ids(ids: np.ndarray) -> str:
-    encoded = [str(text).encode("utf-8", "surrogatepass") for text in ids]
+def _hash_ids(blocks: Callable[[], Iterator[np.ndarray]]) -> str:
+    """Hash ids: of all of them the lengths, then the bytes.
+
+    Args:
+        blocks: returns the ids a block at a time, and is called twice.
+    """
+
+    def encoded() -> Iterator[list[bytes]]:
+        for ids in blocks():
+            yield [str(text).encode("utf-8", "surrogatepass") for text in ids.tolist()]
+
+    digest = hashlib.sha256()
     # The lengths tell ["ab", "c"] from ["a", "bc"].
-    lengths = np.array([len(text) for text in encoded], dtype="<i8")
-    return hashlib.sha256(lengths.tobytes() + b"".join(encoded)).hexdigest()[:_HEX_DIGITS]
+    for texts in encoded():
+        digest.update(np.array([len(text) for text in texts], dtype="<i8").data)
+    for texts in encoded():
+        digest.update(b"".join(texts))
+    return digest.hexdigest()[:_HEX_DIGITS]
 
 
-def _hash_arrays(*arrays: np.ndarray) -> str:
+def _hash_arrays(arrays: Iterator[np.ndarray]) -> str:
     digest = hashlib.sha256()
     for array in arrays:
         digest.update(np.ascontiguousarray(array, dtype="<i8").data)

@@ -18,7 +18,7 @@ from hsft.config.schema import RAW_TIME_MODELS, READS_EMBEDDINGS
 from hsft.data.cache import ItemCache, ids_fingerprint
 from hsft.data.dataset import CachedEmbeddingEvalDataset
 from hsft.data.files import information_file, interaction_file
-from hsft.data.item_text import read_item_titles
+from hsft.data.item_text import read_item_titles, title_column
 from hsft.data.prepare.dates import utc_seconds
 from hsft.data.time_checks import is_date
 from hsft.data.time_fields import ItemTimes, item_times, unit_scale
@@ -74,12 +74,14 @@ class OpenRun:
 
     @cached_property
     def titles(self) -> dict[str, str]:
-        """Item id -> title (the first of `text_keys`), empty without an information file."""
+        """Item id -> title, empty without an information file; see `title_column`."""
         try:
             path = information_file(self.config.text_path, self.config.dataset)
         except InputError:
             return dict(self.new_titles)
-        return {**read_item_titles(path, self.config.text_keys[0]), **self.new_titles}
+        column = title_column(path, self.config.text_keys)
+        titles = {} if column is None else read_item_titles(path, column)
+        return {**titles, **self.new_titles}
 
     @property
     def own_items(self) -> int:

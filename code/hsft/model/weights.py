@@ -150,7 +150,7 @@ def describe_trainable(model: nn.Module) -> str:
         frozen[kind] = frozen.get(kind, 0) + count
     text = f"{trained:,} of {trained + sum(frozen.values()):,} weights"
     if frozen:
-        text += f" (frozen: {', '.join(f'{count:,} of {kind}' for kind, count in frozen.items())})"
+        text += f" (frozen: {', '.join(f'{count:,} in {kind}' for kind, count in frozen.items())})"
     return text
 
 
@@ -162,7 +162,7 @@ def _frozen_kind(name: str) -> str:
     if name.startswith(ITEM_LLM):
         return "the ItemLLM"
     if any(key in name for key in EMBEDDING_KEYS):
-        return "the token embedding, which reads no items"
+        return "the token embedding, which is not used"
     return "the UserLLM"
 
 

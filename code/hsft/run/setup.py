@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from hsft.config import Config
+from hsft.data.blocks import texts_in_blocks
 from hsft.data.cache import ItemCache, ids_fingerprint, open_cache
 from hsft.data.column_checks import find_twins, spelling_problem
 from hsft.data.dataset import CachedEmbeddingEvalDataset, CachedEmbeddingTrainDataset
@@ -111,7 +112,8 @@ class Data:
         """
         data, digest = self.interactions, hashlib.sha256()
         for ids in (data.user_ids, data.item_ids):
-            digest.update("\0".join(map(str, ids)).encode())
+            for number, block in enumerate(texts_in_blocks(ids)):
+                digest.update("\0".join([""] * (number > 0) + list(map(str, block))).encode())
         for array in (data.items, data.offsets):
             digest.update(np.ascontiguousarray(array).data)
         if self.split.time is not None:
@@ -254,8 +256,9 @@ def check_training(config: Config, split: Split, sequences: CachedEmbeddingTrain
     if config.effective_negatives != "sampled":
         return
     sampler = negative_sampler(config, split)
-    users = np.unique(sequences.segments.users)
-    full = users[sampler.available[users] < 1]
+    trained = np.zeros(split.interactions.num_users, dtype=bool)
+    trained[sequences.segments.users] = True
+    full = np.flatnonzero(trained & (sampler.available < 1))
     if len(full):
         user = split.interactions.user_ids[full[0]]
         raise InputError(

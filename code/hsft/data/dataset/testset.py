@@ -8,6 +8,7 @@ from copy import copy
 import numpy as np
 from torch.utils.data import Dataset
 
+from hsft.data.blocks import SAMPLES_AT_ONCE, empty_column, slices
 from hsft.data.interactions import Interactions
 from hsft.data.plain_csv import distinct
 from hsft.data.split import Phase, Segments, Split, ragged_positions
@@ -68,26 +69,40 @@ class CachedEmbeddingEvalDataset(Dataset[np.ndarray]):
     @property
     def lengths(self) -> np.ndarray:
         """int64 [E]: items of each user's history that the model reads, L at most."""
-        return np.minimum(self.segments.ends - self.segments.starts - 1, self.max_length)
+        lengths = empty_column(len(self), np.int64, self.interactions.folder)
+        np.subtract(self.segments.ends, self.segments.starts, out=lengths)
+        lengths -= 1
+        return np.minimum(lengths, self.max_length, out=lengths)
 
     @property
     def targets(self) -> np.ndarray:
         """int32 [E]: item number of each user's target."""
-        return self.interactions.items[self.segments.ends - 1]
+        targets = empty_column(len(self), np.int32, self.interactions.folder)
+        for part in slices(len(self)):
+            targets[part] = self.interactions.items[self.segments.ends[part] - 1]
+        return targets
 
     def count_seen_items(self) -> np.ndarray:
         """Count the distinct items of each user's history: int64 [E]."""
-        lengths = self.segments.ends - self.segments.starts - 1
-        owners = np.repeat(np.arange(len(self), dtype=np.int64), lengths)
+        counts = empty_column(len(self), np.int64, self.interactions.folder)
         stride = np.int64(self.interactions.num_items + 1)
-        rows = ragged_positions(self.segments.starts, self.segments.ends - 1)
-        pairs = distinct(owners * stride + self.interactions.items[rows])
-        return np.bincount(pairs // stride, minlength=len(self))
+        for part in slices(len(self), SAMPLES_AT_ONCE):
+            owners, items = self._histories(part)
+            pairs = distinct(owners * stride + items)
+            counts[part] = np.bincount(pairs // stride, minlength=part.stop - part.start)
+        return counts
 
     def count_seen_targets(self) -> int:
         """Count users whose target is in their history: masked as seen, it can only be a miss."""
-        owners = np.repeat(np.arange(len(self)), self.segments.ends - self.segments.starts - 1)
-        targets = self.targets
-        rows = ragged_positions(self.segments.starts, self.segments.ends - 1)
-        hits = self.interactions.items[rows] == targets[owners]
-        return len(np.unique(owners[hits]))
+        count = 0
+        for part in slices(len(self), SAMPLES_AT_ONCE):
+            owners, items = self._histories(part)
+            targets = self.interactions.items[self.segments.ends[part] - 1]
+            count += len(np.unique(owners[items == targets[owners]]))
+        return count
+
+    def _histories(self, part: slice) -> tuple[np.ndarray, np.ndarray]:
+        """Return who of some users has which item in the history: int64 and int32 [rows]."""
+        starts, ends = self.segments.starts[part], self.segments.ends[part] - 1
+        owners = np.repeat(np.arange(len(starts), dtype=np.int64), ends - starts)
+        return owners, self.interactions.items[ragged_positions(starts, ends)]

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from torch.utils.data import Dataset
 
+from hsft.data.blocks import SAMPLES_AT_ONCE, empty_column, slices
 from hsft.data.interactions import Interactions
 from hsft.data.split import Segments, Split, ragged_positions
 from hsft.data.time_fields import ItemTimes
@@ -53,12 +54,15 @@ class CachedEmbeddingTrainDataset(Dataset[np.ndarray]):
     @property
     def num_transitions(self) -> int:
         """Number of (history, next item) pairs in one pass."""
-        return int((self.segments.ends - self.segments.starts - 1).sum())
+        return int(self.lengths.sum())
 
     @property
     def lengths(self) -> np.ndarray:
         """int64 [S]: transitions of each sequence, 1..L."""
-        return self.segments.ends - self.segments.starts - 1
+        lengths = empty_column(len(self), np.int64, self.interactions.folder)
+        np.subtract(self.segments.ends, self.segments.starts, out=lengths)
+        lengths -= 1
+        return lengths
 
     def target_shares(self, random_split: bool) -> np.ndarray:
         """Return the probability of each item as the target of a training position.
@@ -69,10 +73,14 @@ class CachedEmbeddingTrainDataset(Dataset[np.ndarray]):
         Returns:
             float64 [I + 1], with a sum of 1; 0 for the padding item.
         """
-        positions = ragged_positions(self.segments.starts + 1, self.segments.ends)
-        weights = np.repeat(1 / self.lengths, self.lengths) if random_split else None
-        items = self.interactions.items[positions]
-        counts = np.bincount(items, weights, minlength=self.interactions.num_items + 1)
+        size = self.interactions.num_items + 1
+        counts = np.zeros(size, dtype=np.float64 if random_split else np.int64)
+        for part in slices(len(self), SAMPLES_AT_ONCE):
+            starts, ends = self.segments.starts[part] + 1, self.segments.ends[part]
+            lengths = ends - starts
+            weights = np.repeat(1 / lengths, lengths) if random_split else None
+            items = self.interactions.items[ragged_positions(starts, ends)]
+            counts += np.bincount(items, weights, minlength=size)
         return counts / max(counts.sum(), 1)
 
     def users_of(self, samples: Sequence[int]) -> list[str]:
