@@ -441,6 +441,18 @@ def test_the_next_command_follows_the_configuration(project: Project) -> None:
     assert again.item_cache_path == "a.safetensors"
     for key in ("dataset", "text_keys", "item_prompt", "MAX_TEXT_LENGTH", "item_emb_token_n"):
         assert getattr(again, key) == getattr(config, key)
+    # A decoder that HLLM's checkpoint was not imported to serves on both sides.
+    both, _ = load_config([], {"dataset": "tiny", "item_pretrain_dir": "SmolLM2"})
+    assert "--user_pretrain_dir SmolLM2 --val_only True" in str(command_after_caching(both, []))
+    (project.root / "ItemLLM").mkdir()
+    (project.root / "ItemLLM" / "import.json").write_text("{}")
+    half, _ = load_config([], {"dataset": "tiny", "item_pretrain_dir": "ItemLLM"})
+    assert "UserLLM_complete/ --val_only True" in str(command_after_caching(half, []))
+    # An encoder's vectors need a projection, which is trained.
+    encoded, _ = load_config([], {"dataset": "tiny", "encoder": "MiniLM"})
+    assert str(command_after_caching(encoded, [])).endswith(
+        "--encoder MiniLM --user_pretrain_dir USER_LLM_FOLDER --item_adapter linear --use_qlora True"
+    )
     # Nothing to go on with, or nothing that fits on a line.
     config, _ = load_config([], {"dataset": "nowhere"})
     assert command_after_caching(config, []) is None

@@ -12,6 +12,7 @@ from transformers import AutoModel, AutoTokenizer
 
 from hsft.config import Config
 from hsft.data.cache import ItemCache, open_cache, save_cache
+from hsft.data.item_text import title_column
 from hsft.finished.new_items import add_items
 from hsft.finished.open_run import OpenRun, items_read, open_run
 from hsft.finished.recommend import _about_history, _about_new
@@ -91,6 +92,20 @@ def test_seen_items_and_the_end_of_the_catalogue(project: Project) -> None:
     code, out, _ = project.call(recommend_main, ["--run", RUN, "--history", whole])
     assert code == 0
     assert "no item is left to recommend" in out
+
+
+def test_titles_of_a_run_whose_text_keys_the_file_lacks(project: Project) -> None:
+    """A model that reads no texts runs with any columns; its recommendations show the first one."""
+    information = project.root / "information" / "tiny.csv"
+    rows = [f"{n % 7},i{n},name {n}" for n in range(20)]
+    information.write_text("\n".join(["shelf,item_id,name", *rows]) + "\n")
+    train(project, "--model", "pop")
+    [first] = ask(project, "--history", "i9", "--topk", "1")["history"]
+    assert first == {"item_id": "i9", "title": "2"}
+    assert title_column(information, ["title", "name"]) == "name"
+    information.write_text("item_id\ni1\n")
+    assert title_column(information, ["title"]) is None
+    assert ask(project, "--history", "i1", "--topk", "1")["history"][0]["title"] == ""
 
 
 def test_the_text_has_titles_and_no_control_codes(encoded: Project) -> None:

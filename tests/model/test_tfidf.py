@@ -99,6 +99,17 @@ def test_tfidf_is_a_row_like_any_other(project: Project) -> None:
     assert code == 2
     assert "nowhere/tiny.csv does not exist" in err
     assert not Path("saved/tiny-tfidf").exists()
+    # Columns of other names, and texts of other items: the check finds what the run refuses.
+    information = project.root / "information" / "tiny.csv"
+    for content, words in (
+        ("item_id,name\ni1,item\n", "lacks the columns title, tag, description"),
+        ("item_id,title,tag,description\nx1,item,1,1\n", "none of the 20 items of the catalogue"),
+    ):
+        information.write_text(content)
+        for more in ((), ("--check", "True")):
+            code, _, err = project.run(*config, *more)
+            assert code == 2
+            assert words in err
 
 
 @pytest.mark.parametrize("value", ["0", "1.5"])

@@ -78,6 +78,22 @@ def test_a_signal_finishes_the_step_and_the_run_goes_on_from_there(
     assert not (folder(project) / "checkpoints").exists()
 
 
+def test_a_new_run_beside_an_unfinished_one_says_so(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unnamed = [word for word in RUN if word not in ("--run_name", "run")]
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "update", at_step(3, send(signal.SIGTERM)))
+        assert project.run(*unnamed)[0] == 143
+        # The run is interrupted again, as its numbers are not looked at.
+        patch.setattr(loop, "update", at_step(1, send(signal.SIGTERM)))
+        code, _, err = project.run(*unnamed)
+    assert code == 143
+    assert "saved/tiny-qlora is an unfinished run; this command starts another one" in err
+    assert "--run_name tiny-qlora --auto_resume True" in err
+    assert "run folder: saved/tiny-qlora-2" in err
+
+
 def test_a_second_signal_stops_at_once(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     def twice() -> None:
         send(signal.SIGTERM)()

@@ -274,10 +274,15 @@ def _scalar(text: str, key: str) -> Any:
         return None
     try:
         return read_yaml_text(cleaned, f"--{key}")
-    except InputError:
-        if cleaned.startswith(("[", "{")):
+    except InputError as error:
+        if not cleaned.startswith(("[", "{")):
+            return text
+        if cleaned.endswith(("]", "}")):
             raise
-        return text
+        raise InputError(
+            f"--{key}: '{one_line(text, 40)}' is the beginning of a list or mapping only; put quotes "
+            f"around one that has spaces: --{key} '[a, b]'."
+        ) from error
 
 
 def _is_text_key(key: str) -> bool:
@@ -469,11 +474,15 @@ def _explain(error: ValidationError, origin: Mapping[str, str]) -> list[str]:
         )
         message = item["msg"].removeprefix("Value error, ")
         if item["type"] == "extra_forbidden":
-            problems.append(f"unknown key '{name}' in {where}{suggest_key(name)}")
+            # Options such as --config_file are written beside the keys on the command line only.
+            flags = ("config_file", "print_config") if where == "the command line" else ()
+            problems.append(f"unknown key '{name}' in {where}{suggest_key(name, flags)}")
         elif not path:
             problems.append(message)
         else:
             message = message[:1].lower() + message[1:]
+            if item["type"] == "list_type":
+                message = "must be a list, written as '[a, b]'"
             given = item["input"]
             shown = (
                 repr(given)
@@ -487,13 +496,18 @@ def _explain(error: ValidationError, origin: Mapping[str, str]) -> list[str]:
     ]
 
 
-def suggest_key(name: str) -> str:
-    """Return `; did you mean 'x'?` for the known key nearest to `name`, or an empty string."""
-    names = list(flat_fields())
+def suggest_key(name: str, flags: Sequence[str] = ()) -> str:
+    """Return `; did you mean 'x'?` for the known key nearest to `name`, or an empty string.
+
+    Args:
+        name: an unknown key.
+        flags: further names that would have been accepted.
+    """
+    names = [*flat_fields(), *flags]
     lowered = {known.lower(): known for known in names}
     for known in names:
         lowered.setdefault(known.rpartition(".")[2].lower(), known)
-    close = difflib.get_close_matches(name.lower(), lowered, n=1, cutoff=0.6)
+    close = difflib.get_close_matches(name.lower().replace("-", "_"), lowered, n=1, cutoff=0.6)
     return f"; did you mean '{lowered[close[0]]}'?" if close else ""
 
 

@@ -158,7 +158,8 @@ def item_llm_folder(config: Config) -> Path:
         return Path(config.encoder)
     if not config.item_pretrain_dir:
         raise InputError(
-            "no ItemLLM is named; give --item_pretrain_dir FOLDER (download_itemllm.py makes one)."
+            "no ItemLLM is named; give --item_pretrain_dir FOLDER (download_itemllm.py makes one), or "
+            "--encoder FOLDER for a sentence encoder."
         )
     return require_model_folder(Path(config.item_pretrain_dir))
 

@@ -193,6 +193,20 @@ def read_item_titles(path: str | Path, key: str) -> dict[str, str]:
     return {item: cells[0] for item, *cells in _item_rows(Path(path), [key])}
 
 
+def title_column(path: str | Path, text_keys: Sequence[str]) -> str | None:
+    """Return the column that stands for an item's title, for people to read.
+
+    The first of `text_keys` that the file has, or else its first column beside `item_id`, as for a
+    run of a model that reads no texts; None where there is no other column.
+
+    Raises:
+        InputError: the file has no first line, another separator or no column `item_id`.
+    """
+    header = read_header(Path(path), ["item_id"], "change the first line")
+    columns = [column for column in header if column not in ("item_id", "")]
+    return next((key for key in [*text_keys, *columns] if key in columns), None)
+
+
 def unfit_texts(
     items: ItemTexts,
     path: str | Path,

@@ -18,6 +18,7 @@ from hsft.evaluator.evaluator import Scorer
 from hsft.model.item_table import table_from_cache
 from hsft.model.losses import normalize
 from hsft.model.tfidf import TfIdf, history_weights, tfidf_rows
+from hsft.utils.errors import InputError
 
 # Scores of independent Gaussian vectors order the items uniformly at random for each user.
 _RANDOM_DIMENSIONS = 32
@@ -142,7 +143,14 @@ def build_reference(
         path = information_file(config.text_path, config.dataset)
         texts = read_plain_texts(path, config.text_keys)
         # The padding item comes first, without text.
-        rows = tfidf_rows([texts.get(str(item), "") for item in split.interactions.item_ids])
+        of_items = [texts.get(str(item), "") for item in split.interactions.item_ids]
+        if not any(of_items):
+            raise InputError(
+                f"none of the {len(of_items) - 1} items of the catalogue has text in {path} under the "
+                f"text_keys {', '.join(config.text_keys)}; put their rows there or change --text_path or "
+                f"--text_keys."
+            )
+        rows = tfidf_rows(of_items)
         return TfIdf(rows.to(device), config.knn_history, config.knn_decay)
     assert cache is not None
     table = table_from_cache(

@@ -145,7 +145,8 @@ def _summary(exported: Exported) -> str:
     base = _code(exported.base)
     if exported.base_repo:
         base += f" (imported from {plain_text(exported.base_repo)})"
-    layers = f", its first {config.user_llm_layers} layers," if config.user_llm_layers else ""
+    count = config.user_llm_layers
+    layers = f", its first {'layer' if count == 1 else f'{count} layers'}," if count else ""
     trained = "LoRA" if config.use_qlora else "all weights"
     if exported.quantised:
         trained = f"LoRA on {config.qlora_quant_type} weights (QLoRA)"

@@ -152,6 +152,10 @@ def check_run(config: Config) -> None:
     _quick_run(config, findings)
     interactions = _interactions(config, findings)
     cache = split = None
+    if config.model == "tfidf":
+        texts = _item_texts(config, findings)
+        if texts is not None and interactions is not None:
+            _texts_suffice(config, texts, interactions, findings)
     if config.reads_embeddings:
         if config.trains_items or not config.use_item_cache:
             texts = _item_texts(config, findings)

@@ -481,16 +481,21 @@ def _cached_items(config: Config, path: Path, width: int, *, known_width: bool) 
     return _Items(count, dtype, width=dim)
 
 
+def _layers(shape: TrainingShape) -> str:
+    count = shape.decoder.layers
+    return "1 layer" if count == 1 else f"{count} layers"
+
+
 def _trained_how(shape: TrainingShape) -> str:
     number = str(shape.dtype).removeprefix("torch.") + " products" * shape.mixed
     if shape.layer_kind != "decoder":
         name = "HSTU" if shape.layer_kind == "hstu" else "SASRec"
         masked = "with" if shape.masked_row else "without"
         return (
-            f"{name}'s {shape.decoder.layers} layers and the item table: all weights trained, {number}, "
+            f"{name}'s {_layers(shape)} and the item table: all weights trained, {number}, "
             f"attention {masked} a mask."
         )
-    layers = f"The UserLLM's {shape.decoder.layers} layers"
+    layers = f"The UserLLM's {_layers(shape)}"
     name = shape.attention if shape.masked_row or shape.attention == "eager" else "unmasked"
     kernel = f"{number}, {name} attention"
     if shape.lora_rank is None:

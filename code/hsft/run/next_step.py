@@ -11,6 +11,8 @@ from typing import Any
 from hsft.config import Config, load_config
 from hsft.config.schema import TRAINED_MODELS
 from hsft.data.files import cache_path, default_cache_path, has_interactions
+from hsft.hub.manifest import MANIFEST_FILE
+from hsft.utils.files import is_file
 from hsft.utils.program import command, command_line
 
 _FILES = ("code/overall/LLM_ddp.yaml", "code/HLLM/HLLM.yaml")
@@ -24,7 +26,10 @@ _KEYS = (
 
 
 def command_after_caching(config: Config, files: Sequence[Path]) -> str | None:
-    """Return the command that evaluates the UserLLM on the cache just written, on one line.
+    """Return the command that goes on from the cache just written, on one line.
+
+    It evaluates the UserLLM that belongs to the ItemLLM. A sentence encoder has no such UserLLM, so
+    for its vectors the command trains one with a projection.
 
     Args:
         config: of the caching.
@@ -41,7 +46,7 @@ def command_after_caching(config: Config, files: Sequence[Path]) -> str | None:
     for key in _KEYS:
         value = getattr(config, key)
         if key == "user_pretrain_dir":
-            value = value or _USER_LLM
+            value = value or _user_llm(config)
         # The name is what a reader looks for.
         if key == "dataset" or value != getattr(plain, key):
             words += _option(key, value)
@@ -50,8 +55,24 @@ def command_after_caching(config: Config, files: Sequence[Path]) -> str | None:
         words += _option("item_cache_path", str(target))
     if not plain.use_item_cache:
         words += _option("use_item_cache", True)
-    line = command_line(f"train {shlex.join([*words, *_option('val_only', True)])}")
+    if config.encoder is None:
+        words += _option("val_only", True)
+    else:
+        if plain.item_adapter == "none":
+            words += _option("item_adapter", "linear")
+        words += _option("use_qlora", True)
+    line = command_line(f"train {shlex.join(words)}")
     return line if line.isprintable() else None
+
+
+def _user_llm(config: Config) -> str:
+    """Return the UserLLM's folder where the configuration names none."""
+    if config.encoder is not None:
+        return "USER_LLM_FOLDER"
+    # A decoder that is not a half of HLLM's checkpoint serves on both sides.
+    if config.item_pretrain_dir and not is_file(Path(config.item_pretrain_dir) / MANIFEST_FILE):
+        return config.item_pretrain_dir
+    return _USER_LLM
 
 
 def commands_after_run(config: Config, folder: Path) -> str:

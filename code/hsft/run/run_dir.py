@@ -108,6 +108,15 @@ def _choose(config: Config, parent: Path) -> RunDir:
                 f"{_refusal(config, unfinished[0])}, or start another run with --run_name NAME."
             )
         log.info("there is no unfinished run %s in %s: starting one.", name, parent)
+    elif config.trains:
+        unfinished = [folder for folder in _unfinished(parent, name) if has_checkpoint(folder)]
+        if unfinished:
+            log.warning(
+                "%s is an unfinished run; this command starts another one. To continue it instead, add "
+                "--run_name %s --auto_resume True.",
+                unfinished[0],
+                unfinished[0].name,
+            )
     number = 1
     while (folder := parent / (name if number == 1 else f"{name}-{number}")).exists():
         number += 1

@@ -173,8 +173,11 @@ def _lock_and_choose(config: Config, held: ExitStack) -> RunDir:
 def _run(run: RunContext) -> None:
     config, fabric = run.config, run.fabric
     if fabric.device.type == "cpu" and config.device == "auto":
+        threads = torch.get_num_threads()
         log.info(
-            "no CUDA device found: running on the CPU with %d threads.", torch.get_num_threads()
+            "no CUDA device found: running on the CPU with %d thread%s.",
+            threads,
+            "" if threads == 1 else "s",
         )
     if fabric.device.type in ("xpu", "mps"):
         log.warning("device %s: HSFT has not been tried on it yet.", fabric.device.type)
@@ -205,6 +208,7 @@ def _run(run: RunContext) -> None:
     run.session.lap("data")
     try:
         run_on_rank_zero(lambda: start_run_dir(config, run.folder, resume=run.resume))
+        log.info("run folder: %s", run.folder)
         for sentence in filter(None, (batch, quantisation)):
             log.info("%s", sentence)
         with ExitStack() as opened:

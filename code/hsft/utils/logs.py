@@ -11,12 +11,15 @@ from pathlib import Path
 from typing import TextIO
 
 _NOISY = (
+    "faiss",
     "httpx",
     "httpx2",
     "huggingface_hub",
     "lightning",
     "lightning.fabric",
     "matplotlib",
+    "onnx_ir",
+    "onnxscript",
     "urllib3",
 )
 _FORMAT, _TIME = "%(asctime)s %(message)s", "%H:%M:%S"
