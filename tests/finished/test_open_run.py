@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -155,3 +156,50 @@ def test_another_user_llm_in_the_folder_is_refused_by_every_program(project: Pro
     code, _, err = project.call(report_main, ["saved/run", "--out", "page.html"])
     assert code == 0, err
     assert Path("page.html").read_text().count("is not the one that saved/run was made with") == 2
+
+
+@pytest.mark.parametrize(
+    ("more", "what"),
+    [
+        (("--model", "sasrec"), "item order"),
+        (("--item_id_embedding", "True", "--use_qlora", "True"), "item order"),
+        (("--item_embedding_transform", "standardize", "--use_qlora", "True"), "set of items"),
+    ],
+    ids=["sasrec", "id vectors", "fixed map"],
+)
+def test_weights_do_not_go_to_other_items(
+    project: Project, more: tuple[str, ...], what: str
+) -> None:
+    """The same interactions in another order number the items otherwise."""
+    code, _, err = project.run(*more, "--epochs", "1", "--run_name", "run")
+    assert code == 0, err
+    path = project.root / "dataset" / "tiny.csv"
+    head, *rows = path.read_text().splitlines()
+    users = [[row for row in rows if f",u{user}," in row] for user in range(30)]
+    reordered = [row for user in users for row in reversed(user)]
+    argv = ["--run", "saved/run", "--user", "u1", "--json"]
+    before = project.call(recommend_main, argv)[1]
+    path.write_text("\n".join([head, *reordered]) + "\n")
+    code, out, err = project.call(recommend_main, argv)
+    if what == "item order":
+        assert (code, out) == (2, "")
+        assert "saved/run/best was trained on a catalogue with another item order: " in err
+        if "--item_id_embedding" in more:
+            code, _, err = project.call(export_main, ["--run", "saved/run"])
+            assert code == 2
+            assert "another item order: " in err
+            assert not (project.root / "saved/run/export").exists()
+        code, _, err = project.run("--model", "pop")
+        assert code == 0, err
+        runs = ("--model", "ensemble", "--runs", "saved/run", "saved/tiny-pop")
+        code, _, err = project.run(*runs)
+        assert code == 2
+        assert "another item order: " in err
+    else:
+        one, other = (json.loads(answer)["recommendations"] for answer in (before, out))
+        assert [entry["item_id"] for entry in one] == [entry["item_id"] for entry in other]
+    # Without the items of one user the others' numbers and the fixed map are others as well.
+    path.write_text("\n".join([head, *(row for row in rows if not row.startswith("i7,"))]) + "\n")
+    code, _, err = project.call(recommend_main, argv)
+    assert code == 2
+    assert f"saved/run/best was trained on a catalogue with another {what}: " in err

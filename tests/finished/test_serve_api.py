@@ -214,7 +214,8 @@ def test_a_run_that_reads_times(project: Project, predict_at: str) -> None:
         ([1], "there are 1"),
         ([True, 2], "times.0: a time is a date in ISO 8601 or a number"),
         (["today", 2], "times.0: 'today' is no time"),
-        ([2000, 1000], "times.1 is earlier than the one before it"),
+        ([1_600_000_000, 1_600_000_001], "times.0: '1600000000' is no time of 1990 to 2099"),
+        (["2021-03-02", "2021-03-01"], "times.1 is earlier than the one before it"),
     ]
     for given, said in bad:
         assert said in refused(client, "/recommend", history=["i1", "i2"], times=given)

@@ -108,7 +108,10 @@ def reference(
         if kind.negatives == "catalogue":
             rivals = [item for item in range(1, ITEMS + 1) if item != target]
         else:
-            rivals = [item for item in pool if cosine(table[target], table[item]) <= THRESHOLD]
+            # The positive is no negative of its own, even where nothing is masked.
+            others = [item for item in pool if item != target]
+            most = kind.nce_thres
+            rivals = [item for item in others if cosine(table[target], table[item]) <= most]
         scores = [math.exp(scale) * cosine(state, table[item]) for item in [target, *rivals]]
         total += logaddexp(scores) - scores[0]
         count += 1
@@ -126,7 +129,7 @@ def reference_counts(
         others = [item for item in pool if item != target]
         masked = 0
         if kind.loss == "nce":
-            masked = sum(cosine(table[target], table[item]) > THRESHOLD for item in others)
+            masked = sum(cosine(table[target], table[item]) > kind.nce_thres for item in others)
         counts += [masked, len(others), masked == len(others), 1]
     return counts.tolist()
 
@@ -135,6 +138,8 @@ KINDS = [
     LossSettings("nce", "in_batch", THRESHOLD, 1 << 28, "cosine"),
     LossSettings("nce", "sampled", THRESHOLD, 1 << 28, "cosine"),
     LossSettings("nce", "catalogue", THRESHOLD, 1 << 28, "cosine"),
+    LossSettings("nce", "in_batch", 1.01, 1 << 28, "cosine"),
+    LossSettings("nce", "sampled", 1.01, 1 << 28, "cosine"),
     LossSettings("bce", "in_batch", THRESHOLD, 1 << 28, "dot"),
     LossSettings("bce", "sampled", THRESHOLD, 1 << 28, "dot"),
 ]
@@ -150,7 +155,9 @@ def central_differences(value: Callable[[np.ndarray], float], at: np.ndarray) ->
     return gradient
 
 
-@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: f"{kind.loss}-{kind.negatives}")
+@pytest.mark.parametrize(
+    "kind", KINDS, ids=lambda kind: f"{kind.loss}-{kind.negatives}-{kind.nce_thres}"
+)
 @given(st.integers(1, 5), st.integers(0, 10_000))
 @settings(max_examples=15, deadline=None)
 def test_a_batch_costs_what_the_formula_says(kind: LossSettings, users: int, seed: int) -> None:
@@ -194,7 +201,9 @@ def test_a_batch_costs_what_the_formula_says(kind: LossSettings, users: int, see
         assert model.logit_scale.grad.item() == pytest.approx(slope, rel=2e-3, abs=2e-4)
 
 
-@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: f"{kind.loss}-{kind.negatives}")
+@pytest.mark.parametrize(
+    "kind", KINDS, ids=lambda kind: f"{kind.loss}-{kind.negatives}-{kind.nce_thres}"
+)
 @pytest.mark.parametrize("listed", [False, True])
 def test_an_adapter_applied_once_an_item_has_the_gradient_of_one_applied_at_every_use(
     kind: LossSettings, listed: bool

@@ -182,6 +182,11 @@ def test_the_time_of_the_target_is_worth_something_and_only_where_given(project:
         listed = [entry["item_id"] for entry in json.loads(out)["recommendations"]]
         assert sum(int(item[1:]) // 10 == weekday for item in listed) >= 2
         assert set(listed) <= set(ids)
+    # Seconds among milliseconds are 1970, as are the digits of a date.
+    for at in (str(monday // 1000), "20210301", "1970-01-01", "2150-01-01"):
+        code, out, err = project.call(recommend_main, [*argv[:-5], "--predict_at", at])
+        assert (code, out) == (2, "")
+        assert f"--predict_at '{at}' is no time of 1990 to 2099; write a date" in err
     frame = hsft.open_run("saved/target").recommend(user="u3", predict_at=monday, topk=3)
     assert len(frame) == 3
     code, _, err = project.call(

@@ -18,6 +18,7 @@ import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -270,6 +271,11 @@ def encode_ids(item_ids: Sequence[str]) -> torch.Tensor:
     """Return the ids as the UTF-8 bytes of a JSON list: uint8 [bytes]."""
     encoded = json.dumps(list(item_ids), ensure_ascii=False).encode("utf-8")
     return torch.frombuffer(bytearray(encoded), dtype=torch.uint8)
+
+
+def ids_fingerprint(item_ids: np.ndarray) -> str:
+    """Return the SHA-256 of ids, str [n], in their order, in hexadecimal digits."""
+    return sha256(encode_ids(item_ids.tolist()).numpy().tobytes()).hexdigest()
 
 
 def _open_native(path: Path) -> ItemCache:

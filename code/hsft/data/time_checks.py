@@ -216,6 +216,11 @@ def unit_of_times(timestamps: np.ndarray) -> str | None:
     return _unit_of(int(np.median(middle)))
 
 
+def is_date(seconds: int) -> bool:
+    """Say whether seconds since 1970 are a date of 1990 to 2099."""
+    return _YEAR_1990 <= seconds < _YEAR_2100
+
+
 def _unit_of(stamp: int) -> str | None:
     for name, scale in UNITS.items():
         if _YEAR_1990 * scale <= stamp < _YEAR_2100 * scale:

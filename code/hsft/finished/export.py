@@ -20,7 +20,7 @@ from hsft.config import Config
 from hsft.config.help import dump_config
 from hsft.config.options import LOCATION_KEYS
 from hsft.config.schema import ITEM_TRAINING_KEYS
-from hsft.data.cache import DTYPES
+from hsft.data.cache import DTYPES, ids_fingerprint
 from hsft.evaluator.evaluator import Evaluation, Scorer
 from hsft.finished.export_items import ITEM_LLM_DIR, export_items, refuse_overflow
 from hsft.finished.export_onnx import OnnxGraphs, OnnxScorer, require_onnx, write_graphs
@@ -51,7 +51,14 @@ from hsft.model.recommender import Recommender
 from hsft.model.residual import make_residual, residual_items, residual_tensors
 from hsft.model.structure import DecoderSource
 from hsft.model.user_llm import UserLLM
-from hsft.model.weights import ADAPTER_DIR, REST_FILE, load_trained, read_rest
+from hsft.model.weights import (
+    ADAPTER_DIR,
+    ITEM_ORDER,
+    REST_FILE,
+    load_trained,
+    read_rest,
+    refuse_other_catalogue,
+)
 from hsft.report.compare import Comparison, Row, load_comparison
 from hsft.report.model_card import EXPORTED, Exported, Format, model_card
 from hsft.report.result import TUNED, read_ranks, read_result
@@ -437,6 +444,8 @@ def _write_id_vectors(run: _TrainedRun, items: ItemTable, folder: Path) -> None:
                 f"have id vectors, {run.config.dataset} has {data.interactions.num_items}; name "
                 f"the run's own with --data_path."
             )
+        order = {ITEM_ORDER: ids_fingerprint(data.interactions.item_ids[1:])}
+        refuse_other_catalogue(run.best, order)
         save_id_vectors(items, data.interactions.item_ids, folder)
     elif run.has_stored_ids:
         shutil.copyfile(run.base / ID_FILE, folder / ID_FILE)

@@ -16,7 +16,7 @@ import torch
 
 from hsft.config.help import dump_config
 from hsft.config.schema import TRAINED_MODELS
-from hsft.data.cache import DTYPES, write_cache
+from hsft.data.cache import DTYPES, ids_fingerprint, write_cache
 from hsft.data.time_fields import ItemTimes, item_times
 from hsft.encoding.build_cache import ITEMS_PER_PART, SECONDS_PER_PART
 from hsft.encoding.parts import Batches, Parts, PartWriter
@@ -34,7 +34,6 @@ from hsft.finished.item_index import (
     RECALL_AT,
     IndexKind,
     build_index,
-    ids_fingerprint,
     kind_for,
     recall,
     require_faiss,
@@ -293,7 +292,7 @@ def _digest(vectors: _Vectors, name: str) -> str:
     times = [] if vectors.times is None else [vectors.times.seconds]
     for array in (data.items, data.offsets, *times, some):
         digest.update(np.ascontiguousarray(array).data)
-    return f"{ids_fingerprint(data)} {digest.hexdigest()}"
+    return f"{ids_fingerprint(data.item_ids[1:])} {digest.hexdigest()}"
 
 
 def _encode_users(vectors: _Vectors, parts: Parts, stop: StopSignals) -> dict[str, range]:
@@ -481,7 +480,7 @@ def _write_about(
         "items": card.items,
         "users": card.users,
         "dim": card.dim,
-        "item_ids_sha256": ids_fingerprint(run.data.interactions),
+        "item_ids_sha256": ids_fingerprint(run.data.interactions.item_ids[1:]),
         "index": None if index is None else index.as_dict(),
         "versions": versions(),
     }

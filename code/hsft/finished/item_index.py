@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
 from torch import Tensor
 
-from hsft.data.cache import encode_ids
-from hsft.data.interactions import PAD, Interactions
+from hsft.data.interactions import PAD
 from hsft.evaluator.evaluator import Scorer
 from hsft.evaluator.recommend import Recommendations
 from hsft.hub.manifest import EXPORT_FILE
@@ -205,11 +203,6 @@ class ItemIndex:
         whole = kept.sum(axis=1) >= np.minimum(topk, self.num_items - sizes)
         best = Recommendations(np.where(kept, items, PAD), np.where(kept, scores, -np.inf))
         return best, whole
-
-
-def ids_fingerprint(data: Interactions) -> str:
-    """Return the SHA-256 of the catalogue's ids, in order, in hexadecimal digits."""
-    return sha256(encode_ids(data.item_ids[1:].tolist()).numpy().tobytes()).hexdigest()
 
 
 def open_index(folder: Path) -> tuple[ItemIndex, str]:

@@ -15,17 +15,18 @@ import torch
 
 from hsft.config import Config
 from hsft.config.schema import RAW_TIME_MODELS, READS_EMBEDDINGS
-from hsft.data.cache import ItemCache
+from hsft.data.cache import ItemCache, ids_fingerprint
 from hsft.data.dataset import CachedEmbeddingEvalDataset
 from hsft.data.files import information_file, interaction_file
 from hsft.data.item_text import read_item_titles, title_column
 from hsft.data.prepare.dates import utc_seconds
+from hsft.data.time_checks import is_date
 from hsft.data.time_fields import ItemTimes, item_times, unit_scale
 from hsft.evaluator.evaluator import EvalProtocol, Scorer
 from hsft.evaluator.fingerprint import differing_parts, evaluation_fingerprint
 from hsft.evaluator.recommend import Recommendations, recommend
 from hsft.evaluator.user_vectors import encode_users
-from hsft.finished.item_index import IndexedScorer, ItemIndex, ids_fingerprint, open_index
+from hsft.finished.item_index import IndexedScorer, ItemIndex, open_index
 from hsft.hub.repository import run_folder
 from hsft.report.result import read_result
 from hsft.run.run_dir import CONFIG_FILE
@@ -166,7 +167,8 @@ class OpenRun:
             InputError: FAISS is not installed, the folder has no index, or it is another run's.
         """
         index, item_ids = open_index(Path(folder))
-        if index.model not in self.models or item_ids != ids_fingerprint(self.data.interactions):
+        own_ids = ids_fingerprint(self.data.interactions.item_ids[1:])
+        if index.model not in self.models or item_ids != own_ids:
             raise _foreign_index(self.folder, index)
         return replace(self, index=index)
 
@@ -352,25 +354,29 @@ class OpenRun:
         return {str(item): number for number, item in enumerate(ids[1:], start=1)}
 
 
-def read_time(text: str, scale: int, name: str) -> int:
+def read_time(text: str, scale: int, name: str, earliest: int | None = None) -> int:
     """Read a time that a person wrote: seconds since 1970.
 
     Args:
         text: a date in ISO 8601, in UTC unless it names a zone, or a number in the data's unit.
         scale: how many of these units make a second.
         name: what is read, for the error.
+        earliest: seconds of the data's first time, where that may be before 1990.
 
     Raises:
-        InputError: it is no time.
+        InputError: it is no time, or one that models have not met: before 1990 or after 2099.
     """
     try:
-        if re.fullmatch("[0-9]{1,18}", text):
-            return int(text) // scale
-        return utc_seconds(text)
+        # `20240531` is a date in ISO 8601 too, but a number here.
+        is_number = re.fullmatch("[0-9]{1,18}", text)
+        seconds = int(text) // scale if is_number else utc_seconds(text)
+        if not is_date(seconds) and (earliest is None or seconds < earliest):
+            raise ValueError("out of range")
+        return seconds
     except (ValueError, OverflowError) as error:
         raise InputError(
-            f"{name} '{one_line(text, 40)}' is no time; write a date such as 2024-05-31T18:00, or a "
-            f"number as in the data's timestamps."
+            f"{name} '{one_line(text, 40)}' is no time of 1990 to 2099; write a date such as "
+            f"2024-05-31T18:00, or a number as in the data's timestamps."
         ) from error
 
 

@@ -230,6 +230,7 @@ class ServeApi:
         self._with_target = [user for user in self._users if data.lengths[self._rows[user]] >= 2]
         self._reads_times = run.config.use_timestamps
         self._time_scale = unit_scale(data, run.config.dataset) if self._reads_times else 1
+        self._first_time = int(data.timestamps.min()) // self._time_scale
         self._models: dict[str, Scorer] = {name: run.build(name) for name in run.models}
         self._busy, self._adding = threading.Lock(), threading.Lock()
         largest = run.config.eval_batch_size
@@ -443,7 +444,7 @@ class ServeApi:
         return times
 
     def _read_time(self, given: int | str, name: str) -> int:
-        return read_time(str(given), self._time_scale, f"{name}:")
+        return read_time(str(given), self._time_scale, f"{name}:", self._first_time)
 
     def _history(self, user_id: str) -> tuple[np.ndarray, np.ndarray]:
         """Return a user's item numbers and their times in seconds: int32 and int64 [n].

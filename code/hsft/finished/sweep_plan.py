@@ -28,8 +28,9 @@ MANAGED = (
 )
 # Trials with other values of these are scored on other users or in another way.
 _NOT_COMPARABLE = (
-    *("data_path", "dataset", "missing_items", "topk", "metrics", "eval_protocol"),
-    *("eval_neg_sample_num", "list_metrics"),
+    *("data_path", "dataset", "item_data", "missing_items", "tie_order", "topk", "metrics"),
+    *("split", "split_time", "split_valid_time", "split_cold", "valid_users"),
+    *("eval_protocol", "eval_neg_sample_num", "list_metrics", "predict_at"),
 )
 _MAX_CORNERS = 256
 
@@ -179,11 +180,8 @@ def read_plan(path: str | Path) -> SweepPlan:
     if file.sampler == "grid":
         _refuse_endless(path, search)
     first, base = _first_valid(path, tuple(file.config_file), fixed, search, file)
-    if "seed" in search and base.eval_protocol == "sampled":
-        raise InputError(
-            f"{path}: seed decides the candidates of eval_protocol: sampled, so trials could not be "
-            f"compared; take it out of search or use eval_protocol: full."
-        )
+    if "seed" in search:
+        _refuse_seeds(path, base)
     return SweepPlan(
         path=path,
         files=tuple(file.config_file),
@@ -241,6 +239,20 @@ def _refuse_keys(path: Path, fixed: Mapping[str, Any], search: Mapping[str, Any]
         if key in _NOT_COMPARABLE
     ]
     refuse(problems)
+
+
+def _refuse_seeds(path: Path, base: Config) -> None:
+    """Refuse to search the seed where it decides what trials are scored on."""
+    decided = {
+        "the candidates of eval_protocol: sampled": base.eval_protocol == "sampled",
+        "which users valid_users takes": base.valid_users is not None,
+        "the held-out items of tie_order: shuffle": base.tie_order == "shuffle",
+    }
+    for what in (what for what, decides in decided.items() if decides):
+        raise InputError(
+            f"{path}: seed decides {what}, so trials could not be compared; take it out of search, or "
+            f"drop that key."
+        )
 
 
 def _refuse_endless(path: Path, search: Mapping[str, Choice | Range]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
@@ -55,6 +55,10 @@ class ItemTable(nn.Module):
         id_dropout: in training mode, the share of id vectors left out, drawn for every occurrence
             of an item; without rescaling, so that what is left is the vector of an unseen item.
 
+    Attributes:
+        fitted_to: what trained weights depend on of the catalogue, and its fingerprint: the item order
+            where single items have weights, the set of items where a fixed map was fitted on them.
+
     Raises:
         ValueError: C differs from D and there is no adapter.
     """
@@ -74,6 +78,7 @@ class ItemTable(nn.Module):
         super().__init__()
         # Not persistent: the cache is on disk already and must not be copied into checkpoints.
         self.register_buffer("embeddings", embeddings, persistent=False)
+        self.fitted_to: Mapping[str, str] = {}
         width = embeddings.shape[1]
         self._dim = width if dim is None else dim
         self.id_dropout = id_dropout
@@ -101,6 +106,11 @@ class ItemTable(nn.Module):
     def num_items(self) -> int:
         """Number of items I, the padding item not counted."""
         return self.embeddings.shape[0] - 1
+
+    @property
+    def is_frozen(self) -> bool:
+        """Whether nothing of the vectors is trained."""
+        return not any(weight.requires_grad for weight in self.parameters())
 
     def adapt(self, numbers: Tensor) -> AdaptedItems:
         """Put the embeddings of some items through the adapter: int64 [U], sorted."""

@@ -209,13 +209,11 @@ class Recommender(nn.Module):
             return loss, terms + excluded.numel() - excluded.sum()
         cosine = settings.similarity == "cosine"
         log_counts: Tensor | None = None
-        masked = fillers
         if self.proposal is not None:
             log_counts = self.proposal.log_counts(in_batch, drawn)
-        if self.proposal is not None or not cosine:
-            # An estimate of the softmax must not count the positive twice, whatever nce_thres is.
-            same = targets.unsqueeze(1) == pool_ids
-            masked = same if fillers is None else same | fillers
+        # The positive is no negative of its own, whatever nce_thres is and id vectors are dropped.
+        same = targets.unsqueeze(1) == pool_ids
+        masked = same if fillers is None else same | fillers
         loss = losses.info_nce(
             states,
             positives,

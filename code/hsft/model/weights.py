@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -19,6 +19,8 @@ from hsft.utils.files import atomic_path
 
 ADAPTER_DIR = "adapter"
 REST_FILE = "trained.safetensors"
+# Keys of `ItemTable.fitted_to`, worded for an error.
+ITEM_ORDER, ITEM_SET = "item order", "set of items"
 # What the names of a trained ItemLLM's weights in a `Recommender` begin with.
 ITEM_LLM = "item_llm."
 
@@ -30,15 +32,15 @@ def save_trained(
 
     `adapter/` is a peft folder that `PeftModel.from_pretrained` reads; `trained.safetensors` holds
     the other trained weights (logit_scale, item adapter, or the whole decoder when all of it is
-    trained) by their names in the `Recommender`. `save_items` writes what belongs to a trained
-    ItemLLM beside them.
+    trained) by their names in the `Recommender`, with `ItemTable.fitted_to` as metadata.
+    `save_items` writes what belongs to a trained ItemLLM beside them.
     """
     peft_model = _peft_model(model)
     with atomic_path(folder) as temporary:
         temporary.mkdir(parents=True)
         if peft_model is not None:
             peft_model.save_pretrained(temporary / ADAPTER_DIR, save_embedding_layers=False)
-        save_file(rest_state(model), temporary / REST_FILE)
+        save_file(rest_state(model), temporary / REST_FILE, dict(model.encoder.items.fitted_to))
         if save_items is not None:
             save_items(temporary)
 
@@ -47,9 +49,10 @@ def load_trained(model: Recommender, folder: str | Path) -> None:
     """Load what `save_trained` wrote into a model built with the same configuration.
 
     Raises:
-        InputError: a file is missing, damaged, or belongs to another configuration.
+        InputError: a file is missing, damaged, or belongs to another configuration or catalogue.
     """
     folder = Path(folder)
+    refuse_other_catalogue(folder, model.encoder.items.fitted_to)
     peft_model = _peft_model(model)
     if peft_model is not None:
         from peft import set_peft_model_state_dict
@@ -82,6 +85,34 @@ def read_rest(folder: str | Path) -> dict[str, Tensor]:
         InputError: the file is missing or damaged.
     """
     return read_weights(Path(folder) / REST_FILE)
+
+
+def refuse_other_catalogue(folder: str | Path, fitted_to: Mapping[str, str]) -> None:
+    """Refuse weights of other items than those that there are now.
+
+    Weights of single items are stored in the order of the items' numbers. Weights of an earlier
+    version do not say what they were fitted to.
+
+    Args:
+        folder: as `save_trained` wrote it.
+        fitted_to: as `ItemTable.fitted_to`.
+
+    Raises:
+        InputError: the items, or their order, are others; or the file is missing or damaged.
+    """
+    path = Path(folder) / REST_FILE
+    try:
+        with safe_open(path, framework="pt") as file:
+            recorded = file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise _unreadable(path, error) from error
+    for what, fingerprint in fitted_to.items():
+        if recorded.get(what, fingerprint) != fingerprint:
+            raise InputError(
+                f"{folder} was trained on a catalogue with another {what}: the interactions, item_data or "
+                f"the item cache have changed since, and its weights do not fit the items as they are "
+                f"now; put the old files back, or say where they are with --data_path."
+            )
 
 
 def rest_state(model: Recommender) -> dict[str, Tensor]:
@@ -154,10 +185,16 @@ def read_weights(
     """
     try:
         return load_file(path)
-    except FileNotFoundError as error:
-        raise InputError(f"{path} does not exist; {lacking}.") from error
     except (SafetensorError, OSError) as error:
-        raise InputError(f"{path} is damaged: {one_line(error, 120)}.") from error
+        raise _unreadable(path, error, lacking) from error
+
+
+def _unreadable(
+    path: Path, error: Exception, lacking: str = "the run has no trained model there"
+) -> InputError:
+    if isinstance(error, FileNotFoundError):
+        return InputError(f"{path} does not exist; {lacking}.")
+    return InputError(f"{path} is damaged: {one_line(error, 120)}.")
 
 
 def _refuse_other_shapes(folder: Path, load: Any, model: Any, state: dict[str, Tensor]) -> None:

@@ -16,7 +16,7 @@ from torch import nn
 
 from hsft.config import Config
 from hsft.data.blocks import texts_in_blocks
-from hsft.data.cache import ItemCache, open_cache
+from hsft.data.cache import ItemCache, ids_fingerprint, open_cache
 from hsft.data.column_checks import find_twins, spelling_problem
 from hsft.data.dataset import CachedEmbeddingEvalDataset, CachedEmbeddingTrainDataset
 from hsft.data.files import cache_path, find_cache, user_llm_folder
@@ -55,6 +55,7 @@ from hsft.model.sasrec import build_sasrec
 from hsft.model.structure import DecoderSource
 from hsft.model.time_embedding import TimeEmbedding
 from hsft.model.user_llm import UserLLM
+from hsft.model.weights import ITEM_ORDER, ITEM_SET
 from hsft.trainer.fabric import (
     attention_kernel,
     choose_device,
@@ -597,6 +598,12 @@ def build_user_llm(config: Config, data: Data, fabric: Fabric, *, train: bool) -
         id_items=data.num_own_items if has_ids else None,
         id_dropout=config.item_id_dropout,
     )
+    if train:
+        table.fitted_to = _fitted_to(
+            data,
+            by_item=config.item_id_embedding,
+            by_catalogue=config.item_embedding_transform != "none",
+        )
     load_adapter(table, extra, trained=train and config.item_adapter != "none")
     if stored is not None:
         load_id_vectors(table, stored, item_ids, trained=train and config.item_id_embedding)
@@ -690,8 +697,26 @@ def build_id_model(config: Config, data: Data, fabric: Fabric) -> Recommender:
         model = _build_llm_id(config, num_items, fabric.device)
     else:
         model = {"sasrec": build_sasrec, "hstu": build_hstu}[config.model](config, num_items)
+    model.encoder.items.fitted_to = _fitted_to(data, by_item=True)
     freeze_prefixed(model, config)
     return model.to(fabric.device)
+
+
+def _fitted_to(data: Data, *, by_item: bool, by_catalogue: bool = False) -> dict[str, str]:
+    """Return `ItemTable.fitted_to` of a model that is trained.
+
+    Args:
+        data: the data.
+        by_item: whether single items have trained weights.
+        by_catalogue: whether a fixed map was fitted on the items.
+    """
+    item_ids = data.interactions.item_ids[1 : data.num_own_items + 1]
+    fitted_to = {}
+    if by_item:
+        fitted_to[ITEM_ORDER] = ids_fingerprint(item_ids)
+    if by_catalogue:
+        fitted_to[ITEM_SET] = ids_fingerprint(np.sort(item_ids))
+    return fitted_to
 
 
 def _build_llm_id(config: Config, num_items: int, device: torch.device) -> Recommender:
