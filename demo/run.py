@@ -11,7 +11,9 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from threading import Event
 from typing import IO, Any
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -49,16 +51,20 @@ class Steps:
     """The demo's commands, without the interpreter.
 
     Attributes:
-        first: what the models need.
-        tuning: the fine-tuning.
-        references: the other models, which run beside the fine-tuning.
-        last: what reads all runs.
+        llm: prepares the LLM, which takes as long as data, encoder and cache together.
+        data: interactions, encoder, and the items' cache.
+        tuning: the fine-tuning; needs both.
+        references: the other models, the last of which needs the LLM.
+        tables: what reads all runs.
+        example: recommends to a user.
     """
 
-    first: list[list[str]]
-    tuning: list[str]
+    llm: list[list[str]]
+    data: list[list[str]]
+    tuning: list[list[str]]
     references: list[list[str]]
-    last: list[list[str]]
+    tables: list[list[str]]
+    example: list[list[str]]
 
 
 def steps(full: bool) -> Steps:
@@ -69,15 +75,17 @@ def steps(full: bool) -> Steps:
     train = ["code/main.py", "--config_file"]
     finished = [*(f"{REFERENCES}/ml-100k-{name}" for name in ROWS), TUNED]
     return Steps(
-        first=[
+        llm=[["demo/prepare_llm.py"]],
+        data=[
             ["demo/prepare_data.py"],
             ["demo/prepare_encoder.py"],
-            ["demo/prepare_llm.py"],
             ["item_caching.py", "--config_file", *hllm],
         ],
         tuning=[
-            *(*train, *hllm, "--use_qlora", "True"),
-            *("--run_name", Path(TUNED).name, "--overwrite", "True"),
+            [
+                *(*train, *hllm, "--use_qlora", "True"),
+                *("--run_name", Path(TUNED).name, "--overwrite", "True"),
+            ]
         ],
         references=[
             [
@@ -87,11 +95,11 @@ def steps(full: bool) -> Steps:
             ]
             for name, flags in ROWS.items()
         ],
-        last=[
+        tables=[
             ["code/compare.py", *finished, "--out", RUNS],
             ["code/report.py", *finished, "--out", f"{RUNS}/report.html"],
-            ["code/recommend.py", "--run", TUNED, "--user", "196"],
         ],
+        example=[["code/recommend.py", "--run", TUNED, "--user", "196"]],
     )
 
 
@@ -111,9 +119,23 @@ def run(step: list[str], output: IO[str] | None = None, threads: int | None = No
     return done.returncode
 
 
-def run_all(commands: list[list[str]], **settings: Any) -> int:
-    """Run commands one after the other and return the first failing one's exit code, or 0."""
-    return next(filter(None, (run(step, **settings) for step in commands)), 0)
+def run_all(commands: list[list[str]], stop: Event, **settings: Any) -> int:
+    """Run commands one after the other.
+
+    Args:
+        commands: without the interpreter.
+        stop: no further command is run once it is set.
+        settings: as for `run`.
+
+    Returns:
+        The exit code of the one that failed, or 0.
+    """
+    for command in commands:
+        if stop.is_set():
+            return 0
+        if code := run(command, **settings):
+            return code
+    return 0
 
 
 def main(argv: Sequence[str]) -> int:
@@ -128,7 +150,7 @@ def main(argv: Sequence[str]) -> int:
     args = parser.parse_args(argv)
     began = time.perf_counter()
     plan = steps(args.full)
-    code = run_all(plan.first) or run_models(plan) or run_all(plan.last)
+    code = run_models(plan)
     if code:
         return code
     minutes = (time.perf_counter() - began) / 60
@@ -137,25 +159,35 @@ def main(argv: Sequence[str]) -> int:
 
 
 def run_models(plan: Steps) -> int:
-    """Fine-tune, with the other models beside it on half of the processor's cores each.
+    """Run the commands in two lanes on half of the processor's cores each.
 
-    Products of these small models gain little from a second core.
+    Products of these small models gain little from a second core. The fine-tuning waits for the item
+    cache, which is written while the LLM is prepared; the other models run beside it.
 
     Returns:
         The exit code of what failed, or 0.
     """
-    threads = max(1, (os.cpu_count() or 1) // 2)
+    stop = Event()
+    first = partial(run_all, stop=stop, threads=max(1, (os.cpu_count() or 1) // 2))
     log = ROOT / LOG
     log.parent.mkdir(parents=True, exist_ok=True)
     sys.stdout.write(
-        f"\n{len(plan.references)} other models run meanwhile, their output in {LOG}\n"
+        f"data, encoder, item cache and {len(plan.references)} other models run beside the LLM and "
+        f"its fine-tuning; their output is in {LOG}\n"
     )
     with log.open("w", encoding="utf-8") as output, ThreadPoolExecutor(1) as pool:
-        others = pool.submit(run_all, plan.references, output=output, threads=threads)
-        code = run(plan.tuning, threads=threads)
-        other_code = others.result()
+        second = partial(first, output=output)
+        data = pool.submit(second, plan.data)
+        references = pool.submit(lambda: data.result() or second(plan.references))
+        code = first(plan.llm) or data.result() or first(plan.tuning)
+        if code:
+            stop.set()
+        code = references.result() or code
+        if not code:
+            example = pool.submit(second, plan.example)
+            code = first(plan.tables) or example.result()
     sys.stdout.write(log.read_text(encoding="utf-8"))
-    return code or other_code
+    return code
 
 
 if __name__ == "__main__":

@@ -213,6 +213,9 @@ def test_ids_of_large_parquet_files_are_any_text(
     pq.write_table(pa.table({**columns, "user_id": ["a\0", *columns["user_id"][1:]]}), path)
     with pytest.raises(InputError, match="control character"):
         read_interactions(path)
+    pq.write_table(pa.table({**columns, "user_id": [""] * 400}), path)
+    with pytest.raises(InputError, match="user_id is empty"):
+        read_interactions(path)
 
 
 @pytest.mark.parametrize(

@@ -311,7 +311,7 @@ def _decoded(texts: np.ndarray, folder: Path) -> np.ndarray:
 
     parts = list(slices(len(texts), 1 << 16))
     longest = max(int(np.strings.str_len(decode(texts[part])).max()) for part in parts)
-    decoded = empty_column(len(texts), f"<U{longest}", folder)
+    decoded = empty_column(len(texts), f"<U{max(1, longest)}", folder)
     for part in parts:
         decoded[part] = decode(texts[part])
     return decoded

@@ -107,6 +107,11 @@ class ItemTable(nn.Module):
         """Number of items I, the padding item not counted."""
         return self.embeddings.shape[0] - 1
 
+    @property
+    def is_frozen(self) -> bool:
+        """Whether nothing of the vectors is trained."""
+        return not any(weight.requires_grad for weight in self.parameters())
+
     def adapt(self, numbers: Tensor) -> AdaptedItems:
         """Put the embeddings of some items through the adapter: int64 [U], sorted."""
         return AdaptedItems(numbers, self._adapt(self._read(numbers)))

@@ -20,12 +20,15 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 LOGIT_SCALE_INIT = math.log(1 / 0.07)
 LOGIT_SCALE_MAX = math.log(100)
 
+# Positions of a chunk of items, and of a block where all items' vectors are held.
 _FEWEST_POSITIONS = 4096
+_FEWEST_ROWS = 256
 _FLOATS_PER_ITEM_VALUE = 8
 
 
@@ -69,8 +72,8 @@ def info_nce(
         logit_scale: scalar, log of the factor; the caller keeps it in [0, ln 100].
         nce_thres: cosine above which a negative is masked.
         excluded: bool [T, P] further (position, negative) pairs to mask, or None.
-        budget_bytes: largest [block, P] float32 matrix held at once; larger ones are computed in
-            blocks of positions and recomputed in the backward pass.
+        budget_bytes: for the [T, P] float32 matrices held at once; larger ones are computed in
+            blocks of positions.
         weights: float32 [T], 1 for positions that count, 0 for others; None: all count.
         item_ids: int64 [T] of the positives and int64 [P] of the pool, for `counts`.
         counts: int64 [4], to which `count_negatives` of this call is added; None: not counted.
@@ -122,8 +125,7 @@ def info_nce(
         (queries, positives, weighted, ids),
         (pool, logit_scale),
         excluded,
-        len(pool) * 3,
-        budget_bytes,
+        _block_size(3 * len(pool), budget_bytes),
     )
     if counts is not None:
         counts += negatives
@@ -171,6 +173,10 @@ class Catalogue(Protocol):
     def dim(self) -> int:
         """Dimension D."""
 
+    @property
+    def is_frozen(self) -> bool:
+        """Whether no gradient goes through the vectors."""
+
     def chunks(self, size: int) -> list[Callable[[], Tensor]]:
         """Return one function per `size` items; calling it gives their vectors [size, D]."""
 
@@ -181,6 +187,7 @@ class _Matrix:
     def __init__(self, vectors: Tensor) -> None:
         self._vectors = vectors
         self.num_items, self.dim = vectors.shape
+        self.is_frozen = not vectors.requires_grad
 
     def chunks(self, size: int) -> list[Callable[[], Tensor]]:
         return split_chunks(self._vectors, size)
@@ -208,9 +215,11 @@ def catalogue_softmax(
 ) -> Tensor:
     """Softmax cross-entropy of the next item against every item of the catalogue.
 
-    Neither the logits [T, I] nor a float32 copy of the catalogue [I, D] need be held at once: the
-    log of the softmax's denominator is the logsumexp of those of chunks of items, and what a chunk
-    needs is computed again in the backward pass.
+    Neither the logits [T, I] nor a float32 copy of the catalogue [I, D] need be held at once. Where
+    the copy fits, the loss is summed over blocks of positions. Else the softmax goes through chunks
+    of items: of frozen ones once, with the gradient of the queries summed up along with the
+    denominator; where items have gradients too, what a chunk needs is computed again in the backward
+    pass, which knows the denominator of all chunks.
 
     Args:
         queries: [T, D] user vectors.
@@ -236,16 +245,27 @@ def catalogue_softmax(
         vectors = normalize(piece()) if cosine else piece().float()
         return _ChunkScores.apply(q, vectors, local)
 
-    whole = len(pieces) == 1 and rows >= len(queries)
+    def block(q: Tensor, t: Tensor, w: Tensor, vectors: Tensor, _: None) -> tuple[Tensor]:
+        normalizers, positives = _ChunkScores.apply(q, vectors, t)
+        return (((normalizers - positives) * w).sum(),)
+
+    if len(pieces) == 1:
+        vectors = normalize(pieces[0]()) if cosine else pieces[0]().float()
+        counted = _ones(queries) if weights is None else weights
+        (total,) = _sum_in_blocks(block, (queries, targets, counted), (vectors,), None, rows)
+        return total / _number_of_terms(queries, weights)
     total = queries.new_zeros(())
     for start in range(0, len(queries), rows):
         q, t = queries[start : start + rows], targets[start : start + rows]
-        chunks = [
-            chunk(q, t, piece) if whole else _recompute(chunk, q, t - number * size, piece)
-            for number, piece in enumerate(pieces)
-        ]
-        normalizers, positives = zip(*chunks, strict=True)
-        terms = torch.stack(normalizers).logsumexp(dim=0) - torch.stack(positives).sum(dim=0)
+        if catalogue.is_frozen:
+            terms = _FrozenSoftmax.apply(q, t, pieces, size, cosine)
+        else:
+            chunks = [
+                _recompute(chunk, q, t - number * size, piece)
+                for number, piece in enumerate(pieces)
+            ]
+            normalizers, positives = zip(*chunks, strict=True)
+            terms = torch.stack(normalizers).logsumexp(dim=0) - torch.stack(positives).sum(dim=0)
         total = total + (terms if weights is None else terms * weights[start : start + rows]).sum()
     return total / _number_of_terms(queries, weights)
 
@@ -267,9 +287,62 @@ def chunk_shape(positions: int, items: int, dim: int, budget_bytes: int) -> tupl
         (positions, items) per chunk, each at least 1.
     """
     floats = budget_bytes // 4
+    rows = min(positions, (floats - _FLOATS_PER_ITEM_VALUE * items * dim) // (2 * max(1, items)))
+    if rows >= min(positions, _FEWEST_ROWS):
+        return max(1, rows), max(1, items)
     # Few item vectors per chunk would be recomputed for every block of positions.
     rows = max(1, min(positions, max(4 * dim, _FEWEST_POSITIONS), floats // 16))
     return rows, max(1, min(items, floats // (2 * rows + _FLOATS_PER_ITEM_VALUE * dim)))
+
+
+class _FrozenSoftmax(torch.autograd.Function):
+    """Cross-entropy against chunks of items without gradient, each of which is read once.
+
+    Inputs: q [m, D] scaled queries, targets int64 [m], one function per chunk of `size` items.
+    Output: each position's loss, log sum_j exp(q v_j) - q v_target [m].
+
+    The gradient of a loss, sum_j softmax_j v_j - v_target, is a weighted sum as in attention: summed
+    up chunk by chunk relative to the largest score so far (online softmax: Milakov and Gimelshein
+    2018, arXiv 1805.02867).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        targets: Tensor,
+        pieces: list[Callable[[], Tensor]],
+        size: int,
+        cosine: bool,
+    ) -> Tensor:
+        largest = q.new_full((len(q), 1), -torch.inf)
+        total, positive = q.new_zeros(len(q), 1), q.new_zeros(len(q))
+        # Of the gradient: the sum over all items, and the target's vector.
+        summed = torch.zeros_like(q) if ctx.needs_input_grad[0] else None
+        target = None if summed is None else torch.zeros_like(q)
+        for number, piece in enumerate(pieces):
+            v = normalize(piece()) if cosine else piece().float()
+            scores = q @ v.T
+            local = targets - number * size
+            inside = ((local >= 0) & (local < len(v))).unsqueeze(1)
+            index = local.clamp(0, len(v) - 1)
+            positive += (scores.gather(1, index.unsqueeze(1)) * inside).squeeze(1)
+            before, largest = largest, torch.maximum(largest, scores.amax(dim=1, keepdim=True))
+            shrunk = (before - largest).exp_()
+            weights = scores.sub_(largest).exp_()
+            total = total.mul_(shrunk).add_(weights.sum(dim=1, keepdim=True))
+            if summed is not None and target is not None:
+                summed.mul_(shrunk).addmm_(weights, v)
+                target.addcmul_(v[index], inside)
+        if summed is not None and target is not None:
+            ctx.save_for_backward(summed.div_(total).sub_(target))
+        return (total.log() + largest).squeeze(1) - positive
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, factor: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * factor.unsqueeze(1), None, None, None, None
 
 
 class _ChunkScores(torch.autograd.Function):
@@ -344,10 +417,14 @@ def binary_cross_entropy(
     pairs = counted.sum() + len(queries) * len(pool)
     if excluded is not None:
         pairs = pairs - excluded.sum()
-    (total,) = _sum_in_blocks(
-        block, (queries, positives, counted), (pool,), excluded, len(pool) * 2, budget_bytes
-    )
+    size = _block_size(2 * len(pool), budget_bytes)
+    (total,) = _sum_in_blocks(block, (queries, positives, counted), (pool,), excluded, size)
     return total / pairs.clamp_min(1)
+
+
+def _block_size(floats_per_row: int, budget_bytes: int) -> int:
+    """Return how many rows keep their matrices within the budget."""
+    return max(1, budget_bytes // max(1, floats_per_row * 4))
 
 
 def _sum_in_blocks(
@@ -355,18 +432,70 @@ def _sum_in_blocks(
     rows: tuple[Tensor, ...],
     shared: tuple[Tensor, ...],
     excluded: Tensor | None,
-    floats_per_row: int,
-    budget_bytes: int,
+    size: int,
 ) -> tuple[Tensor, ...]:
-    """Sum what `block` returns over blocks of rows that keep its matrices within the budget."""
-    count = len(rows[0])
-    size = max(1, budget_bytes // max(1, floats_per_row * 4))
-    if count <= size:
+    """Sum what `block` returns over blocks of rows.
+
+    Args:
+        block: given slices of the rows, the shared tensors and a slice of `excluded`, returns a
+            scalar with gradient and tensors without.
+        rows: tensors [T, ...].
+        shared: tensors that every block reads.
+        excluded: [T, P] or None.
+        size: rows of a block.
+    """
+    if len(rows[0]) <= size:
         return block(*rows, *shared, excluded)
-    totals: list[Tensor] = []
-    for start in range(0, count, size):
-        part = tuple(row[start : start + size] for row in rows)
-        out = None if excluded is None else excluded[start : start + size]
-        sums = _recompute(block, *part, *shared, out)
-        totals = [a + b for a, b in zip(totals, sums, strict=True)] if totals else list(sums)
-    return tuple(totals)
+    sums: tuple[Tensor, ...] = _BlockSums.apply(block, size, excluded, len(rows), *rows, *shared)
+    return sums
+
+
+class _BlockSums(torch.autograd.Function):
+    """Sums over blocks of rows, whose gradients are computed along with them, block by block.
+
+    A loss is a scalar, so its gradient is known but for a factor as soon as it is computed. Nothing
+    of a block has to be kept for the backward pass, nor computed twice.
+
+    Outputs: the scalar that has a gradient, and the sums that have none.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        block: Callable[..., tuple[Tensor, ...]],
+        size: int,
+        excluded: Tensor | None,
+        num_rows: int,
+        *tensors: Tensor,
+    ) -> tuple[Tensor, ...]:
+        needed = ctx.needs_input_grad[-len(tensors) :]
+        gradients = [
+            torch.zeros_like(tensor) if need else None
+            for tensor, need in zip(tensors, needed, strict=True)
+        ]
+        totals: list[Tensor] = []
+        for start in range(0, len(tensors[0]), size):
+            part = slice(start, start + size)
+            leaves = [
+                (tensor[part] if number < num_rows else tensor).detach().requires_grad_(need)
+                for number, (tensor, need) in enumerate(zip(tensors, needed, strict=True))
+            ]
+            with torch.enable_grad():
+                sums = block(*leaves, None if excluded is None else excluded[part])
+            if any(needed):
+                wanted = [leaf for leaf, need in zip(leaves, needed, strict=True) if need]
+                parts = iter(torch.autograd.grad(sums[0], wanted))
+                for number, gradient in enumerate(gradients):
+                    if gradient is not None:
+                        (gradient[part] if number < num_rows else gradient).add_(next(parts))
+            sums = tuple(value.detach() for value in sums)
+            totals = [a + b for a, b in zip(totals, sums, strict=True)] if totals else list(sums)
+        ctx.save_for_backward(*gradients)
+        ctx.mark_non_differentiable(*totals[1:])
+        return tuple(totals)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, factor: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        gradients = (None if value is None else value * factor for value in ctx.saved_tensors)
+        return (None, None, None, None, *gradients)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from hsft.config import Config
+from hsft.data.blocks import SAMPLES_AT_ONCE, Column, slices
 from hsft.data.dataset import TrainBatch
 from hsft.data.split import Split, ragged_positions
 from hsft.model import losses
@@ -106,11 +107,16 @@ def neighbours(split: Split) -> tuple[np.ndarray, np.ndarray]:
     Returns:
         int64 [n] and int64 [n], the earlier and the later one.
     """
-    items = split.interactions.items.astype(np.int64)
+    items, folder = split.interactions.items, split.interactions.folder
     whole = split.train_segments(len(items) + 1)
-    later = ragged_positions(whole.starts + 1, whole.ends)
-    later = later[items[later] != items[later - 1]]
-    return items[later - 1], items[later]
+    left, right = Column(np.int64, folder), Column(np.int64, folder)
+    for some in slices(len(whole), SAMPLES_AT_ONCE):
+        later = ragged_positions(whole.starts[some] + 1, whole.ends[some])
+        earlier_items, later_items = items[later - 1], items[later]
+        unlike = earlier_items != later_items
+        left.append(earlier_items[unlike])
+        right.append(later_items[unlike])
+    return left.whole(), right.whole()
 
 
 def neighbour_loss(
