@@ -232,7 +232,7 @@ def load_comparison(run_dirs: Sequence[str | Path]) -> Comparison:
         if isinstance(overlap := result.get("pretraining_overlap"), str):
             notes.append(f"{name}: {one_line(overlap, 400)}")
     notes += _other_vectors(run_dirs, results)
-    notes += _told_times(rows, dict(zip(run_dirs, results, strict=True)))
+    notes += _told_times(rows, dict(zip(map(Path, run_dirs), results, strict=True)))
     first, config = results[0], results[0]["config"]
     columns = [(m, k) for m in config["metrics"] if m in list(PER_USER) for k in config["topk"]]
     title = f"{first['dataset']}, {first['phase']}, {len(rows[0].users)} users, {first['protocol']}"
