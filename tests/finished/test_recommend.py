@@ -298,11 +298,15 @@ BAD = {
     ),
     "model": (("--user", "u1", "--model", "best"), "", ["no model 'best'; it has untrained"]),
     "option": (("--user", "u1", "--top", "3"), "", ["--top", "--help"]),
-    "run": (("--run", "saved/none", "--user", "u1"), "", ["saved/none does not exist; name"]),
+    "run": (
+        ("--run", "saved/none", "--user", "u1"),
+        "",
+        ["saved/none does not exist; the runs in saved are run: name one"],
+    ),
     "a folder of runs": (
         ("--run", "saved", "--user", "u1"),
         "",
-        ["saved is no run: it has no config.yaml; the runs in it are saved/run: name one"],
+        ["saved is no run: it has no config.yaml; the runs in saved are run: name one"],
     ),
     "elsewhere": (
         ("--run", "moved", "--user", "u1"),

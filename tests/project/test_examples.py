@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -18,13 +19,13 @@ from tests.helpers import ROOT, make_cache, make_dataset
 
 EXAMPLES = ROOT / "tests" / "examples"
 PAGE = ROOT / "docs" / "architecture.md"
-NAMES = ("new_loss", "new_metric", "new_llm", "new_dataset")
+NAMES = ("new_loss", "new_metric", "new_llm", "new_model", "new_dataset")
 pytestmark = pytest.mark.skipif(shutil.which("git") is None, reason="git applies the changes")
 
 
 @pytest.fixture(scope="module")
 def changed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the code with all four changes, in a folder with tiny data."""
+    """A copy of the code with all the changes, in a folder with tiny data."""
     root = tmp_path_factory.mktemp("changed")
     shutil.copytree(ROOT / "code", root / "code", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "prepare_data.py", root)
@@ -106,6 +107,42 @@ def test_the_new_loss_by_hand(changed: Path) -> None:
     one, two = np.log1p(np.exp(1)), np.log1p(np.exp(-2))
     actual = [float(line) for line in python(changed, "-c", program).split()]
     assert actual == pytest.approx([(one + two) / 2, one], rel=1e-6)
+
+
+def test_a_model_of_ones_own_trains_on_the_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    program = EXAMPLES / "own_model.py"
+    page = (ROOT / "docs" / "python.md").read_text(encoding="utf-8")
+    assert program.read_text(encoding="utf-8") in re.findall(
+        r"```python\n(.*?)```", page, flags=re.DOTALL
+    )
+    make_dataset(tmp_path)
+    make_cache(tmp_path / "dataset" / "tiny_item_embeddings.safetensors")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [str(program), "tiny"])
+    runpy.run_path(str(program))
+    epochs = [
+        json.loads(text.replace("'", '"')) for text in re.findall(r"{.*}", capsys.readouterr().out)
+    ]
+    assert len(epochs) == 5
+    # Users walk along the items, which the order of a history tells and popularity does not.
+    assert epochs[-1]["NDCG@10"] > max(epochs[0]["NDCG@10"], 0.6)
+
+
+def test_a_new_model_trains_and_is_opened_again(changed: Path) -> None:
+    make_cache(changed / "dataset" / "tiny_item_embeddings.safetensors")
+    python(
+        changed,
+        *("code/main.py", "--config_file", "code/overall/LLM_ddp.yaml", "--dataset", "tiny"),
+        *("--model", "gru", "--epochs", "6", "--optim_args.learning_rate", "1e-2"),
+        *("--MAX_ITEM_LIST_LENGTH", "8", "--precision", "32-true", "--run_name", "gru"),
+    )
+    result = json.loads((changed / "saved" / "gru" / "result.json").read_text())
+    # Users walk along the items: the next one is certain from the last.
+    assert result["rows"][0]["metrics"]["Recall@5"] == 1.0
+    out = python(changed, "code/recommend.py", "--run", "saved/gru", "--history", "i4,i5", "--json")
+    assert json.loads(out)["recommendations"][0]["item_id"] == "i6"
 
 
 def test_a_new_dataset_is_prepared(changed: Path) -> None:

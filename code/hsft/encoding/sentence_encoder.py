@@ -306,6 +306,7 @@ def load_sentence_encoder(
         InputError: a file is missing, damaged or of a kind that is not supported.
     """
     from transformers import AutoModel
+    from transformers.utils import logging as transformers_logging
 
     if lora is not None and lora.quant_type != "none":
         raise InputError(
@@ -320,6 +321,7 @@ def load_sentence_encoder(
             f"the model in {folder} is an encoder with a decoder, which is not supported; name an "
             f"encoder such as BERT."
         )
+    transformers_logging.disable_progress_bar()
     try:
         model: Any = AutoModel.from_pretrained(
             part,

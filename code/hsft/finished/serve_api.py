@@ -371,7 +371,7 @@ class ServeApi:
             extended = extend_models(run, self._models)
             with self._busy:
                 self._models, self._catalogue = extended.apply(), catalogue
-        log.info("added %d items; there are %d.", len(request.items), catalogue.num_items)
+        log.info("items added: %d; items in all: %d.", len(request.items), catalogue.num_items)
         return {"added": len(request.items), "items": catalogue.num_items}
 
     def close(self, seconds: float) -> bool:

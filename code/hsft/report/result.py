@@ -57,15 +57,22 @@ def not_a_run(folder: Path, expected: str, lacking: str) -> InputError:
     """
     if not is_folder(folder):
         is_there = "is a file and no folder" if folder.exists() else "does not exist"
-        return InputError(f"{folder} {is_there}; name a folder that main.py made.")
+        return InputError(f"{folder} {is_there}; {_name_a_run(folder.parent)}.")
     if is_file(folder / CONFIG_FILE) and lacking == RESULT_FILE:
         return unfinished(folder)
-    inside = sorted(path.parent for path in folder.glob(f"*/{CONFIG_FILE}"))
-    remedy = "name a folder that main.py made"
-    if inside:
-        more = f" and {len(inside) - _LISTED} more" if len(inside) > _LISTED else ""
-        remedy = f"the runs in it are {', '.join(map(str, inside[:_LISTED]))}{more}: name one"
-    return InputError(f"{folder} is no {expected}: it has no {lacking}; {remedy}.")
+    return InputError(f"{folder} is no {expected}: it has no {lacking}; {_name_a_run(folder)}.")
+
+
+def _name_a_run(parent: Path) -> str:
+    """Return what to do where a folder is no run: name one of the runs in `parent`, if it has any."""
+    try:
+        inside = sorted(path.parent for path in parent.glob(f"*/{CONFIG_FILE}"))
+    except OSError:
+        inside = []
+    if not inside:
+        return "name the folder of a run"
+    more = f" and {len(inside) - _LISTED} more" if len(inside) > _LISTED else ""
+    return f"the runs in {parent} are {', '.join(path.name for path in inside[:_LISTED])}{more}: name one"
 
 
 def unfinished(folder: Path) -> InputError:
