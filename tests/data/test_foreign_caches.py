@@ -35,6 +35,15 @@ def test_a_matrix_and_its_ids(tmp_path: Path, dtype: Any) -> None:
     assert open_cache(path).item_ids == ["a", "b", "7"]
 
 
+@pytest.mark.parametrize("end", [".txt", ".json"])
+def test_a_byte_order_mark_is_no_part_of_an_id(tmp_path: Path, end: str) -> None:
+    path = tmp_path / "vectors.npy"
+    np.save(path, MATRIX)
+    text = "\r\n".join(IDS) + "\r\n" if end == ".txt" else json.dumps(IDS)
+    path.with_suffix(end).write_bytes(text.encode("utf-8-sig"))
+    assert open_cache(path).item_ids == IDS
+
+
 @pytest.mark.parametrize(
     ("matrix", "ids", "sentence"),
     [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -20,9 +21,12 @@ SAMPLED = replace(FULL, kind="sampled", candidates=2)
 
 
 def fingerprint(
-    histories: dict[str, list[str]], protocol: EvalProtocol = FULL, length: int = 8
+    histories: dict[str, list[str]],
+    protocol: EvalProtocol = FULL,
+    length: int = 8,
+    items: Sequence[str] = (),
 ) -> dict[str, str]:
-    items = list(dict.fromkeys(item for history in histories.values() for item in history))
+    items = [*items] or list(dict.fromkeys(item for each in histories.values() for item in each))
     numbers = [1 + items.index(item) for history in histories.values() for item in history]
     data = Interactions(
         items=np.array(numbers, dtype=np.int32),
@@ -79,6 +83,13 @@ def test_candidate_lists_depend_on_the_seed() -> None:
     ) == ["protocol"]
     # Full ranking draws nothing.
     assert fingerprint(HISTORIES, replace(FULL, seed=1)) == fingerprint(HISTORIES)
+
+
+def test_candidate_lists_depend_on_the_order_of_items() -> None:
+    """They are drawn by number, and numbers follow the rows of the file."""
+    one, other = fingerprint(HISTORIES, SAMPLED), fingerprint(HISTORIES, SAMPLED, items="dcba")
+    assert differing_parts(one, other) == ["order of items"]
+    assert fingerprint(HISTORIES, items="dcba") == fingerprint(HISTORIES)
 
 
 def test_hashes_are_over_sorted_ids() -> None:

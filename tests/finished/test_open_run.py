@@ -109,6 +109,10 @@ def test_keys_that_an_earlier_version_took_and_ignored(project: Project) -> None
     config = open_run("saved/run").config
     assert not config.use_qlora
     assert not config.gradient_checkpointing
+    early |= {"temperature": 0.1, "fix_temp": True, "eval_protocol": "sampled"}
+    file.write_text(yaml.safe_dump(settings | early | {"metrics": ["NDCG", "Coverage"]}))
+    config = open_run("saved/run", {"eval_neg_sample_num": 5}).config
+    assert (config.temperature, config.fix_temp, config.metrics) == (None, False, ["NDCG"])
     with pytest.raises(InputError, match="use_qlora adapts the weights of an LLM"):
         open_run("saved/run", {"use_qlora": True})
 

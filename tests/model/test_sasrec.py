@@ -113,6 +113,11 @@ def test_gated_layers_and_temperature_come_back_from_a_run(project: Project) -> 
     code, _, err = project.run("--temperature", "0.1", "--loss", "bce")
     assert code == 2
     assert "fix_temp and temperature belong to loss: nce" in err
+    dots = (("sasrec",), ("hstu", "--similarity", "dot"))
+    for model in dots:
+        code, _, err = project.run("--model", *model, "--temperature", "0.1")
+        assert code == 2
+        assert f"model: {model[0]} is trained with dot products here; add similarity: cosine" in err
 
 
 @pytest.mark.parametrize("similarity", ["auto", "cosine"])

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 import hsft
 from cold_start import main as cold_start_main
+from compare import main as compare_main
 from export import main as export_main
 from hsft.data.cache import save_cache
 from hsft.data.dataset import TrainCollate
@@ -194,6 +195,14 @@ def test_the_time_of_the_target_is_worth_something_and_only_where_given(project:
     )
     assert code == 0, err
     page = Path("page.html").read_text()
+    code, out, err = project.call(compare_main, ["saved/unknown", "saved/target"])
+    assert code == 0, err
+    told = "target is told the time of the held-out item (predict_at: target), and the others"
+    assert f"\n{told} are not: that is another task" in out
+    assert told in page
+    code, out, err = project.call(compare_main, ["saved/unknown"])
+    assert code == 0, err
+    assert "another task" not in out
     assert "ranks computed now differ" not in page
     assert page.count("Rank of the held-out item: ") == 4
 

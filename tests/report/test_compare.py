@@ -280,6 +280,11 @@ def test_lists_of_candidates_are_refused(project: Project) -> None:
     )
     assert code == 2
     assert "list_metrics are of lists of the whole catalogue" in err
+    code, _, err = project.run(
+        *("--model", "pop", "--eval_protocol", "sampled", "--metrics", "[NDCG, Coverage]")
+    )
+    assert code == 2
+    assert "Coverage is of lists of the whole catalogue" in err
 
 
 def rows_of_file(project: Project) -> list[list[str]]:
@@ -394,7 +399,7 @@ def test_optional_parts_of_a_training_are_named_where_they_are_set() -> None:
     named = compare._settings({"config": Config().model_dump(mode="json")}, compare.TUNED)
     assert "negatives sampled, num_negatives 512" in named
     assert "negatives_logq True" in named
-    sasrec = Config(model="sasrec", temperature=0.1).model_dump(mode="json")
+    sasrec = Config(model="sasrec", similarity="cosine", temperature=0.1).model_dump(mode="json")
     assert "temperature 0.1" in compare._settings({"config": sasrec}, "sasrec")
     timed = Config(model="hstu", use_timestamps=True, predict_at="target").model_dump(mode="json")
     named = compare._settings({"config": timed}, "hstu")

@@ -1006,6 +1006,11 @@ class Config(_Section):
                 "list_metrics are of lists of the whole catalogue, and eval_protocol: sampled ranks "
                 "none; use eval_protocol: full or drop list_metrics"
             )
+        if "Coverage" in self.metrics and self.eval_protocol != "full":
+            raise ValueError(
+                "Coverage is of lists of the whole catalogue, and eval_protocol: sampled ranks none; "
+                "use eval_protocol: full or take it out of metrics"
+            )
         if self.negatives == "catalogue" and self.loss != "nce":
             raise ValueError("negatives: catalogue is a full softmax and needs loss: nce")
         if self.negatives in ("catalogue", "per_sequence") and self.num_negatives is not None:
@@ -1138,6 +1143,12 @@ class Config(_Section):
         if self.gradient_checkpointing and not self.has_user_llm:
             raise ValueError(
                 f"gradient_checkpointing belongs to an LLM, not to model: {self.model}; drop it"
+            )
+        by_dot = self.model == "sasrec" if self.similarity == "auto" else self.similarity == "dot"
+        if by_dot and (self.fix_temp or self.temperature is not None):
+            raise ValueError(
+                f"fix_temp and temperature are of cosines, and model: {self.model} is trained with dot "
+                f"products here; add similarity: cosine or drop them"
             )
         if self.loss != "nce":
             raise ValueError(

@@ -382,7 +382,7 @@ def _ids_beside(path: Path) -> list[str]:
         if not is_file(file):
             continue
         try:
-            text = file.read_text(encoding="utf-8")
+            text = file.read_text(encoding="utf-8-sig")
             ids = json.loads(text) if file == listed else text.splitlines()
         except (OSError, ValueError, RecursionError) as error:
             raise InputError(

@@ -32,7 +32,8 @@ def evaluation_fingerprint(
     Returns:
         Part -> first 32 hex digits of a SHA-256: `users`, `order of users`, `held-out items` (each
         user's target), `catalogue` (all item ids), `histories` (what comes before the targets, and
-        so which items are masked), `split` (its kind and times) and `protocol`.
+        so which items are masked), `split` (its kind and times) and `protocol`; of sampled candidates
+        also `order of items`, by whose numbers they are drawn.
     """
     from hsft.data.blocks import SAMPLES_AT_ONCE, slices
     from hsft.data.split import ragged_positions
@@ -61,9 +62,10 @@ def evaluation_fingerprint(
             yield sorted_number[data.items[rows]]
         yield from (segments.ends[some] - segments.starts[some] for some in samples())
 
-    kind = [protocol.kind]
+    kind, more = [protocol.kind], {}
     if protocol.kind == "sampled":
         kind += [str(protocol.candidates), str(protocol.seed)]
+        more["order of items"] = _hash_ids(lambda: iter([item_ids]))
     return {
         "users": _hash_ids(user_ids),
         "order of users": _hash_arrays(samples()),
@@ -72,6 +74,7 @@ def evaluation_fingerprint(
         "histories": _hash_arrays(histories()),
         "split": _hash_ids(lambda: iter([np.array([dataset.split.identity], dtype=object)])),
         "protocol": _hash_ids(lambda: iter([np.array(kind, dtype=object)])),
+        **more,
     }
 
 

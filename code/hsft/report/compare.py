@@ -232,6 +232,7 @@ def load_comparison(run_dirs: Sequence[str | Path]) -> Comparison:
         if isinstance(overlap := result.get("pretraining_overlap"), str):
             notes.append(f"{name}: {one_line(overlap, 400)}")
     notes += _other_vectors(run_dirs, results)
+    notes += _told_times(rows, dict(zip(map(Path, run_dirs), results, strict=True)))
     first, config = results[0], results[0]["config"]
     columns = [(m, k) for m in config["metrics"] if m in list(PER_USER) for k in config["topk"]]
     title = f"{first['dataset']}, {first['phase']}, {len(rows[0].users)} users, {first['protocol']}"
@@ -301,6 +302,24 @@ def _other_vectors(
         f"{_and(others)}: IntraListSimilarity is by other item embeddings than that of "
         f"{measured[0][0]}, so that the two cannot be compared."
     ]
+
+
+def _told_times(rows: Sequence[Row], results: Mapping[Path, Mapping[str, Any]]) -> list[str]:
+    """Name rows that are told when the held-out item comes, where others are not."""
+    told = [row.name for row in rows if _is_told(results[row.folder]["config"], row.model)]
+    if len(told) in (0, len(rows)):
+        return []
+    verb = "is" if len(told) == 1 else "are"
+    return [
+        f"{_and(told)} {verb} told the time of the held-out item (predict_at: target), and the others are "
+        f"not: that is another task, so that the tests say nothing about which model is better."
+    ]
+
+
+def _is_told(config: Mapping[str, Any], model: str) -> bool:
+    """Say whether a row's model reads the time for which it predicts."""
+    timed = bool(config.get("use_timestamps")) and config.get("predict_at") == "target"
+    return timed and model in TRAINED
 
 
 def _fingerprint(result: Mapping[str, Any]) -> Mapping[str, str]:

@@ -270,6 +270,27 @@ def refuse_other_user_llm(folder: Path, config: Config) -> None:
         )
 
 
+def _without_use(stored: Mapping[str, Any]) -> dict[str, Any]:
+    """Return other values for keys that runs were once started with and had no use of.
+
+    New runs are refused for them.
+
+    Args:
+        stored: a run's configuration, as it was written.
+    """
+    changes: dict[str, Any] = {}
+    model = stored.get("model", "HLLM")
+    if model not in USER_LLM_MODELS:
+        changes |= {"use_qlora": False, "gradient_checkpointing": False}
+    by_dot = "auto" if model == "sasrec" else "dot"
+    if model in ID_MODELS and stored.get("similarity") in ("dot", by_dot):
+        changes |= {"temperature": None, "fix_temp": False}
+    metrics = stored.get("metrics")
+    if stored.get("eval_protocol") == "sampled" and isinstance(metrics, list):
+        changes["metrics"] = [name for name in metrics if name != "Coverage"]
+    return changes
+
+
 def run_config(folder: Path, overrides: Mapping[str, Any] | None = None) -> Config:
     """Read a run's configuration, for use in one process.
 
@@ -290,9 +311,6 @@ def run_config(folder: Path, overrides: Mapping[str, Any] | None = None) -> Conf
         inside = {"data_path": folder / DATA_DIR, "text_path": folder / INFORMATION_DIR}
         alone |= {key: str(path) for key, path in inside.items() if is_folder(path)}
         alone["trust_remote_code"] = False
-    if read_yaml_file(folder / CONFIG_FILE).get("model", "HLLM") not in USER_LLM_MODELS:
-        # Refused for a new run of a model without an LLM; runs once started with them had no use of
-        # them.
-        alone |= {"use_qlora": False, "gradient_checkpointing": False}
+    alone |= _without_use(read_yaml_file(folder / CONFIG_FILE))
     config, _ = load_config([folder / CONFIG_FILE], {**alone, **(overrides or {})})
     return config
