@@ -236,3 +236,15 @@ def test_a_run_with_times_goes_on_after_an_interruption(
         opened.recommend(scorer, [history], 3, times=[given]).scores for given in (times, later)
     )
     assert not np.allclose(first, second)
+
+
+@pytest.mark.parametrize("item_width", [None, 4])
+def test_weights_may_be_16_bit_throughout(item_width: int | None) -> None:
+    """As under `precision: bf16-true`, with item vectors that a map brings to the layers' width."""
+    torch.manual_seed(0)
+    model = HSTU(9, 5, dim=8, layers=2, heads=2, dropout=0.0, item_width=item_width).eval()
+    history = torch.tensor([[1, 2, 3], [4, 5, 0]])
+    exact = model(history)
+    rounded = model.bfloat16()(history)
+    assert rounded.dtype == torch.bfloat16
+    torch.testing.assert_close(rounded.float(), exact, rtol=0.05, atol=0.05)

@@ -217,6 +217,16 @@ def test_a_stopped_run_goes_on_with_its_time_embedding(
     with monkeypatch.context() as patch:
         patch.setattr(loop, "update", at_step(3, send(signal.SIGTERM)))
         assert project.run(*TRAIN, *more, "stopped")[0] == 143
+    # The same items in the same order, at other times.
+    path = project.root / "dataset" / "tiny.csv"
+    text = path.read_text()
+    head, *rows = [line.rsplit(",", 1) for line in text.splitlines()]
+    later = [",".join(head), *(f"{row},{int(time) + 86_400}" for row, time in rows)]
+    path.write_text("\n".join(later) + "\n")
+    code, _, err = project.run(*TRAIN, *more, "stopped", "--auto_resume", "True")
+    assert code == 2
+    assert "was trained on other data" in err
+    path.write_text(text)
     code, _, err = project.run(*TRAIN, *more, "stopped", "--auto_resume", "True")
     assert code == 0, err
     results = [read_result(f"saved/{name}") for name in ("whole", "stopped")]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from hashlib import sha256
 
 import numpy as np
 
@@ -36,6 +37,11 @@ class ItemTimes:
     def width(self) -> int:
         """Number of fields F of a position."""
         return (1 if self.raw else len(FIELD_SIZES)) * (2 if self.of_next else 1)
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the times, in hexadecimal digits."""
+        return sha256(np.ascontiguousarray(self.seconds).data).hexdigest()
 
     def fields(self, starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
         """Return the fields of the items starts[i]..ends[i] - 1, each row's next item at ends[i].

@@ -182,7 +182,9 @@ class HSTU(SequenceEncoder):
         else:
             reads = own_history(positions)
         embedded = position_vectors(self.positions, length, positions)
-        states: Tensor = self.input_dropout(self.items(history) + embedded)
+        # Mapped item vectors are float32 whatever the weights are, as scores need them.
+        read = (self.items(history) + embedded).to(self.positions.dtype)
+        states: Tensor = self.input_dropout(read)
         buckets = None if times is None else time_buckets(times[..., -1], times[..., 0])
         for layer in self.layers:
             states = layer(states, reads, buckets)

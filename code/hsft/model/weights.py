@@ -40,7 +40,9 @@ def save_trained(
         temporary.mkdir(parents=True)
         if peft_model is not None:
             peft_model.save_pretrained(temporary / ADAPTER_DIR, save_embedding_layers=False)
-        save_file(rest_state(model), temporary / REST_FILE, dict(model.encoder.items.fitted_to))
+        # Of no tensors and empty metadata safetensors writes a file that it does not read.
+        metadata = dict(model.encoder.items.fitted_to) or None
+        save_file(rest_state(model), temporary / REST_FILE, metadata)
         if save_items is not None:
             save_items(temporary)
 

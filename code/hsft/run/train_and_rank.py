@@ -19,7 +19,7 @@ from hsft.config import Config
 from hsft.config.schema import ID_MODELS, REFERENCES
 from hsft.data.dataset import CachedEmbeddingTrainDataset, TrainCollate
 from hsft.data.dataset.packing import Buckets
-from hsft.data.time_fields import item_times
+from hsft.data.time_fields import ItemTimes, item_times
 from hsft.evaluator.evaluator import Evaluation, Evaluator, Scorer
 from hsft.evaluator.fingerprint import evaluation_fingerprint
 from hsft.evaluator.metrics import per_user
@@ -328,6 +328,9 @@ def _train_and_evaluate_model(
     config, fabric = run.config, run.fabric
     items = pretrained = None
     fingerprint = data.fingerprint
+    times = item_times(config, data.interactions)
+    if times is not None:
+        fingerprint = f"{fingerprint} {times.fingerprint}"
     name = TUNED if config.model == "HLLM" else config.model
     if config.model in ID_MODELS:
         model = build_id_model(config, data, fabric)
@@ -341,7 +344,7 @@ def _train_and_evaluate_model(
             items = build_item_training(config, data, fabric, model.encoder.items, pretrained)
             fingerprint = f"{fingerprint} {items.fingerprint}"
     run.session.lap("model")
-    state, training = _train(run, data, model, items, fingerprint)
+    state, training = _train(run, data, model, items, times, fingerprint)
     run.session.lap("training")
     evaluation = evaluate(config, model, final, fabric)
     run.session.lap("evaluation")
@@ -445,10 +448,14 @@ def _scoring(
 
 
 def _train(
-    run: RunContext, data: Data, model: Recommender, items: ItemTraining | None, fingerprint: str
+    run: RunContext,
+    data: Data,
+    model: Recommender,
+    items: ItemTraining | None,
+    times: ItemTimes | None,
+    fingerprint: str,
 ) -> tuple[TrainState, dict[str, Any]]:
     config, fabric = run.config, run.fabric
-    times = item_times(config, data.interactions)
     dataset = CachedEmbeddingTrainDataset(data.split, config.MAX_ITEM_LIST_LENGTH, times)
     check_training(config, data.split, dataset)
     if config.negatives_logq:
