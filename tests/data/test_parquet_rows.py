@@ -65,6 +65,38 @@ def test_numbers_and_times_are_taken_as_they_are(tmp_path: Path) -> None:
     assert actual.timestamps.tolist() == [1704067200000, 1704153600000, 1704240000000]
 
 
+@pytest.mark.parametrize("large", [False, True])
+@pytest.mark.parametrize(
+    ("column", "values", "sentence"),
+    [
+        ("item_id", np.array([16_777_216, 7, 8], dtype=np.float32), None),
+        ("item_id", np.array([16_777_218, 7, 8], dtype=np.float32), "above 16,777,216, and has 16,777,218"),
+        ("timestamp", np.array([1.7e9, 1.7e9, 1.7e9], dtype=np.float32), "timestamp is of type float, which"),
+        ("user_id", np.array([1e16, 1, 1]), "user_id is of type double, which rounds"),
+        ("timestamp", np.array([True, False, True]), "timestamp is of type bool"),
+    ],
+)  # fmt: skip
+def test_types_that_round_ids_or_times_are_refused(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    large: bool,
+    column: str,
+    values: np.ndarray,
+    sentence: str | None,
+) -> None:
+    if large:
+        monkeypatch.setattr(blocks, "LARGE_BYTES", 1)
+    path = tmp_path / "a.parquet"
+    price = np.array([1e9, 1, 2], dtype=np.float32)
+    table = {"item_id": [7, 8, 7], "user_id": [1, 1, 1], "timestamp": [3, 1, 2], "price": price}
+    pq.write_table(pa.table({**table, column: values}), path)
+    if sentence is None:
+        assert read_interactions(path).num_items == 3
+        return
+    with pytest.raises(InputError, match=sentence):
+        read_interactions(path)
+
+
 def test_a_run_reads_parquet(project: Project) -> None:
     csv = project.run("--val_only", "True", "--run_name", "csv")
     assert csv[0] == 0, csv[2]

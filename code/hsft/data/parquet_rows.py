@@ -17,6 +17,10 @@ if TYPE_CHECKING:
 SUFFIX = ".parquet"
 # Rows that are in memory at a time.
 _BATCH = 1 << 17
+# Columns whose numbers tell things apart, so that none may be rounded.
+_EXACT = ("item_id", "user_id", "timestamp")
+# Whole numbers up to here are exact in floating-point numbers of so many bits.
+_LARGEST_EXACT = {16: 1 << 11, 32: 1 << 24, 64: 1 << 53}
 
 
 def is_parquet(path: str | Path) -> bool:
@@ -80,6 +84,7 @@ def parquet_columns(
 
     for batch in batches:
         columns = [_texts(path, name, batch.column(name)).dictionary_encode() for name in ids]
+        _check_exact(path, number, batch.column(number))
         try:
             numbers = batch.column(number).cast(pa.int64())
         except pa.ArrowException:
@@ -180,6 +185,8 @@ def _texts(path: Path, name: str, column: pa.Array) -> pa.Array:
     try:
         if pa.types.is_dictionary(kind):
             column, kind = column.dictionary_decode(), kind.value_type
+        if name in _EXACT:
+            _check_exact(path, name, column)
         if pa.types.is_timestamp(kind):
             column = column.cast(pa.int64())
         elif pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
@@ -190,3 +197,26 @@ def _texts(path: Path, name: str, column: pa.Array) -> pa.Array:
             f"{path}: the column {one_line(name, 40)} is of type {one_line(kind, 40)}, where texts, "
             f"numbers or times are read; write it as text."
         ) from error
+
+
+def _check_exact(path: Path, name: str, column: pa.Array) -> None:
+    """Refuse a column of ids or times whose type cannot tell its numbers apart.
+
+    Raises:
+        InputError: numbers are too large for their floating-point type, or times are True or False.
+    """
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    kind = column.type
+    if pa.types.is_boolean(kind) and name == "timestamp":
+        raise InputError(f"{path}: timestamp is of type bool; write whole numbers or times.")
+    if not pa.types.is_floating(kind):
+        return
+    limit = _LARGEST_EXACT[kind.bit_width]
+    largest = pc.max(pc.abs(column.cast(pa.float64()))).as_py()
+    if largest is not None and largest > limit:
+        raise InputError(
+            f"{path}: {name} is of type {kind}, which rounds numbers above {limit:,}, and has "
+            f"{largest:,.0f}; write it as text or whole numbers before it is rounded."
+        )
