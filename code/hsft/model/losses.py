@@ -75,7 +75,8 @@ def info_nce(
         budget_bytes: for the [T, P] float32 matrices held at once; larger ones are computed in
             blocks of positions.
         weights: float32 [T], 1 for positions that count, 0 for others; None: all count.
-        item_ids: int64 [T] of the positives and int64 [P] of the pool, for `counts`.
+        item_ids: int64 [T] of the positives and int64 [P] of the pool: a position's own item is no
+            negative, whatever `nce_thres` is and however its vectors differ. None: not known.
         counts: int64 [4], to which `count_negatives` of this call is added; None: not counted.
         log_counts: float32 [P], log n_j of the pool's items, without gradient; None: not corrected.
         cosine: score by cosine; else by dot product, under which `nce_thres` masks nothing.
@@ -88,6 +89,18 @@ def info_nce(
     queries, positives = scored(queries), scored(positives)
     pool = positives if same else scored(pool)
 
+    @torch.no_grad()
+    def mask(
+        p: Tensor, w: Tensor, ids: Tensor, pool: Tensor, out: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        same = ids.unsqueeze(1) == pool_ids
+        masked = same if out is None else same | out
+        if cosine:
+            masked = masked | (p @ pool.T > nce_thres)
+        if counts is None:
+            return masked, w.new_zeros(4, dtype=torch.int64)
+        return masked, count_negatives(masked, out, same, w)
+
     def block(
         q: Tensor,
         p: Tensor,
@@ -97,17 +110,7 @@ def info_nce(
         scale: Tensor,
         out: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        with torch.no_grad():
-            masked = (
-                p @ pool.T > nce_thres
-                if cosine
-                else torch.zeros((len(p), len(pool)), dtype=torch.bool, device=p.device)
-            )
-            if out is not None:
-                masked |= out
-            negatives = w.new_zeros(4, dtype=torch.int64)
-            if counts is not None:
-                negatives = count_negatives(masked, out, ids.unsqueeze(1) == pool_ids, w)
+        masked, negatives = mask(p, w, ids, pool, out)
         negative = (q @ pool.T) * scale.exp()
         if log_counts is not None:
             negative = negative - log_counts

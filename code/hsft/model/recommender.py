@@ -211,16 +211,13 @@ class Recommender(nn.Module):
         log_counts: Tensor | None = None
         if self.proposal is not None:
             log_counts = self.proposal.log_counts(in_batch, drawn)
-        # The positive is no negative of its own, whatever nce_thres is and id vectors are dropped.
-        same = targets.unsqueeze(1) == pool_ids
-        masked = same if fillers is None else same | fillers
         loss = losses.info_nce(
             states,
             positives,
             pool,
             scale,
             settings.nce_thres,
-            masked,
+            fillers,
             settings.budget_bytes,
             weights,
             (targets, pool_ids),
