@@ -42,7 +42,7 @@ def save_trained(
             peft_model.save_pretrained(temporary / ADAPTER_DIR, save_embedding_layers=False)
         # Of no tensors and empty metadata safetensors writes a file that it does not read.
         metadata = dict(model.encoder.items.fitted_to) or None
-        save_file(rest_state(model), temporary / REST_FILE, metadata)
+        save_file(rest_state(model), temporary / REST_FILE, metadata=metadata)
         if save_items is not None:
             save_items(temporary)
 
