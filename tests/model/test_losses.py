@@ -252,12 +252,31 @@ def test_no_positions_give_zero_not_nan() -> None:
 
 
 def plain_softmax(
-    q: torch.Tensor, items: torch.Tensor, targets: torch.Tensor, scale: torch.Tensor, cosine: bool
+    q: torch.Tensor,
+    items: torch.Tensor,
+    targets: torch.Tensor,
+    scale: torch.Tensor,
+    cosine: bool,
+    weights: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Materialise everything, as the formula reads."""
     if cosine:
         q, items = (torch.nn.functional.normalize(x, dim=-1) for x in (q, items))
-    return torch.nn.functional.cross_entropy(scale.exp() * q @ items.T, targets)
+    logits = scale.exp() * q @ items.T
+    terms = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+    return terms.mean() if weights is None else (terms * weights).sum() / weights.sum()
+
+
+def loss_and_gradients(
+    table: ItemTable, q: torch.Tensor, loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+) -> list[torch.Tensor | None]:
+    """Return three times a loss of queries and scale, and its gradients, the table's last."""
+    table.zero_grad()
+    query = q.clone().requires_grad_()
+    scale = torch.tensor(1.5, requires_grad=True)
+    value = 3 * loss(query, scale)
+    value.backward()
+    return [value, query.grad, scale.grad, *(p.grad for p in table.parameters())]
 
 
 @given(
@@ -278,20 +297,21 @@ def test_a_chunked_catalogue_has_the_plain_loss_and_gradients(
     for weight in table.parameters():
         weight.data = torch.randn(weight.shape, generator=generator) * 0.3
     targets = torch.randint(count, (rows,), generator=generator)
-    actual = []
-    for plain in (False, True):
-        table.zero_grad()
-        query = q.clone().requires_grad_()
-        scale = torch.tensor(1.5, requires_grad=True)
-        if plain:
-            loss = plain_softmax(query, table.slice(1, count + 1), targets, scale, cosine)
-        else:
-            loss = losses.catalogue_softmax(
-                query, table, targets, scale, cosine=cosine, budget_bytes=budget
-            )
-        loss.backward()
-        actual.append([loss, query.grad, scale.grad, *(p.grad for p in table.parameters())])
-    for one, other in zip(*actual, strict=True):
+    actual = loss_and_gradients(
+        table,
+        q,
+        lambda query, scale: losses.catalogue_softmax(
+            query, table, targets, scale, cosine=cosine, budget_bytes=budget
+        ),
+    )
+    expected = loss_and_gradients(
+        table,
+        q,
+        lambda query, scale: plain_softmax(
+            query, table.slice(1, count + 1), targets, scale, cosine
+        ),
+    )
+    for one, other in zip(actual, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=2e-4, atol=2e-5)
 
 
@@ -311,32 +331,25 @@ def test_blocks_of_positions_and_chunks_of_items_have_the_plain_loss_and_gradien
     # A score far above the others, first met in the last chunk, and one in the first.
     q = 3 * torch.randn(positions, dim, generator=generator)
     table.embeddings[[1, -1]] *= 20
-    outcomes = []
-    for plain in (True, False):
-        table.zero_grad()
-        query = q.clone().requires_grad_()
-        scale = torch.tensor(1.0, requires_grad=True)
-        if plain:
-            vectors = table.slice(1, items + 1).float()
-            scored = query / (query.norm(dim=-1, keepdim=True) if cosine else 1)
-            vectors = vectors / (vectors.norm(dim=-1, keepdim=True) if cosine else 1)
-            logits = scale.exp() * scored @ vectors.T
-            terms = logits.logsumexp(dim=-1) - logits[torch.arange(positions), targets]
-            loss = (terms * weights).sum() / weights.sum()
-        else:
-            loss = losses.catalogue_softmax(
-                *(query, table, targets, scale),
-                cosine=cosine,
-                budget_bytes=budget,
-                weights=weights,
-            )
-        (3 * loss).backward()
-        trained = [weight.grad for weight in table.parameters()]
-        assert len(trained) == (adapter == "linear")
-        assert table.is_frozen == (not trained)
-        outcomes.append([loss, query.grad, scale.grad, *trained])
-    for expected, actual in zip(*outcomes, strict=True):
-        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+    actual = loss_and_gradients(
+        table,
+        q,
+        lambda query, scale: losses.catalogue_softmax(
+            *(query, table, targets, scale), cosine=cosine, budget_bytes=budget, weights=weights
+        ),
+    )
+    expected = loss_and_gradients(
+        table,
+        q,
+        lambda query, scale: plain_softmax(
+            *(query, table.slice(1, items + 1).float(), targets, scale, cosine, weights)
+        ),
+    )
+    trained = list(table.parameters())
+    assert len(trained) == (adapter == "linear")
+    assert table.is_frozen == (not trained)
+    for one, other in zip(actual, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
 def test_blocks_leave_out_gradients_that_nobody_asks_for() -> None:

@@ -176,6 +176,14 @@ def empty_column(count: int, dtype: type | np.dtype | str, folder: Path | None) 
         return _mapped(file, count, dtype)
 
 
+def offsets_of(counts: np.ndarray, folder: Path | None) -> np.ndarray:
+    """Return where each one's rows begin, given how many it has: int64 [n] -> int64 [n + 1]."""
+    offsets = empty_column(len(counts) + 1, np.int64, folder)
+    offsets[0] = 0
+    np.cumsum(counts, out=offsets[1:])
+    return offsets
+
+
 @contextmanager
 def _writing(folder: Path | None) -> Iterator[None]:
     try:

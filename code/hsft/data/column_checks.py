@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from hsft.data.blocks import empty_column, slices, texts_in_blocks
-from hsft.utils.errors import one_line, refuse
+from hsft.utils.errors import counted, one_line, refuse
 
 # All doubles up to here are exact for whole numbers.
 _EXACT_DOUBLE = 1 << 53
@@ -279,10 +279,6 @@ def sentences(
     return warnings
 
 
-def _rows(count: int) -> str:
-    return "1 row" if count == 1 else f"{count:,} rows"
-
-
 def _shape_finding(
     column: str, ids: np.ndarray, codes: np.ndarray | None, marked: np.ndarray, shape: _Shape
 ) -> Finding:
@@ -304,7 +300,7 @@ def _shape_finding(
         )
     looks = "is" if shape.certain else "may be"
     return Finding(
-        f"{column} {shown}{more} ({_rows(rows)}) {looks} {shape.text}",
+        f"{column} {shown}{more} ({counted(rows, 'row')}) {looks} {shape.text}",
         shape.remedy,
         shape.certain,
         index,

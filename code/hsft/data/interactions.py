@@ -19,6 +19,7 @@ from hsft.data.blocks import (
     Column,
     empty_column,
     folder_for_blocks,
+    offsets_of,
     order_rows,
     slices,
     sort_rows,
@@ -140,9 +141,7 @@ def read_interactions(
     warnings = _check_columns(path, columns, row_of)
     (item_codes, user_codes), (item_ids, user_ids) = columns.codes, columns.ids
     timestamps, folder = columns.numbers, columns.folder
-    offsets = empty_column(len(user_ids) + 1, np.int64, folder)
-    offsets[0] = 0
-    np.cumsum(_count_rows(user_codes, len(user_ids), folder), out=offsets[1:])
+    offsets = offsets_of(_count_rows(user_codes, len(user_ids), folder), folder)
     rng = np.random.default_rng(seed) if tie_order == "shuffle" else None
     if folder is not None:
         order = None if rng is None else _permutation(len(timestamps), rng, folder)
@@ -272,17 +271,13 @@ def drop_items(interactions: Interactions, keep: np.ndarray) -> Interactions:
         kept = counts[users] > 0
         user_ids.append(interactions.user_ids[users][kept])
         lengths.append(counts[users][kept])
-    of_user = lengths.whole()
-    ends = empty_column(len(of_user) + 1, np.int64, folder)
-    ends[0] = 0
-    np.cumsum(of_user, out=ends[1:])
     return replace(
         interactions,
         user_ids=user_ids.whole(),
         item_ids=interactions.item_ids[keep],
         items=items.whole(),
         timestamps=timestamps.whole(),
-        offsets=ends,
+        offsets=offsets_of(lengths.whole(), folder),
         dropped=len(interactions) - left,
     )
 

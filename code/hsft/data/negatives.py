@@ -6,7 +6,7 @@ from typing import Literal
 
 import numpy as np
 
-from hsft.data.blocks import Column, empty_column, slices, user_ranges
+from hsft.data.blocks import Column, offsets_of, slices, user_ranges
 from hsft.data.interactions import PAD, Interactions
 from hsft.data.plain_csv import distinct
 from hsft.data.split import ragged_positions
@@ -55,9 +55,7 @@ class NegativeSampler:
             counts[some] = np.bincount(block // self._stride - some.start, minlength=len(lengths))
         self._pairs = pairs.whole()
         # Where the pairs of each user begin.
-        self._first = empty_column(len(offsets), np.int64, interactions.folder)
-        self._first[0] = 0
-        np.cumsum(counts, out=self._first[1:])
+        self._first = offsets_of(counts, interactions.folder)
         self.available = np.subtract(self.num_items, counts, out=counts)
 
     def owns(self, users: np.ndarray, items: np.ndarray) -> np.ndarray:

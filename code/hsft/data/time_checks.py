@@ -8,7 +8,7 @@ is a warning; see `column_checks` for ids.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
@@ -154,10 +154,7 @@ def count_ties(
         item_ids: str, an item's id by number.
     """
     shared = users = test = valid = pair_count = 0
-    for part in user_ranges(offsets):
-        rows = slice(offsets[part.start], offsets[part.stop])
-        ends = offsets[part.start + 1 : part.stop + 1] - rows.start
-        tied, decided = _ties_of(items[rows], timestamps[rows], ends)
+    for _, ends, tied, decided in _ties_in_ranges(items, timestamps, offsets):
         shared += int(np.count_nonzero(np.append(tied, False) | np.append(False, tied)))
         pair_count += int(np.count_nonzero(decided))
         lengths = np.diff(ends, prepend=0)
@@ -177,13 +174,19 @@ def count_ties(
     )
 
 
-def _ties_of(
-    items: np.ndarray, timestamps: np.ndarray, ends: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Say which rows of some users are tied with the next one, and which with another item: bool."""
-    tied = timestamps[1:] == timestamps[:-1]
-    tied[ends[:-1] - 1] = False
-    return tied, tied & (items[1:] != items[:-1])
+def _ties_in_ranges(
+    items: np.ndarray, timestamps: np.ndarray, offsets: np.ndarray
+) -> Iterator[tuple[int, np.ndarray, np.ndarray, np.ndarray]]:
+    """Yield of some users at a time their n rows' first one, ends from there on, and ties.
+
+    Ties are bool [n - 1]: whether a row is tied with the next one, and whether with another item.
+    """
+    for part in user_ranges(offsets):
+        rows = slice(offsets[part.start], offsets[part.stop])
+        ends = offsets[part.start + 1 : part.stop + 1] - rows.start
+        tied = timestamps[rows][1:] == timestamps[rows][:-1]
+        tied[ends[:-1] - 1] = False
+        yield rows.start, ends, tied, tied & (items[rows][1:] != items[rows][:-1])
 
 
 def _pairs_looked_at(
@@ -194,12 +197,10 @@ def _pairs_looked_at(
     if count > _TIES_LOOKED_AT:
         ranks = np.linspace(0, count - 1, _TIES_LOOKED_AT).astype(np.int64)
     pairs, passed = [np.empty(0, np.int64)], 0
-    for part in user_ranges(offsets) if count else ():
-        rows = slice(offsets[part.start], offsets[part.stop])
-        ends = offsets[part.start + 1 : part.stop + 1] - rows.start
-        decided = np.flatnonzero(_ties_of(items[rows], timestamps[rows], ends)[1])
+    for begin, _, _, marked in _ties_in_ranges(items, timestamps, offsets) if count else ():
+        decided = np.flatnonzero(marked)
         here = ranks[np.searchsorted(ranks, passed) : np.searchsorted(ranks, passed + len(decided))]
-        pairs.append(decided[here - passed] + rows.start)
+        pairs.append(decided[here - passed] + begin)
         passed += len(decided)
     return np.concatenate(pairs)
 

@@ -20,7 +20,7 @@ from hsft.config import Config
 from hsft.config.help import dump_config
 from hsft.config.options import LOCATION_KEYS
 from hsft.config.schema import ITEM_TRAINING_KEYS
-from hsft.data.cache import DTYPES, ids_fingerprint
+from hsft.data.cache import DTYPES
 from hsft.evaluator.evaluator import Evaluation, Scorer
 from hsft.finished.export_items import ITEM_LLM_DIR, export_items, refuse_overflow
 from hsft.finished.export_onnx import OnnxGraphs, OnnxScorer, require_onnx, write_graphs
@@ -53,7 +53,6 @@ from hsft.model.structure import DecoderSource
 from hsft.model.user_llm import UserLLM
 from hsft.model.weights import (
     ADAPTER_DIR,
-    ITEM_ORDER,
     REST_FILE,
     load_trained,
     read_rest,
@@ -66,6 +65,7 @@ from hsft.run.run_dir import CONFIG_FILE
 from hsft.run.saved_model import refuse_other_user_llm, run_config
 from hsft.run.setup import (
     build_user_llm,
+    fitted_to,
     initial_logit_scale,
     load_data,
     lora_settings,
@@ -444,8 +444,7 @@ def _write_id_vectors(run: _TrainedRun, items: ItemTable, folder: Path) -> None:
                 f"have id vectors, {run.config.dataset} has {data.interactions.num_items}; name "
                 f"the run's own with --data_path."
             )
-        order = {ITEM_ORDER: ids_fingerprint(data.interactions.item_ids[1:])}
-        refuse_other_catalogue(run.best, order)
+        refuse_other_catalogue(run.best, fitted_to(data, by_item=True))
         save_id_vectors(items, data.interactions.item_ids, folder)
     elif run.has_stored_ids:
         shutil.copyfile(run.base / ID_FILE, folder / ID_FILE)

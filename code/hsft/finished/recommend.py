@@ -17,9 +17,8 @@ from hsft.evaluator.evaluator import Scorer
 from hsft.finished.new_items import add_items
 from hsft.finished.open_run import OpenRun, items_read, open_run
 from hsft.finished.serve import serve
-from hsft.report.breakdown import counted
 from hsft.report.result import plain
-from hsft.utils.errors import InputError, one_line
+from hsft.utils.errors import InputError, counted, one_line
 
 # What the text output shows of a history and a title, and how many new items.
 _SHOWN_HISTORY, _SHOWN_TITLE, _SHOWN_NEW = 5, 70, 10

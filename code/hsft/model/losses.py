@@ -238,30 +238,30 @@ def catalogue_softmax(
         Scalar float32, the mean over positions; 0 when none counts.
     """
     catalogue = _Matrix(items) if isinstance(items, Tensor) else items
-    queries = (normalize(queries) if cosine else queries.float()) * logit_scale.exp()
+    scored = normalize if cosine else Tensor.float
+    queries = scored(queries) * logit_scale.exp()
     rows, size = chunk_shape(len(queries), catalogue.num_items, catalogue.dim, budget_bytes)
     pieces = catalogue.chunks(size)
     if not len(queries):
         return queries.sum()
 
     def chunk(q: Tensor, local: Tensor, piece: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
-        vectors = normalize(piece()) if cosine else piece().float()
-        return _ChunkScores.apply(q, vectors, local)
+        return _ChunkScores.apply(q, scored(piece()), local)
 
     def block(q: Tensor, t: Tensor, w: Tensor, vectors: Tensor, _: None) -> tuple[Tensor]:
         normalizers, positives = _ChunkScores.apply(q, vectors, t)
         return (((normalizers - positives) * w).sum(),)
 
     if len(pieces) == 1:
-        vectors = normalize(pieces[0]()) if cosine else pieces[0]().float()
         counted = _ones(queries) if weights is None else weights
-        (total,) = _sum_in_blocks(block, (queries, targets, counted), (vectors,), None, rows)
+        shared = (scored(pieces[0]()),)
+        (total,) = _sum_in_blocks(block, (queries, targets, counted), shared, None, rows)
         return total / _number_of_terms(queries, weights)
     total = queries.new_zeros(())
     for start in range(0, len(queries), rows):
         q, t = queries[start : start + rows], targets[start : start + rows]
         if catalogue.is_frozen:
-            terms = _FrozenSoftmax.apply(q, t, pieces, size, cosine)
+            terms = _FrozenSoftmax.apply(q, t, pieces, size, scored)
         else:
             chunks = [
                 _recompute(chunk, q, t - number * size, piece)
@@ -301,7 +301,8 @@ def chunk_shape(positions: int, items: int, dim: int, budget_bytes: int) -> tupl
 class _FrozenSoftmax(torch.autograd.Function):
     """Cross-entropy against chunks of items without gradient, each of which is read once.
 
-    Inputs: q [m, D] scaled queries, targets int64 [m], one function per chunk of `size` items.
+    Inputs: q [m, D] scaled queries, targets int64 [m], one function per chunk of `size` items, and
+    what makes of their vectors those that are scored.
     Output: each position's loss, log sum_j exp(q v_j) - q v_target [m].
 
     The gradient of a loss, sum_j softmax_j v_j - v_target, is a weighted sum as in attention: summed
@@ -316,29 +317,25 @@ class _FrozenSoftmax(torch.autograd.Function):
         targets: Tensor,
         pieces: list[Callable[[], Tensor]],
         size: int,
-        cosine: bool,
+        scored: Callable[[Tensor], Tensor],
     ) -> Tensor:
         largest = q.new_full((len(q), 1), -torch.inf)
         total, positive = q.new_zeros(len(q), 1), q.new_zeros(len(q))
         # Of the gradient: the sum over all items, and the target's vector.
-        summed = torch.zeros_like(q) if ctx.needs_input_grad[0] else None
-        target = None if summed is None else torch.zeros_like(q)
+        summed, target = torch.zeros_like(q), torch.zeros_like(q)
         for number, piece in enumerate(pieces):
-            v = normalize(piece()) if cosine else piece().float()
+            v = scored(piece())
             scores = q @ v.T
-            local = targets - number * size
-            inside = ((local >= 0) & (local < len(v))).unsqueeze(1)
-            index = local.clamp(0, len(v) - 1)
-            positive += (scores.gather(1, index.unsqueeze(1)) * inside).squeeze(1)
+            index, inside, of_target = _pick_targets(scores, targets - number * size)
+            positive += of_target
             before, largest = largest, torch.maximum(largest, scores.amax(dim=1, keepdim=True))
             shrunk = (before - largest).exp_()
             weights = scores.sub_(largest).exp_()
             total = total.mul_(shrunk).add_(weights.sum(dim=1, keepdim=True))
-            if summed is not None and target is not None:
+            if ctx.needs_input_grad[0]:
                 summed.mul_(shrunk).addmm_(weights, v)
-                target.addcmul_(v[index], inside)
-        if summed is not None and target is not None:
-            ctx.save_for_backward(summed.div_(total).sub_(target))
+                target.addcmul_(v[index], inside.unsqueeze(1))
+        ctx.save_for_backward(summed.div_(total).sub_(target))
         return (total.log() + largest).squeeze(1) - positive
 
     @staticmethod
@@ -346,6 +343,23 @@ class _FrozenSoftmax(torch.autograd.Function):
     def backward(ctx: Any, factor: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
         return gradient * factor.unsqueeze(1), None, None, None, None
+
+
+def _pick_targets(scores: Tensor, local: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return of each position the target's index in a chunk, whether it is there, and its score.
+
+    Args:
+        scores: float32 [m, n].
+        local: int64 [m], the target's index in the chunk; outside 0..n-1: it is in another chunk.
+
+    Returns:
+        int64 [m], within 0..n-1; bool [m]; float32 [m], 0 for targets of other chunks.
+    """
+    count = scores.shape[1]
+    inside = (local >= 0) & (local < count)
+    index = local.clamp(0, count - 1)
+    positive = scores.gather(1, index.unsqueeze(1)).squeeze(1).masked_fill(~inside, 0.0)
+    return index, inside, positive
 
 
 class _ChunkScores(torch.autograd.Function):
@@ -363,9 +377,7 @@ class _ChunkScores(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, v: Tensor, local: Tensor) -> tuple[Tensor, Tensor]:
         scores = q @ v.T
-        inside = (local >= 0) & (local < len(v))
-        index = local.clamp(0, len(v) - 1)
-        positive = scores.gather(1, index.unsqueeze(1)).squeeze(1).masked_fill(~inside, 0.0)
+        index, inside, positive = _pick_targets(scores, local)
         largest = scores.amax(dim=1, keepdim=True)
         weights = scores.sub_(largest).exp_()
         summed = weights.sum(dim=1, keepdim=True)

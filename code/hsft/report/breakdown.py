@@ -10,6 +10,7 @@ import numpy as np
 from hsft.evaluator.intervals import DRAWS, interval, needs_wilson, wilson_interval
 from hsft.evaluator.list_metrics import HEAD, MIDDLE, NEVER_TRAINED, TAIL, popularity_classes
 from hsft.evaluator.metrics import per_user
+from hsft.utils.errors import counted
 
 
 @dataclass(frozen=True)
@@ -172,11 +173,6 @@ def recall_curve(
         if needs_wilson(int(count), len(ranks)):
             low[number], high[number] = wilson_interval(float(value), len(ranks))
     return RecallCurve(np.arange(1, deepest + 1), values, low, high)
-
-
-def counted(number: int, unit: str) -> str:
-    """Write a number with its unit: `1 item`, `1,200 items`."""
-    return f"{number:,} {unit}" if number == 1 else f"{number:,} {unit}s"
 
 
 def _span(low: int, high: int) -> str:

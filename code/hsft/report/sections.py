@@ -8,13 +8,14 @@ from typing import Any
 
 import numpy as np
 
-from hsft.report.breakdown import Deciles, Estimate, Group, counted, group_estimate, recall_curve
+from hsft.report.breakdown import Deciles, Estimate, Group, group_estimate, recall_curve
 from hsft.report.charts import Series, bar_chart, group_chart, line_chart
 from hsft.report.compare import TRAINED, Comparison, Record, Row
 from hsft.report.comparison_files import INTERVALS, metric_bars
 from hsft.report.page import Cell, Chart, Section, Table
 from hsft.report.result import split_sentence
 from hsft.report.run_tables import NOT_RECORDED, Results, as_time
+from hsft.utils.errors import counted
 
 _CURVE_TICKS = (1, 2, 5, 10, 20, 50, 100)
 # What metrics of all users together say.

@@ -46,7 +46,7 @@ from hsft.report.memory import (
 from hsft.report.step_time import CARDS, seconds, training_work, validation_work
 from hsft.run.setup import graph_obstacle, packed_row_length
 from hsft.trainer.optim import steps_per_epoch
-from hsft.utils.errors import InputError
+from hsft.utils.errors import InputError, counted
 from hsft.utils.files import is_file, is_folder
 from hsft.utils.progress import format_seconds
 
@@ -481,21 +481,17 @@ def _cached_items(config: Config, path: Path, width: int, *, known_width: bool) 
     return _Items(count, dtype, width=dim)
 
 
-def _layers(shape: TrainingShape) -> str:
-    count = shape.decoder.layers
-    return "1 layer" if count == 1 else f"{count} layers"
-
-
 def _trained_how(shape: TrainingShape) -> str:
     number = str(shape.dtype).removeprefix("torch.") + " products" * shape.mixed
+    layers = counted(shape.decoder.layers, "layer")
     if shape.layer_kind != "decoder":
         name = "HSTU" if shape.layer_kind == "hstu" else "SASRec"
         masked = "with" if shape.masked_row else "without"
         return (
-            f"{name}'s {_layers(shape)} and the item table: all weights trained, {number}, "
+            f"{name}'s {layers} and the item table: all weights trained, {number}, "
             f"attention {masked} a mask."
         )
-    layers = f"The UserLLM's {_layers(shape)}"
+    layers = f"The UserLLM's {layers}"
     name = shape.attention if shape.masked_row or shape.attention == "eager" else "unmasked"
     kernel = f"{number}, {name} attention"
     if shape.lora_rank is None:

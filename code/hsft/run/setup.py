@@ -113,7 +113,7 @@ class Data:
         data, digest = self.interactions, hashlib.sha256()
         for ids in (data.user_ids, data.item_ids):
             for number, block in enumerate(texts_in_blocks(ids)):
-                digest.update("\0".join([""] * (number > 0) + list(map(str, block))).encode())
+                digest.update(("\0" * (number > 0) + "\0".join(map(str, block))).encode())
         for array in (data.items, data.offsets):
             digest.update(np.ascontiguousarray(array).data)
         if self.split.time is not None:
@@ -599,7 +599,7 @@ def build_user_llm(config: Config, data: Data, fabric: Fabric, *, train: bool) -
         id_dropout=config.item_id_dropout,
     )
     if train:
-        table.fitted_to = _fitted_to(
+        table.fitted_to = fitted_to(
             data,
             by_item=config.item_id_embedding,
             by_catalogue=config.item_embedding_transform != "none",
@@ -697,12 +697,12 @@ def build_id_model(config: Config, data: Data, fabric: Fabric) -> Recommender:
         model = _build_llm_id(config, num_items, fabric.device)
     else:
         model = {"sasrec": build_sasrec, "hstu": build_hstu}[config.model](config, num_items)
-    model.encoder.items.fitted_to = _fitted_to(data, by_item=True)
+    model.encoder.items.fitted_to = fitted_to(data, by_item=True)
     freeze_prefixed(model, config)
     return model.to(fabric.device)
 
 
-def _fitted_to(data: Data, *, by_item: bool, by_catalogue: bool = False) -> dict[str, str]:
+def fitted_to(data: Data, *, by_item: bool, by_catalogue: bool = False) -> dict[str, str]:
     """Return `ItemTable.fitted_to` of a model that is trained.
 
     Args:
@@ -711,12 +711,12 @@ def _fitted_to(data: Data, *, by_item: bool, by_catalogue: bool = False) -> dict
         by_catalogue: whether a fixed map was fitted on the items.
     """
     item_ids = data.interactions.item_ids[1 : data.num_own_items + 1]
-    fitted_to = {}
+    fingerprints = {}
     if by_item:
-        fitted_to[ITEM_ORDER] = ids_fingerprint(item_ids)
+        fingerprints[ITEM_ORDER] = ids_fingerprint(item_ids)
     if by_catalogue:
-        fitted_to[ITEM_SET] = ids_fingerprint(np.sort(item_ids))
-    return fitted_to
+        fingerprints[ITEM_SET] = ids_fingerprint(np.sort(item_ids))
+    return fingerprints
 
 
 def _build_llm_id(config: Config, num_items: int, device: torch.device) -> Recommender:

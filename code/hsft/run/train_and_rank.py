@@ -101,7 +101,7 @@ from hsft.utils.distributed import (
     run_on_rank_zero,
     world_size,
 )
-from hsft.utils.errors import InputError, Interrupted, one_line
+from hsft.utils.errors import InputError, Interrupted, counted, one_line
 from hsft.utils.gpu_memory import out_of_memory, release_unused_memory
 from hsft.utils.lock import locked
 from hsft.utils.progress import Meter, format_seconds
@@ -173,12 +173,8 @@ def _lock_and_choose(config: Config, held: ExitStack) -> RunDir:
 def _run(run: RunContext) -> None:
     config, fabric = run.config, run.fabric
     if fabric.device.type == "cpu" and config.device == "auto":
-        threads = torch.get_num_threads()
-        log.info(
-            "no CUDA device found: running on the CPU with %d thread%s.",
-            threads,
-            "" if threads == 1 else "s",
-        )
+        threads = counted(torch.get_num_threads(), "thread")
+        log.info("no CUDA device found: running on the CPU with %s.", threads)
     if fabric.device.type in ("xpu", "mps"):
         log.warning("device %s: HSFT has not been tried on it yet.", fabric.device.type)
     if fabric.device.type == "cuda":

@@ -49,6 +49,11 @@ def refuse(problems: Sequence[str]) -> None:
         raise InputErrors(problems)
 
 
+def counted(number: int, unit: str) -> str:
+    """Write a number with its unit: `1 item`, `1,200 items`."""
+    return f"{number:,} {unit}" if number == 1 else f"{number:,} {unit}s"
+
+
 def one_line(text: object, limit: int = 1000) -> str:
     """Write anything as one printable line: other characters are escaped, a long middle is cut out.
 
